@@ -1,0 +1,43 @@
+# Everything runs in .venv at the root, which `make setup` (a part of every target) makes from nothing.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction
+
+help: ## this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+setup: ## make .venv (quick the second time)
+	@$(PYTHON) tools/setup.py
+
+demo: setup ## the whole chain on this machine, on real text (about 5 minutes; TEXT=DIR for your own text)
+	@$(BIN)/bloomery demo $(if $(TEXT),--text "$(TEXT)")
+
+test: check unit distributed e2e ## everything that must pass: checks and all tests
+
+check: setup ## lint, format, types, import directions, rules of the house
+	$(BIN)/ruff check src tests tools bench
+	$(BIN)/ruff format --check src tests tools bench
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/house.py
+
+unit: setup ## tests of single rooms
+	$(BIN)/pytest tests/unit -q
+
+distributed: setup ## exactness of every parallel layout against one process, in float64
+	$(BIN)/pytest tests/distributed -q
+
+e2e: setup ## whole commands as a user runs them
+	$(BIN)/pytest tests/e2e -q
+
+format: setup ## put the code in order
+	$(BIN)/ruff check --fix src tests tools bench
+	$(BIN)/ruff format src tests tools bench
+
+bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
+	$(BIN)/python bench/step_time_prediction.py
+
+clean: ## remove the environment and everything generated
+	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

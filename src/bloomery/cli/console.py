@@ -1,0 +1,40 @@
+"""What every verb shares at the terminal: one console, JSON out, one line and an exit code for errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from bloomery.spec.errors import BloomeryError
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output, for programs."""
+    json.dump(value, sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
+    sys.stdout.write("\n")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn our own errors into `error: ...` on standard error and their exit code; others keep their traceback."""
+    try:
+        yield
+    except BloomeryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("stopped by the user; nothing half-written is taken for good", file=sys.stderr)
+        raise SystemExit(130) from None
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def guarded(command: Callable[[], None]) -> None:
+    """Run a whole program under `one_line_errors`."""
+    with one_line_errors():
+        command()

@@ -1,0 +1,64 @@
+"""`bloomery demo`: the whole chain, each step the very command a user would type, shown before it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    text: Annotated[list[Path] | None, typer.Option(help="Folder or file of your own text; repeatable.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
+) -> None:
+    """Probe, plan, build data, train, align, evaluate and report: the whole chain on this machine, in minutes."""
+    from rich.console import Console
+
+    from bloomery.spec.errors import InputError
+
+    console = Console(stderr=True)
+    missing = [folder for folder in text or [] if not folder.exists()]
+    if missing:
+        raise InputError("no such file or folder", where="--text", found=str(missing[0]))
+    run_file = write_run_file(out, [str(folder.resolve()) for folder in text or []])
+    run_dir = out / "demo"
+    steps: list[tuple[str, list[str]]] = [
+        ("measure this machine", ["probe", "--quick", "--out", str(out / "machine.yaml")]),
+        ("plan the run on it", ["plan", str(run_file), "--top", "5"]),
+        ("text to tokenizer and token shards", ["data", "build", str(run_file)]),
+        ("pre-train as planned", ["train", str(run_file), "--fresh"]),
+        ("align: supervised fine-tuning", ["align", str(run_file), "--fresh"]),
+        ("evaluate before and after", ["evaluate", str(run_dir)]),
+        ("reconcile: predicted beside measured", ["report", str(run_dir)]),
+    ]
+    seconds: list[float] = []
+    for number, (title, arguments) in enumerate(steps, start=1):
+        console.rule(f"[bold]{number}/{len(steps)}  {title}")
+        console.print(f"[dim]$ bloomery {' '.join(arguments)}", highlight=False, soft_wrap=True)
+        started = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "bloomery", *arguments]).returncode
+        if code:
+            raise SystemExit(code)
+        seconds.append(time.monotonic() - started)
+    console.rule("[bold]done")
+    for (title, _), taken in zip(steps, seconds, strict=True):
+        console.print(f"{taken:7.1f} s  {title}", highlight=False)
+    console.print(f"{sum(seconds):7.1f} s  in all\n", highlight=False)
+    console.print(f"The report:  {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Talk to it:  bloomery chat {run_dir}", highlight=False, soft_wrap=True)
+
+
+def write_run_file(out: Path, text: list[str]) -> Path:
+    """Write `OUT/demo.yaml`: the packaged description on this machine's probed cluster and the text that was named."""
+    from bloomery.spec.files import merge, parse_yaml, to_yaml, write_atomically
+
+    packaged = Path(__file__).with_name("demo.yaml")
+    values = parse_yaml(packaged.read_text(encoding="utf-8"), str(packaged))
+    values = merge(values, {"cluster": "machine.yaml", "out": str(out), "data": {"text": text} if text else {}})
+    target = out / "demo.yaml"
+    write_atomically(target, to_yaml(values))
+    return target

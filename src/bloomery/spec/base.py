@@ -1,0 +1,70 @@
+"""The common base of every noun: frozen, refuses unknown keys, and reports the first wrong key as one line."""
+
+from __future__ import annotations
+
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bloomery.spec.errors import InputError, nearest_match
+
+
+class Noun(BaseModel):
+    """A frozen pydantic model; unknown keys and wrong types are refused by `checked` with the key's path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+
+    @classmethod
+    def checked(cls, values: Any, *, where: str = "") -> Self:
+        """Validate `values`; raise `InputError` naming file and key path (`where: a.b.c`) of the first problem."""
+        if not isinstance(values, dict):
+            raise InputError("a mapping is expected", where=where, found=values, accepted=cls.model_fields)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise _first_problem(cls, error, where) from None
+
+
+def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> InputError:
+    """Turn pydantic's list into one line; unknown keys come first since they usually explain missing ones."""
+    details = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
+    detail = details[0]
+    path = [str(part) for part in detail["loc"]]
+    location = f"{where}: {'.'.join(path)}" if where else ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        fields = _fields_at(cls, path[:-1])
+        return InputError("unknown key", where=location, accepted=fields, nearest=nearest_match(path[-1], fields))
+    if detail["type"] == "missing":
+        return InputError("this key is required", where=location)
+    context = detail.get("ctx", {})
+    if detail["type"] == "literal_error":
+        expected = str(context.get("expected", ""))
+        words = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
+        return InputError(
+            "not an accepted value",
+            where=location,
+            found=detail["input"],
+            accepted=words,
+            nearest=nearest_match(str(detail["input"]), words),
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    found = None if isinstance(detail["input"], dict) else detail["input"]
+    return InputError(message[:1].lower() + message[1:], where=location, found=found)
+
+
+def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:
+    """The field names accepted at `path` below `cls` (unions and containers are looked through)."""
+    current: list[type[BaseModel]] = [cls]
+    for part in path:
+        following: list[type[BaseModel]] = []
+        for noun in current:
+            if part in noun.model_fields:
+                following += _nouns_in(noun.model_fields[part].annotation)
+        current = following or current
+    return sorted({name for noun in current for name in noun.model_fields})
+
+
+def _nouns_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [noun for inner in get_args(annotation) for noun in _nouns_in(inner)]

@@ -1,0 +1,95 @@
+"""The catalog (models, accelerators, clusters as data files) and the reading of a whole `run.yaml` through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bloomery.spec.cluster import Accelerator, Cluster
+from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.files import merge, override, parse_yaml, read_yaml
+from bloomery.spec.model import Model
+from bloomery.spec.run import Run
+
+_FOLDER = Path(__file__).parent / "catalog"
+
+
+@cache
+def _table(kind: str) -> dict[str, dict[str, Any]]:
+    path = _FOLDER / f"{kind}.yaml"
+    table: dict[str, dict[str, Any]] = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    return table
+
+
+def names(kind: str) -> list[str]:
+    """The names in one table: `models`, `accelerators` or `clusters`."""
+    return list(_table(kind))
+
+
+def _entry(kind: str, name: str, where: str) -> dict[str, Any]:
+    table = _table(kind)
+    if name not in table:
+        raise InputError(
+            f"not in the catalog of {kind}",
+            where=where,
+            found=name,
+            accepted=f"one of {len(table)} names (`bloomery catalog {kind}` lists them)",
+            nearest=nearest_match(name, table),
+        )
+    return {"name": name, **table[name]}
+
+
+def _resolved(kind: str, value: Any, where: str, folder: Path) -> Any:
+    """A catalog name, a YAML file, or a mapping that may `extends:` one of them."""
+    if isinstance(value, str):
+        if value.endswith((".yaml", ".yml")):
+            return read_yaml(folder / value)
+        return _entry(kind, value, where)
+    if isinstance(value, dict) and "extends" in value:
+        own = {key: item for key, item in value.items() if key != "extends"}
+        return merge(_resolved(kind, value["extends"], f"{where}.extends", folder), own)
+    return value
+
+
+def model(name: str) -> Model:
+    """A catalog model."""
+    return Model.checked(_entry("models", name, "model"), where="model")
+
+
+def accelerator(name: str) -> Accelerator:
+    """A catalog accelerator."""
+    return Accelerator.checked(_entry("accelerators", name, "accelerator"), where="accelerator")
+
+
+def cluster(name: str) -> Cluster:
+    """A catalog cluster, its accelerator resolved."""
+    return Cluster.checked(_cluster_values(name, "cluster", Path(".")), where="cluster")
+
+
+def _cluster_values(value: Any, where: str, folder: Path) -> Any:
+    values = _resolved("clusters", value, where, folder)
+    if isinstance(values, dict) and "accelerator" in values:
+        part = _resolved("accelerators", values["accelerator"], f"{where}.accelerator", folder)
+        values = {**values, "accelerator": part}
+    return values
+
+
+def read_cluster(path: str | Path) -> Cluster:
+    """A cluster file, as `probe` writes it."""
+    return Cluster.checked(_cluster_values(str(path), "cluster", Path(".")), where=str(path))
+
+
+def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
+    """Read, override, resolve catalog names and validate a `run.yaml`.
+
+    Raises InputError (file, key path, found, accepted, nearest) on the first fault.
+    """
+    path = Path(path)
+    values = override(read_yaml(path), assignments)
+    if "model" in values:
+        values["model"] = _resolved("models", values["model"], f"{path}: model", path.parent)
+    if "cluster" in values:
+        values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
+    return Run.checked(values, where=str(path))

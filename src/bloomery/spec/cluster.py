@@ -1,0 +1,144 @@
+"""`Cluster`: nodes of accelerators, the link tiers between them, storage, failures and price."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bloomery.spec.base import Noun
+from bloomery.spec.errors import InputError
+
+Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8"]
+
+
+class GemmEfficiency(Noun):
+    """Share of peak a matrix product (m, k) x (k, n) reaches: ceiling * prod_x x / (x + x_half), x in m, n, k.
+
+    Priors come from data sheets and published kernels; `probe` replaces them by a fit on the machine.
+    """
+
+    ceiling: float = Field(default=0.8, gt=0, le=1)
+    m_half: float = Field(default=100.0, ge=0)
+    n_half: float = Field(default=60.0, ge=0)
+    k_half: float = Field(default=100.0, ge=0)
+
+
+class Accelerator(Noun):
+    """One device (or the share of a CPU that one rank gets). Peaks are dense, without sparsity, in FLOP/s."""
+
+    name: str
+    kind: Literal["gpu", "cpu"] = "gpu"
+    peak_flops_per_s: dict[Dtype, float]
+    memory_bytes: float = Field(gt=0)
+    memory_bandwidth_bytes_per_s: float = Field(gt=0)
+    memory_efficiency: float = Field(default=0.8, gt=0, le=1)
+    tdp_w: float = Field(default=0.0, ge=0)
+    launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
+    gemm: dict[Dtype, GemmEfficiency] = {}
+    attention_efficiency: float = Field(default=0.5, gt=0, le=1)
+    optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
+    reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")
+    source: str = ""
+
+    def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
+        """The efficiency surface for `dtype`, or the prior where none was measured."""
+        return self.gemm.get(dtype, GemmEfficiency())
+
+    def peak(self, dtype: Dtype) -> float:
+        """Peak FLOP/s for `dtype`. Raises InputError when the data sheet has none: never a guess."""
+        if dtype not in self.peak_flops_per_s:
+            raise InputError(
+                f"accelerator {self.name} has no peak for {dtype}", accepted=sorted(self.peak_flops_per_s)
+            )
+        return self.peak_flops_per_s[dtype]
+
+
+class Tier(Noun):
+    """One level of the network. `bandwidth_bytes_per_s` is one port, one direction.
+
+    A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
+    `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring).
+    """
+
+    name: str
+    span: int = Field(ge=1)
+    bandwidth_bytes_per_s: float = Field(gt=0)
+    ports_per_node: int = Field(ge=1)
+    latency_s: float = Field(ge=0)
+    half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
+    op_factor: dict[Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"], float] = {}
+
+
+class Storage(Noun):
+    """Where checkpoints go; bandwidth is the whole cluster's."""
+
+    write_bytes_per_s: float = Field(default=2e9, gt=0)
+    read_bytes_per_s: float = Field(default=4e9, gt=0)
+
+
+class Cut(Noun):
+    """One way to cut a machine into ranks (a CPU's cores among n processes): what each rank then is and sees."""
+
+    ranks: int = Field(ge=1)
+    accelerator: Accelerator
+    tiers: tuple[Tier, ...]
+
+
+class Cluster(Noun):
+    """Nodes x accelerators with their link tiers, smallest span first."""
+
+    name: str = "cluster"
+    nodes: int = Field(default=1, ge=1)
+    accelerators_per_node: int = Field(ge=1)
+    accelerator: Accelerator
+    tiers: tuple[Tier, ...] = Field(min_length=1)
+    storage: Storage = Storage()
+    cuts: tuple[Cut, ...] = ()
+    failures_per_1000_node_days: float = Field(default=6.5, ge=0)
+    price_per_accelerator_hour: float | None = Field(default=None, ge=0)
+    pue: float = Field(default=1.2, ge=1)
+    source: str = ""
+    provenance: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Cluster:
+        spans = [tier.span for tier in self.tiers]
+        if spans != sorted(spans) or spans[-1] < self.size:
+            raise ValueError(f"tiers must grow and the last must span all {self.size} accelerators; spans {spans}")
+        return self
+
+    @property
+    def size(self) -> int:
+        """Number of accelerators in all."""
+        return self.nodes * self.accelerators_per_node
+
+    def cut(self, ranks: int) -> Cluster:
+        """This cluster as `ranks` ranks see it: a measured cut of the machine, or the first whole nodes.
+
+        Raises InputError when it has fewer accelerators, or no such cut.
+        """
+        for cut in self.cuts:
+            if cut.ranks == ranks:
+                return self.model_copy(
+                    update={
+                        "nodes": 1,
+                        "accelerators_per_node": ranks,
+                        "accelerator": cut.accelerator,
+                        "tiers": cut.tiers,
+                    }
+                )
+        if ranks > self.size:
+            accepted = [cut.ranks for cut in self.cuts] or f"at most {self.size}"
+            raise InputError(f"cluster {self.name} has no {ranks} accelerators", accepted=accepted)
+        if ranks <= self.accelerators_per_node:
+            return self.model_copy(update={"nodes": 1, "accelerators_per_node": ranks})
+        if ranks % self.accelerators_per_node:
+            raise InputError(
+                f"{ranks} ranks are not whole nodes of {self.accelerators_per_node} on cluster {self.name}"
+            )
+        return self.model_copy(update={"nodes": ranks // self.accelerators_per_node})
+
+    def world_sizes(self) -> tuple[int, ...]:
+        """The numbers of ranks a plan considers: every measured cut, else the whole cluster."""
+        return tuple(sorted(cut.ranks for cut in self.cuts)) or (self.size,)

@@ -1,0 +1,142 @@
+"""YAML in and out: safe, size-limited, duplicate keys refused, `extends:` one level, `--set a.b=c` overrides.
+
+Nothing a file says is ever executed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bloomery.spec.errors import InputError, nearest_match
+
+MAX_BYTES = 4_000_000
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (alias bombs) and without duplicate keys (the last would win silently)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not accepted")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 reads 1e9 as text; every other reader of numbers does not.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; InputError with the line on any fault."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except RecursionError:
+        raise InputError("nested too deeply", where=where) from None
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise InputError(f"not valid YAML: {problem}", where=f"{where}{line}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one mapping from a file, `extends: other.yaml` (beside it) merged below it, one level deep."""
+    path = Path(path)
+    values = _read_mapping(path)
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise InputError("a file name is expected", where=f"{path}: extends", found=base)
+    below = _read_mapping(path.parent / base)
+    if "extends" in below:
+        raise InputError("a file that is extended must not itself extend", where=f"{path.parent / base}: extends")
+    return merge(below, values)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        folder = path.parent if path.parent.is_dir() else Path(".")
+        names = [entry.name for entry in folder.iterdir() if entry.suffix in (".yaml", ".yml")]
+        raise InputError("no such file", where=str(path), nearest=nearest_match(path.name, names))
+    if not path.is_file():
+        raise InputError("a YAML file is expected, this is a folder", where=str(path))
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(f"larger than {MAX_BYTES} bytes", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    values = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise InputError("a mapping is expected", where=str(path), found=type(values).__name__)
+    return values
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """Apply `--set a.b=c`: the value is read as YAML; a plain name in the way (model: NAME) becomes `extends`."""
+    result = dict(values)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            raise InputError("not of the form a.b=value", where="--set", found=assignment)
+        nested: Any = parse_yaml(text, f"--set {path}")
+        for key in reversed(keys):
+            nested = {key: nested}
+        if len(keys) > 1 and isinstance(result.get(keys[0]), str):
+            result[keys[0]] = {"extends": result[keys[0]]}
+        result = merge(result, nested)
+    return result
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """The YAML text of plain values, keys in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+
+
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a whole file or none: temporary file, fsync, rename, fsync of the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

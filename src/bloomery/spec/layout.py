@@ -1,0 +1,239 @@
+"""`Layout`: how a model lies on a cluster; `LayoutBatch`: many of them as arrays; the rules both must keep.
+
+The rules stand once, as arithmetic that works on one layout or on a million: the planner and the trainer call
+the same `layout_problems`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from bloomery.spec.base import Noun
+from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.model import Model
+
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("1f1b", "interleaved", "gpipe")
+
+
+class Layout(Noun):
+    """Degrees of parallelism and how the step is cut. Mesh order, outermost first: pp, dp, cp, tp (ep inside dp)."""
+
+    tp: int = Field(default=1, ge=1)
+    pp: int = Field(default=1, ge=1)
+    vpp: int = Field(default=1, ge=1, description="model chunks per pipeline rank (interleaving)")
+    dp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1)
+    ep: int = Field(default=1, ge=1)
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    sequence_parallel: bool = False
+    micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
+    schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b"
+    recompute: Literal["none", "selective", "full"] = "none"
+    stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each of the pp*vpp stages")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _interleaving_names_its_schedule(cls, values: object) -> object:
+        if isinstance(values, dict) and values.get("vpp", 1) != 1 and "schedule" not in values:
+            return {**values, "schedule": "interleaved"}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> Layout:
+        if (self.vpp > 1) != (self.schedule == "interleaved"):
+            raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: interleaved means vpp > 1")
+        if self.stage_layers is not None and len(self.stage_layers) != self.pp * self.vpp:
+            raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, pp*vpp is {self.pp * self.vpp}")
+        return self
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    def describe(self) -> str:
+        """A short name, for tables: `tp2 pp2 dp2 sp zero3 mb4`."""
+        parts = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "vpp", "dp", "cp", "ep")]
+        parts = [part for part in parts if not part.endswith("p1")] or ["dp1"]
+        parts += ["sp"] if self.sequence_parallel else []
+        parts += [f"zero{self.zero_stage}"] if self.zero_stage else []
+        parts += [f"mb{self.micro_batch}"]
+        parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
+        return " ".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> Layout:
+        """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb` are short names."""
+        short = {"sp": "sequence_parallel", "zero": "zero_stage", "mb": "micro_batch"}
+        values: dict[str, Any] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(","))):
+            key, equals, value = part.partition("=")
+            key = short.get(key, key)
+            if key not in cls.model_fields or not equals:
+                accepted = [*cls.model_fields, *short]
+                raise InputError(
+                    "not a layout entry",
+                    where="--layout",
+                    found=part,
+                    accepted=[f"{name}=..." for name in accepted],
+                    nearest=nearest_match(key, accepted),
+                )
+            values[key] = value
+        return cls.checked(values, where="--layout")
+
+
+def stage_split(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage, as even as possible; the remainder goes to the middle stages.
+
+    The first stage also holds the embedding and the last one the head, so they never take a remainder first.
+    """
+    base, extra = divmod(layers, stages)
+    middle_out = sorted(range(stages), key=lambda stage: (abs(stage - (stages - 1) / 2), stage))
+    return tuple(base + (stage in middle_out[:extra]) for stage in range(stages))
+
+
+def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
+    """The layer indices of each of the pp*vpp stages; stage s lives on pipeline rank s % pp."""
+    counts = layout.stage_layers or stage_split(model.layers, layout.pp * layout.vpp)
+    starts = np.cumsum([0, *counts])
+    return tuple(range(int(start), int(start) + count) for start, count in zip(starts[:-1], counts, strict=True))
+
+
+@dataclass(frozen=True)
+class LayoutBatch:
+    """n layouts as integer arrays of shape (n,); `recompute` and `schedule` are indices into their tuples."""
+
+    tp: np.ndarray
+    pp: np.ndarray
+    vpp: np.ndarray
+    dp: np.ndarray
+    cp: np.ndarray
+    ep: np.ndarray
+    zero_stage: np.ndarray
+    sequence_parallel: np.ndarray
+    micro_batch: np.ndarray
+    schedule: np.ndarray
+    recompute: np.ndarray
+    stage_layers: tuple[tuple[int, ...] | None, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tp)
+
+    @property
+    def world_size(self) -> np.ndarray:
+        """Ranks of each layout, shape (n,)."""
+        return self.tp * self.pp * self.dp * self.cp
+
+    @classmethod
+    def of(cls, layouts: Sequence[Layout]) -> LayoutBatch:
+        """The arrays of some layouts."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([getattr(layout, name) for layout in layouts], dtype=np.int64)
+
+        plain = {name: column(name) for name in _INTEGER_FIELDS}
+        return cls(
+            **plain,
+            schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts]),
+            recompute=np.array([RECOMPUTE.index(layout.recompute) for layout in layouts]),
+            stage_layers=tuple(layout.stage_layers for layout in layouts),
+        )
+
+    def take(self, index: np.ndarray) -> LayoutBatch:
+        """The layouts at `index` (integers or a mask)."""
+        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "stage_layers"}
+        chosen = np.arange(len(self))[index]
+        uneven = tuple(self.stage_layers[i] for i in chosen) if self.stage_layers else None
+        return LayoutBatch(**arrays, stage_layers=uneven)
+
+    def layout(self, i: int) -> Layout:
+        """The i-th layout as a noun."""
+        values: dict[str, Any] = {name: int(getattr(self, name)[i]) for name in _INTEGER_FIELDS}
+        values["sequence_parallel"] = bool(values["sequence_parallel"])
+        values["schedule"] = SCHEDULES[int(self.schedule[i])]
+        values["recompute"] = RECOMPUTE[int(self.recompute[i])]
+        values["stage_layers"] = self.stage_layers[i] if self.stage_layers else None
+        return Layout(**values)
+
+
+_INTEGER_FIELDS = ("tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "sequence_parallel", "micro_batch")
+
+
+@dataclass(frozen=True)
+class LayoutProblem:
+    """One broken rule: `broken` has shape (n,); `reason` says it for a person."""
+
+    rule: str
+    reason: str
+    broken: np.ndarray
+
+
+def layout_problems(
+    model: Model, layouts: LayoutBatch, *, global_batch: int, seq_len: int, world_size: int | None = None
+) -> list[LayoutProblem]:
+    """Every structural rule with the layouts that break it (memory is the planner's and not judged here)."""
+    lay = layouts
+    stages = lay.pp * lay.vpp
+    shard = lay.dp * lay.micro_batch
+    micro_batches = np.maximum(global_batch // np.maximum(shard, 1), 1)
+    experts = model.moe.experts if model.moe else 1
+    interleaved = lay.schedule == SCHEDULES.index("interleaved")
+    rules: list[tuple[str, str, Any]] = [
+        ("heads", f"tp must divide {model.heads} heads", model.heads % lay.tp != 0),
+        ("kv_heads", f"tp must divide {model.kv_heads} kv heads", model.kv_heads % lay.tp != 0),
+        ("ffn", f"tp must divide ffn_hidden {model.ffn_hidden}", model.ffn_hidden % lay.tp != 0),
+        ("vocab", f"tp must divide vocab {model.vocab}", model.vocab % lay.tp != 0),
+        ("layers", f"pp*vpp must not exceed {model.layers} layers", stages > model.layers),
+        ("sequence", f"tp*cp must divide seq_len {seq_len} under sequence or context parallelism",
+         np.where((lay.sequence_parallel == 1) | (lay.cp > 1), seq_len % (lay.tp * lay.cp) != 0, False)),
+        ("sp_without_tp", "sequence parallel needs tp > 1", (lay.sequence_parallel == 1) & (lay.tp == 1)),
+        ("batch", f"dp*micro_batch must divide global_batch {global_batch}", global_batch % shard != 0),
+        ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
+        ("interleaving", "interleaving needs pp > 1", interleaved & (lay.pp == 1)),
+        ("zero_without_dp", "ZeRO needs dp*cp > 1", (lay.zero_stage > 0) & (lay.dp * lay.cp == 1)),
+        ("experts", f"ep must divide {experts} experts", experts % lay.ep != 0),
+        ("expert_group", "ep must divide dp", lay.dp % lay.ep != 0),
+    ]
+    if world_size is not None:
+        rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
+    if lay.stage_layers:
+        wrong = [uneven is not None and sum(uneven) != model.layers for uneven in lay.stage_layers]
+        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", np.array(wrong)))
+    return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
+    """What the present engine cannot run although the model of performance knows it."""
+    lay = layouts
+    rules: list[tuple[str, str, Any]] = [
+        ("context_parallel", "the engine does not run context parallelism yet", lay.cp > 1),
+        ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
+        ("moe", "the engine does not train mixture-of-experts models yet",
+         np.full(len(lay), model.moe is not None)),
+        ("zero1", "the engine runs ZeRO stages 0, 2 and 3", lay.zero_stage == 1),
+        ("tied_pipeline", "tied embeddings need pp = 1", (lay.pp > 1) & model.tie_embeddings),
+        ("uneven_interleaving", "interleaving needs pp*vpp to divide the layers or an explicit stage_layers",
+         (lay.vpp > 1) & (model.layers % (lay.pp * lay.vpp) != 0)),
+    ]
+    return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def check_layout(
+    model: Model, layout: Layout, *, global_batch: int, seq_len: int, world_size: int | None = None, run: bool = False
+) -> None:
+    """Raise InputError with the first broken rule. With `run`, also what the engine cannot run."""
+    batch = LayoutBatch.of([layout])
+    problems: Iterable[LayoutProblem] = layout_problems(
+        model, batch, global_batch=global_batch, seq_len=seq_len, world_size=world_size
+    )
+    if run:
+        problems = [*problems, *runnable_problems(model, batch)]
+    for problem in problems:
+        if problem.broken[0]:
+            raise InputError(problem.reason, where="layout", found=layout.describe())

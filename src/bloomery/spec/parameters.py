@@ -1,0 +1,114 @@
+"""Every parameter of a `Model`: name, global shape and kind. The one list that the modules, the memory model,
+the shard table and the checkpoint agree on (tests hold them together).
+
+Names are those of `bloomery.model`'s modules; `layers.{i}.` prefixes what a layer holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from bloomery.spec.model import Model
+
+Kind = Literal["embedding", "matrix", "norm", "bias"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated). `expert`: lies on ep ranks."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    tp_dim: int | None = None
+    expert: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        """The shape one of `tp` ranks holds."""
+        return tuple(n // tp if dim == self.tp_dim else n for dim, n in enumerate(self.shape))
+
+
+def _linear(name: str, n_out: int, n_in: int, bias: bool, tp_dim: int | None, expert: bool = False) -> list[Parameter]:
+    """A projection (out, in): cut by column (tp_dim 0) its bias is cut too, cut by row (1) the bias is replicated."""
+    weight = Parameter(f"{name}.weight", (n_out, n_in), "matrix", tp_dim, expert)
+    if not bias:
+        return [weight]
+    return [weight, Parameter(f"{name}.bias", (n_out,), "bias", 0 if tp_dim == 0 else None, expert)]
+
+
+def _norm(model: Model, name: str) -> list[Parameter]:
+    weight = Parameter(f"{name}.weight", (model.hidden,), "norm")
+    return [weight] if model.norm == "rmsnorm" else [weight, Parameter(f"{name}.bias", (model.hidden,), "norm")]
+
+
+def _feed_forward(model: Model, name: str, width: int, expert: bool = False) -> list[Parameter]:
+    gate = _linear(f"{name}.gate", width, model.hidden, model.bias, 0, expert) if model.gated else []
+    up = _linear(f"{name}.up", width, model.hidden, model.bias, 0, expert)
+    return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, expert)
+
+
+def layer_parameters(model: Model, layer: int) -> list[Parameter]:
+    """The parameters of layer `layer`, in the modules' order."""
+    prefix, qkv_bias = f"layers.{layer}", model.bias or model.qkv_bias
+    parameters = _norm(model, f"{prefix}.attention_norm")
+    parameters += _linear(f"{prefix}.attention.q", model.query_width, model.hidden, qkv_bias, 0)
+    parameters += _linear(f"{prefix}.attention.k", model.kv_width, model.hidden, qkv_bias, 0)
+    parameters += _linear(f"{prefix}.attention.v", model.kv_width, model.hidden, qkv_bias, 0)
+    parameters += _linear(f"{prefix}.attention.o", model.hidden, model.query_width, model.bias, 1)
+    parameters += _norm(model, f"{prefix}.ffn_norm")
+    moe = model.moe
+    if moe is None or layer < moe.first_dense_layers:
+        return parameters + _feed_forward(model, f"{prefix}.ffn", model.ffn_hidden)
+    parameters += _linear(f"{prefix}.ffn.router", moe.experts, model.hidden, False, None)
+    for expert in range(moe.experts):
+        parameters += _feed_forward(model, f"{prefix}.ffn.experts.{expert}", moe.expert_ffn_hidden, expert=True)
+    if moe.shared_experts:
+        width = moe.shared_experts * moe.expert_ffn_hidden
+        parameters += _feed_forward(model, f"{prefix}.ffn.shared", width)
+    return parameters
+
+
+def embedding_parameters(model: Model) -> list[Parameter]:
+    """What the first stage holds before its layers."""
+    tokens = Parameter("embedding.weight", (model.vocab, model.hidden), "embedding", 0)
+    if model.position != "learned":
+        return [tokens]
+    return [tokens, Parameter("position.weight", (model.max_seq_len, model.hidden), "embedding")]
+
+
+def head_parameters(model: Model) -> list[Parameter]:
+    """What the last stage holds after its layers; a tied head shares `embedding.weight` and adds nothing."""
+    head = [] if model.tie_embeddings else [Parameter("head.weight", (model.vocab, model.hidden), "matrix", 0)]
+    return _norm(model, "norm") + head
+
+
+def all_parameters(model: Model) -> list[Parameter]:
+    """Every parameter once, in order."""
+    layers = [parameter for layer in range(model.layers) for parameter in layer_parameters(model, layer)]
+    return embedding_parameters(model) + layers + head_parameters(model)
+
+
+def parameter_count(model: Model, *, active: bool = False) -> int:
+    """Number of parameters; with `active`, those one token passes through (MoE: top_k of the routed experts)."""
+    outside = sum(p.size for p in embedding_parameters(model) + head_parameters(model))
+    dense = min(model.moe.first_dense_layers, model.layers) if model.moe else model.layers
+    inside = dense * layer_parameter_count(model, 0, active=active) if dense else 0
+    if dense < model.layers:
+        inside += (model.layers - dense) * layer_parameter_count(model, dense, active=active)
+    return outside + inside
+
+
+def layer_parameter_count(model: Model, layer: int, *, active: bool = False) -> int:
+    """Parameters of one layer; with `active`, those one token passes through."""
+    parameters = layer_parameters(model, layer)
+    if not (active and model.moe):
+        return sum(p.size for p in parameters)
+    routed = sum(p.size for p in parameters if p.expert)
+    return sum(p.size for p in parameters) - routed + routed * model.moe.top_k // model.moe.experts

@@ -1,0 +1,112 @@
+"""`Run`: everything one `run.yaml` says."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bloomery.spec.base import Noun
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+
+
+class Data(Noun):
+    """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
+
+    text: tuple[str, ...] = ()
+    folder: str = ""
+    vocab: int = Field(default=8192, ge=300)
+    max_bytes: int = Field(default=64_000_000, ge=1, description="stop reading after this much text")
+    holdout: float = Field(default=0.01, gt=0, lt=0.5, description="share of documents kept for evaluation")
+    shard_tokens: int = Field(default=4_000_000, ge=1024)
+    min_characters: int = Field(default=200, ge=1, description="shorter documents are dropped and counted")
+
+
+class Optimizer(Noun):
+    """AdamW and its learning-rate schedule. `warmup` and `decay` are shares of the steps."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    min_lr: float = Field(default=1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    decay: float = Field(default=0.2, gt=0, le=1, description="WSD: share of the steps that decays")
+
+
+class Train(Noun):
+    """Pre-training. `global_batch` is in sequences; the budget is `tokens` or `steps`."""
+
+    seq_len: int = Field(default=256, ge=2)
+    global_batch: int = Field(default=16, ge=1)
+    tokens: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    optimizer: Optimizer = Optimizer()
+    checkpoint_every: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
+    log_every: int = Field(default=1, ge=1)
+    tensorboard: bool = True
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Train:
+        if self.tokens is not None and self.steps is not None:
+            raise ValueError("give tokens or steps, not both")
+        return self
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the budget (100 where neither tokens nor steps is given)."""
+        if self.steps is not None:
+            return self.steps
+        if self.tokens is not None:
+            return max(1, round(self.tokens / (self.global_batch * self.seq_len)))
+        return 100
+
+
+class AlignStage(Noun):
+    """One alignment stage. `pairs` names a JSON Lines file with `prompt` and `response`; empty: made from the text."""
+
+    name: str = "sft"
+    method: Literal["sft"] = "sft"
+    pairs: str = ""
+    max_pairs: int = Field(default=4000, ge=1)
+    steps: int = Field(default=50, ge=1)
+    global_batch: int = Field(default=16, ge=1)
+    optimizer: Optimizer = Optimizer(lr=3e-4, min_lr=3e-5)
+
+
+class Evaluate(Noun):
+    """Held-out evaluation and the prompts whose completions are shown."""
+
+    max_tokens: int = Field(default=65_536, ge=1)
+    prompts: tuple[str, ...] = ()
+    completion_tokens: int = Field(default=48, ge=1)
+
+
+class Run(Noun):
+    """The whole description. `layout: auto` asks the planner; `compare` names layouts to show beside the best."""
+
+    name: str = "run"
+    model: Model
+    cluster: Cluster
+    layout: Layout | Literal["auto"] = "auto"
+    compare: dict[str, Layout] = {}
+    data: Data = Data()
+    train: Train = Train()
+    align: tuple[AlignStage, ...] = ()
+    evaluate: Evaluate = Evaluate()
+    out: str = "runs"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Run:
+        if self.train.seq_len > self.model.max_seq_len:
+            raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+        return self
