@@ -84,7 +84,7 @@ class Layout(Noun):
                     accepted=[f"{name}=..." for name in accepted],
                     nearest=nearest_match(key, accepted),
                 )
-            values[key] = value
+            values[key] = int(value) if value.isdecimal() else value
         return cls.checked(values, where="--layout")
 
 
@@ -216,7 +216,10 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
         ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
         ("moe", "the engine does not train mixture-of-experts models yet",
          np.full(len(lay), model.moe is not None)),
+        ("zero3_pipeline", "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
+         (lay.zero_stage == 3) & (lay.pp > 1)),
         ("zero1", "the engine runs ZeRO stages 0, 2 and 3", lay.zero_stage == 1),
+        ("selective", "the engine recomputes whole layers or nothing", lay.recompute == RECOMPUTE.index("selective")),
         ("tied_pipeline", "tied embeddings need pp = 1", (lay.pp > 1) & model.tie_embeddings),
         ("uneven_interleaving", "interleaving needs pp*vpp to divide the layers or an explicit stage_layers",
          (lay.vpp > 1) & (model.layers % (lay.pp * lay.vpp) != 0)),

@@ -1,0 +1,36 @@
+"""Initial weights as a pure function of (seed, parameter name): the same bits under every layout.
+
+Matrices and embeddings are normal with standard deviation 0.02, the projections that write into the residual stream
+0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3); norms start at one, biases at zero.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from bloomery.spec.model import Model
+from bloomery.spec.parameters import Parameter
+from bloomery.spec.shard_table import Shard
+
+STANDARD_DEVIATION = 0.02
+
+
+def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dtype) -> Tensor:
+    """The whole initial tensor of one parameter, on CPU."""
+    if parameter.kind == "bias" or (parameter.kind == "norm" and parameter.name.endswith(".bias")):
+        return torch.zeros(parameter.shape, dtype=dtype)
+    if parameter.kind == "norm":
+        return torch.ones(parameter.shape, dtype=dtype)
+    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(parameter.name.encode()))
+    writes_residual = parameter.name.endswith((".o.weight", ".down.weight"))
+    deviation = STANDARD_DEVIATION / (2 * model.layers) ** 0.5 if writes_residual else STANDARD_DEVIATION
+    return (torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * deviation).to(dtype)
+
+
+def rectangle(whole: Tensor, shard: Shard) -> Tensor:
+    """The part of a whole tensor that a shard holds."""
+    index = tuple(slice(start, start + n) for start, n in zip(shard.offsets, shard.shape, strict=True))
+    return whole[index]

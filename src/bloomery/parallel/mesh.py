@@ -1,0 +1,81 @@
+"""The device mesh: who talks to whom. The only file that starts and stops process groups.
+
+Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from bloomery.spec.errors import InputError
+from bloomery.spec.layout import Layout
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place. `device_mesh` is None when the world is one process: then nothing is ever sent."""
+
+    layout: Layout
+    device: torch.device
+    rank: int
+    device_mesh: DeviceMesh | None
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.layout.world_size
+
+    @property
+    def tp_rank(self) -> int:
+        """Position on the tensor-parallel axis."""
+        return self.rank % self.layout.tp
+
+    @property
+    def dp_rank(self) -> int:
+        """Position on the data-parallel axis."""
+        return self.rank // self.layout.tp % self.layout.dp
+
+    @property
+    def pp_rank(self) -> int:
+        """Position on the pipeline axis."""
+        return self.rank // (self.layout.tp * self.layout.dp)
+
+    def group(self, axis: str) -> dist.ProcessGroup:
+        """The process group of `tp`, `dp`, `pp` or `world`."""
+        assert self.device_mesh is not None, "one process has no groups"
+        if axis == "world":
+            world = dist.group.WORLD
+            assert world is not None
+            return world
+        return self.device_mesh.get_group(axis)
+
+
+def start(layout: Layout, device: torch.device, init_method: str | None = None, timeout_s: float = 600.0) -> Mesh:
+    """Join the world that RANK and WORLD_SIZE describe and lay the mesh over it (gloo on CPU, NCCL on CUDA)."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if layout.world_size != world_size:
+        raise InputError(f"the layout needs {layout.world_size} processes, {world_size} were started")
+    if world_size == 1:
+        return Mesh(layout, device, 0, None)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    axes = ("pp", "dp", "tp")
+    device_mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=axes)
+    return Mesh(layout, device, rank, device_mesh)
+
+
+def stop(mesh: Mesh) -> None:
+    """Leave the world."""
+    if mesh.device_mesh is not None:
+        dist.destroy_process_group()

@@ -1,0 +1,74 @@
+"""Pipeline stages on PyTorch's own schedules, with the time inside a stage told apart from the waiting around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from bloomery.model.transformer import Transformer
+from bloomery.parallel.collectives import Measure
+from bloomery.parallel.mesh import Mesh
+
+
+class MeasuredStage(PipelineStage):
+    """A stage whose forward and backward are booked as compute; the rest of the schedule is pipeline waiting."""
+
+    measure: Measure
+
+    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch forward."""
+        with self.measure("compute"):
+            return super().forward_one_chunk(*args, **kwargs)
+
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch backward."""
+        with self.measure("compute"):
+            return super().backward_one_chunk(*args, **kwargs)
+
+
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+def build_schedule(
+    stages: dict[int, Transformer],
+    mesh: Mesh,
+    *,
+    micro_batches: int,
+    seq_len: int,
+    stream_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    measure: Measure,
+) -> Schedule:
+    """The schedule over this rank's stages. Shapes are given, so nothing is inferred (or sent) at run time."""
+    layout = mesh.layout
+    n_stages = layout.pp * layout.vpp
+    measured = []
+    for index, module in stages.items():
+        model = module.model
+        tokens = torch.empty(layout.micro_batch, seq_len, dtype=torch.int64, device="meta")
+        rows = seq_len // layout.tp if layout.sequence_parallel else seq_len
+        stream = torch.empty(layout.micro_batch, rows, model.hidden, dtype=stream_dtype, device="meta", requires_grad=True)
+        logits = torch.empty(
+            layout.micro_batch, seq_len, model.vocab // layout.tp, dtype=logits_dtype, device="meta", requires_grad=True
+        )
+        stage = MeasuredStage(
+            module,
+            index,
+            n_stages,
+            mesh.device,
+            input_args=tokens if index == 0 else stream,
+            output_args=logits if index == n_stages - 1 else stream,
+            group=mesh.group("pp"),
+        )
+        stage.measure = measure
+        measured.append(stage)
+    if layout.schedule == "interleaved":
+        return ScheduleInterleaved1F1B(measured, micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+    kind = ScheduleGPipe if layout.schedule == "gpipe" else Schedule1F1B
+    return kind(measured[0], micro_batches, loss_fn=loss, scale_grads=False)

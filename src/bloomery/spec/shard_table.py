@@ -1,0 +1,227 @@
+"""What a `Layout` means for a `Model`, as data: each parameter's rectangle on each rank, and every collective.
+
+The planner counts bytes from it, the engine cuts shards and sends messages by it, a checkpoint describes itself by it.
+A test holds `collectives` against what the engine really sends, in count and bytes, for every layout.
+
+The arithmetic of `collectives` works on arrays of layouts: one layout is the case n = 1.
+Source of the volumes: Shoeybi et al. 2019 (arXiv 1909.08053, tensor parallel), Korthikanti et al. 2022 (arXiv 2205.05198,
+sequence parallel), Narayanan et al. 2021 (arXiv 2104.04473, pipeline), Rajbhandari et al. 2020 (arXiv 1910.02054, ZeRO).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.spec.layout import SCHEDULES, Layout, LayoutBatch, stages_of
+from bloomery.spec.model import Model
+from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+
+LOSS_BYTES = 4
+"""The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What one rank does in one optimizer step. `count` messages of `bytes_each`, arrays of shape (n,).
+
+    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input.
+    """
+
+    site: str
+    axis: str
+    op: str
+    phase: str
+    count: np.ndarray
+    bytes_each: np.ndarray
+
+
+@dataclass(frozen=True)
+class StageShape:
+    """What a pipeline rank holds, shape (n,) each: layers in all, whether it has the embedding or the head."""
+
+    layers: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int) -> StageShape:
+    """Layers and ends of `pipeline_rank` under each layout (default split: remainder to the middle stages)."""
+    rank = np.broadcast_to(np.asarray(pipeline_rank), (len(lay),))
+    layers = np.zeros(len(lay), dtype=np.int64)
+    stages = lay.pp * lay.vpp
+    base, extra = model.layers // stages, model.layers % stages
+    for chunk in range(int(lay.vpp.max())):
+        stage = chunk * lay.pp + rank
+        # The remainder goes to the stages nearest the middle, ties to the earlier one: as `stage_split`.
+        place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
+        layers += np.where(chunk < lay.vpp, base + (place < extra), 0)
+    if lay.stage_layers:
+        for i, uneven in enumerate(lay.stage_layers):
+            if uneven is not None:
+                layers[i] = sum(uneven[int(rank[i]) :: int(lay.pp[i])])
+    return StageShape(layers, rank == 0, rank == lay.pp - 1)
+
+
+def collectives(
+    model: Model,
+    lay: LayoutBatch,
+    *,
+    pipeline_rank: np.ndarray | int,
+    global_batch: int,
+    seq_len: int,
+    stream_bytes: int,
+    parameter_bytes: int,
+    gradient_bytes: int,
+) -> list[Collective]:
+    """Every message of one rank in one optimizer step; entries that never happen have count 0.
+
+    `stream_bytes`: per element of the residual stream and of the projections' outputs; `parameter_bytes` and
+    `gradient_bytes`: per element gathered and reduced by data parallelism.
+    """
+    shape = stage_shape(model, lay, pipeline_rank)
+    micro = global_batch // (lay.dp * lay.micro_batch)
+    tokens = lay.micro_batch * seq_len
+    rows = _Rows(len(lay))
+    _tensor_parallel(rows, model, lay, shape, micro, tokens, stream_bytes)
+    _pipeline(rows, lay, pipeline_rank, micro, tokens * model.hidden * stream_bytes)
+    _data_parallel(rows, model, lay, shape, micro, parameter_bytes, gradient_bytes)
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 3 * 8)
+    return rows.rows
+
+
+class _Rows:
+    """Collects rows, every entry broadcast to (n,)."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.rows = n, list[Collective]()
+
+    def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
+        whole = (np.broadcast_to(np.asarray(value, dtype=np.int64), (self.n,)) for value in (count, bytes_each))
+        self.rows.append(Collective(site, axis, op, phase, *whole))
+
+
+def _tensor_parallel(
+    rows: _Rows, model: Model, lay: LayoutBatch, shape: StageShape, micro: Any, tokens: Any, stream_bytes: int
+) -> None:
+    """Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
+    with it the input is gathered and the output reduce-scattered (the reverse backward)."""
+    payload = tokens * model.hidden * stream_bytes
+    plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
+    sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
+    again = 1 + (lay.recompute == 2)
+    blocks = shape.layers * micro
+    for block in ("attention", "ffn"):
+        # A recomputed layer stops before the reduction of its last output: nothing later needs it.
+        again_out = again if block == "attention" else 1
+        rows.add(f"{block}.out", "tp", "all_reduce", "forward", plain * blocks * again_out, payload)
+        rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * blocks, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * blocks * again, payload)
+        rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * blocks * again_out, payload)
+        rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * blocks, payload)
+        rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * blocks, payload)
+    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first * micro, payload)
+    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first * micro, payload)
+    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first * micro, payload)
+    rows.add("head.in", "tp", "all_reduce", "backward", plain * shape.last * micro, payload)
+    rows.add("head.in", "tp", "all_gather", "forward", sequence * shape.last * micro, payload)
+    rows.add("head.in", "tp", "reduce_scatter", "backward", sequence * shape.last * micro, payload)
+    loss_bytes = max(LOSS_BYTES, 8 if stream_bytes == 8 else 0)
+    rows.add("loss.max", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last * micro, tokens * loss_bytes)
+    rows.add("loss.sum", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last * micro, 2 * tokens * loss_bytes)
+
+
+def _pipeline(rows: _Rows, lay: LayoutBatch, pipeline_rank: np.ndarray | int, micro: Any, payload: Any) -> None:
+    """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
+    rank = np.asarray(pipeline_rank)
+    forward = lay.vpp - (rank == lay.pp - 1)
+    backward = lay.vpp - (rank == 0)
+    cut = np.where(lay.sequence_parallel == 1, lay.tp, 1)
+    rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward * micro, payload // cut)
+    rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward * micro, payload // cut)
+
+
+def _padded(parameters: list[Parameter], tp: Any, dp: Any) -> Any:
+    """Elements of these parameters on one tp rank with the first dimension padded to a multiple of dp (as FSDP2)."""
+    total: Any = 0
+    for parameter in parameters:
+        first = parameter.shape[0] // tp if parameter.tp_dim == 0 else parameter.shape[0] + 0 * dp
+        rest = parameter.size // parameter.shape[0] // (tp if parameter.tp_dim == 1 else 1)
+        total = total + -(-first // dp) * dp * rest
+    return total
+
+
+def _local(parameters: list[Parameter], tp: Any) -> Any:
+    """Elements of these parameters on one tp rank."""
+    return sum((p.size // (tp if p.tp_dim is not None else 1) for p in parameters), 0 * tp)
+
+
+def _data_parallel(
+    rows: _Rows,
+    model: Model,
+    lay: LayoutBatch,
+    shape: StageShape,
+    micro: Any,
+    parameter_bytes: int,
+    gradient_bytes: int,
+) -> None:
+    """Units: each layer, and what a stage holds outside its layers. Replicated: one all-reduce a unit and step.
+    ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each micro-batch's forward and backward."""
+    layer = layer_parameters(model, model.layers - 1)
+    ends = [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
+    sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
+    unit = _local(layer, lay.tp) * gradient_bytes
+    rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
+    outside = sum(_local(part, lay.tp) * held for part, held in ends)
+    has_ends = shape.first | shape.last
+    rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
+    gathered = _padded(layer, lay.tp, lay.dp)
+    third = lay.zero_stage == 3
+    gathers = sharded * shape.layers * np.where(third, micro, 1)
+    rows.add("fsdp.layer", "dp", "all_gather", "forward", gathers, gathered * parameter_bytes)
+    rows.add("fsdp.layer", "dp", "all_gather", "backward", gathers * third, gathered * parameter_bytes)
+    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
+    outside_padded = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
+    ends_held = sharded * has_ends
+    gathers = ends_held * np.where(third, micro, 1)
+    rows.add("fsdp.ends", "dp", "all_gather", "forward", gathers, outside_padded * parameter_bytes)
+    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", ends_held, outside_padded * gradient_bytes)
+    held = [p for p in layer if p.tp_dim is None]
+    norms = _local(held, lay.tp) * shape.layers
+    norms = norms + sum(_local([p for p in part if p.tp_dim is None], lay.tp) * there for part, there in ends)
+    divided = np.where(lay.zero_stage >= 2, lay.dp, 1)
+    summed = (lay.sequence_parallel == 1) & (norms > 0)
+    rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms // divided * gradient_bytes)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The rectangle of one parameter on one rank: `shape` at `offsets` of `global_shape`."""
+
+    name: str
+    global_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterator[Parameter]:
+    """The parameters a pipeline rank holds, global shapes, in stage order."""
+    for stage, layers in enumerate(stages_of(model, layout)):
+        if stage % layout.pp != pipeline_rank:
+            continue
+        if layers.start == 0:
+            yield from embedding_parameters(model)
+        for layer in layers:
+            yield from layer_parameters(model, layer)
+        if layers.stop == model.layers:
+            yield from head_parameters(model)
+
+
+def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:
+    """The rectangle one tensor-parallel rank holds."""
+    shape = parameter.local_shape(tp)
+    offsets = tuple(n * tp_rank if dim == parameter.tp_dim else 0 for dim, n in enumerate(shape))
+    return Shard(parameter.name, parameter.shape, shape, offsets)
