@@ -1,7 +1,7 @@
 """The messages of tensor and sequence parallelism, each with its gradient; every one passes through `_send`.
 
 Shapes: (batch, seq, hidden); sequence parallelism cuts dimension 1. Collectives act on dimension 0 of contiguous
-tensors, so the sequence is moved to the front for the message and back after it.
+tensors, so the sequence is moved to the front for the message and back after it (pipeline sends need it contiguous).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorAxis:
         whole = x_sbd.new_empty((x_sbd.shape[0] * self.size, *x_sbd.shape[1:]))
         with self.measure("tp_comm"):
             dist.all_gather_into_tensor(whole, x_sbd, group=self.group)
-        return whole.transpose(0, 1)
+        return whole.transpose(0, 1).contiguous()
 
     def scatter_sequence(self, x_bsd: Tensor) -> Tensor:
         """Sum (b, s, d) over ranks, keep this rank's (b, s/tp, d)."""
@@ -50,7 +50,7 @@ class TensorAxis:
         part = x_sbd.new_empty((x_sbd.shape[0] // self.size, *x_sbd.shape[1:]))
         with self.measure("tp_comm"):
             dist.reduce_scatter_tensor(part, x_sbd, group=self.group)
-        return part.transpose(0, 1)
+        return part.transpose(0, 1).contiguous()
 
 
 class _Enter(torch.autograd.Function):

@@ -47,7 +47,7 @@ class LocalShard:
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """The plain local tensor of the parameter, or of an optimizer moment laid out like it."""
         tensor = self.parameter if tensor is None else tensor
-        return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        return _plain(tensor).detach()
 
 
 class Engine:
