@@ -21,7 +21,6 @@ from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
-BYTES = 8  # float64
 
 MODELS = {
     "llama": Model(layers=4, hidden=32, heads=4, kv_heads=2, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN),
@@ -38,16 +37,17 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the exactness table."""
+    """One row of the exactness table; in bfloat16 only the messages are compared."""
 
     model: str
     layout: str
     masked: bool = False
+    dtype: str = "float64"
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
-        return f"{self.model}-{self.layout.replace(',', '-').replace('=', '')}{'-masked' if self.masked else ''}"
+        return f"{self.model}-{self.layout.replace(',', '-').replace('=', '')}{'-masked' if self.masked else ''}-{self.dtype}"
 
 
 def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
     try:
         engine = build(
-            model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64", seed=0,
+            model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
         optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
@@ -96,25 +96,26 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         tokens, targets = batch(STEPS, case.masked)
         held_out = engine.evaluate(torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine]))
         shards = [
-            {"name": s.shard.name, "offsets": s.shard.offsets, "global": s.shard.global_shape, "value": s.local().numpy()}
+            {"name": s.shard.name, "offsets": s.shard.offsets, "global": s.shard.global_shape, "value": s.local().double().numpy()}
             for s in engine.shards()
             if s.owner and s.local().numel()
         ]
         return {
             "rank": rank, "losses": losses, "norms": norms, "held_out": held_out, "shards": shards,
-            "planned": planned(model, layout, mesh.pp_rank), "executed": by_axis(executed, layout),
+            "planned": planned(model, layout, mesh.pp_rank, case.dtype), "executed": by_axis(executed, layout),
         }  # fmt: skip
     finally:
         meshes.stop(mesh)
 
 
-def planned(model: Model, layout: Layout, pipeline_rank: int) -> Counter[tuple[str, str, int]]:
+def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Counter[tuple[str, str, int]]:
     """What the shard table says this rank sends in one step: (axis, op, bytes) and how often."""
     from bloomery.spec.shard_table import collectives
 
+    wide = 8 if dtype == "float64" else 4
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        stream_bytes=BYTES, parameter_bytes=BYTES, gradient_bytes=BYTES,
+        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide, block_bytes=2 if dtype == "bfloat16" else wide,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:

@@ -39,6 +39,10 @@ def table() -> list[Case]:
 
 
 CASES = table()
+BFLOAT16 = [
+    Case("llama", layout, dtype="bfloat16")
+    for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
+]
 REFERENCES = {(c.model, c.masked): Case(c.model, "micro_batch=8", c.masked) for c in CASES}
 
 
@@ -51,7 +55,7 @@ def world_size(case: Case) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case run once, by world size."""
     path = tmp_path_factory.mktemp("exactness")
-    everything = [*REFERENCES.values(), *CASES]
+    everything = [*REFERENCES.values(), *CASES, *BFLOAT16]
     for size in sorted({world_size(case) for case in everything}):
         run_cases(size, [case for case in everything if world_size(case) == size], path)
     return path
@@ -71,7 +75,7 @@ def test_layout_equals_one_process(case: Case, folder: Path) -> None:
         np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *BFLOAT16], ids=lambda case: case.name)
 def test_planned_collectives_equal_executed_ones(case: Case, folder: Path) -> None:
     for rank in results(case, world_size(case), folder):
         assert rank["executed"] == rank["planned"], f"rank {rank['rank']}"

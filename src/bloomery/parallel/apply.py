@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
-from bloomery.parallel.collectives import TensorAxis
+from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.tensor import apply_tensor_parallel
@@ -29,7 +29,7 @@ from bloomery.spec.shard_table import tensor_shard
 
 
 def lay_out(
-    model: Model, mesh: Mesh, axis: TensorAxis | None, *, dtype: torch.dtype, seed: int
+    model: Model, mesh: Mesh, axis: TensorAxis | None, *, dtype: torch.dtype, seed: int, measure: Measure
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
     """This rank's stages by index, ready to compute, and the parameter table by name."""
     layout = mesh.layout
@@ -46,7 +46,7 @@ def lay_out(
         if layout.recompute == "full":
             recompute_layers(stage)
         if layout.dp > 1 and layout.zero_stage >= 2:
-            shard_over_data(stage, mesh)
+            shard_over_data(stage, mesh, measure)
         stages[index] = stage
     return stages, table
 

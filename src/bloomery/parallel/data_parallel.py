@@ -5,17 +5,54 @@ Gradients are SUMMED over the axis: the loss is already divided by the targets o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.mesh import Mesh
 
 
-def shard_over_data(stage: Transformer, mesh: Mesh) -> None:
+class _Buffers:
+    """Plain buffers for a message."""
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class MeasuredAllGather(_Buffers, AllGather):
+    """FSDP's gather, synchronous and booked: on CPU gloo's threads compete with the kernels, nothing is hidden."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False) -> None:
+        """Gather; returns None, which FSDP reads as already done."""
+        with self.measure("dp_comm"):
+            dist.all_gather_into_tensor(output_tensor, input_tensor, group=group)
+
+
+class MeasuredReduceScatter(_Buffers, ReduceScatter):
+    """FSDP's reduction, synchronous and booked."""
+
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> None:
+        """Reduce; returns None, which FSDP reads as already done."""
+        with self.measure("dp_comm"):
+            dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
+
+
+def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward."""
     assert mesh.device_mesh is not None
     axis = mesh.device_mesh["dp"]
@@ -26,6 +63,9 @@ def shard_over_data(stage: Transformer, mesh: Mesh) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device.type == "cpu":
+                module.set_custom_all_gather(MeasuredAllGather(measure))
+                module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
 
 
 def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:

@@ -224,7 +224,7 @@ def build(
     axis = None
     if layout.tp > 1:
         axis = TensorAxis(mesh.group("tp"), layout.tp, mesh.tp_rank, layout.sequence_parallel, measure)
-    stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed)
+    stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed, measure=measure)
     engine = Engine(model, mesh, stages, axis)
     engine.table, engine.measure = table, measure
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None

@@ -61,7 +61,11 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
     """Replace and hook the modules of `stage`, whose parameters are already local rectangles."""
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (enter_block(inputs[0], axis), *inputs[1:])
+        x_bsd: Tensor = inputs[0]
+        if torch.is_autocast_enabled(x_bsd.device.type):
+            # The projections would cast anyway: before the message it halves the bytes.
+            x_bsd = x_bsd.to(torch.get_autocast_dtype(x_bsd.device.type))
+        return (enter_block(x_bsd, axis), *inputs[1:])
 
     if stage.embedding is not None:
         stage.embedding = VocabularyEmbedding(stage.embedding, axis)

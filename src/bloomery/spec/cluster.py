@@ -53,6 +53,18 @@ class Accelerator(Noun):
             )
         return self.peak_flops_per_s[dtype]
 
+    def training_dtype(self) -> Dtype:
+        """What `train.dtype: auto` means here: bfloat16 where the device gains from it, else the best it has.
+
+        A CPU must show at least 1.2 times its float32 rate in bfloat16: conversions cost it the rest.
+        """
+        peaks = self.peak_flops_per_s
+        if self.kind == "cpu":
+            gains = peaks.get("bfloat16", 0.0) >= 1.2 * peaks.get("float32", 0.0)
+            return "bfloat16" if gains else "float32"
+        accepted: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
+        return next((dtype for dtype in accepted if dtype in peaks), "float32")
+
 
 class Tier(Noun):
     """One level of the network. `bandwidth_bytes_per_s` is one port, one direction.

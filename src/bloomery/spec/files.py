@@ -45,7 +45,7 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML text; InputError with the line on any fault."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise InputError("nested too deeply", where=where) from None
     except yaml.YAMLError as error:

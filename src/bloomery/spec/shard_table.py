@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.spec.layout import SCHEDULES, Layout, LayoutBatch, stages_of
+from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
 
@@ -76,17 +76,20 @@ def collectives(
     stream_bytes: int,
     parameter_bytes: int,
     gradient_bytes: int,
+    block_bytes: int | None = None,
 ) -> list[Collective]:
     """Every message of one rank in one optimizer step; entries that never happen have count 0.
 
-    `stream_bytes`: per element of the residual stream and of the projections' outputs; `parameter_bytes` and
-    `gradient_bytes`: per element gathered and reduced by data parallelism.
+    Bytes per element: `stream_bytes` of the residual stream (between stages, out of the embedding), `block_bytes` of
+    what enters and leaves attention, feed-forward and head (default: the stream's; 2 under bfloat16 autocast, whose
+    stream stays float32), `parameter_bytes` and `gradient_bytes` of what data parallelism gathers and reduces.
     """
     shape = stage_shape(model, lay, pipeline_rank)
     micro = global_batch // (lay.dp * lay.micro_batch)
     tokens = lay.micro_batch * seq_len
     rows = _Rows(len(lay))
-    _tensor_parallel(rows, model, lay, shape, micro, tokens, stream_bytes)
+    block_bytes = stream_bytes if block_bytes is None else block_bytes
+    _tensor_parallel(rows, model, lay, shape, micro, tokens, stream_bytes, block_bytes)
     _pipeline(rows, lay, pipeline_rank, micro, tokens * model.hidden * stream_bytes)
     _data_parallel(rows, model, lay, shape, micro, parameter_bytes, gradient_bytes)
     rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 3 * 8)
@@ -105,11 +108,19 @@ class _Rows:
 
 
 def _tensor_parallel(
-    rows: _Rows, model: Model, lay: LayoutBatch, shape: StageShape, micro: Any, tokens: Any, stream_bytes: int
+    rows: _Rows,
+    model: Model,
+    lay: LayoutBatch,
+    shape: StageShape,
+    micro: Any,
+    tokens: Any,
+    stream_bytes: int,
+    block_bytes: int,
 ) -> None:
     """Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
     with it the input is gathered and the output reduce-scattered (the reverse backward)."""
-    payload = tokens * model.hidden * stream_bytes
+    payload = tokens * model.hidden * block_bytes
+    stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
     again = 1 + (lay.recompute == 2)
@@ -123,9 +134,9 @@ def _tensor_parallel(
         rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * blocks * again_out, payload)
         rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * blocks, payload)
         rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * blocks, payload)
-    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first * micro, payload)
-    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first * micro, payload)
-    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first * micro, payload)
+    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first * micro, stream)
+    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first * micro, stream)
+    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first * micro, stream)
     rows.add("head.in", "tp", "all_reduce", "backward", plain * shape.last * micro, payload)
     rows.add("head.in", "tp", "all_gather", "forward", sequence * shape.last * micro, payload)
     rows.add("head.in", "tp", "reduce_scatter", "backward", sequence * shape.last * micro, payload)
