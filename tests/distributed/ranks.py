@@ -47,7 +47,8 @@ class Case:
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
-        return f"{self.model}-{self.layout.replace(',', '-').replace('=', '')}{'-masked' if self.masked else ''}-{self.dtype}"
+        layout = self.layout.replace(",", "-").replace("=", "")
+        return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.dtype}"
 
 
 def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -96,7 +97,12 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         tokens, targets = batch(STEPS, case.masked)
         held_out = engine.evaluate(torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine]))
         shards = [
-            {"name": s.shard.name, "offsets": s.shard.offsets, "global": s.shard.global_shape, "value": s.local().double().numpy()}
+            {
+                "name": s.shard.name,
+                "offsets": s.shard.offsets,
+                "global": s.shard.global_shape,
+                "value": s.local().double().numpy(),
+            }
             for s in engine.shards()
             if s.owner and s.local().numel()
         ]

@@ -17,7 +17,9 @@ def table() -> list[Case]:
     """tp x pp x dp in {1,2}^3, with every way the engine can run each."""
     layouts = []
     for tp, pp, dp in product((1, 2), repeat=3):
-        schedules = ["micro_batch=2", "micro_batch=1,vpp=2", "micro_batch=2,schedule=gpipe"] if pp > 1 else ["micro_batch=4"]
+        schedules = (
+            ["micro_batch=2", "micro_batch=1,vpp=2", "micro_batch=2,schedule=gpipe"] if pp > 1 else ["micro_batch=4"]
+        )
         zeros = ([0, 2] if pp > 1 else [0, 2, 3]) if dp > 1 else [0]
         sequence = ["false", "true"] if tp > 1 else ["false"]
         for schedule, zero, sp in product(schedules, zeros, sequence):

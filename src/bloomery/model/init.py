@@ -24,7 +24,8 @@ def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dt
         return torch.zeros(parameter.shape, dtype=dtype)
     if parameter.kind == "norm":
         return torch.ones(parameter.shape, dtype=dtype)
-    generator = torch.Generator().manual_seed((seed << 32) ^ zlib.crc32(parameter.name.encode()))
+    # PyTorch's CPU generator reads 32 bits of the seed: run and name are hashed into them together.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{parameter.name}".encode()))
     writes_residual = parameter.name.endswith((".o.weight", ".down.weight"))
     deviation = STANDARD_DEVIATION / (2 * model.layers) ** 0.5 if writes_residual else STANDARD_DEVIATION
     return (torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * deviation).to(dtype)

@@ -35,7 +35,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(model.hidden, model.query_width, bias=bias)
         self.k = nn.Linear(model.hidden, model.kv_width, bias=bias)
         self.v = nn.Linear(model.hidden, model.kv_width, bias=bias)
-        self.o = nn.Linear(model.query_width, model.hidden, bias=model.bias)
+        self.o: nn.Module = nn.Linear(model.query_width, model.hidden, bias=model.bias)
 
     def forward(self, x_bsd: Tensor, prefix: int = 0) -> Tensor:
         """x: (batch, seq, hidden); the first `prefix` positions see each other whole."""
@@ -61,7 +61,7 @@ class FeedForward(nn.Module):
         if model.gated:
             self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.down = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
+        self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
         self.gated = model.gated
 
     def forward(self, x_bsd: Tensor) -> Tensor:
@@ -103,13 +103,13 @@ class Transformer(nn.Module):
         layers = range(model.layers) if layers is None else layers
         first, last = layers.start == 0, layers.stop == model.layers
         self.model = model
-        self.embedding = nn.Embedding(model.vocab, model.hidden) if first else None
+        self.embedding: nn.Module | None = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.position == "learned"
-        self.position = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
+        self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
         self.layers = nn.ModuleDict({str(layer): Layer(model) for layer in layers})
         self.norm = norm(model) if last else None
         self.head = nn.Linear(model.hidden, model.vocab, bias=False) if last else None
-        if self.head is not None and self.embedding is not None and model.tie_embeddings:
+        if isinstance(self.head, nn.Linear) and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:
             self.head.weight = self.embedding.weight
 
     def forward(self, x: Tensor, prefix: int = 0) -> Tensor:
@@ -120,9 +120,13 @@ class Transformer(nn.Module):
         """
         if self.embedding is not None:
             x = self.embed(x)
-        for layer in self.layers.values():
+        for layer in self.blocks():
             x = layer(x, prefix)
         return x if self.norm is None or self.head is None else self.head(self.norm(x))
+
+    def blocks(self) -> list[Layer]:
+        """The layers in order."""
+        return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
 
     def embed(self, tokens_bs: Tensor) -> Tensor:
         """Token (and learned position) embeddings: (batch, seq) to (batch, seq, hidden)."""

@@ -56,7 +56,7 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward."""
     assert mesh.device_mesh is not None
     axis = mesh.device_mesh["dp"]
-    for layer in stage.layers.values():
+    for layer in stage.blocks():
         fully_shard(layer, mesh=axis, reshard_after_forward=mesh.layout.zero_stage == 3)
     fully_shard(stage, mesh=axis, reshard_after_forward=False)
     for module in stage.modules():
@@ -70,7 +70,7 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
 
 def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:
     """Parameters of each layer, and those outside the layers: what one message carries."""
-    inside = [list(layer.parameters()) for layer in stage.layers.values()]
+    inside = [list(layer.parameters()) for layer in stage.blocks()]
     in_layers = {id(parameter) for unit in inside for parameter in unit}
     outside = [parameter for parameter in stage.parameters() if id(parameter) not in in_layers]
     return [unit for unit in [*inside, outside] if unit]

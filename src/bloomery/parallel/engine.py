@@ -93,7 +93,9 @@ class Engine:
     def _accumulate(self, tokens_bs: Tensor, targets_bs: Tensor) -> Tensor:
         stage = self.stages[0]
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        micro = list(zip(tokens_bs.split(self.layout.micro_batch), targets_bs.split(self.layout.micro_batch), strict=True))
+        micro = list(
+            zip(tokens_bs.split(self.layout.micro_batch), targets_bs.split(self.layout.micro_batch), strict=True)
+        )
         for number, (tokens, targets) in enumerate(micro, start=1):
             if isinstance(stage, FSDPModule):
                 last = number == len(micro)

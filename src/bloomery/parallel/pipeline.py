@@ -53,7 +53,9 @@ def build_schedule(
         model = module.model
         tokens = torch.empty(layout.micro_batch, seq_len, dtype=torch.int64, device="meta")
         rows = seq_len // layout.tp if layout.sequence_parallel else seq_len
-        stream = torch.empty(layout.micro_batch, rows, model.hidden, dtype=stream_dtype, device="meta", requires_grad=True)
+        stream = torch.empty(
+            layout.micro_batch, rows, model.hidden, dtype=stream_dtype, device="meta", requires_grad=True
+        )
         logits = torch.empty(
             layout.micro_batch, seq_len, model.vocab // layout.tp, dtype=logits_dtype, device="meta", requires_grad=True
         )

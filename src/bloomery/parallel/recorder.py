@@ -44,7 +44,7 @@ class _Recorder(TorchDispatchMode):
         for argument in args:
             if isinstance(argument, torch.ScriptObject):
                 try:
-                    return self.axes[dist.ProcessGroup.unbox(argument).group_name]
+                    return self.axes[str(dist.ProcessGroup.unbox(argument).group_name)]
                 except (KeyError, RuntimeError, TypeError):
                     continue
         return "unknown"
@@ -53,9 +53,9 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def record(mesh: Mesh) -> Iterator[Counter[tuple[str, str, int]]]:
     """Count (axis, op, payload bytes) of this rank's messages inside the block."""
-    axes = {}
+    axes: dict[str, str] = {}
     if mesh.device_mesh is not None:
-        axes = {mesh.group(axis).group_name: axis for axis in ("world", "pp", "dp", "tp")}
+        axes = {str(mesh.group(axis).group_name): axis for axis in ("world", "pp", "dp", "tp")}
     recorder = _Recorder(axes)
     with recorder:
         yield recorder.seen

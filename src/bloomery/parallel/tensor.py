@@ -19,9 +19,12 @@ from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
 class RowLinear(nn.Module):
     """y = sum over ranks of x W_local^T, then + bias (replicated)."""
 
-    def __init__(self, plain: nn.Linear, axis: TensorAxis) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.bias, self.axis = plain.weight, plain.bias, axis
+        self.weight, self.axis = plain.get_parameter("weight"), axis
+        self.register_parameter("bias", dict(plain.named_parameters()).get("bias"))
 
     def forward(self, x_bsf: Tensor) -> Tensor:
         """x: (batch, seq, width / tp) to (batch, seq or seq / tp, hidden)."""
@@ -32,9 +35,9 @@ class RowLinear(nn.Module):
 class VocabularyEmbedding(nn.Module):
     """Rows of the vocabulary cut over ranks: foreign tokens look up row 0 and count zero."""
 
-    def __init__(self, plain: nn.Embedding, axis: TensorAxis) -> None:
+    def __init__(self, plain: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.axis = plain.weight, axis
+        self.weight, self.axis = plain.get_parameter("weight"), axis
 
     def forward(self, tokens_bs: Tensor) -> Tensor:
         """tokens: (batch, seq) to (batch, seq or seq / tp, hidden)."""
@@ -48,9 +51,9 @@ class VocabularyEmbedding(nn.Module):
 class SequencePosition(nn.Module):
     """Learned positions of this rank's part of the sequence."""
 
-    def __init__(self, plain: nn.Embedding, axis: TensorAxis) -> None:
+    def __init__(self, plain: nn.Module, axis: TensorAxis) -> None:
         super().__init__()
-        self.weight, self.axis = plain.weight, axis
+        self.weight, self.axis = plain.get_parameter("weight"), axis
 
     def forward(self, positions_s: Tensor) -> Tensor:
         """positions: (seq,) to (seq / tp, hidden)."""
@@ -71,7 +74,7 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
         stage.embedding = VocabularyEmbedding(stage.embedding, axis)
     if stage.position is not None and axis.sequence_parallel:
         stage.position = SequencePosition(stage.position, axis)
-    for layer in stage.layers.values():
+    for layer in stage.blocks():
         layer.attention.register_forward_pre_hook(enter)
         layer.attention.o = RowLinear(layer.attention.o, axis)
         layer.ffn.register_forward_pre_hook(enter)

@@ -48,9 +48,7 @@ class Accelerator(Noun):
     def peak(self, dtype: Dtype) -> float:
         """Peak FLOP/s for `dtype`. Raises InputError when the data sheet has none: never a guess."""
         if dtype not in self.peak_flops_per_s:
-            raise InputError(
-                f"accelerator {self.name} has no peak for {dtype}", accepted=sorted(self.peak_flops_per_s)
-            )
+            raise InputError(f"accelerator {self.name} has no peak for {dtype}", accepted=sorted(self.peak_flops_per_s))
         return self.peak_flops_per_s[dtype]
 
     def training_dtype(self) -> Dtype:

@@ -190,8 +190,11 @@ def layout_problems(
         ("ffn", f"tp must divide ffn_hidden {model.ffn_hidden}", model.ffn_hidden % lay.tp != 0),
         ("vocab", f"tp must divide vocab {model.vocab}", model.vocab % lay.tp != 0),
         ("layers", f"pp*vpp must not exceed {model.layers} layers", stages > model.layers),
-        ("sequence", f"tp*cp must divide seq_len {seq_len} under sequence or context parallelism",
-         np.where((lay.sequence_parallel == 1) | (lay.cp > 1), seq_len % (lay.tp * lay.cp) != 0, False)),
+        (
+            "sequence",
+            f"tp*cp must divide seq_len {seq_len} under sequence or context parallelism",
+            np.where((lay.sequence_parallel == 1) | (lay.cp > 1), seq_len % (lay.tp * lay.cp) != 0, False),
+        ),
         ("sp_without_tp", "sequence parallel needs tp > 1", (lay.sequence_parallel == 1) & (lay.tp == 1)),
         ("batch", f"dp*micro_batch must divide global_batch {global_batch}", global_batch % shard != 0),
         ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
@@ -214,15 +217,20 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     rules: list[tuple[str, str, Any]] = [
         ("context_parallel", "the engine does not run context parallelism yet", lay.cp > 1),
         ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
-        ("moe", "the engine does not train mixture-of-experts models yet",
-         np.full(len(lay), model.moe is not None)),
-        ("zero3_pipeline", "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
-         (lay.zero_stage == 3) & (lay.pp > 1)),
+        ("moe", "the engine does not train mixture-of-experts models yet", np.full(len(lay), model.moe is not None)),
+        (
+            "zero3_pipeline",
+            "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
+            (lay.zero_stage == 3) & (lay.pp > 1),
+        ),
         ("zero1", "the engine runs ZeRO stages 0, 2 and 3", lay.zero_stage == 1),
         ("selective", "the engine recomputes whole layers or nothing", lay.recompute == RECOMPUTE.index("selective")),
         ("tied_pipeline", "tied embeddings need pp = 1", (lay.pp > 1) & model.tie_embeddings),
-        ("uneven_interleaving", "interleaving needs pp*vpp to divide the layers or an explicit stage_layers",
-         (lay.vpp > 1) & (model.layers % (lay.pp * lay.vpp) != 0)),
+        (
+            "uneven_interleaving",
+            "interleaving needs pp*vpp to divide the layers or an explicit stage_layers",
+            (lay.vpp > 1) & (model.layers % (lay.pp * lay.vpp) != 0),
+        ),
     ]
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
 

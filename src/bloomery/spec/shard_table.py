@@ -4,8 +4,8 @@ The planner counts bytes from it, the engine cuts shards and sends messages by i
 A test holds `collectives` against what the engine really sends, in count and bytes, for every layout.
 
 The arithmetic of `collectives` works on arrays of layouts: one layout is the case n = 1.
-Source of the volumes: Shoeybi et al. 2019 (arXiv 1909.08053, tensor parallel), Korthikanti et al. 2022 (arXiv 2205.05198,
-sequence parallel), Narayanan et al. 2021 (arXiv 2104.04473, pipeline), Rajbhandari et al. 2020 (arXiv 1910.02054, ZeRO).
+Source of the volumes: tensor parallel Shoeybi et al. 2019 (arXiv 1909.08053), sequence parallel Korthikanti et al. 2022
+(2205.05198), pipeline Narayanan et al. 2021 (2104.04473), ZeRO Rajbhandari et al. 2020 (1910.02054).
 """
 
 from __future__ import annotations

@@ -1,0 +1,94 @@
+"""The plain model against independent arithmetic: attention by hand, names by the table, prefix and causal masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bloomery.model.init import initial_value
+from bloomery.model.names import to_hugging_face
+from bloomery.model.transformer import Transformer, prefix_mask, rotate
+from bloomery.spec.errors import InputError
+from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.parameters import all_parameters, parameter_count
+
+LLAMA = Model(layers=2, hidden=16, heads=4, kv_heads=2, ffn_hidden=24, vocab=32, max_seq_len=12)
+GPT = LLAMA.model_copy(
+    update={"activation": "gelu", "norm": "layernorm", "position": "learned", "bias": True, "kv_heads": 4}
+)
+TIED = LLAMA.model_copy(update={"tie_embeddings": True, "qkv_bias": True})
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT, TIED], ids=["llama", "gpt", "tied"])
+def test_modules_hold_exactly_the_parameters_of_the_table(model: Model) -> None:
+    found = {name: tuple(p.shape) for name, p in Transformer(model).named_parameters()}
+    assert found == {p.name: p.shape for p in all_parameters(model)}
+    assert sum(p.numel() for p in Transformer(model).parameters()) == parameter_count(model)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+def test_the_future_never_changes_the_past(model: Model) -> None:
+    module = Transformer(model).double()
+    tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 32
+    before, after = module(tokens), module(changed)
+    torch.testing.assert_close(before[:, :7], after[:, :7], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_a_prefix_sees_itself_whole_and_nothing_after_it() -> None:
+    mask = prefix_mask(5, 3, torch.device("cpu"))
+    assert mask[:3, :3].all()
+    assert not mask[:3, 3:].any()
+    assert mask[3].tolist() == [True, True, True, True, False]
+
+
+def test_causal_and_prefix_agree_when_the_prefix_is_one_token() -> None:
+    module = Transformer(LLAMA).double()
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(module(tokens), module(tokens, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_rotation_keeps_length_and_depends_only_on_distance() -> None:
+    q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
+    rotated_q = rotate(q.expand(1, 1, 10, 8), 10_000.0)
+    rotated_k = rotate(k.expand(1, 1, 10, 8), 10_000.0)
+    torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1).expand(1, 1, 10))
+    scores = rotated_q @ rotated_k.transpose(-1, -2)
+    torch.testing.assert_close(
+        scores[0, 0].diagonal(2), scores[0, 0, 2, 0].flatten().new_full((8,), float(scores[0, 0, 0, 2]))
+    )
+
+
+def test_grouped_heads_equal_repeated_keys_and_values() -> None:
+    grouped = Transformer(LLAMA).double()
+    repeated = Transformer(LLAMA.model_copy(update={"kv_heads": 4})).double()
+    state = grouped.state_dict()
+    for name in list(state):
+        if name.endswith((".k.weight", ".v.weight")):
+            state[name] = state[name].unflatten(0, (2, 4)).repeat_interleave(2, dim=0).flatten(0, 1)
+    repeated.load_state_dict(state)
+    tokens = torch.arange(12)[None]
+    torch.testing.assert_close(grouped(tokens), repeated(tokens), rtol=1e-10, atol=1e-10)
+
+
+def test_initial_values_are_a_pure_function_of_seed_and_name() -> None:
+    matrix = next(p for p in all_parameters(LLAMA) if p.name.endswith("q.weight"))
+    first, again = (initial_value(LLAMA, matrix, 3, torch.float32) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, initial_value(LLAMA, matrix, 4, torch.float32))
+
+
+def test_mixture_of_experts_is_refused_in_one_line() -> None:
+    moe = LLAMA.model_copy(update={"moe": MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=8)})
+    with pytest.raises(InputError, match="mixture-of-experts"):
+        Transformer(moe)
+
+
+def test_hugging_face_names_are_distinct_and_complete() -> None:
+    names = [to_hugging_face(p.name, LLAMA) for p in all_parameters(LLAMA)]
+    assert len(set(names)) == len(names)
+    assert "model.layers.1.mlp.down_proj.weight" in names
+    with pytest.raises(InputError):
+        to_hugging_face("norm.weight", GPT)
