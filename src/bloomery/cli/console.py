@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from bloomery.spec.errors import BloomeryError
+from bloomery.spec.errors import BloomeryError, InputError
 
 
 def print_json(value: Any) -> None:
@@ -34,7 +35,9 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(1) from None
 
 
-def guarded(command: Callable[[], None]) -> None:
-    """Run a whole program under `one_line_errors`."""
-    with one_line_errors():
-        command()
+def require_run(run_dir: Path) -> None:
+    """Refuse a folder that is no run before anything heavy is imported."""
+    if not run_dir.is_dir():
+        raise InputError("no such run folder", where=str(run_dir))
+    if not (run_dir / "run.yaml").is_file():
+        raise InputError("not a run folder (no run.yaml in it)", where=str(run_dir))

@@ -31,8 +31,6 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
-
-
 def _verb_app(name: str) -> typer.Typer:
     """The program of one verb, with its file imported now."""
     module_name, attribute = VERBS[name][0].split(":")

@@ -72,4 +72,4 @@ def fill(
 def recompute_layers(stage: Transformer) -> None:
     """Keep only each layer's input; its activations are computed again in the backward pass (Chen et al. 2016)."""
     for layer in stage.blocks():
-        setattr(layer, "forward", partial(checkpoint, layer.forward, use_reentrant=False))
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]

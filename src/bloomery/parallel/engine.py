@@ -34,6 +34,7 @@ class StepStatistics:
     loss: float
     grad_norm: float
     nonfinite: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,11 @@ class Engine:
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
 
-    def statistics(self, loss_part: Tensor) -> StepStatistics:
-        """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas."""
+    def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
+        """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
+
+        `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
+        """
         squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for name, parameter in self.parameters().items():
             if parameter.grad is not None:
@@ -135,12 +139,12 @@ class Engine:
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
-        vector = torch.stack((loss.to(squares.device), squares, nonfinite))
+        vector = torch.stack((loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))))
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)
-        loss_value, square_sum, bad = vector.tolist()
-        return StepStatistics(loss_value, square_sum**0.5, int(bad))
+        loss_value, square_sum, bad, stops = vector.tolist()
+        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1

@@ -18,7 +18,7 @@ class GemmEfficiency(Noun):
     Priors come from data sheets and published kernels; `probe` replaces them by a fit on the machine.
     """
 
-    ceiling: float = Field(default=0.8, gt=0, le=1)
+    ceiling: float = Field(default=0.75, gt=0, le=1)
     m_half: float = Field(default=100.0, ge=0)
     n_half: float = Field(default=60.0, ge=0)
     k_half: float = Field(default=100.0, ge=0)

@@ -92,7 +92,7 @@ def collectives(
     _tensor_parallel(rows, model, lay, shape, micro, tokens, stream_bytes, block_bytes)
     _pipeline(rows, lay, pipeline_rank, micro, tokens * model.hidden * stream_bytes)
     _data_parallel(rows, model, lay, shape, micro, parameter_bytes, gradient_bytes)
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 3 * 8)
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
     return rows.rows
 
 

@@ -1,0 +1,102 @@
+"""`bloomery catalog`: the models, accelerators and clusters known by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 100
+KINDS = ("models", "accelerators", "clusters")
+
+
+def catalog(
+    kind: Annotated[str, typer.Argument(help="models, accelerators or clusters; all three when left out.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """List what a run.yaml can name: models, accelerators and clusters, each with its source."""
+    from rich.console import Console
+
+    from bloomery.cli.console import print_json
+    from bloomery.spec.errors import InputError, nearest_match
+
+    if kind and kind not in KINDS:
+        raise InputError("not a part of the catalog", found=kind, accepted=KINDS, nearest=nearest_match(kind, KINDS))
+    kinds = [kind] if kind else list(KINDS)
+    if json:
+        tables = {name: _entries(name) for name in kinds}
+        print_json(tables[kind] if kind else tables)
+        return
+    console = Console()
+    console.width = WIDTH
+    for name in kinds:
+        console.print(_table(name))
+
+
+def _entries(kind: str) -> list[dict[str, Any]]:
+    """The resolved entries of one table as plain values; models with their parameter counts."""
+    from bloomery.spec import catalog as known
+    from bloomery.spec.parameters import parameter_count
+
+    if kind == "accelerators":
+        return [known.accelerator(name).model_dump(mode="json") for name in known.names(kind)]
+    if kind == "clusters":
+        return [known.cluster(name).model_dump(mode="json") for name in known.names(kind)]
+    models = [known.model(name) for name in known.names(kind)]
+    return [
+        {**m.model_dump(mode="json"), "parameters": parameter_count(m), "active": parameter_count(m, active=True)}
+        for m in models
+    ]
+
+
+def _table(kind: str) -> Table:
+    """One table of at most 100 columns; the source is cut where it does not fit (--json has all of it)."""
+    from rich.table import Table
+
+    columns, row = {"models": _model, "accelerators": _accelerator, "clusters": _cluster}[kind]()
+    table = Table(title=kind, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    rows = [row(entry) for entry in _entries(kind)]
+    widths = [max(len(column), *(len(cells[i]) for cells in rows)) for i, column in enumerate(columns)]
+    widths[-1] = WIDTH - sum(widths[:-1]) - 2 * (len(columns) - 1)
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+    for cells in rows:
+        table.add_row(*cells)
+    return table
+
+
+def _model() -> tuple[list[str], Any]:
+    def row(m: dict[str, Any]) -> list[str]:
+        active = f", {_count(m['active'])} active" if m["active"] != m["parameters"] else ""
+        heads = str(m["heads"]) if m["kv_heads"] == m["heads"] else f"{m['heads']}/{m['kv_heads']}"
+        shape = [str(m["layers"]), str(m["hidden"]), heads, str(m["vocab"])]
+        return [m["name"], _count(m["parameters"]) + active, *shape, m["source"]]
+
+    return ["name", "parameters", "layers", "hidden", "heads/kv", "vocab", "source"], row
+
+
+def _accelerator() -> tuple[list[str], Any]:
+    def row(a: dict[str, Any]) -> list[str]:
+        peaks = a["peak_flops_per_s"]
+        dtype = next(name for name in ("bfloat16", "float16", "float32") if name in peaks)
+        memory, bandwidth = a["memory_bytes"] / 2**30, a["memory_bandwidth_bytes_per_s"] / 1e9
+        peak = f"{peaks[dtype] / 1e12:.4g} {dtype}"
+        return [a["name"], peak, f"{memory:.1f}", f"{bandwidth:.0f}", f"{a['tdp_w']:.0f}", a["source"]]
+
+    return ["name", "dense TFLOP/s", "GiB", "GB/s", "W", "source"], row
+
+
+def _cluster() -> tuple[list[str], Any]:
+    def row(c: dict[str, Any]) -> list[str]:
+        links = [f"{t['name']} {t['ports_per_node']}x{t['bandwidth_bytes_per_s'] / 1e9:.4g}" for t in c["tiers"]]
+        size = f"{c['nodes']} x {c['accelerators_per_node']}"
+        return [c["name"], size, c["accelerator"]["name"], ", ".join(links), c["source"]]
+
+    return ["name", "nodes x acc.", "accelerator", "network, GB/s per node", "source"], row
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.4g} B" if n >= 1e9 else f"{n / 1e6:.4g} M"

@@ -1,0 +1,174 @@
+"""A `Plan` for the terminal: tables of at most 100 columns, in the order one asks the questions."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from bloomery.planner.result import Plan, Row
+from bloomery.spec.components import COMPONENTS
+
+GIB = float(2**30)
+WIDTH = 100
+BAR = 40
+
+
+def print_plan(plan: Plan, *, explain: bool) -> None:
+    """The whole answer on standard output."""
+    console = Console(highlight=False)
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    _print_head(console, plan)
+    console.print(_layouts(plan))
+    _print_conventions(console, plan)
+    if explain:
+        _print_waterfall(console, plan.best[0])
+    if plan.why:
+        console.print("\n[bold]Why the first one won[/]: what each change of it would cost")
+        for line in plan.why[:12]:
+            console.print(f"  {line}", markup=False)
+    _print_refusals(console, plan)
+    for note in plan.notes:
+        console.print(f"[yellow]note[/] {note}")
+
+
+def _print_head(console: Console, plan: Plan) -> None:
+    active = f" ({_si(plan.active_parameters)} active)" if plan.active_parameters != plan.parameters else ""
+    ranks = " or ".join(str(size) for size in plan.world_sizes)
+    console.print(
+        f"[bold]{plan.run}[/]: {plan.model}, {_si(plan.parameters)} parameters{active} on {plan.cluster}, "
+        f"{ranks} rank{'' if ranks == '1' else 's'}, {plan.dtype}"
+    )
+    console.print(
+        f"{_si(plan.tokens)} tokens in {plan.steps:,} steps of {plan.global_batch} x {plan.seq_len}: "
+        f"{_pf_days(plan.pf_days_6nd)} PF-days as 6ND, {_pf_days(plan.pf_days_8nd)} as 8ND\n"
+    )
+
+
+def _layouts(plan: Plan) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    table.add_column("layout", min_width=22)
+    for name in ("step", "90 %", "MFU", "HFU", "GiB of", "top loss", "run", "cost"):
+        table.add_column(name, justify="left" if name == "top loss" else "right", no_wrap=True)
+    for row in plan.best:
+        table.add_row(*_cells(row))
+    if plan.compare:
+        table.add_section()
+    for row in plan.compare:
+        table.add_row(*_cells(row), style="cyan" if row.fits else "red")
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    needed, limit = row.memory_bytes / GIB, row.memory_limit_bytes / GIB
+    days = row.outlook.days_with_failures
+    return [
+        row.name + ("°" if row.obstacles else ""),
+        row.layout.describe(),
+        _seconds(row.step_time_s),
+        _range(row.estimate.low_s, row.estimate.high_s, row.step_time_s),
+        _share(row.estimate.mfu),
+        _share(row.estimate.hfu),
+        f"{_three(needed)}/{_three(limit)}" + ("" if row.fits else "!"),
+        row.bottleneck,
+        "never" if days is None else _duration(days),
+        "" if row.outlook.cost is None else _money(row.outlook.cost),
+    ]
+
+
+def _print_conventions(console: Console, plan: Plan) -> None:
+    """What the columns mean, with the conventions of their figures."""
+    lines = [
+        plan.best[0].estimate.convention,
+        "every figure is predicted; 90 %: the interval in which the step is expected",
+    ]
+    outlook = plan.best[0].outlook
+    if outlook.goodput < 1.0:
+        lines.append(f"run: with failures and checkpoints, goodput {outlook.goodput:.1%}")
+    if outlook.energy_kwh:
+        lines.append(f"energy: at most {_energy(outlook.energy_kwh)} (accelerators at board power, with PUE)")
+    rows = (*plan.best, *plan.compare)
+    if any(row.obstacles for row in rows):
+        lines.append("° planned only: the engine does not run it yet")
+    lines += [f"! {row.name} does not fit: {row.shortage_bytes / GIB:.1f} GiB short" for row in rows if not row.fits]
+    for line in lines:
+        console.print(f"[dim]{line}[/]")
+
+
+def _print_waterfall(console: Console, row: Row) -> None:
+    console.print(f"\n[bold]Where the step goes[/]: {row.layout.describe()}, {_seconds(row.step_time_s)}")
+    longest = max(row.components.values())
+    for key, seconds in row.components.items():
+        bar = "█" * round(BAR * seconds / longest)
+        share = seconds / row.step_time_s
+        console.print(f"  {key:<11}{_seconds(seconds):>9}{share:>7.1%} [cyan]{bar}[/]")
+    for key in COMPONENTS:
+        if row.components[key] > 0.005 * row.step_time_s:
+            console.print(f"[dim]  {key}: {COMPONENTS[key]}[/]")
+
+
+def _print_refusals(console: Console, plan: Plan) -> None:
+    shown = f"{plan.n_enumerated:,} layouts: {plan.n_valid:,} keep the rules, {plan.n_feasible:,} of them fit"
+    console.print(f"\n[bold]Refused[/] ({shown})")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(justify="right")
+    table.add_column()
+    for refusal in plan.refusals[:6]:
+        table.add_row(f"{refusal.count:,}", refusal.reason)
+    for memory in plan.memory_refusals[:6]:
+        short = f"{_three(memory.least_shortage_bytes / GIB)} GiB short at least"
+        table.add_row(f"{memory.count:,}", f"memory: {memory.family}, {short} ({memory.tightest})")
+    console.print(table)
+
+
+def _three(value: float) -> str:
+    """Three significant digits, never with an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.1g}"
+
+
+def _scale(seconds: float) -> tuple[float, str]:
+    return next((pair for pair in ((1.0, "s"), (1e-3, "ms")) if seconds >= 0.9995 * pair[0]), (1e-6, "µs"))
+
+
+def _seconds(seconds: float) -> str:
+    scale, unit = _scale(seconds)
+    return f"{_three(seconds / scale)} {unit}" if seconds > 0 else "0"
+
+
+def _range(low_s: float, high_s: float, middle_s: float) -> str:
+    """An interval in the unit in which its middle is shown."""
+    scale, _ = _scale(middle_s)
+    return f"{_three(low_s / scale)}-{_three(high_s / scale)}"
+
+
+def _share(value: float | None) -> str:
+    return "?" if value is None else f"{value:.1%}"
+
+
+def _duration(days: float) -> str:
+    for unit, length in (("d", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
+        if days >= length:
+            return f"{_three(days / length)} {unit}"
+    return f"{_three(days * 86400)} s"
+
+
+def _money(amount: float) -> str:
+    return f"${_si(amount, digits=3)}" if amount >= 1000 else f"${amount:.2f}"
+
+
+def _energy(kwh: float) -> str:
+    units = (("GWh", 1e6), ("MWh", 1e3), ("kWh", 1.0))
+    unit, size = next((pair for pair in units if kwh >= pair[1]), ("Wh", 1e-3))
+    return f"{_three(kwh / size)} {unit}"
+
+
+def _pf_days(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
+def _si(value: float, digits: int = 4) -> str:
+    """A count in thousands (k), millions (M), billions (B) or trillions (T)."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.{digits}g} {unit}"
+    return f"{value:.{digits}g}"

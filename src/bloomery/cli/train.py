@@ -1,0 +1,44 @@
+"""`bloomery train RUN.yaml`: pre-train as planned; the same command resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The description.")],
+    layout: Annotated[str, typer.Option(help="tp=2,pp=2,dp=2,...: instead of the planned one.")] = "",
+    nproc: Annotated[int | None, typer.Option(help="Number of processes (default: the planner's choice).")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary at the end.")] = False,
+) -> None:
+    """Pre-train as planned: starts the processes the layout needs, resumes by itself."""
+    import sys
+
+    from bloomery.cli.console import print_json
+    from bloomery.cluster.prepare import is_finished, prepare_pretraining
+    from bloomery.cluster.supervisor import launch
+    from bloomery.spec.catalog import read_run
+    from bloomery.spec.errors import InputError
+    from bloomery.spec.layout import Layout
+
+    run = read_run(run_file, set_ or [])
+    if layout:
+        run = run.model_copy(update={"layout": Layout.parse(layout)})
+    if nproc is not None and nproc < 1:
+        raise InputError("at least one process", where="--nproc", found=nproc)
+    folder, job = prepare_pretraining(run, world_size=nproc, fresh=fresh)
+    if is_finished(folder):
+        print(f"{folder}: already trained to step {job.steps}; --fresh starts over", file=sys.stderr)
+    else:
+        print(f"{folder}: {job.layout.describe()}, {job.dtype}, {job.steps} steps", file=sys.stderr)
+        code = launch("bloomery.train.worker", folder, job.layout.world_size)
+        if code:
+            print("stopped after saving; run the same command again to go on", file=sys.stderr)
+            raise SystemExit(code)
+    if as_json:
+        print_json({"run_dir": str(folder), "layout": job.layout.model_dump(mode="json"), "steps": job.steps})

@@ -1,0 +1,194 @@
+"""From a description to a stage folder that training processes can start in: plan, data, resolved run, job.
+
+Everything that can be refused is refused here, before any process starts. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bloomery.ledger.environment import describe
+from bloomery.ledger.sinks import read_lines
+from bloomery.perf.estimate import estimate
+from bloomery.planner.search import plan, run_dtype
+from bloomery.spec.errors import InputError
+from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.layout import Layout, LayoutBatch, check_layout
+from bloomery.spec.run import AlignStage, Run
+from bloomery.spec.shard_table import collectives
+from bloomery.spec.job import JOB_FILE, Job
+
+
+def run_folder(run: Run) -> Path:
+    """Where a run lives."""
+    return Path(run.out) / run.name
+
+
+def data_folder(run: Run) -> Path:
+    """Where its token shards are."""
+    return Path(run.data.folder) if run.data.folder else run_folder(run) / "data"
+
+
+def chosen_layout(run: Run, world_size: int | None) -> Layout:
+    """The layout of the run, or the planner's best that the engine runs. Raises InputError when it breaks a rule."""
+    layout = run.layout
+    if layout == "auto":
+        return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
+    check_layout(
+        run.model,
+        layout,
+        global_batch=run.train.global_batch,
+        seq_len=run.train.seq_len,
+        world_size=world_size,
+        run=True,
+    )
+    return layout
+
+
+def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
+    """What `plan.json` holds: the estimate the run starts with and the messages of its first pipeline rank."""
+    cluster = run.cluster.cut(layout.world_size)
+    batch = LayoutBatch.of([layout])
+    settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
+    known = dtype if dtype in cluster.accelerator.peak_flops_per_s else "float32"
+    one = estimate(run.model, cluster, batch, **settings, dtype=known).one(0)  # type: ignore[arg-type]
+    wide = 8 if dtype == "float64" else 4
+    messages = collectives(
+        run.model,
+        batch,
+        pipeline_rank=0,
+        **settings,
+        stream_bytes=wide,
+        parameter_bytes=wide,
+        gradient_bytes=wide,
+        block_bytes=2 if dtype == "bfloat16" else wide,
+    )
+    rows = [
+        {
+            "site": m.site,
+            "axis": m.axis,
+            "op": m.op,
+            "phase": m.phase,
+            "count": int(m.count[0]),
+            "bytes": int(m.bytes_each[0]),
+        }
+        for m in messages
+        if m.count[0]
+    ]
+    return {
+        "layout": layout.model_dump(mode="json"),
+        "world_size": layout.world_size,
+        "cluster": cluster.name,
+        "estimate": one.to_json(),
+        "collectives": rows,
+    }
+
+
+def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tuple[Path, Job]:
+    """Write the run folder. Raises InputError for anything that would stop the run later."""
+    layout = chosen_layout(run, world_size)
+    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    folder, data = run_folder(run), data_folder(run)
+    if not (data / "train" / "manifest.json").is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
+    if fresh and folder.exists():
+        _clear(folder, keep=data)
+    resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
+    expected = predicted(resolved, layout, dtype)
+    job = _job(resolved, layout, dtype, expected["estimate"]).model_copy(
+        update={
+            "data": str(data / "train"),
+            "heldout": str(data / "heldout"),
+            "data_hash": manifest_hash(data / "train"),
+            "steps": run.train.n_steps,
+            "optimizer": run.train.optimizer,
+            "global_batch": run.train.global_batch,
+        }
+    )
+    write_atomically(folder / "run.yaml", to_yaml(resolved.model_dump(mode="json")))
+    _write(folder, job, expected)
+    return folder, job
+
+
+def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, *, fresh: bool) -> tuple[Path, Job]:
+    """Write `folder`, one alignment stage of a trained run, which starts from the checkpoint `initial`."""
+    if run.layout == "auto":
+        raise InputError("train the run first", where=str(run_folder(run)))
+    layout, data = run.layout, data_folder(run)
+    train = run.train.model_copy(update={"global_batch": stage.global_batch, "steps": stage.steps, "tokens": None})
+    staged = run.model_copy(update={"train": train})
+    check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
+    if fresh and folder.exists():
+        _clear(folder, keep=data)
+    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    expected = predicted(staged, layout, dtype)
+    job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
+        update={
+            "name": stage.name,
+            "kind": "pairs",
+            "data": str(data / "pairs"),
+            "heldout": str(data / "heldout"),
+            "data_hash": manifest_hash(data / "pairs"),
+            "steps": stage.steps,
+            "optimizer": stage.optimizer,
+            "global_batch": stage.global_batch,
+            "initial": str(initial),
+        }
+    )
+    _write(folder, job, expected)
+    return folder, job
+
+
+def manifest_hash(folder: Path) -> str:
+    """The hash of the token shards, from their manifest. Raises InputError when there is none."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
+    return str(json.loads(path.read_text())["content_hash"])
+
+
+def is_finished(folder: Path) -> bool:
+    """True when the stage has trained to its last step."""
+    return any(event["event"] == "finished" for event in read_lines(folder / "events.jsonl"))
+
+
+def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
+    train = run.train
+    return Job(
+        name="pretrain",
+        model=run.model,
+        layout=layout,
+        dtype=dtype,
+        seed=train.seed,
+        seq_len=train.seq_len,
+        global_batch=train.global_batch,
+        steps=train.n_steps,
+        optimizer=train.optimizer,
+        data="",
+        heldout="",
+        checkpoint_every=train.checkpoint_every,
+        keep_checkpoints=train.keep_checkpoints,
+        evaluate_every=train.evaluate_every,
+        log_every=train.log_every,
+        tensorboard=train.tensorboard,
+        model_flops=expected["model_flops"],
+        peak_flops_per_s=expected["peak_flops_per_s"],
+        mfu_convention=expected["convention"],
+    )
+
+
+def _write(folder: Path, job: Job, expected: dict[str, Any]) -> None:
+    write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
+    write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
+    write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
+
+
+def _clear(folder: Path, keep: Path) -> None:
+    """Remove what an earlier run left, but not its token shards."""
+    for path in folder.iterdir():
+        if path.resolve() == keep.resolve() or path.name == ".lock":
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

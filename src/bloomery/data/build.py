@@ -1,0 +1,196 @@
+"""Corpus to clean documents to tokens to packed shards, with an account of what was dropped and why.
+
+A finished build of the same text under the same settings is used again. An interrupted one leaves nothing that loads:
+`report.json` is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bloomery.data import pairs as pair_files
+from bloomery.data.readers import Account, Document, default_sources, read_documents, text_files
+from bloomery.data.shards import write_tokens
+from bloomery.data.tokenizer import Tokenizer, train
+from bloomery.spec.errors import InputError, LimitError
+from bloomery.spec.files import write_atomically
+from bloomery.spec.run import Data
+
+REPORT_FILE = "report.json"
+TOKENIZER_BYTES = 8_000_000
+"""The tokenizer is trained on about this much text, taken evenly: more changes the merges little."""
+MAX_CHARACTERS = 300_000
+CHUNK = 256
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, what is done and what there is in all."""
+
+
+@dataclass
+class Report:
+    """The funnel: what came in, what was dropped by reason, what came out."""
+
+    fingerprint: str
+    sources: list[str]
+    files: int = 0
+    documents_read: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)
+    documents_train: int = 0
+    documents_heldout: int = 0
+    bytes_text: int = 0
+    tokens_train: int = 0
+    tokens_heldout: int = 0
+    pairs: int = 0
+    vocab_used: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reused: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def build(
+    data: Data, folder: Path, *, pairs_file: str = "", max_pairs: int = 4000, progress: Progress | None = None
+) -> Report:
+    """Build `folder` (tokenizer.json, train/, heldout/, pairs/, report.json) from the text that `data` names.
+
+    Raises InputError when there is no usable text, LimitError when the disk cannot hold the result.
+    """
+    tell = progress or (lambda *_: None)
+    sources = [Path(text).expanduser() for text in data.text] or default_sources()
+    files = text_files(sources)
+    fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
+    finished = read_report(folder)
+    if finished and finished.fingerprint == fingerprint:
+        finished.reused = True
+        return finished
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < 3 * min(data.max_bytes, sum(file.stat().st_size for file in files)) + 2**20:
+        raise LimitError(f"{folder}: no space left for token shards: {free / 2**20:.0f} MiB are free")
+    (folder / REPORT_FILE).unlink(missing_ok=True)
+    report = Report(fingerprint, [str(source) for source in sources])
+    documents = _timed(report, "read", lambda: _read(data, files, report, tell))
+    if not documents:
+        reasons = ", ".join(
+            f"{reason}: {', '.join(report.named[reason][:2])}" for reason in report.dropped if reason in report.named
+        )
+        raise InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(report.sources))
+    tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    report.vocab_used = tokenizer.size
+    _timed(report, "encode", lambda: _shards(data, folder, documents, tokenizer, report, tell))
+    _timed(report, "pairs", lambda: _pairs(folder, documents, tokenizer, pairs_file, max_pairs, report))
+    write_atomically(folder / REPORT_FILE, json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+    return report
+
+
+def read_report(folder: Path) -> Report | None:
+    """The report of a finished build, or None."""
+    path = folder / REPORT_FILE
+    return Report(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def is_heldout(document: Document, share: float) -> bool:
+    """A pure function of the document's hash: the same text is held out in every build."""
+    return int(document.id[:8], 16) < share * 2**32
+
+
+def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
+    started = time.perf_counter()
+    result = work()
+    report.seconds[name] = round(time.perf_counter() - started, 2)
+    return result
+
+
+def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int) -> str:
+    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    return hashlib.sha256(
+        json.dumps([data.model_dump(mode="json"), listing, pairs_file, max_pairs]).encode()
+    ).hexdigest()
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list[Document]:
+    """Clean documents up to `max_bytes`, files in an order given by their names' hash so that a cap takes a mix."""
+    account, seen, kept, size = Account(), set[str](), list[Document](), 0
+    ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
+    for file in ordered:
+        if size >= data.max_bytes:
+            break
+        report.files += 1
+        for document in read_documents(file, account):
+            if len(document.text) > MAX_CHARACTERS:
+                account.drop("longer than 300,000 characters (a table, not prose)", document.path)
+            elif len(document.text) < data.min_characters:
+                account.drop("too short", document.path)
+            elif document.id in seen:
+                account.drop("exact duplicate", document.path)
+            else:
+                seen.add(document.id)
+                kept.append(document)
+                size += len(document.text.encode())
+        tell("read text", min(size, data.max_bytes), data.max_bytes)
+    report.documents_read = account.counts.pop("documents read", 0)
+    report.dropped, report.named, report.bytes_text = dict(account.counts), account.named, size
+    return kept
+
+
+def _evenly(documents: list[Document], tell: Progress) -> Iterator[str]:
+    """Every k-th document, so that about TOKENIZER_BYTES are seen."""
+    total = sum(len(document.text) for document in documents)
+    step = max(1, total // TOKENIZER_BYTES)
+    chosen = documents[::step]
+    for number, document in enumerate(chosen, start=1):
+        tell("train tokenizer", number, len(chosen))
+        yield document.text
+
+
+def _shards(
+    data: Data, folder: Path, documents: list[Document], tokenizer: Tokenizer, report: Report, tell: Progress
+) -> None:
+    heldout = [document for document in documents if is_heldout(document, data.holdout)] or documents[:1]
+    out = {document.id for document in heldout}
+    training = [document for document in documents if document.id not in out] or documents
+    done = 0
+
+    def encoded(part: list[Document]) -> Iterator[tuple[dict[str, Any], list[int]]]:
+        nonlocal done
+        for first in range(0, len(part), CHUNK):
+            chunk = part[first : first + CHUNK]
+            for document, ids in zip(chunk, tokenizer.encode_batch([d.text for d in chunk]), strict=True):
+                yield {"id": document.id, "path": document.path, "bytes": len(document.text.encode())}, ids
+            done += len(chunk)
+            tell("encode", done, len(training) + len(heldout))
+
+    settings = {"vocab": data.vocab, "shard_tokens": data.shard_tokens, "end": tokenizer.end}
+    counts = write_tokens(folder / "train", encoded(training), **settings)
+    report.documents_train, report.tokens_train = counts["documents"], counts["tokens"]
+    counts = write_tokens(folder / "heldout", encoded(heldout), **settings)
+    report.documents_heldout, report.tokens_heldout = counts["documents"], counts["tokens"]
+
+
+def _pairs(
+    folder: Path, documents: list[Document], tokenizer: Tokenizer, pairs_file: str, max_pairs: int, report: Report
+) -> None:
+    """The user's pairs, or those the training documents give; none is no error until a stage asks for them."""
+    if pairs_file:
+        found = pair_files.read_pairs(Path(pairs_file))
+    else:
+        found = [pair for document in documents for pair in pair_files.pairs_of(document)]
+    kept = pair_files.chosen(found, max_pairs)
+    shutil.rmtree(folder / "pairs", ignore_errors=True)
+    if kept:
+        report.pairs = pair_files.write_pairs(folder / "pairs", kept, tokenizer)

@@ -1,0 +1,37 @@
+"""One order of data: sample i is a pure function of (seed, i), whatever the world size, workers or restarts.
+
+Each epoch is a permutation of the samples, computed element by element in O(1) by a Feistel network with cycle walking
+(Black & Rogaway 2002, "Ciphers with arbitrary finite domains"), so skipping to sample 10^9 costs nothing.
+"""
+
+from __future__ import annotations
+
+ROUNDS = 6
+_MASK = (1 << 64) - 1
+
+
+def _mix(value: int) -> int:
+    """The finaliser of splitmix64 (Steele et al. 2014)."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def permuted(position: int, n: int, key: int) -> int:
+    """The element at `position` of the permutation of 0..n-1 that `key` names."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    value = position
+    while True:
+        left, right = value >> half, value & low
+        for number in range(ROUNDS):
+            left, right = right, left ^ (_mix(key * ROUNDS + number ^ right << 8) & low)
+        value = left << half | right
+        if value < n:
+            return value
+
+
+def sample_at(i: int, n: int, seed: int) -> int:
+    """Which of n samples global index i takes; every epoch of n indices visits each sample once."""
+    epoch, position = divmod(i, n)
+    return permuted(position, n, _mix((seed << 32 ^ epoch) & _MASK))

@@ -1,0 +1,136 @@
+"""Prompt-response pairs for supervised fine-tuning: the user's own, or made from the text (docstring and signature)."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bloomery.data.order import sample_at
+from bloomery.data.readers import Document
+from bloomery.data.shards import read_manifest, write_folder
+from bloomery.data.tokenizer import Tokenizer
+from bloomery.spec.errors import InputError
+
+IGNORED = -100
+MAX_CHARACTERS = 400
+
+
+def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
+    """Questions about the functions of a Python file: what does it do, and which has this purpose."""
+    if ".py" not in document.path:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(document.text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef):
+            continue
+        summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").strip()
+        if 20 <= len(summary) <= MAX_CHARACTERS:
+            signature = f"def {node.name}({ast.unparse(node.args)})"
+            if len(signature) <= MAX_CHARACTERS:
+                yield f"What does `{signature}` do?", summary
+                yield f"Write the signature of a function: {summary}", f"`{signature}`"
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """The user's pairs: JSON Lines with `prompt` and `response`. Raises InputError with the line of the first fault."""
+    if not path.is_file():
+        raise InputError("no such file of pairs", where=str(path))
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            found.append((str(record["prompt"]), str(record["response"])))
+        except (ValueError, KeyError, TypeError):
+            raise InputError("not a record with prompt and response", where=f"{path}:{number}") from None
+    return found
+
+
+def chosen(pairs: Iterable[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """At most `limit` distinct pairs, in an order given by their content."""
+
+    def key(pair: tuple[str, str]) -> str:
+        return hashlib.sha256("\0".join(pair).encode()).hexdigest()
+
+    return sorted(set(pairs), key=key)[:limit]
+
+
+def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> int:
+    """Encode pairs into one folder: tokens of all, and for each where it starts and where its response starts."""
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
+    responses = tokenizer.encode_batch([response for _, response in pairs])
+    tokens, starts, answers = list[int](), [0], list[int]()
+    for prompt, response in zip(prompts, responses, strict=True):
+        head = [tokenizer.user, *prompt, tokenizer.assistant]
+        tokens += [*head, *response, tokenizer.end]
+        answers.append(len(head))
+        starts.append(len(tokens))
+    lines = "".join(json.dumps({"prompt": p, "response": r}, ensure_ascii=False) + "\n" for p, r in pairs)
+    files = [
+        ("tokens.bin", np.array(tokens, dtype="<u4").tobytes()),
+        ("starts.bin", np.array(starts, dtype="<i8").tobytes()),
+        ("answers.bin", np.array(answers, dtype="<i8").tobytes()),
+        ("pairs.jsonl", lines.encode()),
+    ]
+    write_folder(target, files, {"kind": "pairs", "pairs": len(pairs), "pad": tokenizer.pad})
+    return len(pairs)
+
+
+class PairDataset:
+    """One pair a sample, cut or padded to seq_len; only the response (and its end token) counts in the loss."""
+
+    def __init__(self, folder: Path, *, seq_len: int, seed: int) -> None:
+        manifest = read_manifest(folder)
+        self.folder, self.seq_len, self.seed = folder, seq_len, seed
+        self.content_hash, self._pad = str(manifest["content_hash"]), int(manifest["pad"])
+        self._tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
+        self._starts = np.fromfile(folder / "starts.bin", dtype="<i8")
+        answers = np.fromfile(folder / "answers.bin", dtype="<i8")
+        fits = answers < seq_len
+        self._usable = np.flatnonzero(fits)
+        self._answers = answers
+        if len(self._usable) == 0:
+            raise InputError(f"no pair's prompt fits in seq_len {seq_len}", where=str(folder))
+
+    def __len__(self) -> int:
+        return len(self._usable)
+
+    def _pair(self, i: int) -> int:
+        return int(self._usable[sample_at(i, len(self._usable), self.seed)])
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (seq,) of global index i >= 0; targets outside the response are -100."""
+        pair = self._pair(i)
+        ids = self._tokens[self._starts[pair] : self._starts[pair + 1]].astype(np.int64)[: self.seq_len + 1]
+        inputs = np.full(self.seq_len, self._pad, dtype=np.int64)
+        targets = np.full(self.seq_len, IGNORED, dtype=np.int64)
+        inputs[: len(ids) - 1] = ids[:-1]
+        answer = int(self._answers[pair])
+        targets[answer - 1 : len(ids) - 1] = ids[answer:]
+        return inputs, targets
+
+    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (n, seq)."""
+        inputs, targets = zip(*(self.sample(int(i)) for i in indices), strict=True)
+        return np.stack(inputs), np.stack(targets)
+
+    def n_targets(self, i: int) -> int:
+        """Targets of sample i that count, without reading its tokens."""
+        pair = self._pair(i)
+        length = min(int(self._starts[pair + 1] - self._starts[pair]), self.seq_len + 1)
+        return length - int(self._answers[pair])
+
+    def provenance(self, i: int) -> list[dict[str, Any]]:
+        """The pair's number in pairs.jsonl."""
+        return [{"id": self._pair(i), "path": str(self.folder / "pairs.jsonl")}]

@@ -1,0 +1,160 @@
+"""Packed token shards on disk, with document boundaries and provenance; samples in the one order of data.
+
+A folder holds `tokens_000.bin` ... (little-endian uint16 or uint32), `documents.npy` (first token of each document),
+`documents.jsonl` (id, path, bytes) and `manifest.json` with a hash of every file. It exists when it has its final name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bloomery.data.order import sample_at
+from bloomery.spec.errors import InputError
+
+MANIFEST = "manifest.json"
+
+
+def write_folder(target: Path, files: Iterable[tuple[str, bytes]], facts: dict[str, Any]) -> None:
+    """Write files and their manifest to a folder that appears whole or not at all."""
+    partial = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    hashes = {}
+    for name, content in files:
+        with (partial / name).open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        hashes[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+    manifest = {**facts, "content_hash": content_hash, "files": hashes}
+    with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+        json.dump(manifest, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder, with sizes checked. Raises InputError when something is missing or torn."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
+    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for name, record in manifest["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != record["bytes"]:
+            raise InputError("missing or torn; build the data again", where=str(file))
+    return manifest
+
+
+def verify(folder: Path) -> None:
+    """Check every file against its hash. Raises InputError that names the one that changed."""
+    for name, record in read_manifest(folder)["files"].items():
+        with (folder / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != record["sha256"]:
+                raise InputError("content does not match its hash; build the data again", where=str(folder / name))
+
+
+def write_tokens(
+    target: Path, documents: Iterable[tuple[dict[str, Any], list[int]]], *, vocab: int, shard_tokens: int, end: int
+) -> dict[str, int]:
+    """Pack documents (each followed by the end token) into shards. `documents`: facts (id, path, bytes) and tokens.
+
+    Returns tokens, documents and text_bytes.
+    """
+    kind = np.dtype("<u2" if vocab <= 2**16 else "<u4")
+    facts, starts, pieces, total = list[dict[str, Any]](), list[int](), list[np.ndarray](), 0
+    for fact, ids in documents:
+        facts.append(fact)
+        starts.append(total)
+        pieces.append(np.array([*ids, end], dtype=kind))
+        total += len(ids) + 1
+    tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=kind)
+    lines = "".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts)
+    files = [
+        (f"tokens_{number:03d}.bin", tokens[first : first + shard_tokens].tobytes())
+        for number, first in enumerate(range(0, max(1, total), shard_tokens))
+    ]
+    files += [
+        ("documents.bin", np.array(starts, dtype="<i8").tobytes()),
+        ("documents.jsonl", lines.encode()),
+    ]
+    counts = {"tokens": total, "documents": len(facts), "text_bytes": sum(int(fact["bytes"]) for fact in facts)}
+    write_folder(
+        target, files, {"kind": "tokens", "dtype": kind.str, "vocab": vocab, "shard_tokens": shard_tokens, **counts}
+    )
+    return counts
+
+
+class TokenDataset:
+    """Samples of seq_len + 1 consecutive tokens, seq_len apart; the one extra is the last target."""
+
+    def __init__(self, folder: Path, *, seq_len: int, seed: int) -> None:
+        manifest = read_manifest(folder)
+        self.folder, self.seq_len, self.seed = folder, seq_len, seed
+        self.n_tokens, self.text_bytes = int(manifest["tokens"]), int(manifest["text_bytes"])
+        self.content_hash = str(manifest["content_hash"])
+        self._shard_tokens = int(manifest["shard_tokens"])
+        names = sorted(name for name in manifest["files"] if name.startswith("tokens_"))
+        self._shards = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in names]
+        self._starts = np.fromfile(folder / "documents.bin", dtype="<i8")
+        self.n_samples = (self.n_tokens - 1) // seq_len
+        if self.n_samples < 1:
+            raise InputError(f"{self.n_tokens} tokens are too few for seq_len {seq_len}", where=str(folder))
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def _tokens(self, first: int, n: int) -> np.ndarray:
+        parts = []
+        while n > 0:
+            shard, offset = divmod(first, self._shard_tokens)
+            part = self._shards[shard][offset : offset + n]
+            parts.append(part)
+            first, n = first + len(part), n - len(part)
+        return np.concatenate(parts).astype(np.int64)
+
+    def _first_token(self, i: int) -> int:
+        return sample_at(i, self.n_samples, self.seed) * self.seq_len
+
+    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (seq,) of global index i >= 0."""
+        tokens = self._tokens(self._first_token(i), self.seq_len + 1)
+        return tokens[:-1], tokens[1:]
+
+    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets (n, seq) of several global indices."""
+        inputs, targets = zip(*(self.sample(int(i)) for i in indices), strict=True)
+        return np.stack(inputs), np.stack(targets)
+
+    def n_targets(self, i: int) -> int:
+        """Every target counts."""
+        return self.seq_len
+
+    def provenance(self, i: int) -> list[dict[str, Any]]:
+        """The documents sample i was cut from: id, path, and the tokens of the document it holds (first, last)."""
+        first = self._first_token(i)
+        low = int(np.searchsorted(self._starts, first, side="right")) - 1
+        high = int(np.searchsorted(self._starts, first + self.seq_len, side="right"))
+        found = []
+        with (self.folder / "documents.jsonl").open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream):
+                if number >= high:
+                    break
+                if number >= low:
+                    begin = int(self._starts[number])
+                    stop = int(self._starts[number + 1]) if number + 1 < len(self._starts) else self.n_tokens
+                    span = (max(first, begin) - begin, min(first + self.seq_len + 1, stop) - 1 - begin)
+                    fact = json.loads(line)
+                    found.append({"id": fact["id"], "path": fact["path"], "first": span[0], "last": span[1]})
+        return found

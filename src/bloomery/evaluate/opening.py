@@ -1,0 +1,106 @@
+"""Opening a run folder for use: its description, its tokenizer, its stages' checkpoints, a stage as a plain model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bloomery.data.tokenizer import Tokenizer
+from bloomery.data.tokenizer import load as load_tokenizer
+from bloomery.model.init import initial_value
+from bloomery.model.transformer import Transformer
+from bloomery.model.weights import load_weights
+from bloomery.spec.catalog import read_run
+from bloomery.spec.commit import newest_good
+from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.parameters import all_parameters
+from bloomery.spec.run import Run
+
+BEFORE, PRETRAIN = "before", "pretrain"
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder: what it says, where its data lies, and the newest good checkpoint of each stage in their order."""
+
+    folder: Path
+    run: Run
+    data: Path
+    stages: dict[str, Path]
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer. Raises InputError when its data folder is gone."""
+        return load_tokenizer(self.data)
+
+    def last_stage(self) -> str:
+        """The stage furthest along. Raises InputError when nothing was trained."""
+        if not self.stages:
+            raise InputError("no checkpoint that verifies: train first", where=str(self.folder / "checkpoints"))
+        return list(self.stages)[-1]
+
+    def model(self, stage: str = "", *, device: str = "") -> Transformer:
+        """A stage as a plain float32 model: `before` is the untrained initialisation, empty the last stage."""
+        stage = stage or self.last_stage()
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        module = Transformer(self.run.model)
+        if stage == BEFORE:
+            initialise(module, self.run.train.seed)
+        elif stage in self.stages:
+            load_weights(self.stages[stage], module)
+        else:
+            accepted = [BEFORE, *self.stages]
+            raise InputError(
+                "no such stage", where="--stage", found=stage, accepted=accepted, nearest=nearest_match(stage, accepted)
+            )
+        return module.to(where).eval()
+
+
+def initialise(module: Transformer, seed: int) -> None:
+    """The weights training started from."""
+    table = {parameter.name: parameter for parameter in all_parameters(module.model)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(initial_value(module.model, table[name], seed, torch.float32))
+
+
+def open_run(folder: str | Path) -> OpenRun:
+    """Open a run folder. Raises InputError when it is none; a stage without a good checkpoint is left out."""
+    folder = Path(folder)
+    path = folder / "run.yaml"
+    if not path.is_file():
+        near = nearest_match(folder.name, _names_beside(folder))
+        raise InputError("no run here: run.yaml is missing", where=str(folder), nearest=near)
+    run = read_run(path)
+    stages = dict[str, Path]()
+    found, _ = newest_good(folder / "checkpoints")
+    if found is not None:
+        stages[PRETRAIN] = found
+    for name in stage_names(folder, run):
+        found, _ = newest_good(folder / "align" / name / "checkpoints")
+        if found is not None:
+            stages[name] = found
+    return OpenRun(folder, run, _data_folder(folder, run), stages)
+
+
+def stage_names(folder: Path, run: Run) -> list[str]:
+    """Alignment stages with a folder: in the order the run names them, then any others by name."""
+    there = sorted(path.name for path in (folder / "align").glob("*") if path.is_dir())
+    named = [stage.name for stage in run.align if stage.name in there]
+    return named + [name for name in there if name not in named]
+
+
+def _data_folder(folder: Path, run: Run) -> Path:
+    """Where the token shards are; the job knows best when the run was started from another place."""
+    plain = Path(run.data.folder) if run.data.folder else folder / "data"
+    job = folder / "job.json"
+    if plain.is_dir() or not job.is_file():
+        return plain
+    return Path(str(json.loads(job.read_text(encoding="utf-8")).get("data", plain))).parent
+
+
+def _names_beside(folder: Path) -> list[str]:
+    parent = folder.parent
+    return [path.name for path in parent.iterdir() if (path / "run.yaml").is_file()] if parent.is_dir() else []

@@ -1,0 +1,52 @@
+"""Where each second of a rank goes: nested buckets that add up to wall time by construction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+OUTSIDE = "other"
+"""The bucket of time that no other bucket claims."""
+
+
+class Clock:
+    """One stack of buckets; at any moment exactly one runs, so the buckets of a lap sum to its wall time.
+
+    >>> now = iter([0.0, 1.0, 3.0, 4.0, 6.0, 7.0]).__next__
+    >>> clock = Clock(now)
+    >>> with clock.bucket("compute"):
+    ...     with clock.bucket("tp_comm"):
+    ...         pass
+    >>> clock.lap() == {"other": 2.0, "compute": 4.0, "tp_comm": 1.0}
+    True
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._stack = [OUTSIDE]
+        self._seconds: dict[str, float] = {}
+        self._since = now()
+
+    def _charge(self) -> None:
+        moment = self._now()
+        running = self._stack[-1]
+        self._seconds[running] = self._seconds.get(running, 0.0) + moment - self._since
+        self._since = moment
+
+    @contextmanager
+    def bucket(self, name: str) -> Iterator[None]:
+        """Book the time inside to `name`; an inner bucket's time is taken out of the outer one."""
+        self._charge()
+        self._stack.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._stack.pop()
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by bucket since the last lap; they sum to the wall time between."""
+        self._charge()
+        seconds, self._seconds = self._seconds, {}
+        return seconds

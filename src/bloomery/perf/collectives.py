@@ -1,0 +1,111 @@
+"""Seconds of collective operations: latency and bandwidth (alpha-beta) over the tiers that a group really spans.
+
+Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis is
+`size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
+reduce-scatter inside, the rest across on a share of the message, all-gather inside.
+
+Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur et al.
+2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a (NCCL 2.4).
+B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size). `Tier.op_factor` multiplies.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from bloomery.spec.cluster import Cluster, Tier
+from bloomery.spec.layout import LayoutBatch
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Groups of `size` ranks that lie `stride` ranks apart, shape (n,) each."""
+
+    size: np.ndarray
+    stride: np.ndarray
+
+    def members(self, span: int) -> np.ndarray:
+        """How many of a group's ranks lie within one unit of `span` accelerators, shape (n,)."""
+        return np.minimum(self.size, np.maximum(1, span // self.stride))
+
+
+def group_of(lay: LayoutBatch, axis: str) -> Group:
+    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, ep (the dp ranks next to each other), world."""
+    one = np.ones_like(lay.tp)
+    inner = lay.tp * lay.cp
+    groups = {
+        "tp": (lay.tp, one),
+        "cp": (lay.cp, lay.tp),
+        "ep": (lay.ep, inner),
+        "dp": (lay.dp, inner),
+        "pp": (lay.pp, inner * lay.dp),
+        "world": (lay.world_size, one),
+    }
+    return Group(*groups[axis])
+
+
+def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:
+    """Bytes/s one rank gets on a tier while its whole node uses it: its share of the ports, one port at most."""
+    return tier.bandwidth_bytes_per_s * min(1.0, tier.ports_per_node / cluster.accelerators_per_node)
+
+
+def collective_s(cluster: Cluster, op: Operation, group: Group, n_bytes: Any) -> np.ndarray:
+    """Seconds of one operation, shape (n,); 0 where the group has one rank.
+
+    `n_bytes`: all_reduce and send the tensor, all_gather its output, reduce_scatter its input, all_to_all what one rank
+    holds.
+    """
+    if op == "send":
+        return _send_s(cluster, group, n_bytes)
+    if op == "all_to_all":
+        return _all_to_all_s(cluster, group, n_bytes)
+    both_ways = 2.0 if op == "all_reduce" else 1.0
+    tree = op == "all_reduce" and cluster.accelerator.kind == "gpu"
+    total = np.zeros(len(group.size))
+    below = np.ones(len(group.size))
+    for tier in cluster.tiers:
+        within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
+        fan = np.maximum(within / below, 1.0)
+        hops = both_ways * np.ceil(fan - 1)
+        if tree:
+            hops = np.minimum(hops, 2 * np.ceil(np.log2(fan)))
+        moved = both_ways * (fan - 1) / fan * (n_bytes / below + tier.half_size_bytes)
+        seconds = hops * tier.latency_s + moved / rank_bandwidth(cluster, tier)
+        total += tier.op_factor.get(op, 1.0) * seconds
+        below = np.maximum(below, within)
+    return total
+
+
+def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
+    """One message to the next rank of the group, over the slowest boundary it has to cross.
+
+    Where several neighbours of a group share a node, only the outermost of them crosses, with their ports to itself.
+    """
+    answer = np.zeros(len(group.size))
+    below = np.ones(len(group.size))
+    for tier in cluster.tiers:
+        within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
+        ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
+        seconds = tier.latency_s + (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
+        answer = np.where(within > below, tier.op_factor.get("send", 1.0) * seconds, answer)
+        below = np.maximum(below, within)
+    return answer
+
+
+def _all_to_all_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
+    """Every rank sends 1/size of what it holds to each other rank; tiers work side by side, the slowest decides."""
+    slowest = np.zeros(len(group.size))
+    below = np.ones(len(group.size))
+    for tier in cluster.tiers:
+        within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
+        peers = within - below
+        moved = n_bytes * peers / group.size + tier.half_size_bytes * (peers > 0)
+        seconds = peers * tier.latency_s + moved / rank_bandwidth(cluster, tier)
+        slowest = np.maximum(slowest, tier.op_factor.get("all_to_all", 1.0) * seconds)
+        below = np.maximum(below, within)
+    return slowest

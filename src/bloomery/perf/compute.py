@@ -1,0 +1,199 @@
+"""Seconds one rank computes in one micro-batch: its layers, the embedding, the head with the loss. No communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.case import FULL, SELECTIVE, Case, Held, Ranks
+from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s, with_launches
+from bloomery.perf.stack import LARGE_TENSOR_BYTES
+
+
+@dataclass(frozen=True)
+class Work:
+    """Seconds of compute for one micro-batch, shape (n,) each."""
+
+    forward: Any
+    backward: Any
+    recompute: Any
+
+    @property
+    def total(self) -> Any:
+        """All three."""
+        return self.forward + self.backward + self.recompute
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+
+    def __mul__(self, times: Any) -> Work:
+        return Work(self.forward * times, self.backward * times, self.recompute * times)
+
+
+NOTHING = Work(0.0, 0.0, 0.0)
+
+
+def stage_work(case: Case, ranks: Ranks) -> Work:
+    """Everything `ranks` compute in one micro-batch (all of their chunks)."""
+    work = NOTHING
+    if case.model.moe is None or case.model.moe.first_dense_layers:
+        work = work + _layer(case, case.dense_layer, moe=False) * ranks.dense_layers
+    if case.model.moe is not None:
+        work = work + _layer(case, case.moe_layer, moe=True) * ranks.moe_layers
+    return work + _embedding(case) * ranks.first + _head(case) * ranks.last
+
+
+def _layer(case: Case, held: Held, *, moe: bool) -> Work:
+    """One transformer layer."""
+    attention_forward, attention_backward = _attention(case)
+    blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
+    forward = attention_forward + sum(block[0] for block in blocks)
+    backward = attention_backward + sum(block[1] for block in blocks) + _accumulation(case, held)
+    serial, launch = case.stack.serial_launch, case.accelerator.launch_s
+    forward = with_launches(forward, case.stack.kernels.forward, launch, serial=serial)
+    backward = with_launches(backward, case.stack.kernels.backward, launch, serial=serial)
+    selective = 0.0 if case.stack.flash_attention else attention_forward
+    recompute = np.where(case.lay.recompute == FULL, forward, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
+    return Work(forward, backward, recompute)
+
+
+def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1) -> tuple[Any, Any]:
+    return linear_s(
+        case.accelerator, case.dtype, tokens, n_in, n_out, element_bytes=case.precision.compute, batch=batch
+    )
+
+
+def _summed(pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    return sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+
+
+def _projections(case: Case) -> tuple[Any, Any]:
+    """Query, key, value and output. Fused stacks multiply query, key and value at once; eager ones one by one."""
+    model, tp, h = case.model, case.lay.tp, case.model.hidden
+    out = _linear(case, case.tokens, model.query_width / tp, h)
+    if not case.stack.serial_launch:
+        return _summed([_linear(case, case.tokens, h, (model.query_width + 2 * model.kv_width) / tp), out])
+    query, key = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
+    return _summed([query, key, key, out])
+
+
+def _feed_forward(case: Case) -> tuple[Any, Any]:
+    model, width = case.model, case.model.ffn_hidden / case.lay.tp
+    into = _linear(case, case.tokens, model.hidden, width)
+    pairs = [into, into] if model.gated else [into]
+    return _summed([*pairs, _linear(case, case.tokens, width, model.hidden)])
+
+
+def _experts(case: Case) -> tuple[Any, Any]:
+    """Routed experts under a balanced router, shared experts, and the router itself."""
+    model, lay = case.model, case.lay
+    assert model.moe is not None
+    here = model.moe.experts / lay.ep
+    rows = case.tokens * model.moe.top_k / here
+    width = model.moe.expert_ffn_hidden / lay.tp
+    copies = 2 if model.gated else 1
+    pairs = [_linear(case, rows, model.hidden, width, here * copies), _linear(case, rows, width, model.hidden, here)]
+    pairs.append(_linear(case, case.tokens, model.hidden, model.moe.experts))
+    if model.moe.shared_experts:
+        shared = model.moe.shared_experts * width
+        pairs.append(_linear(case, case.tokens, model.hidden, shared, copies))
+        pairs.append(_linear(case, case.tokens, shared, model.hidden))
+    return _summed(pairs)
+
+
+def _attention(case: Case) -> tuple[Any, Any]:
+    model, lay, stack = case.model, case.lay, case.stack
+    if stack.flash_attention:
+        width = model.query_width / (lay.tp * lay.cp)
+        causal = model.mask == "causal"
+        return flash_attention_s(case.accelerator, case.dtype, case.seq_len, width, lay.micro_batch, causal=causal)
+    return unfused_attention_s(
+        case.accelerator,
+        case.dtype,
+        case.seq_len,
+        model.head_dim,
+        model.heads * lay.micro_batch / (lay.tp * lay.cp),
+        element_bytes=case.precision.compute,
+        softmax_passes=(stack.softmax.forward, stack.softmax.backward),
+    )
+
+
+def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
+    """Norms, residual additions, activation function, rotary positions, casts: (forward, backward) seconds."""
+    model, stack, precision = case.model, case.stack, case.precision
+    stream = case.stream_tokens * model.hidden * precision.stream
+    whole = case.tokens * model.hidden * precision.stream
+    inside = case.tokens * precision.compute / case.lay.tp
+    width = model.ffn_hidden
+    dispatch: Any = 0.0
+    if moe and model.moe is not None:
+        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+        # Dispatch and combination each read and write every routed copy of a token.
+        dispatch = 4 * model.moe.top_k * case.tokens * model.hidden * precision.compute
+    turned = (model.query_width + model.kv_width) if model.position == "rope" else 0
+    norm, activation = stack.norm(model), stack.activation(model)
+
+    def seconds(norm: float, residual: float, projections: float, activation: float, rotary: float) -> Any:
+        n_bytes = 2 * (norm + residual) * stream + projections * whole + dispatch
+        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + _cast_bytes(case)
+        return memory_s(case.accelerator, n_bytes)
+
+    residual, projections, rotary = stack.residual, stack.projections, stack.rotary
+    forward = seconds(norm.forward, residual.forward, projections.forward, activation.forward, rotary.forward)
+    backward = seconds(norm.backward, residual.backward, projections.backward, activation.backward, rotary.backward)
+    return forward, backward
+
+
+def _cast_bytes(case: Case) -> Any:
+    """Autocast in one direction of a layer: the input of each projection is read wide and written narrow."""
+    if case.precision.compute >= case.precision.stream:
+        return 0.0
+    inputs = 5 if case.model.gated else 4
+    return inputs * case.tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+
+
+def _accumulation(case: Case, held: Held) -> Any:
+    """Adding a micro-batch's weight gradients to those before it, and autocast's copies of the weights."""
+    n_parameters, precision = held.dense(case.lay) + held.experts(case.lay), case.precision
+    again = (case.micro_batches - 1) / case.micro_batches
+    n_bytes = case.stack.accumulate * precision.gradient * again
+    if precision.compute < precision.parameter:
+        n_bytes = n_bytes + 2 * (precision.parameter + precision.compute)
+    return memory_s(case.accelerator, n_parameters * n_bytes)
+
+
+def _embedding(case: Case) -> Work:
+    """Look-up forward; backward writes the rows' gradients."""
+    stream = case.tokens * case.model.hidden * case.precision.stream
+    lookup = memory_s(case.accelerator, 2 * stream)
+    backward = memory_s(case.accelerator, 3 * stream) + _accumulation(case, case.embedding)
+    if case.stack.serial_launch:
+        # Eager PyTorch makes a dense gradient: zeros for the whole table before rows are added.
+        table = case.embedding.dense(case.lay) * case.precision.gradient
+        backward = backward + memory_s(case.accelerator, table)
+    return _launched(case, Work(lookup, backward, 0.0))
+
+
+def _head(case: Case) -> Work:
+    """Last norm, projection to the vocabulary, softmax and cross entropy (in float32 at least)."""
+    model, stack, tp = case.model, case.stack, case.lay.tp
+    forward, backward = _linear(case, case.tokens, model.hidden, model.vocab / tp)
+    stream = case.stream_tokens * model.hidden * case.precision.stream
+    logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
+    norm = stack.norm(model)
+    large = np.where(logits > LARGE_TENSOR_BYTES, 1.0, 0.0)
+    passes = stack.logits.forward + large * stack.large_logits.forward
+    passes_back = stack.logits.backward + large * stack.large_logits.backward
+    forward = forward + memory_s(case.accelerator, norm.forward * stream + passes * logits)
+    backward = backward + memory_s(case.accelerator, norm.backward * stream + passes_back * logits)
+    return _launched(case, Work(forward, backward + _accumulation(case, case.head), 0.0))
+
+
+def _launched(case: Case, work: Work) -> Work:
+    """The embedding's or the head's work with its launches (half of `end_kernels` each)."""
+    stack, launch_s = case.stack, case.accelerator.launch_s
+    forward = with_launches(work.forward, stack.end_kernels.forward / 2, launch_s, serial=stack.serial_launch)
+    backward = with_launches(work.backward, stack.end_kernels.backward / 2, launch_s, serial=stack.serial_launch)
+    return Work(forward, backward, work.recompute)

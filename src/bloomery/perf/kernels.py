@@ -1,0 +1,92 @@
+"""Seconds of single kernels: matrix products on a saturation surface, attention, memory-bound work, launches.
+
+Roofline (Williams et al. 2009): a kernel takes the longer of its arithmetic and its traffic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bloomery.spec.cluster import Accelerator, Dtype, GemmEfficiency
+
+
+def gemm_efficiency(surface: GemmEfficiency, m: Any, n: Any, k: Any) -> Any:
+    """Share of peak of an (m, k) x (k, n) product: ceiling x prod x / (x + x_half)."""
+    return surface.ceiling * (m / (m + surface.m_half)) * (n / (n + surface.n_half)) * (k / (k + surface.k_half))
+
+
+def memory_s(accelerator: Accelerator, n_bytes: Any) -> Any:
+    """Seconds to move `n_bytes` between device memory and its cores."""
+    return n_bytes / (accelerator.memory_bandwidth_bytes_per_s * accelerator.memory_efficiency)
+
+
+def gemm_s(
+    accelerator: Accelerator, dtype: Dtype, m: Any, n: Any, k: Any, *, element_bytes: int, batch: Any = 1
+) -> Any:
+    """Seconds of `batch` products (m, k) x (k, n) in `dtype`, operands and result of `element_bytes` each."""
+    efficiency = gemm_efficiency(accelerator.gemm_efficiency(dtype), m, n, k)
+    arithmetic = 2.0 * m * n * k / (accelerator.peak(dtype) * efficiency)
+    traffic = memory_s(accelerator, element_bytes * (m * k + k * n + m * n))
+    return batch * np.maximum(arithmetic, traffic)
+
+
+def linear_s(
+    accelerator: Accelerator, dtype: Dtype, tokens: Any, n_in: Any, n_out: Any, *, element_bytes: int, batch: Any = 1
+) -> tuple[Any, Any]:
+    """Seconds (forward, backward) of `batch` projections of `tokens` rows from `n_in` to `n_out` features.
+
+    Backward is the product for the input's gradient and that for the weight's, each with its own shape.
+    """
+
+    def product(m: Any, n: Any, k: Any) -> Any:
+        return gemm_s(accelerator, dtype, m, n, k, element_bytes=element_bytes, batch=batch)
+
+    return product(tokens, n_out, n_in), product(tokens, n_in, n_out) + product(n_out, n_in, tokens)
+
+
+def flash_attention_s(
+    accelerator: Accelerator, dtype: Dtype, seq_len: Any, width: Any, sequences: Any, *, causal: bool
+) -> tuple[Any, Any]:
+    """Seconds (forward, backward) of fused attention over `width` = heads x head_dim of one rank.
+
+    4 s^2 width FLOP a sequence, half of it when the kernel skips the masked part; backward 2.5 x forward, since scores
+    are computed again (Dao 2023, arXiv 2307.08691).
+    """
+    flops = 4.0 * seq_len**2 * width * sequences * (0.5 if causal else 1.0)
+    forward = flops / (accelerator.peak(dtype) * accelerator.attention_efficiency)
+    return forward, 2.5 * forward
+
+
+def unfused_attention_s(
+    accelerator: Accelerator,
+    dtype: Dtype,
+    seq_len: int,
+    head_dim: int,
+    heads: Any,
+    *,
+    element_bytes: int,
+    softmax_passes: tuple[float, float],
+) -> tuple[Any, Any]:
+    """Seconds (forward, backward) of attention that writes its scores: two batched products and passes over the scores.
+
+    `heads`: heads x sequences on one rank. The whole square is computed, masked or not.
+    """
+
+    def product(n: int, k: int) -> Any:
+        return gemm_s(accelerator, dtype, seq_len, n, k, element_bytes=element_bytes, batch=heads)
+
+    scores_bytes = heads * float(seq_len) ** 2 * element_bytes
+    products = product(seq_len, head_dim) + product(head_dim, seq_len)
+    forward = products + memory_s(accelerator, softmax_passes[0] * scores_bytes)
+    return forward, 2 * products + memory_s(accelerator, softmax_passes[1] * scores_bytes)
+
+
+def with_launches(kernels_s: Any, n_kernels: float, launch_s: float, *, serial: bool) -> Any:
+    """Seconds of a run of kernels whose launches cost `launch_s` of host time each.
+
+    A device queue hides launches behind work: the longer of the two. On a CPU (`serial`) both are on the same core.
+    """
+    launches = n_kernels * launch_s
+    return kernels_s + launches if serial else np.maximum(kernels_s, launches)

@@ -1,0 +1,132 @@
+"""Peak memory of one rank, by part. Activations after Korthikanti et al. 2022 (arXiv 2205.05198), generalised to grouped
+queries, gated activations, flash attention and any element width; ZeRO after Rajbhandari et al. 2020 (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, SELECTIVE, Case, Ranks
+
+PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
+"""Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
+
+
+def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
+    """Peak bytes by part on `ranks`, shape (n,) each."""
+    n = len(case.lay)
+    parts = {**_states(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
+    parts["reserved"] = case.accelerator.reserved_bytes
+    return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
+
+
+def worst_memory(case: Case) -> dict[str, np.ndarray]:
+    """Peak bytes by part on the rank of each layout that needs most, shape (n,) each."""
+    tables = [memory_of(case, ranks) for ranks in (case.first, case.heaviest, case.fullest, case.last)]
+    totals = np.stack([sum(table.values()) for table in tables])
+    worst = totals.argmax(axis=0)
+    return {name: np.choose(worst, [table[name] for table in tables]) for name in PARTS}
+
+
+def parameters_on(case: Case, ranks: Ranks) -> tuple[Any, Any]:
+    """Elements on one rank before ZeRO, shape (n,): (outside routed experts, in routed experts)."""
+    lay = case.lay
+    head = np.where(ranks.first, case.head.dense(lay), case.lone_head.dense(lay))
+    dense = ranks.dense_layers * case.dense_layer.dense(lay) + ranks.moe_layers * case.moe_layer.dense(lay)
+    dense = dense + ranks.first * case.embedding.dense(lay) + ranks.last * head
+    return dense, ranks.moe_layers * case.moe_layer.experts(lay)
+
+
+def updated_parameters(case: Case, ranks: Ranks) -> Any:
+    """Elements whose optimizer state one rank holds and updates, shape (n,)."""
+    dense, experts = parameters_on(case, ranks)
+    return _cut(case, dense, experts, case.lay.zero_stage >= 1)
+
+
+def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
+    """Elements after ZeRO cuts them over data-parallel (and context-parallel) ranks; experts over dp / ep of them."""
+    data = case.lay.dp * case.lay.cp
+    return np.where(where, dense / data + experts / np.maximum(data / case.lay.ep, 1), dense + experts)
+
+
+def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
+    """Parameters, gradients, optimizer state and the buffers of gathered parameters.
+
+    ZeRO 2 here is FSDP that keeps gathered parameters until the step's end; ZeRO 3 gathers two layers at a time and what
+    a stage holds outside its layers.
+    """
+    lay, precision = case.lay, case.precision
+    dense, experts = parameters_on(case, ranks)
+    gathered = precision.parameter * (dense + experts)
+    layer = np.where(ranks.moe_layers > 0, case.moe_layer.dense(lay) + case.moe_layer.experts(lay), 0.0)
+    layer = np.maximum(layer, np.where(ranks.dense_layers > 0, case.dense_layer.dense(lay), 0.0))
+    ends = ranks.first * case.embedding.dense(lay) + ranks.last * case.lone_head.dense(lay)
+    # Besides the gathered weights, the gradient of the layer under reduction is whole.
+    window = 2 * layer * precision.parameter + layer * precision.gradient + ends * precision.parameter
+    # Megatron's and DeepSpeed's ZeRO 2 keep 16-bit weights whole anyway; FSDP keeps its shards beside the whole.
+    shards = precision.parameter * _cut(case, dense, experts, lay.zero_stage >= 2)
+    return {
+        "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
+        "gradients": precision.gradient * _cut(case, dense, experts, lay.zero_stage >= 2),
+        "optimizer": precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1),
+        "buffers": np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0),
+    }
+
+
+def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
+    """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
+
+    With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
+    queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
+    Unfused attention keeps its scores: 2c a s^2 b/t and one mask byte. For a plain layer in 16 bit this is Korthikanti's
+    sbh(10 + 24/t + 5as/(ht)), divided by t wholly under sequence parallelism.
+    """
+    model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
+    inside = case.tokens / lay.tp
+    stream = case.stream_tokens * model.hidden
+    outer = stream * (2 * precision.stream + 2 * precision.compute + (2 if stack.dropout else 0))
+    attention = inside * (2 * model.query_width + 2 * model.kv_width) * precision.compute
+    width = model.ffn_hidden
+    if model.moe is not None:
+        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+        outer = outer + 2 * model.moe.top_k * inside * model.hidden * precision.compute
+    feed_forward = stack.saved_widths(model) * inside * width * precision.compute
+    if stack.flash_attention:
+        scores = 4.0 * model.heads * inside
+        return outer + attention + feed_forward + scores, 0.0 * inside
+    kept = 2 * precision.compute + (1 if stack.dropout else 0)
+    scores = kept * model.heads * case.seq_len * inside
+    return outer + attention + feed_forward + scores, scores
+
+
+def activation_bytes(case: Case, ranks: Ranks) -> Any:
+    """Bytes of activations at the peak, shape (n,): what every micro-batch in flight keeps, and the working set.
+
+    Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time.
+    """
+    whole, scores = layer_activation_bytes(case)
+    inputs = case.stream_tokens * case.model.hidden * case.precision.stream
+    recompute = case.lay.recompute
+    kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
+    working = np.where(recompute == FULL, whole, np.where(recompute == SELECTIVE, scores, 0.0))
+    ends = ranks.last * case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+    return in_flight(case, ranks) * ranks.layers * kept + working + ends
+
+
+def in_flight(case: Case, ranks: Ranks) -> Any:
+    """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
+
+    1F1B: min(m, p - i). GPipe: m. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v, which on the first rank is
+    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them.
+    """
+    lay, m, index = case.lay, case.micro_batches, ranks.index
+    chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
+    one_by_one = np.minimum(m, lay.pp - index)
+    return np.select([lay.schedule == GPIPE, lay.schedule == INTERLEAVED], [m, chunks / lay.vpp], one_by_one)
+
+
+def _logits(case: Case, ranks: Ranks) -> Any:
+    """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
+    return ranks.last * case.tokens * case.model.vocab / case.lay.tp * case.stack.logits_bytes

@@ -1,0 +1,98 @@
+"""Seconds of communication of one rank in one step, from the shard table's list of messages. Nothing is hidden yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from bloomery.perf.case import FULL, Case, Ranks
+from bloomery.perf.collectives import Operation, collective_s, group_of
+from bloomery.spec.shard_table import Collective, collectives
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Seconds of one rank in one step, shape (n,) each.
+
+    `tensor`: tensor, context and expert parallelism; `forward_send`, `backward_send`: pipeline; `gather`: parameters
+    before use; `reduce`: gradients; `world`: the step's statistics.
+    """
+
+    tensor: np.ndarray
+    forward_send: np.ndarray
+    backward_send: np.ndarray
+    gather: np.ndarray
+    reduce: np.ndarray
+    world: np.ndarray
+
+
+def messages(case: Case, ranks: Ranks) -> Messages:
+    """What `ranks` send and receive in one step, in seconds."""
+    seconds = {name: np.zeros(len(case.lay)) for name in Messages.__dataclass_fields__}
+    rows = collectives(
+        case.model,
+        case.lay,
+        pipeline_rank=ranks.index,
+        global_batch=case.global_batch,
+        seq_len=case.seq_len,
+        stream_bytes=case.precision.stream,
+        parameter_bytes=case.precision.parameter,
+        gradient_bytes=case.precision.gradient,
+        block_bytes=case.precision.compute,
+    )
+    for row in rows:
+        if np.any(row.count):
+            group = group_of(case.lay, row.axis)
+            one = collective_s(case.cluster, cast(Operation, row.op), group, row.bytes_each / _narrowing(case, row))
+            seconds[_kind(row)] += row.count * one
+    seconds["tensor"] += _context_s(case, ranks) + _experts_s(case, ranks)
+    return Messages(**seconds)
+
+
+def _kind(row: Collective) -> str:
+    """The field of `Messages` a row of the shard table belongs to."""
+    if row.axis == "pp":
+        return "forward_send" if row.phase == "forward" else "backward_send"
+    if row.axis == "dp":
+        return "gather" if row.op == "all_gather" else "reduce"
+    return "tensor" if row.axis == "tp" else "world"
+
+
+def _narrowing(case: Case, row: Collective) -> Any:
+    """What the table's sizes, which are our engine's, must be divided by.
+
+    Context parallelism cuts the sequence of every message between blocks. Stacks with scatter-gather send 1/tp of a
+    stage's activation from each tensor-parallel rank (Narayanan et al. 2021, section 4.1), as sequence parallelism does.
+    """
+    if row.axis == "tp" and row.phase != "step":
+        return case.lay.cp
+    if row.axis == "pp":
+        once = np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
+        return case.lay.cp * once
+    return 1
+
+
+def _context_s(case: Case, ranks: Ranks) -> Any:
+    """Ring attention: keys and values go around the cp ranks, backward with their gradients (arXiv 2310.01889).
+
+    Exposed in full: hiding it behind attention is a calibration of the stack.
+    """
+    if not np.any(case.lay.cp > 1):
+        return 0.0
+    model, cp = case.model, case.lay.cp
+    block = case.tokens * 2 * model.kv_width / case.lay.tp * case.precision.compute
+    hop = collective_s(case.cluster, "send", group_of(case.lay, "cp"), block)
+    rounds = 3 + (case.lay.recompute == FULL)
+    return case.micro_batches * ranks.layers * rounds * (cp - 1) * hop
+
+
+def _experts_s(case: Case, ranks: Ranks) -> Any:
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed."""
+    if case.model.moe is None or not np.any(case.lay.ep > 1):
+        return 0.0
+    routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
+    one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
+    exchanges = 4 + 2 * (case.lay.recompute == FULL)
+    return case.micro_batches * ranks.moe_layers * exchanges * np.where(case.lay.ep > 1, one, 0.0)

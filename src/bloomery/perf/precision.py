@@ -1,0 +1,54 @@
+"""`Precision`: bytes per element of everything a training step holds or moves. One choice for prediction and engine.
+
+GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, and 12 bytes
+of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
+float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bloomery.spec.cluster import Accelerator, Dtype
+from bloomery.spec.errors import InputError
+
+_WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Bytes per element. `stream`: residual stream and messages between blocks; `compute`: operands of matrix products."""
+
+    parameter: int
+    gradient: int
+    optimizer: int
+    stream: int
+    compute: int
+    norm: int = 4
+    """Element width of what the optimizer and the clipping pass read (gradients and master weights)."""
+
+    @property
+    def adam_bytes(self) -> int:
+        """Bytes one AdamW update moves per parameter: read gradient, weight, two moments; write weight, two moments.
+
+        28 for float32; with 16-bit working weights the master weight is updated and a 16-bit copy written.
+        """
+        copy = self.parameter if self.parameter < self.norm else 0
+        return self.gradient + 6 * self.norm + copy
+
+    @property
+    def clip_bytes(self) -> int:
+        """Bytes the gradient norm and the scaling of gradients move per parameter: two reads and a write, less one
+        since scaling happens only where the norm exceeds the limit; 8 for float32."""
+        return 2 * self.gradient
+
+
+def precision_of(accelerator: Accelerator, dtype: Dtype) -> Precision:
+    """What training in `dtype` means on this kind of accelerator. Raises InputError for a dtype we cannot train in."""
+    if dtype not in _WIDTH:
+        raise InputError("not a number format", where="dtype", found=dtype, accepted=_WIDTH)
+    if dtype == "float64":
+        return Precision(parameter=8, gradient=8, optimizer=16, stream=8, compute=8, norm=8)
+    if accelerator.kind == "cpu" or dtype in ("float32", "tf32"):
+        return Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=_WIDTH[dtype])
+    return Precision(parameter=2, gradient=4, optimizer=12, stream=2, compute=max(1, _WIDTH[dtype]))

@@ -1,0 +1,84 @@
+"""`Estimate`: what the performance model says of one layout: trees of seconds and bytes, FLOPs, rates and an interval."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bloomery.spec.components import COMPONENTS
+
+
+@dataclass(frozen=True)
+class Node:
+    """A part with a value (seconds or bytes) and what it consists of; children add up to it."""
+
+    name: str
+    value: float
+    children: tuple[Node, ...] = ()
+
+    def walk(self) -> Iterator[Node]:
+        """This node and everything below it."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @classmethod
+    def of(cls, name: str, parts: dict[str, float]) -> Node:
+        """A node over leaves; its value is their sum."""
+        return cls(name, float(sum(parts.values())), tuple(cls(key, float(value)) for key, value in parts.items()))
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Node:
+        """Read what `dataclasses.asdict` wrote."""
+        children = tuple(cls.from_json(child) for child in values.get("children", ()))
+        return cls(str(values["name"]), float(values["value"]), children)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One layout's prediction. Times in seconds per optimizer step, memory in bytes per rank, FLOPs per step.
+
+    `seconds`: a node per component of `spec.components`, adding up to `step_time_s`. `memory`: a node per pipeline rank,
+    each with its parts; `memory_bytes` is the largest of them. `low_s` and `high_s` enclose the step time with 90 %
+    confidence as the model's past errors have it. `mfu`, `hfu` follow `convention`; `mfu_causal` halves attention.
+    `cost_per_step` is in the price list's currency, None without a price; `energy_j_per_step` None without a TDP.
+    """
+
+    layout: str
+    stack: str
+    dtype: str
+    step_time_s: float
+    low_s: float
+    high_s: float
+    seconds: Node
+    model_flops: float
+    hardware_flops: float
+    mfu: float
+    hfu: float
+    mfu_causal: float
+    peak_flops_per_s: float
+    peak_source: str
+    convention: str
+    tokens_per_s: float
+    memory: Node
+    memory_bytes: float
+    memory_limit_bytes: float
+    fits: bool
+    cost_per_step: float | None
+    energy_j_per_step: float | None
+
+    @property
+    def components(self) -> dict[str, float]:
+        """Seconds by component, keys of `spec.components.COMPONENTS` in its order."""
+        return {child.name: child.value for child in self.seconds.children}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with the meaning of each component."""
+        return {**asdict(self), "components": self.components, "meaning": dict(COMPONENTS)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Estimate:
+        """Read what `to_json` wrote."""
+        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in ("seconds", "memory")}
+        return cls(seconds=Node.from_json(values["seconds"]), memory=Node.from_json(values["memory"]), **plain)

@@ -1,0 +1,160 @@
+"""`Stack`: what the software adds to the hardware, as few numbers: fused or eager kernels, overlap, launches.
+
+Traffic is counted in passes: one read or one write of a whole tensor. `hidden` passes are over tokens x hidden, `width`
+over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, each forward and
+backward. `kernels` (of a layer) and `end_kernels` (of embedding and head) are host time in units of the accelerator's
+`launch_s`, the Python and autograd around a launch included. `large_logits` is added to `logits` where they exceed
+`LARGE_TENSOR_BYTES`. Two profiles stand here; measured ones are calibrated copies (`dataclasses.replace`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bloomery.spec.cluster import Accelerator
+from bloomery.spec.model import Model
+
+
+LARGE_TENSOR_BYTES = 32 * 2**20
+"""glibc gives larger blocks back to the kernel when freed, so each use pays page faults again (malloc's largest dynamic
+mmap threshold); device allocators do not."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes over one tensor in the forward and in the backward direction."""
+
+    forward: float
+    backward: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A software profile. Overlap shares are of the compute that runs beside the message; 0 means none is hidden."""
+
+    name: str
+    flash_attention: bool
+    dropout: bool
+    rmsnorm: Passes
+    layernorm: Passes
+    residual: Passes
+    projections: Passes
+    gelu: Passes
+    swiglu: Passes
+    rotary: Passes
+    softmax: Passes
+    logits: Passes
+    accumulate: float
+    kernels: Passes
+    end_kernels: Passes
+    large_logits: Passes
+    gradient_overlap: float
+    gather_overlap: float
+    interference: float
+    scatter_gather: bool
+    logits_bytes: float
+    saved_width: tuple[int, int]
+    step_overhead_s: float
+    serial_launch: bool
+
+    def norm(self, model: Model) -> Passes:
+        """Passes of one norm."""
+        return self.rmsnorm if model.norm == "rmsnorm" else self.layernorm
+
+    def activation(self, model: Model) -> Passes:
+        """Passes of the activation function over the ffn width."""
+        return self.swiglu if model.gated else self.gelu
+
+    def saved_widths(self, model: Model) -> int:
+        """Tensors of tokens x ffn width kept for the backward pass."""
+        return self.saved_width[1] if model.gated else self.saved_width[0]
+
+
+GPU = Stack(
+    name="gpu",
+    flash_attention=True,
+    dropout=False,
+    rmsnorm=Passes(4, 8),
+    layernorm=Passes(3, 5),
+    residual=Passes(3, 3),
+    projections=Passes(0, 3),
+    gelu=Passes(3, 5),
+    swiglu=Passes(5, 8),
+    rotary=Passes(5, 6),
+    softmax=Passes(6, 7),
+    logits=Passes(8, 8),
+    accumulate=0.0,
+    kernels=Passes(120, 180),
+    end_kernels=Passes(100, 150),
+    large_logits=Passes(0, 0),
+    gradient_overlap=0.9,
+    gather_overlap=0.9,
+    interference=0.1,
+    scatter_gather=True,
+    logits_bytes=8.0,
+    saved_width=(2, 3),
+    step_overhead_s=2e-3,
+    serial_launch=False,
+)
+"""Flash attention, partly fused element-wise kernels, gradients reduced beside the backward pass (2023 on)."""
+
+MEGATRON_2022 = Stack(
+    name="megatron-2022",
+    flash_attention=False,
+    dropout=True,
+    rmsnorm=Passes(2, 4),
+    layernorm=Passes(2, 4),
+    residual=Passes(3.5, 2.5),
+    projections=Passes(0, 0),
+    gelu=Passes(2, 3),
+    swiglu=Passes(3, 5),
+    rotary=Passes(2, 2),
+    softmax=Passes(4.5, 5.5),
+    logits=Passes(8, 6),
+    accumulate=0.0,
+    kernels=Passes(180, 240),
+    end_kernels=Passes(150, 250),
+    large_logits=Passes(0, 0),
+    gradient_overlap=0.0,
+    gather_overlap=0.0,
+    interference=0.0,
+    scatter_gather=True,
+    logits_bytes=6.0,
+    saved_width=(2, 3),
+    step_overhead_s=2e-3,
+    serial_launch=False,
+)
+"""Megatron-LM as published in 2021-2022: unfused attention with dropout, gradients reduced after the backward pass."""
+
+EAGER_CPU = Stack(
+    name="eager-cpu",
+    flash_attention=True,
+    dropout=False,
+    rmsnorm=Passes(7, 18),
+    layernorm=Passes(3, 6),
+    residual=Passes(3, 3),
+    projections=Passes(0, 9),
+    gelu=Passes(3, 5),
+    swiglu=Passes(6, 11),
+    rotary=Passes(10, 14),
+    softmax=Passes(6, 8),
+    logits=Passes(8, 8),
+    accumulate=3.0,
+    kernels=Passes(150, 200),
+    end_kernels=Passes(100, 150),
+    large_logits=Passes(14, 22),
+    gradient_overlap=0.0,
+    gather_overlap=0.0,
+    interference=0.0,
+    scatter_gather=False,
+    logits_bytes=12.0,
+    saved_width=(2, 4),
+    step_overhead_s=2e-3,
+    serial_launch=True,
+)
+"""Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden)."""
+
+
+def stack_of(accelerator: Accelerator) -> Stack:
+    """The default profile of this kind of accelerator."""
+    return EAGER_CPU if accelerator.kind == "cpu" else GPU

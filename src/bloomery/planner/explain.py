@@ -1,0 +1,131 @@
+"""Why the winner won and why the others lost, in words and counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.estimate import Estimates
+from bloomery.planner.enumerate import MESH, OPTIONS
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.layout import RECOMPUTE, LayoutBatch
+
+GIB = float(2**30)
+TIE = 1e-4  # relative difference below which two predictions are the same
+_WORDS = {"zero_stage": "ZeRO", "micro_batch": "micro-batch"}
+
+
+@dataclass(frozen=True)
+class MemoryRefusal:
+    """Valid layouts of one family (world size, ZeRO stage, recomputation) that do not fit in memory."""
+
+    world_size: int
+    family: str
+    count: int
+    least_shortage_bytes: float
+    tightest: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+
+def shortage_bytes(estimates: Estimates, cluster: Cluster) -> np.ndarray:
+    """Bytes each layout needs beyond the accelerator's memory, shape (n,); negative where it fits."""
+    needed: np.ndarray = np.sum(list(estimates.memory_bytes.values()), axis=0)
+    return needed - cluster.accelerator.memory_bytes
+
+
+def memory_refusals(lay: LayoutBatch, estimates: Estimates, cluster: Cluster) -> list[MemoryRefusal]:
+    """The families with layouts that do not fit, each with its count and the layout that misses by least."""
+    short = np.where(estimates.fits, np.inf, np.maximum(shortage_bytes(estimates, cluster), 0.0))
+    found = []
+    for zero in np.unique(lay.zero_stage):
+        for recompute in np.unique(lay.recompute):
+            members = (lay.zero_stage == zero) & (lay.recompute == recompute) & ~estimates.fits
+            if not members.any():
+                continue
+            tightest = int(np.where(members, short, np.inf).argmin())
+            found.append(
+                MemoryRefusal(
+                    world_size=cluster.size,
+                    family=f"ZeRO {zero}, recompute {RECOMPUTE[recompute]}",
+                    count=int(members.sum()),
+                    least_shortage_bytes=float(short[tightest]),
+                    tightest=lay.layout(tightest).describe(),
+                )
+            )
+    return found
+
+
+def why_the_winner_won(lay: LayoutBatch, estimates: Estimates, cluster: Cluster, winner: int) -> tuple[str, ...]:
+    """What single changes of the winner (another option, or another mesh) would lose, and in which component.
+
+    For each option the best change that fits and the one that misses by least; the best of the next three meshes.
+    Lines are ordered by what the change costs.
+    """
+    same = {name: getattr(lay, name) == getattr(lay, name)[winner] for name in (*MESH, *OPTIONS)}
+    short = shortage_bytes(estimates, cluster)
+    same_mesh = np.logical_and.reduce([same[name] for name in MESH])
+    lines: list[tuple[float, str]] = []
+    for name in OPTIONS:
+        others_same = np.logical_and.reduce([same[other] for other in OPTIONS if other != name])
+        changes = [
+            (*_loss(estimates, short, winner, int(i)), int(i))
+            for i in np.flatnonzero(same_mesh & others_same & ~same[name])
+        ]
+        for family in ([c for c in changes if c[0] < np.inf], [c for c in changes if c[0] == np.inf]):
+            if family:
+                loss, text, i = min(
+                    family, key=lambda change: (change[0], shortage_bytes(estimates, cluster)[change[2]])
+                )
+                lines.append((loss, f"{_option(name, lay, i)} instead of {_option(name, lay, winner)}: {text}"))
+    for i in _best_other_meshes(lay, estimates, same_mesh, count=3):
+        loss, text = _loss(estimates, short, winner, i)
+        lines.append((loss, f"{lay.layout(i).describe()}: {text}"))
+    return tuple(text for _, text in sorted(lines))
+
+
+def _best_other_meshes(lay: LayoutBatch, estimates: Estimates, same_mesh: np.ndarray, count: int) -> list[int]:
+    """The fastest feasible layout of each of the next meshes."""
+    seen: set[tuple[int, ...]] = set()
+    found: list[int] = []
+    candidates = np.flatnonzero(estimates.fits & ~same_mesh)
+    for i in candidates[np.argsort(estimates.step_time_s[candidates], kind="stable")]:
+        mesh = tuple(int(getattr(lay, axis)[i]) for axis in MESH)
+        if mesh not in seen:
+            seen.add(mesh)
+            found.append(int(i))
+        if len(found) == count:
+            break
+    return found
+
+
+def _loss(estimates: Estimates, short: np.ndarray, winner: int, i: int) -> tuple[float, str]:
+    """(relative loss, line); infinite for a layout that does not fit. `short`: bytes missing, shape (n,)."""
+    if not estimates.fits[i]:
+        return np.inf, f"does not fit, {max(0.0, float(short[i])) / GIB:.1f} GiB short"
+    loss = float(estimates.step_time_s[i] / estimates.step_time_s[winner] - 1.0)
+    deltas = {key: float(seconds[i] - seconds[winner]) for key, seconds in estimates.components.items()}
+    if abs(loss) < TIE:
+        more = float(short[i] - short[winner]) / GIB
+        return loss, f"no slower, but {more:.2g} GiB more memory" if more > 0 else "no difference predicted"
+    # The two largest changes say most; the second one only where it matters beside the first.
+    first, second = sorted(deltas, key=lambda key: -abs(deltas[key]))[:2]
+    parts = [first, second] if abs(deltas[second]) > 0.1 * abs(deltas[first]) else [first]
+    return loss, f"{loss:+.1%} ({', '.join(f'{key} {_signed(deltas[key])}' for key in parts)})"
+
+
+def _signed(seconds: float) -> str:
+    return f"{seconds:+.3g} s" if abs(seconds) >= 1 else f"{seconds * 1e3:+.3g} ms"
+
+
+def _option(name: str, lay: LayoutBatch, i: int) -> str:
+    value = int(getattr(lay, name)[i])
+    if name == "recompute":
+        return f"recompute {RECOMPUTE[value]}"
+    if name == "sequence_parallel":
+        return "sequence parallel" if value else "no sequence parallel"
+    return f"{_WORDS.get(name, name)} {value}"

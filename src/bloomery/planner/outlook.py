@@ -1,0 +1,88 @@
+"""What a step time means for the whole run: days, money, energy, PF-days, and what failures add.
+
+Formulas: 6 N D and 8 N D count 2 FLOP per parameter and token forward and 4 backward, the latter with one more forward
+for recomputation (Kaplan 2001.08361; Narayanan 2104.04473); N is the parameters one token passes through. Failures:
+checkpoint interval sqrt(2 C MTBF) and lost share C/tau + (tau/2 + R)/MTBF (Young 1974, Daly 2006).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.parameters import parameter_count
+from bloomery.spec.run import Run
+
+PF_DAY = 8.64e19  # FLOP
+DAY_S = 86_400.0
+CHECKPOINT_BYTES_PER_PARAMETER = 12.0  # float32 master weight and two AdamW moments
+RESTART_S = 600.0  # an allowance for detection, scheduling and start-up; loading is counted on top
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The whole run at a given step time. `days` is productive time, `days_with_failures` is days / goodput.
+
+    `cost` is in the price list's currency (None without a price); `energy_kwh` takes every accelerator at its board
+    power (None where unknown) times the PUE, so it is an upper bound for the accelerators and leaves out the hosts.
+    Where failures leave no productive time at all (goodput 0), days, hours, cost and energy are None.
+    """
+
+    steps: int
+    tokens: int
+    days: float
+    goodput: float
+    days_with_failures: float | None
+    accelerator_hours: float | None
+    cost: float | None
+    energy_kwh: float | None
+    checkpoint_interval_s: float | None
+
+
+def pf_days(parameters: float, tokens: float, flops_per_parameter_token: float) -> float:
+    """PF-days (8.64e19 FLOP) of `flops_per_parameter_token` (6, or 8 with recomputation) x N x D."""
+    return flops_per_parameter_token * parameters * tokens / PF_DAY
+
+
+def planned_tokens(run: Run) -> int:
+    """The tokens of the budget: as given, or steps x batch x sequence."""
+    if run.train.tokens is not None:
+        return run.train.tokens
+    return run.train.n_steps * run.train.global_batch * run.train.seq_len
+
+
+def goodput(cluster: Cluster, parameters: int) -> tuple[float, float | None]:
+    """Productive share of wall time under failures, and the checkpoint interval in seconds that gives it.
+
+    1 and None on a cluster without failures; a blocking checkpoint of 12 bytes per parameter is assumed.
+    """
+    if cluster.failures_per_1000_node_days == 0:
+        return 1.0, None
+    between_failures_s = DAY_S * 1000.0 / (cluster.failures_per_1000_node_days * cluster.nodes)
+    size = CHECKPOINT_BYTES_PER_PARAMETER * parameters
+    write_s = size / cluster.storage.write_bytes_per_s
+    restart_s = RESTART_S + size / cluster.storage.read_bytes_per_s
+    interval_s = sqrt(2.0 * write_s * between_failures_s)
+    lost = write_s / interval_s + (interval_s / 2.0 + restart_s) / between_failures_s
+    return max(0.0, 1.0 - lost), interval_s
+
+
+def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
+    """The whole run on `cluster` (cut to the layout's ranks) at `step_time_s` seconds per optimizer step."""
+    productive_s = run.train.n_steps * step_time_s
+    share, interval_s = goodput(cluster, parameter_count(run.model))
+    wall_s = productive_s / share if share > 0 else None
+    hours = None if wall_s is None else cluster.size * wall_s / 3600.0
+    price, tdp_w = cluster.price_per_accelerator_hour, cluster.accelerator.tdp_w
+    return Outlook(
+        steps=run.train.n_steps,
+        tokens=planned_tokens(run),
+        days=productive_s / DAY_S,
+        goodput=share,
+        days_with_failures=None if wall_s is None else wall_s / DAY_S,
+        accelerator_hours=hours,
+        cost=None if price is None or hours is None else hours * price,
+        energy_kwh=hours * tdp_w * cluster.pue / 1000.0 if tdp_w and hours is not None else None,
+        checkpoint_interval_s=interval_s,
+    )

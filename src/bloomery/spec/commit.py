@@ -1,0 +1,121 @@
+"""What makes a checkpoint exist: `commit.json`, with a hash of every file. Loading verifies and walks back.
+
+Torch-free: the supervisor and `runs` read it too. Nothing in a checkpoint is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bloomery.spec.base import Noun
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.layout import Layout
+
+FORMAT = 1
+COMMIT_FILE = "commit.json"
+
+
+class FileRecord(Noun):
+    """One file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+class Rectangle(Noun):
+    """Where a part of a tensor is: `shape` at `offsets`, under `key` in `file`."""
+
+    file: str
+    key: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class TensorRecord(Noun):
+    """A whole tensor and the rectangles that make it up."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Rectangle, ...]
+
+
+class Commit(Noun):
+    """The content of `commit.json`."""
+
+    format: int
+    step: int
+    cursor: int
+    run_hash: str
+    data_hash: str
+    layout: Layout
+    guard: dict[str, Any]
+    tensors: dict[str, TensorRecord]
+    files: dict[str, FileRecord]
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file, read in pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_commit(folder: Path, *, verify: bool = True) -> Commit:
+    """The commit of a checkpoint folder; with `verify`, every file's size and hash are checked.
+
+    Raises BloomeryError that names the file which is missing, torn or changed.
+    """
+    path = folder / COMMIT_FILE
+    try:
+        envelope = json.loads(path.read_bytes())
+        body = envelope["commit"]
+        if hashlib.sha256(canonical(body).encode()).hexdigest() != envelope["sha256"]:
+            raise BloomeryError(f"{path}: changed since it was written")
+        commit = Commit.checked(body, where=str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BloomeryError(f"{path}: not a commit ({type(error).__name__})") from None
+    for name, record in commit.files.items() if verify else ():
+        file = folder / name
+        if Path(name).name != name or file.is_symlink():
+            raise BloomeryError(f"{path}: {name} is not a plain file name")
+        if not file.is_file() or file.stat().st_size != record.bytes:
+            raise BloomeryError(f"{file}: missing or torn")
+        if sha256_of(file) != record.sha256:
+            raise BloomeryError(f"{file}: content does not match its hash")
+    return commit
+
+
+def canonical(body: Any) -> str:
+    """One text for one value, to hash."""
+    return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+
+def write_commit(folder: Path, commit: Commit) -> None:
+    """Write and fsync `commit.json`."""
+    body = commit.model_dump(mode="json")
+    text = json.dumps({"sha256": hashlib.sha256(canonical(body).encode()).hexdigest(), "commit": body})
+    with (folder / COMMIT_FILE).open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Finished checkpoint folders, newest step first (by name, never by file time)."""
+    found = [path for path in checkpoints.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that was passed over."""
+    skipped = []
+    for folder in checkpoint_folders(checkpoints):
+        try:
+            read_commit(folder)
+        except BloomeryError as error:
+            skipped.append(str(error))
+        else:
+            return folder, skipped
+    return None, skipped

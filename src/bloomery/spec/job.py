@@ -1,0 +1,59 @@
+"""What a training process is told: one file, `job.json`, written by the command before any process starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from bloomery.spec.base import Noun
+from bloomery.spec.errors import InputError
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+
+JOB_FILE = "job.json"
+STOPPED_BY_SIGNAL = 75
+"""Exit code after SIGTERM: the step was finished and saved, the same command goes on (EX_TEMPFAIL)."""
+
+
+class Job(Noun):
+    """One stage of training (pre-training or an alignment stage), every default resolved."""
+
+    name: str
+    model: Model
+    layout: Layout
+    dtype: str
+    seed: int
+    seq_len: int
+    global_batch: int
+    steps: int
+    optimizer: Optimizer
+    data: str
+    heldout: str
+    kind: str = "tokens"
+    initial: str = ""
+    data_hash: str = ""
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    evaluate_every: int = 0
+    heldout_tokens: int = 65_536
+    log_every: int = 1
+    tensorboard: bool = True
+    model_flops: float = 0.0
+    peak_flops_per_s: float = 0.0
+    mfu_convention: str = ""
+
+    def run_hash(self) -> str:
+        """What must not change between a checkpoint and its resume: model, batches, schedule, seed."""
+        fixed = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "dtype")
+        values = self.model_dump(mode="json", include=set(fixed))
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def read_job(run_dir: Path) -> Job:
+    """The job of a stage folder. Raises InputError when there is none."""
+    path = run_dir / JOB_FILE
+    if not path.is_file():
+        raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
+    return Job.checked(json.loads(path.read_text()), where=str(path))

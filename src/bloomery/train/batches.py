@@ -1,0 +1,62 @@
+"""Batches of the global order, prepared one step ahead: step k takes samples k*G .. (k+1)*G - 1 whatever the layout."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bloomery.data.pairs import PairDataset
+from bloomery.data.shards import TokenDataset
+from bloomery.parallel.mesh import Mesh
+
+
+class Dataset(Protocol):
+    """What training needs of packed tokens or of pairs."""
+
+    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, (n, seq) int64 each; target -100 counts nothing."""
+
+    def n_targets(self, i: int) -> int:
+        """Targets of sample i that count."""
+
+
+def open_dataset(kind: str, folder: Path, *, seq_len: int, seed: int) -> Dataset:
+    """Packed tokens (`tokens`) or prompt-response pairs (`pairs`)."""
+    if kind == "pairs":
+        return PairDataset(folder, seq_len=seq_len, seed=seed)
+    return TokenDataset(folder, seq_len=seq_len, seed=seed)
+
+
+class Batches:
+    """This data-parallel rank's share of each global batch."""
+
+    def __init__(self, dataset: Dataset, mesh: Mesh, global_batch: int) -> None:
+        self.dataset, self.global_batch = dataset, global_batch
+        self.share = global_batch // mesh.layout.dp
+        self.first, self.device = mesh.dp_rank * self.share, mesh.device
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[tuple[Tensor, Tensor, int]]] | None = None
+
+    def get(self, step: int) -> tuple[Tensor, Tensor, int]:
+        """(tokens, targets, targets that count in the global batch) of `step`; starts on the next."""
+        ahead = self._ahead
+        future = ahead[1] if ahead and ahead[0] == step else self._pool.submit(self._prepare, step)
+        result = future.result()
+        self._ahead = (step + 1, self._pool.submit(self._prepare, step + 1))
+        return result
+
+    def _prepare(self, step: int) -> tuple[Tensor, Tensor, int]:
+        start = step * self.global_batch
+        mine = np.arange(start + self.first, start + self.first + self.share)
+        inputs, targets = self.dataset.batch(mine)
+        count = sum(self.dataset.n_targets(i) for i in range(start, start + self.global_batch))
+        return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), count
+
+    def close(self) -> None:
+        """Stop preparing."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,38 @@
+"""One training process: `python -m bloomery.train.worker STAGE_FOLDER`, started by the supervisor with RANK and more."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from bloomery.parallel import mesh as meshes
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.job import read_job
+from bloomery.train.loop import run
+
+
+def main() -> int:
+    """Join the world, train, leave. Returns the exit code."""
+    folder = Path(sys.argv[1])
+    job = read_job(folder)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
+        code = run(job, folder, mesh)
+        meshes.stop(mesh)
+    except BloomeryError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Wrong inputs as a new user would make them: one clear line, exit code 2, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bloomery.cli.demo import write_run_file
+
+TINY = {
+    "name": "tiny",
+    "model": {"layers": 2, "hidden": 32, "heads": 4, "vocab": 512, "max_seq_len": 64},
+    "cluster": "this-machine",
+    "layout": {},
+    "train": {"seq_len": 32, "global_batch": 4, "steps": 2},
+    "data": {"vocab": 512},
+}
+
+
+def bloomery(*arguments: object, cwd: Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """Run the console program as a user would."""
+    command = [sys.executable, "-m", "bloomery", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    """Exit code 2 and exactly one line on standard error that holds all the words."""
+    assert result.returncode == 2, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def run_file(folder: Path, **changes: object) -> Path:
+    """A valid tiny run.yaml with some top-level keys changed."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump({**TINY, "out": str(folder / "runs"), **changes}))
+    return path
+
+
+def test_misspelt_key_names_file_path_and_nearest_match(tmp_path: Path) -> None:
+    path = run_file(tmp_path, train={"seq_len": 32, "global_batch": 4, "stepps": 2})
+    refused(bloomery("plan", path, cwd=tmp_path), "run.yaml", "train.stepps", "steps")
+
+
+def test_misspelt_set_is_refused_like_a_misspelt_file(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+    refused(bloomery("plan", path, "--set", "model.layrs=4", cwd=tmp_path), "model.layrs", "layers")
+
+
+def test_unknown_model_name_suggests_the_nearest(tmp_path: Path) -> None:
+    refused(bloomery("plan", run_file(tmp_path, model="yuan-1.0-245"), cwd=tmp_path), "yuan-1.0-245")
+
+
+def test_missing_run_file_suggests_the_nearest(tmp_path: Path) -> None:
+    run_file(tmp_path)
+    refused(bloomery("plan", "runn.yaml", cwd=tmp_path), "no such file", "run.yaml")
+
+
+@pytest.mark.parametrize("layout", ["tp=3", "tp=2,pp=4", "dp=3", "tp=8", "xp=2", "tp=two"])
+def test_impossible_mesh_is_refused_before_any_process_starts(tmp_path: Path, layout: str) -> None:
+    path = run_file(tmp_path)
+    refused(bloomery("train", path, "--layout", layout, cwd=tmp_path))
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def test_missing_text_folder(tmp_path: Path) -> None:
+    path = run_file(tmp_path)
+    refused(bloomery("data", "build", path, "--text", tmp_path / "nowhere", cwd=tmp_path), "nowhere")
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    refused(bloomery("data", "build", run_file(tmp_path), "--text", tmp_path / "text", cwd=tmp_path), "text")
+    assert not list((tmp_path / "runs").rglob("*.bin"))
+
+
+def test_binary_file_given_as_text(tmp_path: Path) -> None:
+    binary = tmp_path / "picture.txt"
+    binary.write_bytes(bytes(range(256)) * 64)
+    refused(bloomery("data", "build", run_file(tmp_path), "--text", binary, cwd=tmp_path), "picture.txt")
+
+
+def test_binary_file_given_as_run(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(os.urandom(512))
+    refused(bloomery("plan", path, cwd=tmp_path), "run.yaml")
+
+
+def test_run_directory_that_does_not_exist(tmp_path: Path) -> None:
+    for verb in (["report"], ["evaluate"], ["chat", "--message", "hello"]):
+        refused(bloomery(verb[0], tmp_path / "nowhere", *verb[1:], cwd=tmp_path), "nowhere")
+
+
+def test_unknown_verb_suggests_the_nearest(tmp_path: Path) -> None:
+    refused(bloomery("trian", cwd=tmp_path), "train")
+
+
+def test_the_demo_writes_a_run_file_that_validates(tmp_path: Path) -> None:
+    path = write_run_file(tmp_path, [])
+    values = yaml.safe_load(path.read_text())
+    assert values["cluster"] == "machine.yaml"
+    assert values["out"] == str(tmp_path)

@@ -1,0 +1,91 @@
+"""Collective times against rings counted by hand, and where groups lie on nodes."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bloomery.perf.collectives import Group, collective_s, group_of
+from bloomery.spec.cluster import Accelerator, Cluster, Tier
+from bloomery.spec.layout import Layout, LayoutBatch
+
+FAST = Tier(name="inside", span=8, bandwidth_bytes_per_s=100e9, ports_per_node=8, latency_s=1e-6)
+SLOW = Tier(name="across", span=64, bandwidth_bytes_per_s=10e9, ports_per_node=2, latency_s=10e-6)
+
+
+def cluster(kind: str = "cpu", **changes: object) -> Cluster:
+    device = Accelerator.checked(
+        {
+            "name": "device",
+            "kind": kind,
+            "peak_flops_per_s": {"float32": 1e12},
+            "memory_bytes": 1e9,
+            "memory_bandwidth_bytes_per_s": 1e11,
+        }
+    )
+    tiers = (FAST.model_copy(update=changes), SLOW)
+    return Cluster(nodes=8, accelerators_per_node=8, accelerator=device, tiers=tiers)
+
+
+def group(size: int, stride: int) -> Group:
+    return Group(np.array([size]), np.array([stride]))
+
+
+def test_a_ring_all_reduce_inside_a_node() -> None:
+    seconds = collective_s(cluster(), "all_reduce", group(4, 1), 1e9)
+    assert seconds[0] == pytest.approx(6 * 1e-6 + 2 * 3 / 4 * 1e9 / 100e9)
+
+
+@pytest.mark.parametrize("op", ["all_gather", "reduce_scatter"])
+def test_gathering_and_scattering_are_half_an_all_reduce(op: str) -> None:
+    half = collective_s(cluster(), op, group(4, 1), 1e9)  # type: ignore[arg-type]
+    assert 2 * half == pytest.approx(collective_s(cluster(), "all_reduce", group(4, 1), 1e9))
+
+
+def test_a_group_of_one_costs_nothing() -> None:
+    for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"):
+        assert collective_s(cluster(), op, group(1, 1), 1e9)[0] == 0.0
+
+
+def test_eight_ranks_a_node_share_two_ports() -> None:
+    seconds = collective_s(cluster(), "all_reduce", group(4, 8), 1e9)
+    assert seconds[0] == pytest.approx(6 * 10e-6 + 2 * 3 / 4 * 1e9 / (10e9 * 2 / 8))
+
+
+def test_a_group_over_two_tiers_sends_only_its_share_across() -> None:
+    seconds = collective_s(cluster(), "all_reduce", group(16, 1), 8e9)
+    inside = 14 * 1e-6 + 2 * 7 / 8 * 8e9 / 100e9
+    across = 2 * 10e-6 + 2 * 1 / 2 * 1e9 / (10e9 * 2 / 8)
+    assert seconds[0] == pytest.approx(inside + across)
+
+
+def test_message_size_and_operation_factor_count() -> None:
+    plain = cluster()
+    tuned = cluster(half_size_bytes=1e6, op_factor={"all_gather": 2.0})
+    small = collective_s(tuned, "all_reduce", group(2, 1), 1e6) - 2e-6
+    assert small == pytest.approx(2 * (collective_s(plain, "all_reduce", group(2, 1), 1e6) - 2e-6))
+    slow = collective_s(cluster(op_factor={"all_gather": 2.0}), "all_gather", group(2, 1), 1e6)
+    assert slow == pytest.approx(2 * collective_s(plain, "all_gather", group(2, 1), 1e6))
+
+
+def test_a_tree_bounds_latency_on_gpus() -> None:
+    seconds = collective_s(cluster("gpu"), "all_reduce", group(8, 1), 8)
+    assert seconds[0] == pytest.approx(6 * 1e-6, rel=1e-3)
+
+
+def test_neighbours_in_one_node_send_inside_it_and_stages_on_nodes_across() -> None:
+    near, far = (collective_s(cluster(), "send", group(2, stride), 1e9)[0] for stride in (4, 8))
+    assert near == pytest.approx(1e-6 + 1e9 / 100e9)
+    assert far == pytest.approx(10e-6 + 1e9 / (10e9 * 2 / 8))
+
+
+def test_groups_follow_the_mesh_order() -> None:
+    lay = LayoutBatch.of([Layout(tp=2, cp=2, dp=4, pp=2, ep=2)])
+    strides = {axis: int(group_of(lay, axis).stride[0]) for axis in ("tp", "cp", "ep", "dp", "pp", "world")}
+    assert strides == {"tp": 1, "cp": 2, "ep": 4, "dp": 4, "pp": 16, "world": 1}
+
+
+@given(st.integers(2, 64), st.floats(1, 1e9), st.floats(1.1, 10))
+def test_more_bytes_never_take_less_time(size: int, n_bytes: float, more: float) -> None:
+    a, b = (collective_s(cluster(), "all_reduce", group(size, 1), x)[0] for x in (n_bytes, n_bytes * more))
+    assert b > a

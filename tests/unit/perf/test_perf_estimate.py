@@ -1,0 +1,210 @@
+"""The whole prediction: parts, batches, published runs, and directions in which it must move."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bloomery.perf.budget import run_cost
+from bloomery.perf.estimate import Estimates, estimate
+from bloomery.perf.result import Estimate
+from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
+from bloomery.spec import catalog
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.components import COMPONENTS
+from bloomery.spec.errors import InputError
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import MixtureOfExperts, Model
+
+GPT3, SELENE = catalog.model("gpt3-175b"), catalog.cluster("selene-like")
+MOE = Model(
+    layers=8,
+    hidden=1024,
+    heads=16,
+    vocab=32000,
+    moe=MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=1024, first_dense_layers=1),
+)
+LAYOUTS = [
+    Layout(tp=8, pp=8, dp=1),
+    Layout(tp=8, pp=8, vpp=3, dp=1),
+    Layout(tp=8, pp=4, dp=2, zero_stage=1, micro_batch=2, recompute="full"),
+    Layout(tp=8, dp=8, sequence_parallel=True, zero_stage=3, recompute="selective"),
+    Layout(tp=4, pp=16, dp=1, schedule="gpipe"),
+    Layout(tp=8, pp=2, dp=4, stage_layers=(50, 46), zero_stage=2),
+    Layout(tp=4, cp=2, pp=8),
+]
+
+
+def predict(
+    layouts: list[Layout],
+    *,
+    model: Model = GPT3,
+    cluster: Cluster = SELENE,
+    batch: int = 64,
+    seq_len: int = 2048,
+    dtype: str = "bfloat16",
+    stack: Stack | None = None,
+) -> Estimates:
+    cluster = cluster.cut(layouts[0].world_size)
+    lay = LayoutBatch.of(layouts)
+    return estimate(model, cluster, lay, global_batch=batch, seq_len=seq_len, dtype=dtype, stack=stack)  # type: ignore[arg-type]
+
+
+def test_components_add_up_to_the_step_and_none_but_kernel_is_negative() -> None:
+    found = predict(LAYOUTS)
+    assert list(found.components) == list(COMPONENTS)
+    assert sum(found.components.values()) == pytest.approx(found.step_time_s)
+    for name, seconds in found.components.items():
+        assert np.all(seconds >= -1e-9), name
+
+
+@pytest.mark.parametrize("stack", [GPU, MEGATRON_2022, EAGER_CPU])
+def test_one_layout_is_the_batch_of_one(stack: Stack) -> None:
+    together = predict(LAYOUTS, stack=stack)
+    for i, layout in enumerate(LAYOUTS):
+        alone = predict([layout], stack=stack)
+        assert alone.step_time_s[0] == together.step_time_s[i]
+        assert {k: v[0] for k, v in alone.memory_bytes.items()} == {k: v[i] for k, v in together.memory_bytes.items()}
+
+
+def test_mfu_is_the_share_of_ideal_time() -> None:
+    found = predict(LAYOUTS)
+    assert found.mfu == pytest.approx(found.components["ideal"] / found.step_time_s)
+    assert np.all(found.hfu >= found.mfu)
+    assert np.all(found.hfu < 1)
+
+
+def test_an_estimate_survives_json_and_its_trees_add_up() -> None:
+    one = predict(LAYOUTS).one(2)
+    assert Estimate.from_json(one.to_json()) == one
+    assert one.components == pytest.approx({k: v[2] for k, v in predict(LAYOUTS).components.items()})
+    assert sum(one.components.values()) == pytest.approx(one.step_time_s)
+    assert len(one.memory.children) == 4
+    for stage in one.memory.children:
+        assert sum(part.value for part in stage.children) == pytest.approx(stage.value)
+    assert one.memory_bytes == pytest.approx(sum(v[2] for v in predict(LAYOUTS).memory_bytes.values()))
+    assert one.low_s < one.step_time_s < one.high_s
+    assert one.mfu_causal < one.mfu
+    assert "full attention" in one.convention
+
+
+def test_yuans_paper_layout_comes_near_the_reported_efficiency() -> None:
+    layout = Layout(tp=8, pp=38, dp=7, recompute="full")
+    yuan, cluster = catalog.model("yuan-1.0-245b"), catalog.cluster("yuan-1.0")
+    of_its_time = predict([layout], model=yuan, cluster=cluster, batch=3360, dtype="float16", stack=MEGATRON_2022)
+    assert of_its_time.hfu[0] == pytest.approx(0.448, rel=0.10)
+    today = predict([layout], model=yuan, cluster=cluster, batch=3360, dtype="float16")
+    assert today.hfu[0] == pytest.approx(0.448, rel=0.15)
+    assert today.fits[0]
+
+
+KORTHIKANTI = [
+    ("megatron-22b", Layout(tp=8, micro_batch=4, recompute="full"), 4, 1.42),
+    ("megatron-22b", Layout(tp=8, micro_batch=4, sequence_parallel=True, recompute="selective"), 4, 1.10),
+    ("megatron-175b", Layout(tp=8, pp=8, vpp=3, recompute="full"), 64, 18.13),
+    ("megatron-175b", Layout(tp=8, pp=8, vpp=3, sequence_parallel=True, recompute="selective"), 64, 13.75),
+    ("megatron-530b", Layout(tp=8, pp=35, vpp=3, recompute="full"), 280, 49.05),
+    ("megatron-530b", Layout(tp=8, pp=35, vpp=3, sequence_parallel=True, recompute="selective"), 280, 37.83),
+    ("megatron-1t", Layout(tp=8, pp=64, recompute="full"), 512, 94.42),
+    ("megatron-1t", Layout(tp=8, pp=64, sequence_parallel=True, recompute="selective"), 512, 71.49),
+]
+
+
+def test_korthikantis_table_5_is_met_from_data_sheet_priors() -> None:
+    errors = []
+    for name, layout, batch, measured_s in KORTHIKANTI:
+        found = predict([layout], model=catalog.model(name), batch=batch, dtype="float16", stack=MEGATRON_2022)
+        errors.append(abs(found.step_time_s[0] / measured_s - 1))
+        assert found.fits[0], name
+    assert np.mean(errors) < 0.08
+    assert max(errors) < 0.15
+
+
+def test_the_bubble_of_even_stages_is_the_papers_fraction() -> None:
+    """Narayanan et al. 2021: (p - 1) / (v m) of the work, with the ends of the model made negligible."""
+    model = GPT3.model_copy(update={"vocab": 64, "max_seq_len": 2048})
+    plain, inter = predict([Layout(tp=8, pp=8), Layout(tp=8, pp=8, vpp=3)], model=model).components["bubble"]
+    whole = predict([Layout(tp=8, pp=8)], model=model)
+    busy = sum(whole.components[name] for name in ("ideal", "kernel", "recompute", "tp_comm", "pp_comm"))[0]
+    assert plain / busy == pytest.approx(7 / 64, rel=0.05)
+    assert inter == pytest.approx(plain / 3, rel=0.1)
+
+
+def test_an_uneven_split_waits_for_its_slowest_stage() -> None:
+    even, uneven = predict([Layout(tp=8, pp=4), Layout(tp=8, pp=4, stage_layers=(40, 20, 20, 16))]).step_time_s
+    assert uneven > 1.4 * even
+
+
+def test_hidden_gradient_reduction_costs_less_than_exposed() -> None:
+    exposed = replace(GPU, gradient_overlap=0.0, gather_overlap=0.0)
+    layouts = [Layout(tp=8, dp=8, zero_stage=zero) for zero in (0, 3)]
+    assert np.all(predict(layouts).components["dp_comm"] < predict(layouts, stack=exposed).components["dp_comm"])
+
+
+def test_mixture_of_experts_is_planned_too() -> None:
+    layouts = [Layout(tp=2, dp=4), Layout(tp=2, dp=4, ep=4), Layout(pp=2, dp=4, ep=2)]
+    found = predict(layouts, model=MOE, batch=32)
+    assert np.all(np.isfinite(found.step_time_s))
+    assert found.memory_bytes["optimizer"][1] < found.memory_bytes["optimizer"][0]
+
+
+def test_a_cpu_machine_is_planned_in_float32() -> None:
+    machine = catalog.cluster("this-machine")
+    layouts = [Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(dp=2, zero_stage=3)]
+    found = predict(layouts, model=catalog.model("tiny-5m"), cluster=machine, batch=16, seq_len=256, dtype="float32")
+    assert found.components["tp_comm"][1] > 0
+    assert found.components["dp_comm"][0] > 0
+    assert found.components["pp_comm"][2] > 0
+    assert np.all((found.mfu > 0) & (found.mfu < 1))
+
+
+def test_an_unknown_peak_is_an_error_not_a_guess() -> None:
+    with pytest.raises(InputError, match="no peak for float8"):
+        predict([Layout(tp=8)], dtype="float8")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(LAYOUTS), st.sampled_from([1.25, 2.0, 4.0]))
+def test_better_hardware_is_never_slower(layout: Layout, factor: float) -> None:
+    device = SELENE.accelerator
+    slow = predict([layout]).step_time_s[0]
+    peaks = {dtype: factor * peak for dtype, peak in device.peak_flops_per_s.items()}
+    bandwidth = factor * device.memory_bandwidth_bytes_per_s
+    changes: list[dict[str, object]] = [
+        {"accelerator": device.model_copy(update={"peak_flops_per_s": peaks})},
+        {"accelerator": device.model_copy(update={"memory_bandwidth_bytes_per_s": bandwidth})},
+        {
+            "tiers": tuple(
+                t.model_copy(update={"bandwidth_bytes_per_s": factor * t.bandwidth_bytes_per_s}) for t in SELENE.tiers
+            )
+        },
+    ]
+    for change in changes:
+        assert predict([layout], cluster=SELENE.model_copy(update=change)).step_time_s[0] <= slow * (1 + 1e-12)
+
+
+@given(st.sampled_from(LAYOUTS))
+@settings(max_examples=10, deadline=None)
+def test_more_work_takes_longer(layout: Layout) -> None:
+    assert predict([layout], batch=128).step_time_s[0] > predict([layout]).step_time_s[0]
+    assert predict([layout], seq_len=4096).step_time_s[0] > predict([layout]).step_time_s[0]
+
+
+def test_a_run_costs_days_money_and_energy() -> None:
+    model, cluster = catalog.model("yuan-1.0-245b"), catalog.cluster("yuan-1.0")
+    cost = run_cost(model, cluster, tokens=180e9, tokens_per_step=3360 * 2048, step_time_s=43.0, goodput=0.95)
+    assert cost.pf_days_8nd == pytest.approx(4095, rel=3e-3)
+    assert cost.accelerator_hours == pytest.approx(2128 * 24 * cost.wall_days)
+    assert cost.wall_days == pytest.approx(cost.days / 0.95)
+    assert cost.cost == pytest.approx(1.29 * cost.accelerator_hours)
+    assert cost.energy_kwh == pytest.approx(0.4 * 1.2 * cost.accelerator_hours)
+
+
+def test_the_thinking_wing_never_imports_torch() -> None:
+    import bloomery.perf
+
+    folder = Path(bloomery.perf.__file__).parent
+    assert all("import torch" not in path.read_text() for path in folder.glob("*.py"))

@@ -1,0 +1,90 @@
+"""ETTR and intervals against published and simulated values."""
+
+import numpy as np
+import pytest
+
+from bloomery.perf.goodput import (
+    availability_interval_s,
+    best_ettr,
+    cluster_mtbf_s,
+    ettr,
+    ettr_first_order,
+    goodput,
+    mean_time_between_failures_s,
+    optimal_interval_s,
+    young_interval_s,
+)
+from bloomery.spec import catalog
+
+HOUR = 3600.0
+TABLE = [
+    (64, 6.5, (0.978, 0.990, 0.9975)),
+    (128, 6.5, (0.967, 0.984, 0.996)),
+    (125, 21.6, (0.933, 0.963, 0.993)),
+    (2048, 3.8, (0.870, 0.917, 0.985)),
+    (2048, 6.5, (0.814, 0.873, 0.979)),
+]
+
+
+@pytest.mark.parametrize(("nodes", "rate", "expected"), TABLE)
+def test_best_ettr_of_worked_cases(nodes: int, rate: float, expected: tuple[float, ...]) -> None:
+    mtbf = mean_time_between_failures_s(nodes, rate)
+    stalls = [(40.0, 600.0), (6.0, 600.0), (0.5, 60.0)]
+    found = [best_ettr(c, mtbf, r) for c, r in stalls]
+    assert found == pytest.approx(expected, abs=1.5e-3)
+
+
+def test_meta_cluster_of_16384_gpus_fails_every_1_8_hours() -> None:
+    assert mean_time_between_failures_s(2048, 6.5) / HOUR == pytest.approx(1.8, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("hours", "c", "r", "exact", "first"),
+    [(3.09, 6, 600, 0.9167, 0.9143), (1.8, 40, 600, 0.8137, 0.8035), (28.8, 6, 60, 0.9887, 0.9887)],
+)
+def test_exact_and_first_order_ettr(hours: float, c: float, r: float, exact: float, first: float) -> None:
+    mtbf = hours * HOUR
+    tau = optimal_interval_s(c, mtbf, r)
+    assert ettr(tau, c, mtbf, r) == pytest.approx(exact, abs=1e-3)
+    assert ettr_first_order(tau, c, mtbf, r) == pytest.approx(first, abs=2e-3)
+
+
+def test_ettr_agrees_with_a_simulation() -> None:
+    rng = np.random.default_rng(0)
+    mtbf, c, r, tau = 2 * HOUR, 30.0, 300.0, 600.0
+    wall, done, target = 0.0, 0, 4000
+    failure = rng.exponential(mtbf)
+    while done < target:
+        if wall + tau + c <= failure:
+            wall, done = wall + tau + c, done + 1
+            continue
+        while True:
+            wall = failure
+            failure = wall + rng.exponential(mtbf)
+            if wall + r <= failure:
+                wall += r
+                break
+    assert ettr(tau, c, mtbf, r) == pytest.approx(done * tau / wall, abs=0.01)
+
+
+def test_the_optimal_interval_is_near_the_maximum() -> None:
+    mtbf, c, r = 3 * HOUR, 20.0, 300.0
+    grid = np.linspace(100, 4000, 2000)
+    assert best_ettr(c, mtbf, r) == pytest.approx(ettr(grid, c, mtbf, r).max(), abs=5e-4)
+
+
+def test_intervals() -> None:
+    assert young_interval_s(10, 6000) == pytest.approx(346.4, abs=0.1)
+    assert optimal_interval_s(10, 6000, 600) / 15 == pytest.approx(24, abs=0.5)
+    assert availability_interval_s(10, 6000, 600) == pytest.approx(10 + np.sqrt(2 * 6600 * 10 + 100))
+
+
+def test_without_failures_only_checkpoints_cost() -> None:
+    assert ettr(100.0, 25.0, np.inf, 600.0) == pytest.approx(0.8)
+    assert mean_time_between_failures_s(8, 0.0) == np.inf
+    assert goodput(0.9, skipped_share=0.1, straggler_slowdown=0.2) == pytest.approx(0.9 * 0.9 * 0.8)
+
+
+def test_the_pessimistic_rate_is_worse() -> None:
+    yuan = catalog.cluster("yuan-1.0")
+    assert cluster_mtbf_s(yuan, pessimistic=True) < cluster_mtbf_s(yuan)

@@ -1,0 +1,104 @@
+"""Memory against Korthikanti's formulas (arXiv 2205.05198) and ZeRO's (arXiv 1910.02054)."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bloomery.perf.case import Case
+from bloomery.perf.memory import activation_bytes, in_flight, layer_activation_bytes, memory_of, worst_memory
+from bloomery.perf.stack import MEGATRON_2022
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.parameters import parameter_count
+
+GPT3 = catalog.model("gpt3-175b")
+S, B, H, A, L = 2048, 2, 12288, 96, 96
+
+
+def case(layout: Layout, **changes: object) -> Case:
+    values = {"global_batch": 64, "seq_len": S, "dtype": "float16", "stack": MEGATRON_2022, **changes}
+    return Case.of(GPT3, catalog.cluster("selene-like"), LayoutBatch.of([layout]), **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_a_layer_keeps_what_korthikanti_counts(tp: int) -> None:
+    kept, scores = layer_activation_bytes(case(Layout(tp=tp, micro_batch=B)))
+    assert kept[0] == pytest.approx(S * B * H * (10 + 24 / tp + 5 * A * S / (H * tp)))
+    assert scores[0] == pytest.approx(5 * A * S**2 * B / tp)
+
+
+def test_sequence_parallelism_divides_all_of_it() -> None:
+    kept, _ = layer_activation_bytes(case(Layout(tp=8, sequence_parallel=True, micro_batch=B)))
+    assert kept[0] == pytest.approx(S * B * H / 8 * (34 + 5 * A * S / H))
+
+
+def test_selective_recomputation_leaves_34_sbh() -> None:
+    one = case(Layout(tp=8, sequence_parallel=True, micro_batch=B, recompute="selective"))
+    _, scores = layer_activation_bytes(one)
+    ends = S * B * H / 8 * 4
+    assert activation_bytes(one, one.first)[0] == pytest.approx(L * 34 * S * B * H / 8 + scores[0] + ends)
+
+
+def test_full_recomputation_keeps_2_sbh_and_one_layer() -> None:
+    one = case(Layout(tp=8, pp=8, micro_batch=B, recompute="full"))
+    whole, _ = layer_activation_bytes(one)
+    assert activation_bytes(one, one.first)[0] == pytest.approx(8 * (L / 8) * 2 * S * B * H + whole[0])
+
+
+def test_micro_batches_in_flight_fall_from_stage_to_stage() -> None:
+    one = case(Layout(pp=4, micro_batch=1))
+    counts = [int(in_flight(one, one.ranks(np.array([rank])))[0]) for rank in range(4)]
+    assert counts == [4, 3, 2, 1]
+    two = case(Layout(pp=4, dp=32, micro_batch=1))
+    assert int(in_flight(two, two.first)[0]) == 2
+    gpipe = case(Layout(pp=4, micro_batch=1, schedule="gpipe"))
+    assert int(in_flight(gpipe, gpipe.last)[0]) == 64
+
+
+def test_interleaving_costs_the_papers_factor_on_the_first_stage() -> None:
+    p, v = 8, 3
+    one = case(Layout(pp=p, vpp=v, micro_batch=1))
+    assert in_flight(one, one.first)[0] == pytest.approx(p * (1 + (p - 1) / (p * v)))
+
+
+def test_states_take_18_bytes_a_parameter_and_zero_cuts_them() -> None:
+    states = ("parameters", "gradients", "optimizer")
+    n = parameter_count(GPT3)
+    found = {}
+    for stage in (0, 1, 2, 3):
+        one = case(Layout(dp=16, zero_stage=stage, micro_batch=1))
+        found[stage] = sum(memory_of(one, one.first)[part][0] for part in states)
+    assert found[0] == pytest.approx(18 * n)
+    assert found[1] == pytest.approx((6 + 12 / 16) * n)
+    assert found[2] == found[3] == pytest.approx(18 / 16 * n)
+
+
+def test_stages_together_hold_the_model_and_a_second_copy_of_a_tied_embedding() -> None:
+    one = case(Layout(pp=8, micro_batch=1))
+    total = sum(memory_of(one, one.ranks(np.array([rank])))["parameters"][0] for rank in range(8))
+    assert total == pytest.approx(2 * (parameter_count(GPT3) + GPT3.vocab * H))
+
+
+def test_the_worst_rank_is_the_worst_of_all_ranks() -> None:
+    splits = [None, (5, 7, 20, 5), (8, 8, 8, 13)]
+    model = catalog.model("gpt2-small").model_copy(update={"layers": 37})
+    for split in splits:
+        lay = LayoutBatch.of([Layout(pp=4, micro_batch=1, stage_layers=split)])
+        one = replace(case(Layout(pp=4, micro_batch=1)), model=model, lay=lay)
+        every = [sum(memory_of(one, one.ranks(np.array([r]))).values())[0] for r in range(4)]  # type: ignore[index]
+        assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))  # type: ignore[index]
+
+
+def test_the_published_runs_of_a_40_and_80_gb_machine_fit() -> None:
+    yuan = Case.of(
+        catalog.model("yuan-1.0-245b"),
+        catalog.cluster("yuan-1.0"),
+        LayoutBatch.of([Layout(tp=8, pp=38, dp=7, recompute="full")]),
+        global_batch=3360,
+        seq_len=2048,
+        dtype="float16",
+    )
+    assert sum(worst_memory(yuan).values())[0] < 40e9  # type: ignore[index]
+    alone = case(Layout(tp=8, micro_batch=1))
+    assert sum(worst_memory(alone).values())[0] > 80e9  # type: ignore[index]

@@ -1,0 +1,165 @@
+"""The catalog holds to what was published, and says from where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bloomery.spec import catalog
+from bloomery.spec.errors import InputError
+from bloomery.spec.layout import check_layout
+from bloomery.spec.parameters import parameter_count
+
+# Parameters in billions as published: model cards and config indexes on huggingface.co (total size of the safetensors
+# index), or the paper's table. GPT-2's sizes are those OpenAI corrected in the repository (124 M, 355 M, 774 M, 1.5 B).
+PUBLISHED_BILLIONS = {
+    "gpt2-small": 0.124,
+    "gpt2-medium": 0.355,
+    "gpt2-large": 0.774,
+    "gpt2-xl": 1.558,
+    "gpt3-13b": 13.0,  # 2005.14165 Table 2.1
+    "gpt3-175b": 174.6,  # 2005.14165 Table D.1
+    "yuan-1.0-13b": 13.0,
+    "yuan-1.0-245b": 245.7,  # 2110.04725
+    "megatron-22b": 22.0,  # 2205.05198 Table 3
+    "megatron-175b": 175.0,
+    "megatron-530b": 530.0,
+    "megatron-1t": 1008.0,  # 2104.04473 Table 1
+    "tinyllama-1.1b": 1.1,
+    "llama-2-7b": 6.738,
+    "llama-2-13b": 13.016,
+    "llama-2-70b": 68.977,
+    "llama-3-8b": 8.030,
+    "llama-3-70b": 70.554,
+    "llama-3-405b": 405.85,
+    "qwen2.5-0.5b": 0.494,
+    "qwen2.5-7b": 7.616,
+    "qwen2.5-72b": 72.706,
+    "qwen3-0.6b": 0.596,
+    "qwen3-8b": 8.191,
+    "mistral-7b": 7.242,
+    "smollm2-135m": 0.1345,
+    "mixtral-8x7b": 46.703,
+    "deepseek-moe-16b": 16.376,
+    "qwen3-30b-a3b": 30.532,
+}
+PUBLISHED_ACTIVE_BILLIONS = {"mixtral-8x7b": 12.9, "deepseek-moe-16b": 2.8, "qwen3-30b-a3b": 3.3}
+
+
+@pytest.mark.parametrize(("kind", "least"), [("models", 20), ("accelerators", 12), ("clusters", 6)])
+def test_the_catalog_is_as_wide_as_promised(kind: str, least: int) -> None:
+    assert len(catalog.names(kind)) >= least
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_BILLIONS))
+def test_parameters_are_the_published_ones(name: str) -> None:
+    assert parameter_count(catalog.model(name)) / 1e9 == pytest.approx(PUBLISHED_BILLIONS[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED_ACTIVE_BILLIONS))
+def test_active_parameters_are_the_published_ones(name: str) -> None:
+    count = parameter_count(catalog.model(name), active=True) / 1e9
+    assert count == pytest.approx(PUBLISHED_ACTIVE_BILLIONS[name], rel=0.02)
+
+
+def test_every_published_model_is_held_to_a_figure() -> None:
+    assert {name for name in catalog.names("models") if not name.startswith("tiny-")} == set(PUBLISHED_BILLIONS)
+
+
+def test_yuan_has_its_parameters_to_half_a_percent() -> None:
+    assert parameter_count(catalog.model("yuan-1.0-245b")) == pytest.approx(245.7e9, rel=0.005)
+
+
+@pytest.mark.parametrize("name", catalog.names("models"))
+def test_every_model_names_its_source(name: str) -> None:
+    assert catalog.model(name).source
+
+
+@pytest.mark.parametrize("name", [name for name in catalog.names("models") if name.startswith("tiny-")])
+def test_tiny_models_lie_on_any_small_mesh(name: str) -> None:
+    model = catalog.model(name)
+    assert model.heads % 4 == 0
+    assert model.kv_heads % 2 == 0
+    assert not model.tie_embeddings
+    assert model.layers % 4 == 0
+
+
+@pytest.mark.parametrize("name", catalog.names("accelerators"))
+def test_every_accelerator_names_its_source_and_a_training_format(name: str) -> None:
+    device = catalog.accelerator(name)
+    assert device.source
+    assert device.peak(device.training_dtype()) > 0
+    assert device.reserved_bytes < device.memory_bytes
+
+
+# Dense tensor-core peaks of the white papers; a sparse figure would be twice as much.
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("v100-32gb", "float16", 125),
+        ("a100-80gb", "bfloat16", 312),
+        ("h100-sxm", "bfloat16", 989),
+        ("h100-sxm", "float8", 1979),
+        ("h100-pcie", "bfloat16", 756),
+        ("h200", "bfloat16", 989),
+        ("b200", "bfloat16", 2250),
+        ("gb200", "bfloat16", 2500),
+        ("mi300x", "bfloat16", 1307),
+        ("mi250x-gcd", "float16", 191.5),
+    ],
+)
+def test_peaks_are_dense(name: str, dtype: str, teraflops: float) -> None:
+    assert catalog.accelerator(name).peak_flops_per_s[dtype] / 1e12 == pytest.approx(teraflops, rel=0.005)  # type: ignore[index]
+
+
+def test_a_peak_that_the_data_sheet_lacks_is_never_guessed() -> None:
+    with pytest.raises(InputError, match="no peak for bfloat16"):
+        catalog.accelerator("v100-32gb").peak("bfloat16")
+
+
+@pytest.mark.parametrize("name", catalog.names("clusters"))
+def test_every_cluster_names_its_source_and_can_be_cut(name: str) -> None:
+    cluster = catalog.cluster(name)
+    assert cluster.source
+    assert cluster.tiers[-1].span >= cluster.size
+    for ranks in cluster.world_sizes():
+        assert cluster.cut(ranks).size == ranks
+
+
+def test_yuans_cluster_is_the_published_one() -> None:
+    cluster = catalog.cluster("yuan-1.0")
+    network = cluster.tiers[-1]
+    assert cluster.size == 2128
+    assert network.ports_per_node * network.bandwidth_bytes_per_s * 8 == pytest.approx(2 * 200e9)
+
+
+def test_the_unprobed_machine_says_that_it_is_a_guess() -> None:
+    assert "guess" in " ".join(catalog.cluster("this-machine").provenance.values())
+
+
+@pytest.mark.parametrize(
+    ("read", "wrong", "nearest"),
+    [
+        (catalog.model, "llama-3-8", "llama-3-8b"),
+        (catalog.cluster, "yuan-1", "yuan-1.0"),
+        (catalog.accelerator, "h100sxm", "h100-sxm"),
+    ],
+)
+def test_an_unknown_name_suggests_the_nearest(read: object, wrong: str, nearest: str) -> None:
+    assert callable(read)
+    with pytest.raises(InputError, match=f"did you mean '{nearest}'"):
+        read(wrong)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[3] / "examples").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_example_is_valid_with_the_layouts_it_compares(path: Path) -> None:
+    run = catalog.read_run(path)
+    for layout in run.compare.values():
+        check_layout(
+            run.model,
+            layout,
+            global_batch=run.train.global_batch,
+            seq_len=run.train.seq_len,
+            world_size=run.cluster.size,
+        )

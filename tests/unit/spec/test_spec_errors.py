@@ -1,0 +1,116 @@
+"""Wrong input is answered by one line: where, what was found, what is accepted, the nearest match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import InputError
+from bloomery.spec.files import MAX_BYTES, read_yaml
+
+VALID = """
+name: tiny
+model: {layers: 2, hidden: 32, heads: 4, vocab: 512, max_seq_len: 64}
+cluster: this-machine
+train: {seq_len: 32, global_batch: 4, steps: 2}
+"""
+
+
+def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *assignments: str) -> str:
+    with pytest.raises(InputError) as caught:
+        read_run(written(folder, text), assignments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "path", "nearest"),
+    [
+        ("modell: tiny-1m", "modell", "model"),
+        ("train.global_bach: 4", "train.global_bach", "global_batch"),
+        ("train.optimizer.beta: 0.9", "train.optimizer.beta", "betas"),
+        ("model.moe.expert: 4", "model.moe.expert", "experts"),
+        ("cluster.accelerator.memory: 4", "cluster.accelerator.memory", "memory_bytes"),
+    ],
+)
+def test_an_unknown_key_at_any_depth_names_its_path_and_the_nearest(
+    tmp_path: Path, wrong: str, path: str, nearest: str
+) -> None:
+    key, value = wrong.split(": ")
+    base = VALID.replace("cluster: this-machine", "cluster: {extends: this-machine}")
+    message = problem(tmp_path, base, f"{key}={value}")
+    assert f"run.yaml: {path}: unknown key" in message
+    assert f"did you mean '{nearest}'?" in message
+
+
+def test_an_unknown_key_inside_a_list_of_tiers_names_the_item(tmp_path: Path) -> None:
+    tier = "{name: net, span: 8, bandwith_bytes_per_s: 1e9, ports_per_node: 1, latency_s: 0}"
+    text = VALID.replace("cluster: this-machine", f"cluster: {{extends: this-machine, tiers: [{tier}]}}")
+    message = problem(tmp_path, text)
+    assert "cluster.tiers.0.bandwith_bytes_per_s" in message
+    assert "did you mean 'bandwidth_bytes_per_s'?" in message
+
+
+def test_a_wrong_choice_lists_the_choices(tmp_path: Path) -> None:
+    message = problem(tmp_path, VALID, "train.dtype=bfloat")
+    assert "train.dtype" in message
+    assert "float64, float32, bfloat16" in message
+    assert "did you mean 'bfloat16'?" in message
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert "model.vocab: this key is required" in problem(tmp_path, VALID.replace("vocab: 512, ", ""))
+
+
+def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
+    message = problem(tmp_path, VALID, "train.seq_len=many")
+    assert "train.seq_len" in message
+    assert "'many'" in message
+
+
+def test_tokens_and_steps_together_are_refused(tmp_path: Path) -> None:
+    assert "give tokens or steps, not both" in problem(tmp_path, VALID, "train.tokens=1000")
+
+
+def test_a_sequence_longer_than_the_model_knows_is_refused(tmp_path: Path) -> None:
+    assert "exceeds model.max_seq_len 64" in problem(tmp_path, VALID, "train.seq_len=65")
+
+
+@pytest.mark.parametrize("text", ["a: 1\na: 2\n", "x: {b: 1, b: 2}\n"])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError, match="stands twice"):
+        read_yaml(written(tmp_path, text))
+
+
+def test_aliases_are_refused_before_they_grow(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="aliases"):
+        read_yaml(written(tmp_path, "a: &a [1, 2]\nb: [*a, *a]\n"))
+
+
+def test_tags_that_would_make_objects_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_yaml(written(tmp_path, "a: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_a_file_beyond_the_size_limit_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="larger than"):
+        read_yaml(written(tmp_path, "#" * (MAX_BYTES + 1)))
+
+
+def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="a mapping is expected"):
+        read_yaml(written(tmp_path, "- 1\n"))
+
+
+def test_deep_nesting_is_one_line_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError):
+        read_yaml(written(tmp_path, "a: " + "[" * 20_000))

@@ -1,0 +1,85 @@
+"""What stands above what: extended files, the file itself, `--set`; and how numbers are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import InputError
+from bloomery.spec.files import override, parse_yaml, read_yaml, to_yaml, write_atomically
+
+
+def test_a_file_extends_another_mapping_by_mapping(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("a: 1\nb: {c: 2, d: 3}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\nb: {d: 4}\n")
+    assert read_yaml(tmp_path / "run.yaml") == {"a": 1, "b": {"c": 2, "d": 4}}
+
+
+def test_extending_goes_one_level_deep(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("x: 1\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    (tmp_path / "c.yaml").write_text("extends: b.yaml\n")
+    with pytest.raises(InputError, match="must not itself extend"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+def test_an_extended_file_that_is_missing_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("x: 1\n")
+    (tmp_path / "run.yaml").write_text("extends: bas.yaml\n")
+    with pytest.raises(InputError, match=r"did you mean 'base\.yaml'"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_set_reads_its_value_as_yaml_and_keeps_the_rest() -> None:
+    values = override({"train": {"steps": 3, "seed": 1}}, ["train.steps=8", "layout={tp: 2}", "name=x"])
+    assert values == {"train": {"steps": 8, "seed": 1}, "layout": {"tp": 2}, "name": "x"}
+
+
+def test_the_last_set_wins() -> None:
+    assert override({}, ["a.b=1", "a.b=2"]) == {"a": {"b": 2}}
+
+
+def test_set_below_a_catalog_name_extends_it(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: tiny-5m\ncluster: generic-8xa100\n")
+    run = read_run(tmp_path / "run.yaml", ["model.layers=6", "cluster.nodes=4"])
+    assert (run.model.layers, run.model.hidden, run.cluster.size) == (6, 192, 32)
+
+
+def test_set_replaces_a_cluster_by_a_file_beside_the_run(tmp_path: Path) -> None:
+    (tmp_path / "machine.yaml").write_text("extends: other.yaml\nname: mine\n")
+    (tmp_path / "other.yaml").write_text(
+        "accelerators_per_node: 2\naccelerator: l40s\n"
+        "tiers: [{name: pcie, span: 2, bandwidth_bytes_per_s: 2e10, ports_per_node: 2, latency_s: 1e-5}]\n"
+    )
+    (tmp_path / "run.yaml").write_text("model: tiny-5m\ncluster: {extends: generic-8xa100, nodes: 2}\n")
+    run = read_run(tmp_path / "run.yaml", ["cluster=machine.yaml"])
+    assert (run.cluster.name, run.cluster.size, run.cluster.accelerator.name) == ("mine", 2, "l40s")
+
+
+@pytest.mark.parametrize("assignment", ["train.steps", "=3", "a..b=3"])
+def test_a_set_that_is_no_assignment_is_refused(assignment: str) -> None:
+    with pytest.raises(InputError, match="--set"):
+        override({}, [assignment])
+
+
+@pytest.mark.parametrize("text", ["1e9", "1E+9", "1.0e9", "1_000_000_000"])
+def test_numbers_are_numbers(text: str) -> None:
+    assert parse_yaml(f"x: {text}", "text")["x"] == 1e9
+
+
+def test_what_is_written_reads_back_the_same(tmp_path: Path) -> None:
+    values = {"b": [1, 2.5, None, True], "a": {"text": "größer 中文", "number": 1e-5}}
+    write_atomically(tmp_path / "deep" / "file.yaml", to_yaml(values))
+    assert read_yaml(tmp_path / "deep" / "file.yaml") == values
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep" / "file.yaml"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file.txt"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
