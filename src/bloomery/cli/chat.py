@@ -1,7 +1,8 @@
-"""`bloomery chat RUN_DIR`: talk to a trained model."""
+"""`bloomery chat RUN_DIR`: talk to a trained model at the terminal, or one message from a script."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -9,37 +10,55 @@ import typer
 
 
 def chat(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A trained run.")],
-    message: Annotated[str, typer.Option(help="Say one thing, print the answer, end.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.7,
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder `train` wrote.")],
+    message: Annotated[str, typer.Option("--message", "-m", help="One message instead of a conversation.")] = "",
+    stage: Annotated[str, typer.Option(help="pretrain or an alignment stage (default: the last).")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.7,
+    top_k: Annotated[int, typer.Option(min=0, help="Keep the k most likely tokens (0: all).")] = 40,
+    top_p: Annotated[float, typer.Option(help="Keep the smallest set of this probability.")] = 0.95,
+    seed: Annotated[int | None, typer.Option(help="Repeatable answers.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --message: the answer as JSON.")] = False,
 ) -> None:
-    """Talk to the last stage of a run; an empty line or Ctrl-D ends."""
-    from bloomery.cli.console import require_run
+    """Talk to a trained model. /new starts over, /quit ends."""
+    import sys
+
+    from bloomery.cli.console import print_json, require_run
 
     require_run(run_dir)
-    from bloomery.evaluate.run_models import open_run
     from bloomery.model.generate import Sampling
-    from bloomery.serve.conversation import Turn, answer
+    from bloomery.serve.chat import Conversation, converse
+    from bloomery.serve.talker import open_talker
+    from bloomery.spec.errors import InputError
 
-    folder = open_run(run_dir)
-    module, turns = folder.module(folder.last_stage), list[Turn]()
-    sampling = Sampling(temperature=temperature)
-    if not message:
-        print(f"{folder.run.name}, stage {folder.last_stage}: {folder.run.model.name}. An empty line ends.")
+    if as_json and not message:
+        raise InputError("needs --message", where="--json")
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    conversation = Conversation(open_talker(run_dir, stage), max_new=max_tokens, sampling=sampling)
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    if message:
+        answer = conversation.say(message, (lambda _: None) if as_json else show)
+        if as_json:
+            usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+            print_json({"answer": answer.text, "stage": conversation.talker.stage, **usage})
+        else:
+            show("\n")
+        return
+    if sys.stdin.isatty():
+        print(f"{run_dir}: {conversation.talker.stage}; /new starts over, /quit ends", file=sys.stderr)
+    converse(conversation, _lines(), show)
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, with a prompt at a terminal."""
+    import sys
+
     while True:
         try:
-            said = message or input("you: ")
+            yield input("> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        if not said.strip():
-            return
-        turns.append(("user", said))
-        reply = ""
-        for piece in answer(folder, module, turns, max_tokens, sampling):
-            print(piece, end="", flush=True)
-            reply += piece
-        print()
-        if message:
-            return
-        turns.append(("assistant", reply))

@@ -98,7 +98,7 @@ def _show(report: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{folder}{'  (built before, unchanged)' if report['reused'] else ''}", width=100)
+    table = Table(title=f"{folder}{'  (built before, unchanged)' if report['reused'] else ''}")
     table.add_column("stage", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True)
     table.add_column("for example", overflow="ellipsis", no_wrap=True)

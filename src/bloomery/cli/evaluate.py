@@ -17,7 +17,9 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from bloomery.cli.console import print_json
+    from bloomery.cli.console import print_json, require_run
+
+    require_run(run_dir)
     from bloomery.evaluate.stages import evaluate_run
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())

@@ -25,8 +25,6 @@ def complete(
     texts = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, room)
-        new = generate(
-            module, ids, max_new=max_new, sampling=sampling, stop=(tokenizer.end,), limit=tokenizer.size
-        )
+        new = generate(module, ids, max_new=max_new, sampling=sampling, stop=(tokenizer.end,), limit=tokenizer.size)
         texts.append(tokenizer.decode(list(new)))
     return texts

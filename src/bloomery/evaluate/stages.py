@@ -18,10 +18,13 @@ DEFAULT_PROMPTS = ("The ", "import ", "In ")
 Progress = Callable[[str, int, int], None]
 
 
-def evaluate_run(folder: str | Path, *, max_tokens: int | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate_run(
+    folder: str | Path, *, max_tokens: int | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Evaluate the untrained model and every stage; returns and writes the evaluation.
 
-    {"before": figures, "pretrain": figures, "align": {stage: figures}, "completions": [{"prompt", "texts": {stage: text}}]}
+    {"before": figures, "pretrain": figures, "align": {stage: figures},
+    "completions": [{"prompt": text, "texts": {stage: text}}]}
     Raises InputError when the run has no checkpoint or no held-out shards.
     """
     opened = open_run(folder)

@@ -56,8 +56,8 @@ class Cache:
 def generate(
     module: Transformer,
     prompt: Sequence[int],
-    *,
     max_new: int,
+    *,
     sampling: Sampling,
     stop: Sequence[int | None] = (),
     limit: int | None = None,

@@ -131,11 +131,10 @@ class Engine:
 
         `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
         """
-        squares = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        for name, parameter in self.parameters().items():
-            if parameter.grad is not None:
-                gradient = _plain(parameter.grad)
-                squares += gradient.square().sum(dtype=torch.float64) / self._replicas(name)
+        named = {name: _plain(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+        norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
+        replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
+        squares = (norms.square() / replicas).sum()
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()

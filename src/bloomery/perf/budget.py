@@ -14,7 +14,8 @@ class RunCost:
     """A run of `tokens` tokens. `days` is productive time, `wall_days` divides it by the goodput.
 
     `pf_days_6nd` and `pf_days_8nd` count 6 and 8 FLOP per parameter and token: without and with full recomputation.
-    `cost` (price list's currency) is None without a price, `energy_kwh` (board power x PUE, hosts left out) without a TDP.
+    `cost` (price list's currency) is None without a price, `energy_kwh` (board power x PUE, hosts left out) without a
+    TDP.
     """
 
     tokens: float

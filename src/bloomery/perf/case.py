@@ -1,8 +1,8 @@
-"""`Case`: one question to the performance model: n layouts of one model on one cluster, and all that is fixed for them."""
+"""`Case`: one question to the performance model: n layouts of one model on one cluster, and what is fixed for them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -75,7 +75,6 @@ class Case:
     dtype: Dtype
     stack: Stack
     precision: Precision
-    _tables: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -178,7 +177,7 @@ class Case:
 
     @cached_property
     def _stage_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(distinct splits, 3, ranks) layers, MoE layers and (fullest, heaviest) of each split; (n,) row of a layout."""
+        """(splits, 3, ranks): layers, MoE layers and (fullest, heaviest) of each split; (n,): the row of a layout."""
         lay = self.lay
         uneven = lay.stage_layers or ()
         custom = {split for split in uneven if split is not None}

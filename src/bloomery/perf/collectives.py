@@ -1,12 +1,13 @@
 """Seconds of collective operations: latency and bandwidth (alpha-beta) over the tiers that a group really spans.
 
-Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis is
-`size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
+Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis
+is `size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
 reduce-scatter inside, the rest across on a share of the message, all-gather inside.
 
-Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur et al.
-2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a (NCCL 2.4).
-B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size). `Tier.op_factor` multiplies.
+Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
+et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
+(NCCL 2.4). B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size).
+`Tier.op_factor` multiplies.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Group:
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
-    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, ep (the dp ranks next to each other), world."""
+    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp)."""
     one = np.ones_like(lay.tp)
     inner = lay.tp * lay.cp
     groups = {
@@ -43,6 +44,7 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
         "cp": (lay.cp, lay.tp),
         "ep": (lay.ep, inner),
         "dp": (lay.dp, inner),
+        "data": (lay.dp * lay.cp, lay.tp),
         "pp": (lay.pp, inner * lay.dp),
         "world": (lay.world_size, one),
     }

@@ -1,9 +1,9 @@
 """From layouts to step times: the one function `estimate`, for a million layouts or one.
 
 The step is the pipeline's critical path, then what data parallelism could not hide, then the optimizer. Components are
-averages over the ranks, so that they add up to the step time on every rank together: `ideal` is model FLOPs at peak and
-`ideal / step_time` is the MFU. `kernel` is the rest of the compute; where a kernel skips the masked half of attention on
-very long sequences it can be negative, since the convention counts that half.
+averages over the ranks, so that they add up to the step time on every rank together: `ideal` is model FLOPs at peak
+and `ideal / step_time` is the MFU. `kernel` is the rest of the compute; where a kernel skips the masked half of
+attention on very long sequences it can be negative, since the convention counts that half.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class Estimates:
     case: Case
     step_time_s: np.ndarray
     components: dict[str, np.ndarray]
-    parts: dict[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.step_time_s)
@@ -110,6 +109,9 @@ def estimate(
     """
     case = Case.of(model, cluster, layouts, global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=stack)
     peak = cluster.accelerator.peak(dtype)
+    if not len(layouts):
+        nothing = np.zeros(0)
+        return Estimates(case, nothing, dict.fromkeys(COMPONENTS, nothing))
     kinds = (case.first, case.fullest, case.last)
     work = [stage_work(case, ranks) for ranks in kinds]
     traffic = [messages(case, ranks) for ranks in kinds]
@@ -142,8 +144,7 @@ def estimate(
     components = {name: np.broadcast_to(np.asarray(values.get(name, 0.0)), (n,)) for name in COMPONENTS}
     # One after the other, so that a layout alone gets the very bits it gets in a batch.
     total = sum(components.values(), np.zeros(n))
-    parts = {"compute": mean(compute), "gather": traffic[0].gather, "reduce": traffic[0].reduce}
-    return Estimates(case, total, components, {name: np.broadcast_to(part, (n,)) for name, part in parts.items()})
+    return Estimates(case, total, components)
 
 
 def _sends(case: Case, first: Messages, last: Messages) -> Ends:
@@ -204,7 +205,7 @@ def _one(estimates: Estimates, i: int) -> Estimate:
         step_time_s=step_s,
         low_s=low * step_s,
         high_s=high * step_s,
-        seconds=Node.of("step", {name: float(values[i]) for name, values in estimates.components.items()}),
+        children=tuple(Node(name, float(values[i])) for name, values in estimates.components.items()),
         model_flops=estimates.model_flops,
         hardware_flops=float(estimates.hardware_flops[i]),
         mfu=float(estimates.mfu[i]),

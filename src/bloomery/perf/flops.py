@@ -1,10 +1,11 @@
 """Floating-point operations of training, exact by part; and the conventions under which they are reported.
 
-A multiply-add is 2 FLOP. Backward is twice the forward (one product for inputs, one for weights). Element-wise work is not
-counted, as everywhere in the field.
+A multiply-add is 2 FLOP. Backward is twice the forward (one product for inputs, one for weights). Element-wise work is
+not counted, as everywhere in the field.
 
-* MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): model FLOPs only, full (not causal) attention, no recomputation:
-  3 x forward, which is 6N + 12LHQT per token up to the embedding lookup. `causal=True` halves the attention products.
+* MFU (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): model FLOPs only, full (not causal) attention, without
+  recomputation: 3 x forward, which is 6N + 12LHQT per token up to the embedding lookup. `causal=True` halves the
+  attention products.
 * HFU (Korthikanti et al. 2022, arXiv 2205.05198): the same plus recomputed forward work. A flash kernel's own inner
   recomputation is not counted.
 """

@@ -1,5 +1,7 @@
-"""Peak memory of one rank, by part. Activations after Korthikanti et al. 2022 (arXiv 2205.05198), generalised to grouped
-queries, gated activations, flash attention and any element width; ZeRO after Rajbhandari et al. 2020 (arXiv 1910.02054).
+"""Peak memory of one rank, by part.
+
+Activations after Korthikanti et al. 2022 (arXiv 2205.05198), generalised to grouped queries, gated activations, flash
+attention and any element width; ZeRO after Rajbhandari et al. 2020 (arXiv 1910.02054).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
 
 def worst_memory(case: Case) -> dict[str, np.ndarray]:
     """Peak bytes by part on the rank of each layout that needs most, shape (n,) each."""
+    if not len(case.lay):
+        return {name: np.zeros(0) for name in PARTS}
     tables = [memory_of(case, ranks) for ranks in (case.first, case.heaviest, case.fullest, case.last)]
     totals = np.stack([sum(table.values()) for table in tables])
     worst = totals.argmax(axis=0)
@@ -54,8 +58,8 @@ def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
 def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Parameters, gradients, optimizer state and the buffers of gathered parameters.
 
-    ZeRO 2 here is FSDP that keeps gathered parameters until the step's end; ZeRO 3 gathers two layers at a time and what
-    a stage holds outside its layers.
+    ZeRO 2 here is FSDP that keeps gathered parameters until the step's end; ZeRO 3 gathers two layers at a time and
+    what a stage holds outside its layers.
     """
     lay, precision = case.lay, case.precision
     dense, experts = parameters_on(case, ranks)
@@ -80,7 +84,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
 
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
-    Unfused attention keeps its scores: 2c a s^2 b/t and one mask byte. For a plain layer in 16 bit this is Korthikanti's
+    Unfused attention keeps its scores: 2c a s^2 b/t and one mask byte. For a plain layer in 16 bit this is the paper's
     sbh(10 + 24/t + 5as/(ht)), divided by t wholly under sequence parallelism.
     """
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision

@@ -9,6 +9,7 @@ import numpy as np
 
 from bloomery.perf.case import FULL, Case, Ranks
 from bloomery.perf.collectives import Operation, collective_s, group_of
+from bloomery.perf.memory import parameters_on
 from bloomery.spec.shard_table import Collective, collectives
 
 
@@ -44,9 +45,10 @@ def messages(case: Case, ranks: Ranks) -> Messages:
     )
     for row in rows:
         if np.any(row.count):
-            group = group_of(case.lay, row.axis)
+            group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
             one = collective_s(case.cluster, cast(Operation, row.op), group, row.bytes_each / _narrowing(case, row))
             seconds[_kind(row)] += row.count * one
+    seconds["reduce"] += _context_gradients_s(case, ranks)
     seconds["tensor"] += _context_s(case, ranks) + _experts_s(case, ranks)
     return Messages(**seconds)
 
@@ -64,7 +66,7 @@ def _narrowing(case: Case, row: Collective) -> Any:
     """What the table's sizes, which are our engine's, must be divided by.
 
     Context parallelism cuts the sequence of every message between blocks. Stacks with scatter-gather send 1/tp of a
-    stage's activation from each tensor-parallel rank (Narayanan et al. 2021, section 4.1), as sequence parallelism does.
+    stage's activation from each tensor-parallel rank (Narayanan et al. 2021, 4.1), as sequence parallelism does.
     """
     if row.axis == "tp" and row.phase != "step":
         return case.lay.cp
@@ -86,6 +88,16 @@ def _context_s(case: Case, ranks: Ranks) -> Any:
     hop = collective_s(case.cluster, "send", group_of(case.lay, "cp"), block)
     rounds = 3 + (case.lay.recompute == FULL)
     return case.micro_batches * ranks.layers * rounds * (cp - 1) * hop
+
+
+def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
+    """Context-parallel ranks hold the same weights, so gradients are summed over them too. The table's dp rows are
+    timed over dp x cp ranks; with dp = 1 it has none, and one all-reduce of the rank's gradients stands for them."""
+    alone = (case.lay.cp > 1) & (case.lay.dp == 1)
+    if not np.any(alone):
+        return 0.0
+    n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
+    return np.where(alone, collective_s(case.cluster, "all_reduce", group_of(case.lay, "data"), n_bytes), 0.0)
 
 
 def _experts_s(case: Case, ranks: Ranks) -> Any:

@@ -1,6 +1,6 @@
 """`Precision`: bytes per element of everything a training step holds or moves. One choice for prediction and engine.
 
-GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, and 12 bytes
+GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, 12 bytes
 of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
 float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32.
 """
@@ -17,7 +17,8 @@ _WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element. `stream`: residual stream and messages between blocks; `compute`: operands of matrix products."""
+    """Bytes per element. `stream`: the residual stream and what stages send; `compute`: operands of matrix products and
+    what enters and leaves a block; `norm`: gradients and master weights as the optimizer reads them."""
 
     parameter: int
     gradient: int
@@ -25,7 +26,6 @@ class Precision:
     stream: int
     compute: int
     norm: int = 4
-    """Element width of what the optimizer and the clipping pass read (gradients and master weights)."""
 
     @property
     def adam_bytes(self) -> int:
@@ -38,8 +38,8 @@ class Precision:
 
     @property
     def clip_bytes(self) -> int:
-        """Bytes the gradient norm and the scaling of gradients move per parameter: two reads and a write, less one
-        since scaling happens only where the norm exceeds the limit; 8 for float32."""
+        """Bytes the gradient norm and clipping move per parameter: one read for the norm, as much again for scaling,
+        which reads and writes but only where the norm exceeds its limit; 8 for float32."""
         return 2 * self.gradient
 
 

@@ -1,4 +1,4 @@
-"""`Estimate`: what the performance model says of one layout: trees of seconds and bytes, FLOPs, rates and an interval."""
+"""`Estimate`: what the performance model says of one layout: seconds and bytes as trees, FLOPs, rates, an interval."""
 
 from __future__ import annotations
 
@@ -28,9 +28,13 @@ class Node:
         """A node over leaves; its value is their sum."""
         return cls(name, float(sum(parts.values())), tuple(cls(key, float(value)) for key, value in parts.items()))
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": self.name, "value": self.value, "children": [child.to_json() for child in self.children]}
+
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Node:
-        """Read what `dataclasses.asdict` wrote."""
+        """Read what `to_json` wrote."""
         children = tuple(cls.from_json(child) for child in values.get("children", ()))
         return cls(str(values["name"]), float(values["value"]), children)
 
@@ -39,9 +43,9 @@ class Node:
 class Estimate:
     """One layout's prediction. Times in seconds per optimizer step, memory in bytes per rank, FLOPs per step.
 
-    `seconds`: a node per component of `spec.components`, adding up to `step_time_s`. `memory`: a node per pipeline rank,
-    each with its parts; `memory_bytes` is the largest of them. `low_s` and `high_s` enclose the step time with 90 %
-    confidence as the model's past errors have it. `mfu`, `hfu` follow `convention`; `mfu_causal` halves attention.
+    `children`: a node per component of `spec.components`, adding up to `step_time_s`. `memory`: a node per pipeline
+    rank, each with its parts; `memory_bytes` is the largest of them. `low_s` and `high_s` enclose the step time with
+    90 % confidence as the model's past errors have it. `mfu`, `hfu` follow `convention`; `mfu_causal` halves attention.
     `cost_per_step` is in the price list's currency, None without a price; `energy_j_per_step` None without a TDP.
     """
 
@@ -51,7 +55,7 @@ class Estimate:
     step_time_s: float
     low_s: float
     high_s: float
-    seconds: Node
+    children: tuple[Node, ...]
     model_flops: float
     hardware_flops: float
     mfu: float
@@ -69,16 +73,28 @@ class Estimate:
     energy_j_per_step: float | None
 
     @property
+    def name(self) -> str:
+        """The root of the tree of seconds is named after the layout."""
+        return self.layout
+
+    @property
+    def seconds(self) -> float:
+        """The root's value: the step time."""
+        return self.step_time_s
+
+    @property
     def components(self) -> dict[str, float]:
         """Seconds by component, keys of `spec.components.COMPONENTS` in its order."""
-        return {child.name: child.value for child in self.seconds.children}
+        return {child.name: child.value for child in self.children}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with the meaning of each component."""
-        return {**asdict(self), "components": self.components, "meaning": dict(COMPONENTS)}
+        """Plain values that JSON gives back unchanged, with the meaning of each component."""
+        trees = {"children": [child.to_json() for child in self.children], "memory": self.memory.to_json()}
+        return {**asdict(self), **trees, "components": self.components, "meaning": dict(COMPONENTS)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Estimate:
         """Read what `to_json` wrote."""
-        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in ("seconds", "memory")}
-        return cls(seconds=Node.from_json(values["seconds"]), memory=Node.from_json(values["memory"]), **plain)
+        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in ("children", "memory")}
+        children = tuple(Node.from_json(child) for child in values["children"])
+        return cls(children=children, memory=Node.from_json(values["memory"]), **plain)

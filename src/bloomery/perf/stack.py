@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from bloomery.spec.cluster import Accelerator
 from bloomery.spec.model import Model
 
-
 LARGE_TENSOR_BYTES = 32 * 2**20
 """glibc gives larger blocks back to the kernel when freed, so each use pays page faults again (malloc's largest dynamic
 mmap threshold); device allocators do not."""
@@ -142,7 +141,7 @@ EAGER_CPU = Stack(
     accumulate=3.0,
     kernels=Passes(150, 200),
     end_kernels=Passes(100, 150),
-    large_logits=Passes(14, 22),
+    large_logits=Passes(5, 8),
     gradient_overlap=0.0,
     gather_overlap=0.0,
     interference=0.0,

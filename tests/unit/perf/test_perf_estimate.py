@@ -1,5 +1,6 @@
 """The whole prediction: parts, batches, published runs, and directions in which it must move."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,11 @@ def test_one_layout_is_the_batch_of_one(stack: Stack) -> None:
         assert {k: v[0] for k, v in alone.memory_bytes.items()} == {k: v[i] for k, v in together.memory_bytes.items()}
 
 
+def test_no_layouts_give_no_estimates() -> None:
+    found = estimate(GPT3, SELENE, LayoutBatch.of(LAYOUTS).take(np.array([], dtype=int)), global_batch=8, seq_len=128)
+    assert (len(found), len(found.fits), list(found.components)) == (0, 0, list(COMPONENTS))
+
+
 def test_mfu_is_the_share_of_ideal_time() -> None:
     found = predict(LAYOUTS)
     assert found.mfu == pytest.approx(found.components["ideal"] / found.step_time_s)
@@ -80,6 +86,8 @@ def test_mfu_is_the_share_of_ideal_time() -> None:
 def test_an_estimate_survives_json_and_its_trees_add_up() -> None:
     one = predict(LAYOUTS).one(2)
     assert Estimate.from_json(one.to_json()) == one
+    assert json.loads(json.dumps(one.to_json(), allow_nan=False)) == one.to_json()
+    assert sum(child.value for child in one.children) == pytest.approx(one.seconds)
     assert one.components == pytest.approx({k: v[2] for k, v in predict(LAYOUTS).components.items()})
     assert sum(one.components.values()) == pytest.approx(one.step_time_s)
     assert len(one.memory.children) == 4
@@ -142,6 +150,11 @@ def test_hidden_gradient_reduction_costs_less_than_exposed() -> None:
     exposed = replace(GPU, gradient_overlap=0.0, gather_overlap=0.0)
     layouts = [Layout(tp=8, dp=8, zero_stage=zero) for zero in (0, 3)]
     assert np.all(predict(layouts).components["dp_comm"] < predict(layouts, stack=exposed).components["dp_comm"])
+
+
+def test_context_parallel_ranks_sum_their_gradients() -> None:
+    alone, together = predict([Layout(tp=8, cp=2), Layout(tp=8, dp=2)], stack=MEGATRON_2022).components["dp_comm"]
+    assert alone == pytest.approx(together, rel=0.02)
 
 
 def test_mixture_of_experts_is_planned_too() -> None:

@@ -1,0 +1,52 @@
+"""`bloomery export` and `bloomery import`: Hugging Face directories, out and in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def export(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder `train` wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Directory to write (default: RUN_DIR/huggingface).")] = None,
+    stage: Annotated[str, typer.Option(help="pretrain or an alignment stage (default: the last).")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
+) -> None:
+    """Write a Hugging Face directory: config.json, model.safetensors, tokenizer.json."""
+    import sys
+
+    from bloomery.cli.console import print_json, require_run
+
+    require_run(run_dir)
+    from bloomery.evaluate.huggingface import export_run
+    from bloomery.evaluate.opening import open_run
+
+    opened = open_run(run_dir)
+    chosen = stage or opened.last_stage()
+    target = export_run(opened, out or run_dir / "huggingface", stage=chosen)
+    if as_json:
+        print_json({"directory": str(target), "stage": chosen, "files": sorted(path.name for path in target.iterdir())})
+    else:
+        print(f"{target}: {chosen} of {run_dir}", file=sys.stderr)
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="HF_DIR", help="A directory with config.json and safetensors.")],
+    out: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run folder to make.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
+) -> None:
+    """Read a Hugging Face directory into a run folder that chat, evaluate, serve and export take."""
+    import sys
+
+    from bloomery.cli.console import print_json
+    from bloomery.evaluate.huggingface import import_directory
+    from bloomery.spec.parameters import parameter_count
+
+    run = import_directory(source, out)
+    count = parameter_count(run.model)
+    if as_json:
+        print_json({"run_dir": str(out), "parameters": count, "model": run.model.model_dump(mode="json")})
+    else:
+        print(f"{out}: {count / 1e6:.4g} M parameters, {run.model.layers} layers", file=sys.stderr)

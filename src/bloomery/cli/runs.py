@@ -1,0 +1,45 @@
+"""`bloomery runs [FOLDER]`: what has been run here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+) -> None:
+    """List runs, best bits per byte first: model, layout, steps, loss, step time against its plan."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bloomery.cli.console import print_json
+    from bloomery.ledger.overview import runs_under
+    from bloomery.spec.errors import InputError
+
+    if not folder.is_dir():
+        raise InputError("no such folder", where=str(folder))
+    rows = runs_under(folder)
+    if as_json:
+        print_json([row.to_json() for row in rows])
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("name", "model", "layout", "stages"):
+        table.add_column(column, overflow="ellipsis", no_wrap=True)
+    for column in ("steps", "loss", "bits/byte", "step s", "vs plan"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        stages = ", ".join(row.stages) or "-"
+        figures = [_figure(row.loss, ".3f"), _figure(row.bits_per_byte, ".3f"), _figure(row.step_time_s, ".3f")]
+        steps = f"{row.steps}/{row.planned_steps}"
+        table.add_row(row.name, row.model, row.layout, stages, steps, *figures, _figure(row.step_time_error, "+.1%"))
+    console = Console()
+    console.width = min(console.width, 100)
+    console.print(table if rows else f"no runs in {folder}")
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

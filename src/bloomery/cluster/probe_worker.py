@@ -1,0 +1,192 @@
+"""One process of a probe: measures while all the others of its cut measure too, prints its figures as JSON.
+
+`python -m bloomery.cluster.probe_worker QUICK`, started with RANK, WORLD_SIZE, OMP_NUM_THREADS and BLOOMERY_RENDEZVOUS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+GEMM_SHAPES = [(m, n, k) for m in (256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
+GEMM_SHAPES += [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
+ATTENTION_SHAPE = (4, 8, 256, 32)
+"""batch, heads, sequence, head dimension"""
+ELEMENT_BYTES = (2 << 20, 8 << 20, 16 << 20)
+MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
+WARM_UP_S = 0.5
+OPTIMIZER_ELEMENTS = 6_000_000
+OPTIMIZER_BYTES = 28
+"""AdamW reads parameter, gradient and two moments, writes three of them: 7 x 4 bytes an element."""
+
+
+def seconds(work: Callable[[], Any], device: torch.device, at_least_s: float, rounds: int = 5) -> list[float]:
+    """Seconds of one call, several rounds; each round lasts at least `at_least_s`."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work()
+    wait()
+    started = time.perf_counter()
+    work()
+    wait()
+    calls = max(1, round(at_least_s / max(1e-7, time.perf_counter() - started)))
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        wait()
+        found.append((time.perf_counter() - started) / calls)
+    return found
+
+
+def warm_up(device: torch.device) -> None:
+    """Threads started, clocks up, pages there."""
+    x = torch.randn(512, 512, device=device)
+    until = time.perf_counter() + WARM_UP_S
+    while time.perf_counter() < until:
+        x = F.linear(x, x).clamp(-1, 1)
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, at_least_s: float) -> list[dict[str, Any]]:
+    """Projections at the shapes training has, forward and backward under autocast: three products, casts included."""
+    rows = []
+    for m, n, k in GEMM_SHAPES:
+        x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+        w = torch.randn(n, k, device=device, requires_grad=True)
+        gradient = torch.randn(m, n, device=device, dtype=dtype)
+
+        def step(x: torch.Tensor = x, w: torch.Tensor = w, gradient: torch.Tensor = gradient) -> None:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+                y = F.linear(x, w)
+            y.backward(gradient)
+            x.grad = w.grad = None
+
+        rows.append({"m": m, "n": n, "k": k, "s": seconds(step, device, at_least_s)})
+    return rows
+
+
+def measure_attention(device: torch.device, dtype: torch.dtype, at_least_s: float) -> list[float]:
+    """Causal attention, forward and backward."""
+    q, k, v = (torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    gradient = torch.randn(ATTENTION_SHAPE, device=device, dtype=dtype)
+
+    def step() -> None:
+        F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(gradient)
+
+    return seconds(step, device, at_least_s)
+
+
+def measure_elementwise(device: torch.device, at_least_s: float) -> list[dict[str, Any]]:
+    """z = x + y into new memory, as eager training does: three passes."""
+    rows = []
+    for size in ELEMENT_BYTES:
+        x, y = torch.randn(size // 4, device=device), torch.randn(size // 4, device=device)
+        rows.append({"bytes": 3 * size, "s": seconds(lambda x=x, y=y: x + y, device, at_least_s)})
+    return rows
+
+
+def measure_launch(device: torch.device, at_least_s: float) -> list[float]:
+    """Host seconds of one small kernel of a chain that autograd runs forward and back."""
+    x, n = torch.randn(8, 8, device=device, requires_grad=True), 50
+
+    def chain() -> None:
+        y = x
+        for _ in range(n):
+            y = y * 1.01
+        y.sum().backward()
+
+    return [s / (2 * n) for s in seconds(chain, device, at_least_s)]
+
+
+def measure_optimizer(device: torch.device, at_least_s: float) -> list[float]:
+    """Bytes/s of a fused AdamW step."""
+    parameters = [torch.randn(OPTIMIZER_ELEMENTS // 24, device=device, requires_grad=True) for _ in range(24)]
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    return [OPTIMIZER_ELEMENTS * OPTIMIZER_BYTES / s for s in seconds(optimizer.step, device, at_least_s)]
+
+
+def measure_links(device: torch.device, rank: int, world_size: int, rounds: int) -> list[dict[str, Any]]:
+    """Each operation by message size; bytes as the shard table counts them."""
+    rows = []
+    for size in MESSAGE_BYTES:
+        whole = torch.zeros(size // 4, device=device)
+        part = torch.zeros(size // 4 // world_size, device=device)
+        peer = rank ^ 1
+
+        def exchange(whole: torch.Tensor = whole, peer: int = peer) -> None:
+            if peer < world_size:
+                dist.send(whole, peer) if rank < peer else dist.recv(whole, peer)
+
+        works: dict[str, Callable[[], Any]] = {
+            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
+            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
+            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+            "send": exchange,
+        }
+        calls = 20 if size < 1 << 20 else 5
+        for op, work in works.items():
+            work()
+            found = []
+            for _ in range(rounds):
+                dist.barrier()
+                started = time.perf_counter()
+                for _ in range(calls):
+                    work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                found.append((time.perf_counter() - started) / calls)
+            rows.append({"op": op, "bytes": size, "s": found})
+    return rows
+
+
+def main() -> None:
+    """Measure everything and print one JSON line."""
+    quick = sys.argv[1] == "quick"
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if not cuda:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=os.environ["BLOOMERY_RENDEZVOUS"],
+            rank=rank,
+            world_size=world_size,
+        )
+    at_least_s = 0.008 if quick else 0.03
+    warm_up(device)
+    if world_size > 1:
+        dist.barrier()
+    dtypes = [torch.float32, torch.bfloat16]
+    result: dict[str, Any] = {"rank": rank, "torch": torch.__version__, "device": device.type}
+    if cuda:
+        result["device_name"] = torch.cuda.get_device_name(device)
+        result["device_bytes"] = torch.cuda.get_device_properties(device).total_memory
+    result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
+    result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
+    result["elementwise"] = measure_elementwise(device, at_least_s)
+    result["launch_s"] = measure_launch(device, at_least_s)
+    result["optimizer_bytes_per_s"] = measure_optimizer(device, at_least_s)
+    result["links"] = measure_links(device, rank, world_size, 3 if quick else 7) if world_size > 1 else []
+    print(f"PROBE {json.dumps(result)}", flush=True)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What has been run under a folder, one row a run, from the files it left. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bloomery.ledger.reconcile import reconcile
+from bloomery.ledger.sinks import read_lines
+from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import BloomeryError
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One run. `step_time_error` is measured / predicted - 1; figures that do not exist yet are None."""
+
+    name: str
+    folder: str
+    model: str
+    layout: str
+    steps: int
+    planned_steps: int
+    loss: float | None
+    bits_per_byte: float | None
+    tokens_per_s: float | None
+    step_time_s: float | None
+    step_time_error: float | None
+    stages: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def runs_under(folder: Path) -> list[RunRow]:
+    """Every run folder directly or one level below `folder` (or `folder` itself), best bits per byte first."""
+    found = [path.parent for pattern in ("run.yaml", "*/run.yaml", "*/*/run.yaml") for path in folder.glob(pattern)]
+    rows = [row for path in sorted(set(found)) if (row := _row(path)) is not None]
+    return sorted(rows, key=lambda row: (row.bits_per_byte is None, row.bits_per_byte or 0.0, row.name))
+
+
+def _row(folder: Path) -> RunRow | None:
+    """A run as it stands; None where run.yaml does not describe one."""
+    try:
+        run = read_run(folder / "run.yaml")
+    except BloomeryError:
+        return None
+    metrics = read_lines(folder / "metrics.jsonl")
+    steps = [line for line in metrics if "loss" in line]
+    heldout = [line["heldout_bits_per_byte"] for line in metrics if "heldout_bits_per_byte" in line]
+    try:
+        compared = reconcile(folder).step_time_s
+    except BloomeryError:
+        compared = None
+    ratio = compared.ratio if compared else None
+    return RunRow(
+        name=run.name,
+        folder=str(folder),
+        model=run.model.name,
+        layout="auto" if run.layout == "auto" else run.layout.describe(),
+        steps=steps[-1]["step"] if steps else 0,
+        planned_steps=run.train.n_steps,
+        loss=steps[-1]["loss"] if steps else None,
+        bits_per_byte=_last_bits(folder, heldout),
+        tokens_per_s=steps[-1].get("tokens_per_s") if steps else None,
+        step_time_s=compared.measured if compared else None,
+        step_time_error=None if ratio is None else ratio - 1,
+        stages=tuple(sorted(path.name for path in (folder / "align").glob("*") if path.is_dir())),
+    )
+
+
+def _last_bits(folder: Path, heldout: list[float]) -> float | None:
+    """Bits per byte after pre-training: as `evaluate` found them, else as training last did."""
+    path = folder / "evaluation.json"
+    if path.is_file():
+        try:
+            return float(json.loads(path.read_text(encoding="utf-8"))["pretrain"]["bits_per_byte"])
+        except (ValueError, KeyError, TypeError):
+            pass
+    return heldout[-1] if heldout else None

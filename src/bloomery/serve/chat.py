@@ -1,0 +1,52 @@
+"""A conversation at the terminal. Turns that no longer fit the context are forgotten, oldest first, and said so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from bloomery.model.generate import Sampling
+from bloomery.serve.talker import Answer, Talker
+from bloomery.spec.errors import InputError
+
+
+class Conversation:
+    """The turns so far and the model that answers them."""
+
+    def __init__(self, talker: Talker, *, max_new: int, sampling: Sampling) -> None:
+        self.talker, self.max_new, self.sampling = talker, max_new, sampling
+        self.turns: list[tuple[str, str]] = []
+
+    def say(self, text: str, show: Callable[[str], None]) -> Answer:
+        """Add a user's turn and draw the answer, shown as it comes. Raises InputError when it alone is too long."""
+        self.turns.append(("user", text))
+        ids = self.talker.chat_ids(self.turns)
+        room = max(1, self.talker.context - self.max_new)
+        while len(ids) > room and len(self.turns) > 1:
+            self.turns = self.turns[2:]
+            ids = self.talker.chat_ids(self.turns)
+        if len(ids) >= self.talker.context:
+            self.turns.pop()
+            accepted = f"fewer than {self.talker.context} tokens"
+            raise InputError("the message does not fit the model's context", found=len(ids), accepted=accepted)
+        answer = Answer()
+        for piece in self.talker.talk(ids, answer, max_new=self.max_new, sampling=self.sampling):
+            show(piece)
+        self.turns.append(("assistant", answer.text))
+        return answer
+
+
+def converse(conversation: Conversation, lines: Iterable[str], show: Callable[[str], None]) -> None:
+    """Answer line after line; `/new` forgets everything, `/quit` ends."""
+    for line in lines:
+        text = line.strip()
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/new":
+            conversation.turns.clear()
+            continue
+        if text:
+            try:
+                conversation.say(text, show)
+            except InputError as error:
+                show(f"({error})")
+            show("\n")
