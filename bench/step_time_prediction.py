@@ -17,7 +17,12 @@ from typing import Any
 
 from bloomery.ledger.sinks import read_lines
 
-LAYOUTS = {"dp1": "micro_batch=4", "dp2": "dp=2,micro_batch=4", "tp2": "tp=2,micro_batch=4", "pp2": "pp=2,micro_batch=4"}
+LAYOUTS = {
+    "dp1": "micro_batch=4",
+    "dp2": "dp=2,micro_batch=4",
+    "tp2": "tp=2,micro_batch=4",
+    "pp2": "pp=2,micro_batch=4",
+}
 RUN = """name: {name}
 model: {model}
 cluster: {cluster}
@@ -47,7 +52,7 @@ def bloomery(*arguments: object) -> None:
 def measure(folder: Path) -> dict[str, Any]:
     """Predicted and measured seconds of one finished run: medians over steps, means over ranks."""
     estimate = json.loads((folder / "plan.json").read_text())["estimate"]
-    parts = {child["name"]: child["value"] for child in estimate["seconds"]["children"]}
+    parts = estimate["components"]
     laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > WARM_UP]
     ranks = sorted({lap["rank"] for lap in laps})
 
@@ -99,7 +104,9 @@ def main() -> None:
         return
     print(f"{'run':14} {'predicted':>10} {'measured':>10} {'error':>8}   predicted/measured ms by part")
     for name, row in rows.items():
-        parts = "  ".join(f"{part} {p * 1e3:.0f}/{m * 1e3:.0f}" for part, (p, m) in row["parts"].items() if max(p, m) > 5e-4)
+        parts = "  ".join(
+            f"{part} {p * 1e3:.0f}/{m * 1e3:.0f}" for part, (p, m) in row["parts"].items() if max(p, m) > 5e-4
+        )
         print(f"{name:14} {row['predicted_s']:9.3f}s {row['measured_s']:9.3f}s {row['error']:+8.1%}   {parts}")
 
 

@@ -44,7 +44,8 @@ def build(
         TimeElapsedColumn(),
     )
     tasks = dict[str, TaskID]()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
 
         def tell(name: str, done: int, total: int) -> None:
             if name not in tasks:

@@ -23,7 +23,8 @@ def probe(
     from bloomery.cluster.probe import probe as measure_machine
 
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("probe", total=len(cut_sizes()) + 1)
         started = False
 

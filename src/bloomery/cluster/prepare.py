@@ -16,10 +16,10 @@ from bloomery.perf.estimate import estimate
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.job import JOB_FILE, Job
 from bloomery.spec.layout import Layout, LayoutBatch, check_layout
 from bloomery.spec.run import AlignStage, Run
 from bloomery.spec.shard_table import collectives
-from bloomery.spec.job import JOB_FILE, Job
 
 
 def run_folder(run: Run) -> Path:

@@ -41,7 +41,7 @@ def fit_gemm(rows: Sequence[dict[str, Any]]) -> tuple[float, GemmEfficiency]:
 
 
 def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, int], peak: float) -> float:
-    """Share of peak of causal attention, forward and backward (1 + 2.5 of 2 s^2 width FLOP, half of the full square)."""
+    """Share of peak of causal attention, forward and backward (1 + 2.5 times half the full square)."""
     batch, heads, seq, width = shape
     flops = 3.5 * 4.0 * seq**2 * heads * width * batch * 0.5
     return min(1.0, flops / min(seconds) / peak)

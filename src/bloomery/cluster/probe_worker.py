@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def measure_elementwise(device: torch.device, at_least_s: float) -> list[dict[st
     rows = []
     for size in ELEMENT_BYTES:
         x, y = torch.randn(size // 4, device=device), torch.randn(size // 4, device=device)
-        rows.append({"bytes": 3 * size, "s": seconds(lambda x=x, y=y: x + y, device, at_least_s)})
+        rows.append({"bytes": 3 * size, "s": seconds(partial(torch.add, x, y), device, at_least_s)})
     return rows
 
 
@@ -132,9 +133,9 @@ def measure_links(device: torch.device, rank: int, world_size: int, rounds: int)
                 dist.send(whole, peer) if rank < peer else dist.recv(whole, peer)
 
         works: dict[str, Callable[[], Any]] = {
-            "all_reduce": lambda whole=whole: dist.all_reduce(whole),
-            "all_gather": lambda whole=whole, part=part: dist.all_gather_into_tensor(whole, part),
-            "reduce_scatter": lambda whole=whole, part=part: dist.reduce_scatter_tensor(part, whole),
+            "all_reduce": partial(dist.all_reduce, whole),
+            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
+            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
             "send": exchange,
         }
         calls = 20 if size < 1 << 20 else 5

@@ -21,7 +21,7 @@ class Tokenizer:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         backend.encode_special_tokens = True
-        self.end, self.user, self.assistant, self.pad = (backend.token_to_id(token) for token in SPECIALS)
+        self.end, self.user, self.assistant, self.pad = (int(backend.token_to_id(token) or 0) for token in SPECIALS)
         self.size: int = backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:

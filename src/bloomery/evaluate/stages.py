@@ -15,6 +15,8 @@ from bloomery.spec.files import write_atomically
 
 EVALUATION_FILE = "evaluation.json"
 DEFAULT_PROMPTS = ("The ", "import ", "In ")
+SAMPLING = Sampling(temperature=0.7, top_p=0.9, seed=0)
+"""Of completions: the most likely tokens alone make small models repeat themselves."""
 Progress = Callable[[str, int, int], None]
 
 
@@ -49,7 +51,7 @@ def evaluate_run(
 def _stage(
     opened: OpenRun, stage: str, prompts: tuple[str, ...], max_tokens: int | None, progress: Progress | None
 ) -> tuple[dict[str, float], list[str]]:
-    """Figures and completions of one stage; completions are greedy, so they can be compared."""
+    """Figures and completions of one stage; one seed for all stages, so they can be compared."""
     settings, module = opened.run.evaluate, opened.model(stage)
     figures = heldout_perplexity(
         module,
@@ -58,6 +60,5 @@ def _stage(
         max_tokens=max_tokens or settings.max_tokens,
         progress=None if progress is None else lambda done, total: progress(stage, done, total),
     )
-    sampling = Sampling(temperature=0.0)
-    texts = complete(module, opened.tokenizer(), prompts, max_new=settings.completion_tokens, sampling=sampling)
+    texts = complete(module, opened.tokenizer(), prompts, max_new=settings.completion_tokens, sampling=SAMPLING)
     return figures.to_json(), texts

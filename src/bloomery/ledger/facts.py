@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bloomery.ledger.markup import seconds
 from bloomery.ledger.reconcile import Reconciliation, memory_parts, read_plan, reconcile
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.catalog import read_run
@@ -125,8 +126,8 @@ def verdict(run: Run, reconciled: Reconciliation, quality: list[dict[str, Any]])
     how = "as planned" if abs(difference) < 0.01 else f"{abs(difference):.0%} {'more' if difference > 0 else 'less'}"
     where = f"on {ranks} processes" if ranks > 1 else "in one process"
     text = (
-        f"{reconciled.steps} steps of {run.model.name} {where}: a step took {time.measured:.3g} s where the plan said "
-        f"{time.predicted:.3g} s ({how}, {inside} the plan's 90 % interval)"
+        f"{reconciled.steps} steps of {run.model.name} {where}: a step took {seconds(time.measured)} where the plan "
+        f"said {seconds(time.predicted)} ({how}, {inside} the plan's 90 % interval)"
     )
     bits = [row["bits_per_byte"] for row in quality if row["stage"] in ("before", "pretrain")]
     if len(bits) == 2 and None not in bits:

@@ -62,7 +62,7 @@ def waterfall(shares: list[dict[str, Any]]) -> Figure:
                 "y": values,
                 "base": [*base, 0.0],
                 "marker": {"color": color, "opacity": opacity},
-                "text": [f"{value:.1%}" for value in values],
+                "text": ["100%", *(f"{value:.1%}" for value in values[1:])],
                 "textposition": "outside",
                 "textfont": {"size": 11},
                 "cliponaxis": False,

@@ -87,9 +87,12 @@ def components(facts: Facts) -> str:
     found = facts["reconciliation"]
     items = found["components"]
     widest = max(abs((c["seconds"]["measured"] or 0) - (c["seconds"]["predicted"] or 0)) for c in items) or 1.0
-    rows, beside = list[list[str]](), list[list[str]]()
+    rows, beside, absent = list[list[str]](), list[list[str]](), list[str]()
     for item in items:
         pair = item["seconds"]
+        if not pair["predicted"] and not pair["measured"]:
+            absent.append(item["name"])
+            continue
         difference = (pair["measured"] or 0.0) - (pair["predicted"] or 0.0)
         how = "" if item["how"] == "measured" else f' <span class="how">{text(item["how"])}</span>'
         name = f"<b>{text(item['name'])}</b><small>{text(item['meaning'])}{how}</small>"
@@ -99,18 +102,20 @@ def components(facts: Facts) -> str:
     time = found["step_time_s"]
     gap = time["measured"] - time["predicted"]
     total = ["<b>step</b>", milliseconds(time["predicted"]), milliseconds(time["measured"]), ratio(time["ratio"])]
-    rows.append([*total, f"{gap * 1e3:+,.1f}"])
+    rows.append([*total, _difference(gap, 0.0)])
     head = ["component, average over ranks", "predicted ms", "measured ms", "ratio", "difference ms"]
-    return table(head, rows + beside, emphasised=[len(rows) - 1])
+    missing = f'<p class="quiet">No part of this layout: {text(", ".join(absent))}.</p>' if absent else ""
+    return table(head, rows + beside, emphasised=[len(rows) - 1]) + missing
 
 
 def _difference(value: float, widest: float) -> str:
-    """A signed figure over a small bar, right of the middle when it took longer than planned."""
-    width = abs(value) / widest * 50
+    """A signed figure beside a small bar, right of the middle when it took longer than planned; no bar at scale 0."""
+    width = abs(value) / widest * 50 if widest else 0.0
     left = 50.0 if value >= 0 else 50.0 - width
     colour = MEASURED if value >= 0 else "#2f6f6a"
     mark = f'<i style="left:{left:.2f}%;width:{width:.2f}%;background:{colour}"></i>'
-    return f'<span class="difference">{value * 1e3:+,.1f}<span class="track">{mark}</span></span>'
+    kind = "track" if widest else "track empty"
+    return f'<span class="difference">{value * 1e3:+,.1f}<span class="{kind}">{mark}</span></span>'
 
 
 def residual(facts: Facts) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from bloomery.spec.components import COMPONENTS
@@ -89,12 +89,17 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that JSON gives back unchanged, with the meaning of each component."""
-        trees = {"children": [child.to_json() for child in self.children], "memory": self.memory.to_json()}
-        return {**asdict(self), **trees, "components": self.components, "meaning": dict(COMPONENTS)}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TREES}
+        seconds = Node(self.name, self.seconds, self.children).to_json()
+        trees = {"seconds": seconds, "memory": self.memory.to_json()}
+        return {**plain, **trees, "components": self.components, "meaning": dict(COMPONENTS)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Estimate:
         """Read what `to_json` wrote."""
-        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in ("children", "memory")}
-        children = tuple(Node.from_json(child) for child in values["children"])
+        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in _TREES}
+        children = tuple(Node.from_json(child) for child in values["seconds"]["children"])
         return cls(children=children, memory=Node.from_json(values["memory"]), **plain)
+
+
+_TREES = ("children", "memory")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bloomery.perf.estimate import Estimate
+from bloomery.perf.result import Estimate
 from bloomery.planner.enumerate import Refusal
 from bloomery.planner.explain import MemoryRefusal
 from bloomery.planner.outlook import Outlook

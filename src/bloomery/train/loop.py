@@ -17,11 +17,11 @@ from bloomery.parallel.engine import Engine, StepStatistics, build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import BloomeryError
+from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.spec.parameters import parameter_count
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches, open_dataset
 from bloomery.train.guard import Guard
-from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
 

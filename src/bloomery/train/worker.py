@@ -1,4 +1,4 @@
-"""One training process: `python -m bloomery.train.worker STAGE_FOLDER`, started by the supervisor with RANK and more."""
+"""One training process: `python -m bloomery.train.worker STAGE_FOLDER`, started by the supervisor."""
 
 from __future__ import annotations
 

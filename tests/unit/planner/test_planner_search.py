@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bloomery.perf.estimate import estimate
 
+from bloomery.perf.estimate import estimate
 from bloomery.planner.result import Plan
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec import catalog

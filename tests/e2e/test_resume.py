@@ -1,0 +1,167 @@
+"""A run that is killed and started again ends with the same bits as one that nothing disturbed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from bloomery.ledger.sinks import read_lines
+
+STEPS = 14
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Token shards made once."""
+    folder = tmp_path_factory.mktemp("data")
+    text = folder / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text(f"Chapter {number}. " + "The quick brown fox jumps over a lazy dog. " * 40)
+    path = write_run(folder, "build", folder / "shards", {"dp": 1})
+    done = subprocess.run(command("data", "build", path, "--text", text), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "shards"
+
+
+def command(*arguments: object) -> list[str]:
+    """The console program."""
+    return [sys.executable, "-m", "bloomery", *map(str, arguments)]
+
+
+def write_run(folder: Path, name: str, data: Path, layout: dict[str, object]) -> Path:
+    """A tiny run that saves often."""
+    values = {
+        "name": name,
+        "model": {"layers": 2, "hidden": 64, "heads": 4, "vocab": 512, "max_seq_len": 64},
+        "cluster": "this-machine",
+        "layout": {"micro_batch": 2, **layout},
+        "data": {"folder": str(data), "vocab": 512},
+        "train": {"seq_len": 64, "global_batch": 8, "steps": STEPS, "checkpoint_every": 3, "dtype": "float32"},
+        "out": str(folder / "runs"),
+    }
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def final_bits(run_dir: Path) -> dict[str, str]:
+    """A hash of every tensor of the last checkpoint, by name, whatever files hold it."""
+    bits = {}
+    for file in sorted((run_dir / "checkpoints" / f"step_{STEPS:06d}").glob("*.safetensors")):
+        for name, value in load_file(file).items():
+            bits[f"{file.name}:{name}"] = hashlib.sha256(value.tobytes()).hexdigest()
+    assert bits
+    return bits
+
+
+def train(path: Path) -> subprocess.CompletedProcess[str]:
+    """Train to the end."""
+    return subprocess.run(command("train", path), capture_output=True, text=True, timeout=120)
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    """Wait until a run has logged a step."""
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        if any(row.get("step", 0) >= step for row in read_lines(run_dir / "metrics.jsonl")):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{run_dir} never reached step {step}")
+
+
+def children(pid: int) -> list[int]:
+    """The processes a process has started."""
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(word) for word in listing.read_text().split()] if listing.exists() else []
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "sequence_parallel": True}, {"dp": 2, "zero_stage": 2}])
+def test_killed_and_started_again_ends_with_the_same_bits(
+    tmp_path: Path, data: Path, layout: dict[str, object]
+) -> None:
+    undisturbed = write_run(tmp_path, "undisturbed", data, layout)
+    assert train(undisturbed).returncode == 0
+    disturbed = write_run(tmp_path, "disturbed", data, layout)
+    run_dir = tmp_path / "runs" / "disturbed"
+    process = subprocess.Popen(command("train", disturbed), stderr=subprocess.DEVNULL)
+    wait_for_step(run_dir, 4)
+    workers = children(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(1)
+    assert not [
+        pid for pid in workers if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes()
+    ], "orphans"
+    finished = train(disturbed)
+    assert finished.returncode == 0, finished.stderr
+    assert final_bits(run_dir) == final_bits(tmp_path / "runs" / "undisturbed")
+
+
+def test_a_killed_worker_is_named_and_the_run_goes_on_when_started_again(tmp_path: Path, data: Path) -> None:
+    path = write_run(tmp_path, "worker", data, {"dp": 2})
+    run_dir = tmp_path / "runs" / "worker"
+    process = subprocess.Popen(command("train", path), stderr=subprocess.PIPE, text=True)
+    wait_for_step(run_dir, 4)
+    os.kill(children(process.pid)[1], signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1" in error and "SIGKILL" in error and "same command" in error
+    assert train(path).returncode == 0
+    assert any(event["event"] == "resumed" for event in read_lines(run_dir / "events.jsonl"))
+
+
+def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path: Path, data: Path) -> None:
+    path = write_run(tmp_path, "torn", data, {})
+    assert train(path).returncode == 0
+    run_dir = tmp_path / "runs" / "torn"
+    expected = final_bits(run_dir)
+    newest = run_dir / "checkpoints" / f"step_{STEPS:06d}"
+    file = next(newest.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (run_dir / "events.jsonl").unlink()
+    assert train(path).returncode == 0
+    skipped = [event for event in read_lines(run_dir / "events.jsonl") if event["event"] == "checkpoint_skipped"]
+    assert file.name in skipped[0]["reason"]
+    assert final_bits(run_dir) == expected
+
+
+def test_a_term_signal_saves_and_ends_with_75(tmp_path: Path, data: Path) -> None:
+    path = write_run(tmp_path, "signal", data, {"dp": 2})
+    run_dir = tmp_path / "runs" / "signal"
+    process = subprocess.Popen(command("train", path, "--set", "train.steps=4000"), stderr=subprocess.DEVNULL)
+    wait_for_step(run_dir, 4)
+    process.terminate()
+    assert process.wait(timeout=60) == 75
+    last = max(row["step"] for row in read_lines(run_dir / "metrics.jsonl"))
+    assert (run_dir / "checkpoints" / f"step_{last:06d}" / "commit.json").is_file()
+
+
+def test_every_line_of_the_ledger_adds_up(tmp_path: Path, data: Path) -> None:
+    path = write_run(tmp_path, "ledger", data, {"dp": 2})
+    assert train(path).returncode == 0
+    lines = read_lines(tmp_path / "runs" / "ledger" / "ledger.jsonl")
+    assert {line["rank"] for line in lines} == {0, 1}
+    assert all(abs(sum(line["buckets"].values()) - line["wall_s"]) <= 0.005 * line["wall_s"] for line in lines)
+
+
+def test_a_second_writer_is_refused(tmp_path: Path, data: Path) -> None:
+    path = write_run(tmp_path, "second", data, {})
+    process = subprocess.Popen(command("train", path, "--set", "train.steps=4000"), stderr=subprocess.DEVNULL)
+    wait_for_step(tmp_path / "runs" / "second", 1)
+    refused = train(path)
+    process.kill()
+    process.wait()
+    assert refused.returncode == 2
+    assert "another process" in refused.stderr

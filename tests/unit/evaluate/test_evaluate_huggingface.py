@@ -1,0 +1,106 @@
+"""Hugging Face directories: in and out again without changing a bit; what would compute differently is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
+from bloomery.evaluate.opening import open_run
+from bloomery.spec.errors import InputError
+
+Make = Callable[..., Path]
+SHAPES = [{}, {"tied": True}, {"qwen": True}, {"shards": 3}]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_import_then_export_gives_the_same_tensors_and_logits(hugging_face: Make, tmp_path: Path, shape: dict) -> None:
+    source = hugging_face(**shape)
+    import_directory(source, tmp_path / "run")
+    target = export_run(open_run(tmp_path / "run"), tmp_path / "out")
+    before = {k: v for file in source.glob("*.safetensors") for k, v in load_file(file).items()}
+    after = load_file(target / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (source / "tokenizer.json").read_bytes() == (target / "tokenizer.json").read_bytes()
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_directory(source)(tokens), load_directory(target)(tokens))
+        assert torch.equal(load_directory(source)(tokens), open_run(tmp_path / "run").model(device="cpu")(tokens))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_exported_config_keeps_every_field_of_the_imported_one(
+    hugging_face: Make, tmp_path: Path, shape: dict
+) -> None:
+    source = hugging_face(**shape)
+    import_directory(source, tmp_path / "run")
+    export_run(open_run(tmp_path / "run"), tmp_path / "out")
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_logits_are_those_of_transformers(hugging_face: Make, shape: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    source = hugging_face(**shape)
+    tokens = torch.arange(20)[None]
+    with torch.inference_mode():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32)(tokens).logits
+        torch.testing.assert_close(load_directory(source)(tokens), theirs, rtol=1e-4, atol=1e-4)
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    """The directory with some keys of its config changed."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"sliding_window": 16}, "sliding"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"intermediate_size": 47}, "wrong shape"),
+        ({"num_attention_heads": None}, "heads"),
+    ],
+)
+def test_what_would_compute_differently_is_refused(
+    hugging_face: Make, tmp_path: Path, changes: dict, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        import_directory(edited(hugging_face(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def test_a_shard_index_cannot_point_outside_its_directory(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face(shards=2)
+    index = source / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": {name: f"../{file}" for name, file in names.items()}}))
+    with pytest.raises(InputError, match="no such safetensors"):
+        import_directory(source, tmp_path / "run")
+
+
+def test_nothing_is_overwritten(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face()
+    import_directory(source, tmp_path / "run")
+    with pytest.raises(InputError, match="not empty"):
+        import_directory(source, tmp_path / "run")
+    with pytest.raises(InputError, match="not empty"):
+        export_run(open_run(tmp_path / "run"), source)
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json"):
+        import_directory(tmp_path, tmp_path / "run")

@@ -1,0 +1,99 @@
+"""The clock: at any moment one bucket runs, so a lap adds up, nested, repeated or interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bloomery.ledger.clock import Clock
+
+
+class Ticking:
+    """A time that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_inner_time_is_taken_out_of_the_outer_bucket() -> None:
+    time = Ticking()
+    clock = Clock(time)
+    time.now = 1.0
+    with clock.bucket("compute"):
+        time.now = 3.0
+        with clock.bucket("tp_comm"):
+            time.now = 4.0
+        time.now = 6.0
+    time.now = 6.5
+    assert clock.lap() == {"other": 1.5, "compute": 4.0, "tp_comm": 1.0}
+
+
+def test_a_bucket_inside_itself_counts_once() -> None:
+    time = Ticking()
+    clock = Clock(time)
+    with clock.bucket("compute"):
+        time.now = 1.0
+        with clock.bucket("compute"):
+            time.now = 3.0
+    assert clock.lap() == {"other": 0.0, "compute": 3.0}
+
+
+def test_an_exception_leaves_the_bucket_and_the_sum_intact() -> None:
+    time = Ticking()
+    clock = Clock(time)
+    with pytest.raises(ZeroDivisionError), clock.bucket("compute"), clock.bucket("dp_comm"):
+        time.now = 2.0
+        raise ZeroDivisionError
+    time.now = 5.0
+    assert clock.lap() == {"other": 3.0, "compute": 0.0, "dp_comm": 2.0}
+
+
+def test_a_lap_starts_from_nothing() -> None:
+    time = Ticking()
+    clock = Clock(time)
+    time.now = 2.0
+    clock.lap()
+    time.now = 3.0
+    assert clock.lap() == {"other": 1.0}
+
+
+def test_a_lap_inside_a_bucket_splits_it() -> None:
+    time = Ticking()
+    clock = Clock(time)
+    with clock.bucket("startup"):
+        time.now = 2.0
+        assert clock.lap()["startup"] == 2.0
+        time.now = 5.0
+    assert clock.lap()["startup"] == 3.0
+
+
+@given(st.lists(st.tuples(st.sampled_from(["open", "close", "raise", "lap"]), st.integers(0, 1000)), max_size=60))
+def test_laps_sum_to_wall_time_whatever_is_nested(moves: list[tuple[str, int]]) -> None:
+    time = Ticking()
+    clock, total, opened = Clock(time), 0.0, list[Iterator[None]]()
+    for number, (move, ticks) in enumerate(moves):
+        time.now += ticks
+        if move == "open":
+            bucket = clock.bucket(f"bucket {number % 4}")
+            bucket.__enter__()
+            opened.append(bucket)  # type: ignore[arg-type]
+        elif move == "lap":
+            total += sum(clock.lap().values())
+        elif opened:
+            error = (ValueError, ValueError(), None) if move == "raise" else (None, None, None)
+            bucket = opened.pop()  # type: ignore[assignment]
+            try:
+                bucket.__exit__(*error)
+            except ValueError:
+                pass
+    assert total + sum(clock.lap().values()) == time.now
+
+
+def test_a_clock_of_the_process_books_the_imports_before_it() -> None:
+    assert Clock.of_process().lap()["startup"] > 0

@@ -1,0 +1,109 @@
+"""The page: self-contained, true to the JSON, and safe to open whatever a model wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import synthetic_run
+
+from bloomery.ledger.facts import gather
+from bloomery.ledger.report import finite, render, write
+from bloomery.spec.errors import InputError
+
+
+class Page(HTMLParser):
+    """Attributes, element texts by id, and whether every element is closed."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.texts: dict[str, str] = {}
+        self.visible = ""
+        self.open: list[tuple[str, str]] = []
+        self.feed(content)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "link", "br"):
+            self.open.append((tag, dict(attrs).get("id") or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        tag, name = self.open[-1] if self.open else ("", "")
+        if tag == "script":
+            self.texts[name] = self.texts.get(name, "") + data
+        elif tag != "style":
+            self.visible += data
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> dict[str, object]:
+    return gather(synthetic_run.make(tmp_path / "toy"))
+
+
+@pytest.fixture
+def page(facts: dict[str, object]) -> Page:
+    return Page(render(facts))
+
+
+def test_nothing_on_the_page_points_outside(page: Page, facts: dict[str, object]) -> None:
+    loading = [(tag, name, value) for tag, name, value in page.attributes if name in ("src", "href", "action", "data")]
+    assert loading == [("link", "href", "data:,")]
+    own = (Path(synthetic_run.__file__).parents[3] / "src/bloomery/ledger/page").glob("*")
+    for path in own:
+        assert not re.search(r"https?://|@import|url\(", path.read_text(encoding="utf-8"))
+    policy = next(value for _, name, value in page.attributes if name == "content" and "default-src" in value)
+    assert "default-src 'none'" in policy and "http" not in policy
+
+
+def test_the_page_holds_the_facts_as_json(page: Page, facts: dict[str, object]) -> None:
+    assert json.loads(page.texts["facts"]) == json.loads(json.dumps(finite(facts)))
+
+
+def test_every_figure_of_the_component_table_is_the_json_one(page: Page, facts: dict[str, object]) -> None:
+    for component in facts["reconciliation"]["components"]:  # type: ignore[index]
+        for side in ("predicted", "measured"):
+            assert f"{component['seconds'][side] * 1e3:,.1f}" in page.visible
+
+
+def test_the_page_says_its_language_and_title(page: Page) -> None:
+    assert ("html", "lang", "en") in page.attributes
+    assert "toy · Bloomery report" in page.visible
+
+
+def test_what_a_model_wrote_is_shown_and_never_run(page: Page) -> None:
+    assert "<script>alert(1)</script>" in page.visible
+    assert "<b>once" in page.visible
+    assert not any("alert" in text for name, text in page.texts.items() if name == "")
+
+
+def test_the_verdict_states_time_plan_and_learning(facts: dict[str, object]) -> None:
+    text = str(facts["verdict"])
+    assert "12 steps of toy on 2 processes" in text
+    assert "1.12 s where the plan said 1.00 s (12% more, inside" in text
+    assert "2.07 to 1.67" in text
+
+
+def test_values_that_json_lacks_become_null() -> None:
+    assert finite({"a": [float("nan"), float("inf"), 1.5], "b": (1, "x")}) == {"a": [None, None, 1.5], "b": [1, "x"]}
+
+
+def test_a_run_without_evaluation_or_alignment_still_has_a_report(tmp_path: Path) -> None:
+    folder = synthetic_run.make(tmp_path / "bare", align=False)
+    for name in ("evaluation.json", "environment.json", "events.jsonl", "metrics.jsonl"):
+        (folder / name).unlink()
+    path = write(folder)
+    assert path.name == "report.html"
+    assert "Not recorded" in Page(path.read_text(encoding="utf-8")).visible
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        gather(tmp_path)

@@ -1,0 +1,56 @@
+"""Where figures go: lines stay whole when several processes write, and a torn end is left out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bloomery.ledger.environment import describe
+from bloomery.ledger.sinks import JsonLines, TensorBoard, read_lines
+
+
+def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
+    path, children = tmp_path / "deep" / "ledger.jsonl", []
+    for rank in range(4):
+        child = os.fork()
+        if child == 0:
+            sink = JsonLines(path)
+            for step in range(200):
+                sink.write({"rank": rank, "step": step, "filler": "x" * 300})
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    found = read_lines(path)
+    assert len(found) == 800
+    for rank in range(4):
+        assert [line["step"] for line in found if line["rank"] == rank] == list(range(200))
+
+
+def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    assert read_lines(tmp_path / "missing") == []
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    board.write(3, {"step": 3, "loss": 2.5, "verdict": "ok", "mfu": None})
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Tags()["scalars"] == ["loss"]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5)]
+
+
+def test_the_environment_names_versions_and_keeps_secrets_out() -> None:
+    os.environ["HARMLESS_TOKEN"], os.environ["OMP_NUM_THREADS_TEST"] = "secret", "1"
+    try:
+        found = describe()
+    finally:
+        del os.environ["HARMLESS_TOKEN"], os.environ["OMP_NUM_THREADS_TEST"]
+    assert found["versions"]["torch"]
+    assert found["flags"]["OMP_NUM_THREADS_TEST"] == "1"
+    assert "secret" not in str(found)

@@ -1,0 +1,172 @@
+"""The server: OpenAI's shapes, and every limit refused in one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from bloomery.data import tokenizer as tokenizers
+from bloomery.model.transformer import Transformer
+from bloomery.serve.server import MAX_BODY_BYTES, create_app, listen, read_token
+from bloomery.serve.talker import Talker
+from bloomery.spec.errors import InputError
+from bloomery.spec.model import Model
+
+CONTEXT = 64
+TOKEN = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def talker() -> Talker:
+    tokenizer = tokenizers.train(iter(["hello world, how are you?", "一二三四五"] * 20), 300)
+    torch.manual_seed(0)
+    model = Model(layers=1, hidden=16, heads=2, ffn_hidden=32, vocab=tokenizer.size, max_seq_len=CONTEXT)
+    return Talker("toy", "sft", Transformer(model).eval(), tokenizer)
+
+
+@pytest.fixture
+def client(talker: Talker) -> Iterator[TestClient]:
+    with TestClient(create_app(talker), base_url="http://127.0.0.1") as client:
+        yield client
+
+
+def chat(client: TestClient, **changes: Any) -> Any:
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "seed": 1, **changes}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def refused(response: Any, status: int, *words: str) -> None:
+    """An OpenAI error object with the status, holding every word."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    for word in words:
+        assert word in error["message"], error
+
+
+def test_models_lists_the_one_model_with_its_context(client: TestClient) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("toy-sft", CONTEXT)
+
+
+def test_a_chat_answer_has_the_shape_of_openai(client: TestClient) -> None:
+    found = chat(client).json()
+    assert found["object"] == "chat.completion"
+    (choice,) = found["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] + found["usage"]["completion_tokens"]
+    assert found["usage"]["completion_tokens"] <= 8
+
+
+def test_one_seed_gives_one_answer_and_n_gives_different_ones(client: TestClient) -> None:
+    texts = [choice["message"]["content"] for choice in chat(client, n=4, temperature=1.5).json()["choices"]]
+    again = [choice["message"]["content"] for choice in chat(client, n=4, temperature=1.5).json()["choices"]]
+    assert texts == again
+    assert len(set(texts)) > 1
+
+
+def test_a_stream_says_what_the_whole_answer_says(client: TestClient) -> None:
+    whole = chat(client).json()["choices"][0]
+    lines = [line[6:] for line in chat(client, stream=True).text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    chunks = [json.loads(line)["choices"][0] for line in lines[:-1]]
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == whole["message"]["content"]
+    assert chunks[-1]["finish_reason"] == whole["finish_reason"]
+
+
+def test_a_completion_stops_before_a_stop_word(client: TestClient) -> None:
+    body = {"prompt": "hello", "max_tokens": 20, "temperature": 0}
+    text = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    word = text[3:5]
+    cut = client.post("/v1/completions", json={**body, "stop": word}).json()["choices"][0]
+    assert cut["text"] == text[: text.index(word)]
+    assert cut["finish_reason"] == "stop"
+    short = client.post("/v1/completions", json={**body, "max_tokens": 2}).json()
+    assert short["choices"][0]["finish_reason"] == "length"
+    assert short["usage"]["completion_tokens"] == 2
+
+
+def test_the_context_is_a_limit(client: TestClient) -> None:
+    refused(chat(client, max_tokens=CONTEXT), 400, "context", str(CONTEXT))
+    refused(chat(client, messages=[{"role": "user", "content": "z" * 500}]), 400, "context")
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"n": 5}, "n"),
+        ({"n": 0}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "role"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"model": "other"}, "model"),
+        ({"stream": True, "n": 2}, "n"),
+    ],
+)
+def test_values_past_a_limit_are_refused(client: TestClient, changes: dict[str, Any], word: str) -> None:
+    refused(chat(client, **changes), 400, word)
+
+
+def test_bodies_past_the_limit_are_refused_by_length_and_by_content(client: TestClient) -> None:
+    large = b"x" * (MAX_BODY_BYTES + 1)
+    refused(client.post("/v1/completions", content=large), 413, str(MAX_BODY_BYTES))
+    pieces = (large[i : i + 65536] for i in range(0, len(large), 65536))
+    refused(client.post("/v1/completions", content=pieces), 413, str(MAX_BODY_BYTES))
+
+
+def test_what_is_not_json_is_refused(client: TestClient) -> None:
+    refused(client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}), 400)
+    refused(client.get("/nowhere"), 404)
+
+
+def test_requests_under_a_foreign_name_are_refused(client: TestClient) -> None:
+    assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_token_opens_and_its_absence_does_not(talker: Talker) -> None:
+    with TestClient(create_app(talker, token=TOKEN)) as client:
+        refused(client.get("/v1/models"), 401, "token")
+        refused(client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}x"}), 401)
+        assert client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
+def test_addresses_others_can_reach_need_a_token_file(tmp_path: Path, host: str) -> None:
+    with pytest.raises(InputError, match="--token-file"):
+        read_token(None, host)
+    path = tmp_path / "token"
+    path.write_text(TOKEN + "\n")
+    assert read_token(path, host) == TOKEN
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.1.2.3"])
+def test_the_loopback_needs_none(host: str) -> None:
+    assert read_token(None, host) is None
+
+
+@pytest.mark.parametrize("content", ["", "short", "has a space in it, though long"])
+def test_weak_tokens_are_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(content)
+    with pytest.raises(InputError, match="token"):
+        read_token(path, "127.0.0.1")
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"127.0.0.1:{port}: cannot listen there"):
+            listen("127.0.0.1", port)
