@@ -54,6 +54,7 @@ def hugging_face(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
             (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
         config = {
             "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
+            "model_type": "qwen2" if qwen else "llama",
             "hidden_size": H,
             "intermediate_size": FFN,
             "num_hidden_layers": LAYERS,

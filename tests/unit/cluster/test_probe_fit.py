@@ -1,0 +1,71 @@
+"""The probe's fits give back the constants that made the timings; the probe itself measures something sane."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bloomery.cluster.probe_fit import fit_gemm, fit_tier
+from bloomery.perf.collectives import collective_s, group_of
+from bloomery.perf.kernels import gemm_efficiency
+from bloomery.spec.catalog import cluster, read_cluster
+from bloomery.spec.cluster import GemmEfficiency, Tier
+from bloomery.spec.layout import Layout, LayoutBatch
+
+
+def test_the_gemm_surface_comes_back_from_its_own_timings() -> None:
+    true = GemmEfficiency(ceiling=0.9, m_half=32, n_half=16, k_half=64)
+    rows = []
+    for m, n, k in product((64, 256, 1024, 4096), (64, 256, 1024), (64, 256, 1024)):
+        slowness = sum(1 / gemm_efficiency(true, *order) for order in ((m, n, k), (m, k, n), (n, k, m)))
+        rows.append({"m": m, "n": n, "k": k, "s": [2 * m * n * k / 1e11 * slowness] * 3})
+    peak, found = fit_gemm(rows)
+    for m, n, k in ((512, 512, 512), (128, 2048, 256)):
+        expected = 1e11 * gemm_efficiency(true, m, n, k)
+        assert peak * gemm_efficiency(found, m, n, k) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: int) -> None:
+    tier = Tier(
+        name="gloo",
+        span=ranks,
+        bandwidth_bytes_per_s=2e9,
+        ports_per_node=ranks,
+        latency_s=1e-4,
+        half_size_bytes=0,
+        op_factor={"all_gather": 1.1, "reduce_scatter": 2.0, "send": 0.7},
+    )
+    machine = cluster("this-machine").model_copy(
+        update={"nodes": 1, "accelerators_per_node": ranks, "tiers": (tier,), "cuts": ()}
+    )
+    group = group_of(LayoutBatch.of([Layout(dp=ranks)]), "dp")
+    rows = [
+        {"op": op, "bytes": size, "s": [float(collective_s(machine, op, group, np.array([size]))[0])] * 3}
+        for op in ("all_reduce", "all_gather", "reduce_scatter", "send")
+        for size in (4 << 10, 64 << 10, 1 << 20, 8 << 20)
+    ]
+    found = fit_tier(rows, ranks)
+    assert found.bandwidth_bytes_per_s == pytest.approx(2e9, rel=0.02)
+    assert found.latency_s == pytest.approx(1e-4, rel=0.02)
+    assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
+    assert found.op_factor["send"] == pytest.approx(0.7, rel=0.05)
+
+
+def test_a_probe_of_this_machine_reads_back_as_a_cluster(tmp_path: Path) -> None:
+    out = tmp_path / "machine.yaml"
+    command = [sys.executable, "-m", "bloomery", "probe", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    machine = read_cluster(out)
+    assert machine.cuts[0].ranks == 1
+    for cut in machine.cuts:
+        assert 1e9 < cut.accelerator.peak("float32") < 1e14
+        assert 1e8 < cut.accelerator.memory_bandwidth_bytes_per_s < 1e13
+        assert 1e-8 < cut.accelerator.launch_s < 1e-3
+    assert "date" in machine.provenance

@@ -1,0 +1,184 @@
+"""Data: one order for every world size, provenance to the document, bad files counted, nothing half-written loads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bloomery.data import shards
+from bloomery.data.build import build, read_report
+from bloomery.data.order import permuted, sample_at
+from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
+from bloomery.data.readers import Account, document, read_documents, text_files
+from bloomery.data.shards import TokenDataset, verify
+from bloomery.data.tokenizer import load
+from bloomery.spec.errors import InputError
+from bloomery.spec.run import Data
+
+PROSE = "明月几时有，把酒问青天。不知天上宫阙，今夕是何年。" * 20
+CODE = '''
+def area(width, height):
+    """Return the area of a rectangle of the given width and height."""
+    return width * height
+
+
+def greet(name):
+    """Say hello to the person of that name, politely and in English."""
+    return f"hello {name}"
+'''
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Prose in two languages, code, a page, records."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"prose_{number}.txt").write_text(f"Document {number}. {PROSE}\n" + f"Some English {number}. " * 30)
+    (folder / "code.py").write_text(CODE + "# padding\n" * 20)
+    (folder / "page.html").write_text("<html><script>hidden()</script><p>" + "visible words " * 30 + "</p></html>")
+    (folder / "records.jsonl").write_text("\n".join(json.dumps({"text": f"record {i} " * 40}) for i in range(5)))
+    return folder
+
+
+def settings(corpus: Path, **changes: object) -> Data:
+    """Small settings."""
+    return Data.checked({"text": [str(corpus)], "vocab": 600, "holdout": 0.1, "min_characters": 50, **changes})
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 1000])
+def test_an_epoch_visits_every_sample_once(n: int) -> None:
+    assert sorted(permuted(i, n, key=5) for i in range(n)) == list(range(n))
+    assert sorted(sample_at(i, n, seed=3) for i in range(4 * n, 5 * n)) == list(range(n))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    orders = [tuple(sample_at(i + 500 * epoch, 500, seed) for i in range(500)) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_sample_a_billion_needs_no_walk() -> None:
+    assert 0 <= sample_at(10**9, 12_345, seed=0) < 12_345
+
+
+def test_samples_are_the_same_for_every_world_size(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    dataset = TokenDataset(tmp_path / "out" / "train", seq_len=16, seed=0)
+    whole = dataset.batch(range(24))[0]
+    for world in (2, 3, 4):
+        share = 24 // world
+        parts = [dataset.batch(range(rank * share, (rank + 1) * share))[0] for rank in range(world)]
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_provenance_leads_back_to_the_text(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    dataset, tokenizer = TokenDataset(tmp_path / "out" / "train", seq_len=24, seed=0), load(tmp_path / "out")
+    for i in range(40):
+        inputs, _ = dataset.sample(i)
+        first = dataset.provenance(i)[0]
+        source = first["path"].split(":")[0]
+        (text,) = [d.text for d in read_documents(Path(source), Account()) if d.id == first["id"]]
+        ids = [*tokenizer.encode(text), tokenizer.end]
+        n = min(len(inputs), first["last"] - first["first"] + 1)
+        assert ids[first["first"] : first["first"] + n] == inputs[:n].tolist()
+
+
+def test_chinese_comes_back_unchanged_and_specials_cannot_be_forged(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    tokenizer = load(tmp_path / "out")
+    assert tokenizer.decode(tokenizer.encode(PROSE)) == PROSE
+    assert tokenizer.end not in tokenizer.encode("a <|end|> in the text")
+
+
+def test_bad_files_are_counted_and_named_and_nothing_else_is_lost(corpus: Path, tmp_path: Path) -> None:
+    bad = corpus / "bad"
+    bad.mkdir()
+    (bad / "nul.txt").write_bytes(b"abc\0def" * 100)
+    (bad / "latin.txt").write_bytes("Grüße".encode("latin-1") * 50)
+    (bad / "empty.txt").write_bytes(b"")
+    whole = gzip.compress(PROSE.encode())
+    (bad / "torn.txt.gz").write_bytes(whole[: len(whole) // 2])
+    (bad / "broken.jsonl").write_text(
+        '{"text": "good enough to keep, long enough as well, yes it is"}\n{"text": \n[1]\n'
+    )
+    (bad / "deep.jsonl").write_text("[" * 100_000 + "\n")
+    (bad / "loop").symlink_to(corpus, target_is_directory=True)
+    report = build(settings(corpus), tmp_path / "out")
+    assert report.dropped["binary (NUL bytes)"] == 1
+    assert report.dropped["not UTF-8"] == 1
+    assert report.dropped["empty"] == 1
+    assert report.dropped["unreadable (EOFError)"] == 1
+    assert report.dropped["not a JSON record"] == 2
+    assert report.dropped["record without text"] == 1
+    assert any("nul.txt" in name for name in report.named["binary (NUL bytes)"])
+    kept = report.documents_train + report.documents_heldout
+    late = sum(report.dropped.get(reason, 0) for reason in ("too short", "exact duplicate"))
+    assert report.documents_read == kept + late
+    assert kept == 30 + 1 + 1 + 5 + 1
+
+
+def test_a_changed_byte_is_found_and_named(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    folder = tmp_path / "out" / "train"
+    verify(folder)
+    for name in json.loads((folder / shards.MANIFEST).read_text())["files"]:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(bytes([content[0] ^ 1]) + content[1:])
+        with pytest.raises(InputError, match=name):
+            verify(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_an_interrupted_build_is_never_taken_for_good(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shards.os, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        build(settings(corpus), tmp_path / "out")
+    assert read_report(tmp_path / "out") is None
+    with pytest.raises(InputError, match="data build"):
+        TokenDataset(tmp_path / "out" / "train", seq_len=8, seed=0)
+
+
+def test_an_unchanged_build_is_used_again_and_a_changed_one_is_not(corpus: Path, tmp_path: Path) -> None:
+    assert not build(settings(corpus), tmp_path / "out").reused
+    assert build(settings(corpus), tmp_path / "out").reused
+    (corpus / "new.txt").write_text("something new under the sun, quite long enough to be kept " * 3)
+    assert not build(settings(corpus), tmp_path / "out").reused
+
+
+def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere"):
+        text_files([tmp_path / "nowhere"])
+
+
+def test_only_the_response_counts_in_the_loss(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    tokenizer = load(tmp_path / "out")
+    dataset = PairDataset(tmp_path / "out" / "pairs", seq_len=96, seed=0)
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 4
+    for i in range(len(dataset)):
+        inputs, targets = dataset.sample(i)
+        pair = pairs[dataset.provenance(i)[0]["id"]]
+        counted = targets[targets != IGNORED]
+        assert counted.tolist() == [*tokenizer.encode(pair["response"]), tokenizer.end][: len(counted)]
+        assert dataset.n_targets(i) == len(counted)
+        assert inputs[0] == tokenizer.user
+
+
+def test_pairs_ask_what_a_function_does_and_which_does_this() -> None:
+    found = list(pairs_of(document("code.py", CODE)))
+    assert (
+        "What does `def area(width, height)` do?",
+        "Return the area of a rectangle of the given width and height.",
+    ) in found
+    assert len(found) == 4
