@@ -19,6 +19,7 @@ from bloomery.data.tokenizer import ASSISTANT, END, PAD, TOKENIZER_FILE, USER, T
 from bloomery.evaluate.opening import OpenRun
 from bloomery.model.names import to_hugging_face
 from bloomery.model.transformer import Transformer
+from bloomery.spec.catalog import cluster
 from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, sha256_of, write_commit
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
@@ -147,8 +148,6 @@ def import_directory(source: Path, target: Path) -> Run:
     if not (source / TOKENIZER_FILE).is_file():
         raise InputError("tokenizer.json is missing (a fast tokenizer is needed)", where=str(source))
     tensors = {p.name: tensor for p, tensor in _read_tensors(source, model)}
-    from bloomery.spec.catalog import cluster
-
     run = Run(
         name=target.name,
         model=model,
@@ -187,7 +186,7 @@ def _read_tensors(source: Path, model: Model) -> list[tuple[Parameter, Tensor]]:
         if file.parent != source or not file.is_file():
             raise InputError("no such safetensors file in the directory", where=str(source), found=file.name)
         with safe_open(file, framework="pt") as stream:
-            if name not in stream.keys():  # noqa: SIM118 - safe_open is no mapping
+            if name not in set(stream.keys()):
                 raise InputError("a tensor is missing", where=str(file), found=name)
             tensor = stream.get_tensor(name)
         if tuple(tensor.shape) != parameter.shape:
