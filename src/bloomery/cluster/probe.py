@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from bloomery.cluster.probe_fit import attention_efficiency, fit_gemm, fit_tier, spread
+from bloomery.cluster.probe_fit import attention_efficiency, compute_factor, fit_gemm, fit_tier, spread
 from bloomery.cluster.supervisor import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import Accelerator, Cluster, Cut, Storage, Tier
@@ -130,7 +130,7 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
     streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
     fastest, typical = max(map(max, streams)), mean(median(rates) for rates in streams)
     memory = first["device_bytes"] if cuda else psutil.virtual_memory().available / ranks
-    return Accelerator(
+    parts = Accelerator(
         name=first["device_name"] if cuda else f"cpu-{threads_per_rank(ranks)}-threads",
         kind="gpu" if cuda else "cpu",
         peak_flops_per_s=peaks,
@@ -143,6 +143,11 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
         optimizer_bytes_per_s=mean(median(result["optimizer_bytes_per_s"]) for result in results),
         source="bloomery probe",
     )
+    factors: dict[Any, float] = {
+        dtype: compute_factor(parts, dtype, mean(median(result["reference"][dtype]) for result in results))
+        for dtype in first["reference"]
+    }
+    return parts.model_copy(update={"compute_factor": factors})
 
 
 def _tier(results: list[dict[str, Any]], ranks: int) -> Tier:

@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.estimate import estimate
 from bloomery.perf.kernels import gemm_efficiency
-from bloomery.spec.cluster import GemmEfficiency, Tier
+from bloomery.spec.cluster import Accelerator, Cluster, Dtype, GemmEfficiency, Tier
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import Model
 
+REFERENCE = Model(name="reference", layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=8192, max_seq_len=256)
+REFERENCE_LAYOUT = Layout(micro_batch=4)
+REFERENCE_SEQ_LEN = 256
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send")
 LINK_FACTORS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
@@ -45,6 +51,21 @@ def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, i
     batch, heads, seq, width = shape
     flops = 3.5 * 4.0 * seq**2 * heads * width * batch * 0.5
     return min(1.0, flops / min(seconds) / peak)
+
+
+def compute_factor(accelerator: Accelerator, dtype: Dtype, measured_s: float) -> float:
+    """Measured over predicted compute of the reference step on one rank: the residual that calibrates the rest."""
+    alone = Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)
+    machine = Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,))
+    found = estimate(
+        REFERENCE,
+        machine,
+        LayoutBatch.of([REFERENCE_LAYOUT]),
+        global_batch=REFERENCE_LAYOUT.micro_batch,
+        seq_len=REFERENCE_SEQ_LEN,
+        dtype=dtype,
+    )
+    return measured_s / float(sum(found.components[part][0] for part in ("ideal", "kernel", "recompute")))
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int) -> Tier:

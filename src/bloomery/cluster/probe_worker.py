@@ -10,12 +10,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
+
+from bloomery.cluster.probe_fit import REFERENCE, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN
+from bloomery.parallel.engine import build
+from bloomery.parallel.mesh import Mesh
 
 GEMM_SHAPES = [(m, n, k) for m in (256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
 GEMM_SHAPES += [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
@@ -154,6 +159,16 @@ def measure_links(device: torch.device, rank: int, world_size: int, rounds: int)
     return rows
 
 
+def measure_reference(device: torch.device, dtype: str, rounds: int) -> list[float]:
+    """Forward and backward of the reference model by the real engine, alone on this rank: seconds a step."""
+    mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
+    settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_LAYOUT.micro_batch}
+    engine = build(REFERENCE, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
+    shape = (REFERENCE_LAYOUT.micro_batch, REFERENCE_SEQ_LEN)
+    tokens = torch.randint(0, REFERENCE.vocab, shape, device=device)
+    return seconds(lambda: engine.forward_backward(tokens, tokens, tokens.numel()), device, 0.0, rounds)
+
+
 def main() -> None:
     """Measure everything and print one JSON line."""
     quick = sys.argv[1] == "quick"
@@ -180,6 +195,7 @@ def main() -> None:
         result["device_bytes"] = torch.cuda.get_device_properties(device).total_memory
     result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
     result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
+    result["reference"] = {str(dtype)[6:]: measure_reference(device, str(dtype)[6:], 7) for dtype in dtypes}
     result["elementwise"] = measure_elementwise(device, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
     result["optimizer_bytes_per_s"] = measure_optimizer(device, at_least_s)

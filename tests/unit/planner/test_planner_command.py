@@ -54,7 +54,7 @@ def test_a_cluster_file_is_read_from_where_one_stands(tmp_path: Path) -> None:
         "name: mine\naccelerators_per_node: 4\naccelerator: l40s\n"
         "tiers: [{name: pcie, span: 4, bandwidth_bytes_per_s: 2e10, ports_per_node: 4, latency_s: 1e-5}]\n"
     )
-    run_file = EXAMPLES / "demo.yaml"
+    run_file = EXAMPLES.parent / "src" / "bloomery" / "cli" / "demo.yaml"
     result = bloomery("plan", run_file, "--cluster", "machine.yaml", "--json", cwd=tmp_path)
     values = json.loads(result.stdout)
     assert (values["cluster"], values["world_sizes"]) == ("mine", [4])
