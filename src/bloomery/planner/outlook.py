@@ -2,19 +2,19 @@
 
 Formulas: 6 N D and 8 N D count 2 FLOP per parameter and token forward and 4 backward, the latter with one more forward
 for recomputation (Kaplan 2001.08361; Narayanan 2104.04473); N is the parameters one token passes through. Failures:
-checkpoint interval sqrt(2 C MTBF) and lost share C/tau + (tau/2 + R)/MTBF (Young 1974, Daly 2006).
+`perf.goodput`, exact for exponential failures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 
+from bloomery.perf.flops import PF_DAY
+from bloomery.perf.goodput import cluster_mtbf_s, ettr, optimal_interval_s
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 
-PF_DAY = 8.64e19  # FLOP
 DAY_S = 86_400.0
 CHECKPOINT_BYTES_PER_PARAMETER = 12.0  # float32 master weight and two AdamW moments
 RESTART_S = 600.0  # an allowance for detection, scheduling and start-up; loading is counted on top
@@ -59,13 +59,12 @@ def goodput(cluster: Cluster, parameters: int) -> tuple[float, float | None]:
     """
     if cluster.failures_per_1000_node_days == 0:
         return 1.0, None
-    between_failures_s = DAY_S * 1000.0 / (cluster.failures_per_1000_node_days * cluster.nodes)
     size = CHECKPOINT_BYTES_PER_PARAMETER * parameters
     write_s = size / cluster.storage.write_bytes_per_s
     restart_s = RESTART_S + size / cluster.storage.read_bytes_per_s
-    interval_s = sqrt(2.0 * write_s * between_failures_s)
-    lost = write_s / interval_s + (interval_s / 2.0 + restart_s) / between_failures_s
-    return max(0.0, 1.0 - lost), interval_s
+    between_failures_s = cluster_mtbf_s(cluster)
+    interval_s = float(optimal_interval_s(write_s, between_failures_s, restart_s))
+    return float(ettr(interval_s, write_s, between_failures_s, restart_s)), interval_s
 
 
 def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:

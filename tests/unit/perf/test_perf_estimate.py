@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bloomery.perf.budget import run_cost
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.perf.result import Estimate
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
@@ -204,16 +203,6 @@ def test_better_hardware_is_never_slower(layout: Layout, factor: float) -> None:
 def test_more_work_takes_longer(layout: Layout) -> None:
     assert predict([layout], batch=128).step_time_s[0] > predict([layout]).step_time_s[0]
     assert predict([layout], seq_len=4096).step_time_s[0] > predict([layout]).step_time_s[0]
-
-
-def test_a_run_costs_days_money_and_energy() -> None:
-    model, cluster = catalog.model("yuan-1.0-245b"), catalog.cluster("yuan-1.0")
-    cost = run_cost(model, cluster, tokens=180e9, tokens_per_step=3360 * 2048, step_time_s=43.0, goodput=0.95)
-    assert cost.pf_days_8nd == pytest.approx(4095, rel=3e-3)
-    assert cost.accelerator_hours == pytest.approx(2128 * 24 * cost.wall_days)
-    assert cost.wall_days == pytest.approx(cost.days / 0.95)
-    assert cost.cost == pytest.approx(1.29 * cost.accelerator_hours)
-    assert cost.energy_kwh == pytest.approx(0.4 * 1.2 * cost.accelerator_hours)
 
 
 def test_the_thinking_wing_never_imports_torch() -> None:
