@@ -21,6 +21,8 @@ from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
+RECORDED = 2
+"""The step whose messages are compared; evaluations follow it, between steps, since training goes on after them."""
 
 MODELS = {
     "llama": Model(layers=4, hidden=32, heads=4, kv_heads=2, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN),
@@ -80,9 +82,10 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
+        held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
         for step in range(STEPS):
             tokens, targets = batch(step, case.masked)
-            with record(mesh) if step == 2 else contextlib.nullcontext(Counter()) as seen:
+            with record(mesh) if step == RECORDED else contextlib.nullcontext(Counter()) as seen:
                 part = engine.forward_backward(
                     torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine]), int((targets >= 0).sum())
                 )
@@ -94,8 +97,10 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             executed += seen
             losses.append(statistics.loss)
             norms.append(statistics.grad_norm)
-        tokens, targets = batch(STEPS, case.masked)
-        held_out = engine.evaluate(torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine]))
+            if step < RECORDED:
+                continue
+            held_out.append(engine.evaluate(torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine])))
+        assert [(s.shard, s.local().shape) for s in engine.shards()] == before, "an evaluation changed what is held"
         shards = [
             {
                 "name": s.shard.name,

@@ -31,6 +31,8 @@ def table() -> list[Case]:
         Case("llama", "dp=2,zero=3,recompute=full,micro_batch=2"),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", masked=True),
         Case("llama", "dp=2,micro_batch=2", masked=True),
+        Case("llama", "pp=2,micro_batch=8"),
+        Case("llama", "pp=4,dp=2,zero=2,micro_batch=2"),
         Case("gpt", "tp=2,dp=2,zero=2,sp=true,micro_batch=2"),
         Case("gpt", "tp=2,pp=2,dp=2,sp=true,micro_batch=2"),
         Case("gpt", "tp=2,pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from bloomery.cluster.probe_fit import attention_efficiency, compute_factor, fit_gemm, fit_tier, spread
+from bloomery.cluster.probe_fit import attention_efficiency, compute_factor, fit_gemm, fit_tier, optimizer_rate, spread
 from bloomery.cluster.supervisor import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import Accelerator, Cluster, Cut, Storage, Tier
@@ -140,11 +140,11 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
         launch_s=mean(median(result["launch_s"]) for result in results),
         gemm=surfaces,
         attention_efficiency=efficiency,
-        optimizer_bytes_per_s=mean(median(result["optimizer_bytes_per_s"]) for result in results),
+        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"]["optimizer"]) for r in results),
         source="bloomery probe",
     )
     factors: dict[Any, float] = {
-        dtype: compute_factor(parts, dtype, mean(median(result["reference"][dtype]) for result in results))
+        dtype: compute_factor(parts, dtype, mean(median(result["reference"][dtype]["compute"]) for result in results))
         for dtype in first["reference"]
     }
     return parts.model_copy(update={"compute_factor": factors})

@@ -11,9 +11,11 @@ import numpy as np
 
 from bloomery.perf.estimate import estimate
 from bloomery.perf.kernels import gemm_efficiency
+from bloomery.perf.precision import Precision
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype, GemmEfficiency, Tier
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.parameters import parameter_count
 
 REFERENCE = Model(name="reference", layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=8192, max_seq_len=256)
 REFERENCE_LAYOUT = Layout(micro_batch=4)
@@ -66,6 +68,12 @@ def compute_factor(accelerator: Accelerator, dtype: Dtype, measured_s: float) ->
         dtype=dtype,
     )
     return measured_s / float(sum(found.components[part][0] for part in ("ideal", "kernel", "recompute")))
+
+
+def optimizer_rate(seconds: Sequence[float]) -> float:
+    """Bytes/s of the reference model's optimizer step in float32, the bytes as the model counts them."""
+    width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4)
+    return parameter_count(REFERENCE) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int) -> Tier:

@@ -29,31 +29,29 @@ ATTENTION_SHAPE = (4, 8, 256, 32)
 ELEMENT_BYTES = (2 << 20, 8 << 20, 16 << 20)
 MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 WARM_UP_S = 0.5
-OPTIMIZER_ELEMENTS = 6_000_000
-OPTIMIZER_BYTES = 28
-"""AdamW reads parameter, gradient and two moments, writes three of them: 7 x 4 bytes an element."""
+REFERENCE_WARM_UP = 2
+
+
+def now(device: torch.device) -> float:
+    """Seconds on the host's clock once the device has done everything it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def seconds(work: Callable[[], Any], device: torch.device, at_least_s: float, rounds: int = 5) -> list[float]:
     """Seconds of one call, several rounds; each round lasts at least `at_least_s`."""
 
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
     work()
-    wait()
-    started = time.perf_counter()
+    started = now(device)
     work()
-    wait()
-    calls = max(1, round(at_least_s / max(1e-7, time.perf_counter() - started)))
+    calls = max(1, round(at_least_s / max(1e-7, now(device) - started)))
     found = []
     for _ in range(rounds):
-        started = time.perf_counter()
+        started = now(device)
         for _ in range(calls):
             work()
-        wait()
-        found.append((time.perf_counter() - started) / calls)
+        found.append((now(device) - started) / calls)
     return found
 
 
@@ -116,15 +114,6 @@ def measure_launch(device: torch.device, at_least_s: float) -> list[float]:
     return [s / (2 * n) for s in seconds(chain, device, at_least_s)]
 
 
-def measure_optimizer(device: torch.device, at_least_s: float) -> list[float]:
-    """Bytes/s of a fused AdamW step."""
-    parameters = [torch.randn(OPTIMIZER_ELEMENTS // 24, device=device, requires_grad=True) for _ in range(24)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    return [OPTIMIZER_ELEMENTS * OPTIMIZER_BYTES / s for s in seconds(optimizer.step, device, at_least_s)]
-
-
 def measure_links(device: torch.device, rank: int, world_size: int, rounds: int) -> list[dict[str, Any]]:
     """Each operation by message size; bytes as the shard table counts them."""
     rows = []
@@ -152,21 +141,34 @@ def measure_links(device: torch.device, rank: int, world_size: int, rounds: int)
                 started = time.perf_counter()
                 for _ in range(calls):
                     work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                found.append((time.perf_counter() - started) / calls)
+                found.append((now(device) - started) / calls)
             rows.append({"op": op, "bytes": size, "s": found})
     return rows
 
 
-def measure_reference(device: torch.device, dtype: str, rounds: int) -> list[float]:
-    """Forward and backward of the reference model by the real engine, alone on this rank: seconds a step."""
+def measure_reference(device: torch.device, dtype: str, rounds: int) -> dict[str, list[float]]:
+    """A step of the reference model by the real engine, alone on this rank: seconds of its two halves by round.
+
+    `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients.
+    """
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
     settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_LAYOUT.micro_batch}
     engine = build(REFERENCE, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
+    optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-4, fused=True)
     shape = (REFERENCE_LAYOUT.micro_batch, REFERENCE_SEQ_LEN)
     tokens = torch.randint(0, REFERENCE.vocab, shape, device=device)
-    return seconds(lambda: engine.forward_backward(tokens, tokens, tokens.numel()), device, 0.0, rounds)
+    found: dict[str, list[float]] = {"compute": [], "optimizer": []}
+    for _ in range(REFERENCE_WARM_UP + rounds):
+        started = now(device)
+        loss = engine.forward_backward(tokens, tokens, tokens.numel())
+        between = now(device)
+        norm = engine.statistics(loss).grad_norm
+        engine.clip(norm / 2, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        found["compute"].append(between - started)
+        found["optimizer"].append(now(device) - between)
+    return {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
 
 
 def main() -> None:
@@ -198,7 +200,6 @@ def main() -> None:
     result["reference"] = {str(dtype)[6:]: measure_reference(device, str(dtype)[6:], 7) for dtype in dtypes}
     result["elementwise"] = measure_elementwise(device, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
-    result["optimizer_bytes_per_s"] = measure_optimizer(device, at_least_s)
     result["links"] = measure_links(device, rank, world_size, 3 if quick else 7) if world_size > 1 else []
     print(f"PROBE {json.dumps(result)}", flush=True)
     if world_size > 1:

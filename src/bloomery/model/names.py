@@ -1,7 +1,7 @@
-"""Our parameter names and Hugging Face's, one to one for Llama-like and GPT-2-like structures.
+"""Our parameter names and Hugging Face's, one to one for Llama-like structures (Llama, Mistral, Qwen 2).
 
-Rotary positions follow the same halves convention, so Llama weights pass unchanged; GPT-2 stores its projections
-transposed (Conv1D) and q, k, v in one tensor, which the reader and writer of directories handle.
+Rotary positions follow the same halves convention, so Llama weights pass unchanged. GPT-2 has no names here: its
+tanh-approximated GELU is not our exact one, so the same weights would compute something else.
 """
 
 from __future__ import annotations

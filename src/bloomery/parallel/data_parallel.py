@@ -68,6 +68,13 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
                 module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
 
 
+def free_gathered(stage: Transformer) -> None:
+    """Give back what a forward without a backward left gathered: parameters are their shards again."""
+    for module in stage.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:
     """Parameters of each layer, and those outside the layers: what one message carries."""
     inside = [list(layer.parameters()) for layer in stage.blocks()]

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.apply import lay_out
 from bloomery.parallel.collectives import Measure, TensorAxis
-from bloomery.parallel.data_parallel import sum_flat, units
+from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.tensor import loss_sum
@@ -165,7 +165,11 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, tokens_bs: Tensor, targets_bs: Tensor) -> tuple[float, int]:
-        """Summed loss and count of targets over the world. The local batch must be that of training."""
+        """Summed loss and count of targets over the world. The local batch must be that of training.
+
+        With pipeline stages PyTorch prepares its buffers anew at every change between training and evaluation, and
+        sends a few bytes for it that no plan counts.
+        """
         self.n_targets = 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
@@ -181,6 +185,8 @@ class Engine:
                 target = targets_bs if last_stage else None
                 self.schedule.eval(*inputs, target=target, losses=losses if last_stage else None)
                 total += sum(losses)
+        for stage in self.stages.values():
+            free_gathered(stage)
         count = (targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
         vector = torch.stack((total, count)) / self.layout.tp
         if self.mesh.world_size > 1:

@@ -72,5 +72,6 @@ def build_schedule(
         measured.append(stage)
     if layout.schedule == "interleaved":
         return ScheduleInterleaved1F1B(measured, micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
-    kind = ScheduleGPipe if layout.schedule == "gpipe" else Schedule1F1B
+    # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
+    kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B
     return kind(measured[0], micro_batches, loss_fn=loss, scale_grads=False)

@@ -25,6 +25,9 @@ _OPERATORS = {
 }
 """c10d operator: our name, and which argument is the payload (gather: its output; reduce-scatter: its input)."""
 
+_NOT_SENT = {"recv_", "recv_any_source_", "wait_tensor", "check_for_nan"}
+"""The other end of a send, and what moves nothing. Any operator named nowhere here is counted under its own name."""
+
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, axes: dict[str, str]) -> None:
@@ -32,10 +35,10 @@ class _Recorder(TorchDispatchMode):
         self.axes, self.seen = axes, Counter[tuple[str, str, int]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d" and func._opname in _OPERATORS:
-            op, place = _OPERATORS[func._opname]
-            payload = args[place]
-            tensors = [payload] if isinstance(payload, Tensor) else list(payload)
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname not in _NOT_SENT:
+            op, place = _OPERATORS.get(func._opname, (func._opname, 0))
+            payload = args[place] if args else ()
+            tensors = [payload] if isinstance(payload, Tensor) else [t for t in payload if isinstance(t, Tensor)]
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
             self.seen[(self._axis(args), op, size)] += 1
         return func(*args, **(kwargs or {}))

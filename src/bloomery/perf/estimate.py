@@ -184,9 +184,8 @@ def _optimizer(case: Case, kinds: tuple[Ranks, ...]) -> Any:
     """AdamW over the rank with most parameters, the gradient norm and clipping: all bound by memory."""
     updated = Ends(*(updated_parameters(case, ranks) for ranks in kinds)).largest()
     rate = case.accelerator.optimizer_bytes_per_s
-    n_bytes = case.precision.adam_bytes * updated
-    update = n_bytes / rate if rate else memory_s(case.accelerator, n_bytes)
-    return update + memory_s(case.accelerator, case.precision.clip_bytes * updated)
+    n_bytes = (case.precision.adam_bytes + case.precision.clip_bytes) * updated
+    return n_bytes / rate if rate else memory_s(case.accelerator, n_bytes)
 
 
 def _one(estimates: Estimates, i: int) -> Estimate:

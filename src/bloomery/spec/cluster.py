@@ -38,6 +38,7 @@ class Accelerator(Noun):
     gemm: dict[Dtype, GemmEfficiency] = {}
     attention_efficiency: float = Field(default=0.5, gt=0, le=1)
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
     compute_factor: dict[Dtype, float] = {}
     """Measured over predicted compute of a reference step, by number format: what the parts leave out (1 unprobed)."""
     reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")

@@ -219,6 +219,11 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
         ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
         ("moe", "the engine does not train mixture-of-experts models yet", np.full(len(lay), model.moe is not None)),
         (
+            "prefix_mask",
+            "the engine trains causal models: no data says where a prefix ends yet",
+            np.full(len(lay), model.mask == "prefix"),
+        ),
+        (
             "zero3_pipeline",
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),

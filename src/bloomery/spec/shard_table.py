@@ -201,11 +201,13 @@ def _data_parallel(
     rows.add("fsdp.ends", "dp", "all_gather", "forward", gathers, outside_padded * parameter_bytes)
     rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", ends_held, outside_padded * gradient_bytes)
     held = [p for p in layer if p.tp_dim is None]
-    norms = _local(held, lay.tp) * shape.layers
-    norms = norms + sum(_local([p for p in part if p.tp_dim is None], lay.tp) * there for part, there in ends)
-    divided = np.where(lay.zero_stage >= 2, lay.dp, 1)
+    # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
+    cut = np.where(lay.zero_stage >= 2, lay.dp, 1)
+    norms = _padded(held, lay.tp, cut) // cut * shape.layers
+    for part, there in ends:
+        norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
     summed = (lay.sequence_parallel == 1) & (norms > 0)
-    rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms // divided * gradient_bytes)
+    rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
 
 
 @dataclass(frozen=True)
