@@ -102,13 +102,18 @@ def _show(report: dict[str, Any], folder: Path) -> None:
     table = Table(title=f"{folder}{'  (built before, unchanged)' if report['reused'] else ''}")
     table.add_column("stage", no_wrap=True)
     table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("for example", overflow="ellipsis", no_wrap=True)
-    table.add_row("files read", f"{report['files']:,}", ", ".join(report["sources"]))
+    table.add_column("for example", overflow="fold")
+    table.add_row("files read", f"{report['files']:,}", ", ".join(map(_short, report["sources"])))
     table.add_row("documents read", f"{report['documents_read']:,}", "")
     for reason, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
-        table.add_row(f"  dropped: {reason}", f"{count:,}", (report["named"].get(reason) or [""])[0])
+        table.add_row(f"  dropped: {reason}", f"{count:,}", _short((report["named"].get(reason) or [""])[0]))
     table.add_row("text kept", f"{report['bytes_text'] / 1e6:,.1f} MB", "")
     table.add_row("train", f"{report['tokens_train']:,}", f"tokens in {report['documents_train']:,} documents")
     table.add_row("held out", f"{report['tokens_heldout']:,}", f"tokens in {report['documents_heldout']:,} documents")
     table.add_row("pairs", f"{report['pairs']:,}", "for supervised fine-tuning")
     Console().print(table)
+
+
+def _short(path: str, width: int = 44) -> str:
+    """The end of a long path, which tells files apart; the counts beside it need the room."""
+    return path if len(path) <= width else f"...{path[3 - width :]}"

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from bloomery.cluster.probe_fit import attention_efficiency, compute_factor, fit_gemm, fit_tier, optimizer_rate, spread
+from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
 from bloomery.cluster.supervisor import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import Accelerator, Cluster, Cut, Storage, Tier
@@ -123,10 +123,12 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
     fits = {dtype: [fit_gemm(result["gemm"][dtype]) for result in results] for dtype in first["gemm"]}
     peaks: dict[Any, float] = {dtype: mean(peak for peak, _ in found) for dtype, found in fits.items()}
     surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
-    best = max(peaks, key=lambda dtype: peaks[dtype])
     if not cuda:
         peaks["float64"] = peaks["float32"] / 2
-    efficiency = mean(attention_efficiency(r["attention"][best], ATTENTION_SHAPE, peaks[best]) for r in results)
+    attention: dict[Any, float] = {
+        dtype: mean(attention_efficiency(r["attention"][dtype], ATTENTION_SHAPE, peaks[dtype]) for r in results)
+        for dtype in first["attention"]
+    }
     streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
     fastest, typical = max(map(max, streams)), mean(median(rates) for rates in streams)
     memory = first["device_bytes"] if cuda else psutil.virtual_memory().available / ranks
@@ -139,15 +141,18 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
         memory_efficiency=typical / fastest,
         launch_s=mean(median(result["launch_s"]) for result in results),
         gemm=surfaces,
-        attention_efficiency=efficiency,
-        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"]["optimizer"]) for r in results),
+        attention=attention,
+        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"][-1]["optimizer"]) for r in results),
         source="bloomery probe",
     )
-    factors: dict[Any, float] = {
-        dtype: compute_factor(parts, dtype, mean(median(result["reference"][dtype]["compute"]) for result in results))
-        for dtype in first["reference"]
-    }
-    return parts.model_copy(update={"compute_factor": factors})
+    reference_s: dict[Any, Any] = {dtype: _reference_s(results, dtype) for dtype in first["reference"]}
+    return calibrated(parts, reference_s)
+
+
+def _reference_s(results: list[dict[str, Any]], dtype: str) -> list[float]:
+    """Seconds of compute of each reference model: the mean over ranks of their medians."""
+    by_rank = [[median(model["compute"]) for model in result["reference"][dtype]] for result in results]
+    return [mean(times) for times in zip(*by_rank, strict=True)]
 
 
 def _tier(results: list[dict[str, Any]], ranks: int) -> Tier:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -12,15 +12,21 @@ import numpy as np
 from bloomery.perf.estimate import estimate
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.perf.precision import Precision
-from bloomery.spec.cluster import Accelerator, Cluster, Dtype, GemmEfficiency, Tier
+from bloomery.spec.cluster import Accelerator, Cluster, ComputeFactor, Dtype, GemmEfficiency, Tier
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
 
-REFERENCE = Model(name="reference", layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=8192, max_seq_len=256)
+REFERENCES = tuple(
+    Model(name="reference", layers=layers, hidden=256, heads=4, ffn_hidden=704, vocab=8192, max_seq_len=256)
+    for layers in (1, 5)
+)
 REFERENCE_LAYOUT = Layout(micro_batch=4)
 REFERENCE_SEQ_LEN = 256
+REFERENCE_BATCH = 8
+"""Two micro-batches: gradients are added to, as in training, not only written."""
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+LAUNCH_BISECTIONS = 24
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send")
 LINK_FACTORS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
@@ -55,25 +61,63 @@ def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, i
     return min(1.0, flops / min(seconds) / peak)
 
 
-def compute_factor(accelerator: Accelerator, dtype: Dtype, measured_s: float) -> float:
-    """Measured over predicted compute of the reference step on one rank: the residual that calibrates the rest."""
+def calibrated(accelerator: Accelerator, measured_s: dict[Dtype, Sequence[float]]) -> Accelerator:
+    """The accelerator made to agree with the reference models' compute on one rank, in the order of `REFERENCES`.
+
+    They differ in depth alone: the difference is what layers cost, the rest is the ends. What kernels alone leave out
+    of a layer is mostly a cost of each kernel whatever its size (threads woken and joined, caches cold, Python), so
+    `launch_s` takes it up, one figure for all formats; what stays becomes the `compute_factor` of each format.
+    """
+    layers = {dtype: _layer_and_ends(seconds)[0] for dtype, seconds in measured_s.items()}
+    launch_s = mean(_launch_s(accelerator, dtype, layer_s) for dtype, layer_s in layers.items())
+    launched = accelerator.model_copy(update={"launch_s": max(accelerator.launch_s, launch_s)})
+    factors = dict[Dtype, ComputeFactor]()
+    for dtype, seconds in measured_s.items():
+        layer, ends = _layer_and_ends(seconds)
+        predicted_layer, predicted_ends = _predicted(launched, dtype)
+        factors[dtype] = ComputeFactor(layers=layer / predicted_layer, ends=ends / predicted_ends)
+    return launched.model_copy(update={"compute_factor": factors})
+
+
+def _launch_s(accelerator: Accelerator, dtype: Dtype, layer_s: float) -> float:
+    """The cost of a launch at which a layer is predicted to take `layer_s`, by bisection (it only grows with it)."""
+    low, high = 0.0, layer_s
+    for _ in range(LAUNCH_BISECTIONS):
+        middle = (low + high) / 2
+        slower = _predicted(accelerator.model_copy(update={"launch_s": middle}), dtype)[0] > layer_s
+        low, high = (low, middle) if slower else (middle, high)
+    return low
+
+
+def _predicted(accelerator: Accelerator, dtype: Dtype) -> tuple[float, float]:
+    return _layer_and_ends([_reference_s(accelerator, dtype, model) for model in REFERENCES])
+
+
+def _layer_and_ends(seconds: Sequence[float]) -> tuple[float, float]:
+    """Seconds of one layer and of everything else; noise cannot make either vanish."""
+    shallow, deep = seconds
+    layer = max((deep - shallow) / (REFERENCES[1].layers - REFERENCES[0].layers), 0.01 * deep)
+    return layer, max(shallow - REFERENCES[0].layers * layer, 0.01 * shallow)
+
+
+def _reference_s(accelerator: Accelerator, dtype: Dtype, model: Model) -> float:
+    """Predicted compute of one reference step."""
     alone = Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)
-    machine = Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,))
     found = estimate(
-        REFERENCE,
-        machine,
+        model,
+        Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,)),
         LayoutBatch.of([REFERENCE_LAYOUT]),
-        global_batch=REFERENCE_LAYOUT.micro_batch,
+        global_batch=REFERENCE_BATCH,
         seq_len=REFERENCE_SEQ_LEN,
         dtype=dtype,
     )
-    return measured_s / float(sum(found.components[part][0] for part in ("ideal", "kernel", "recompute")))
+    return float(sum(found.components[part][0] for part in ("ideal", "kernel", "recompute")))
 
 
 def optimizer_rate(seconds: Sequence[float]) -> float:
-    """Bytes/s of the reference model's optimizer step in float32, the bytes as the model counts them."""
+    """Bytes/s of the deeper reference's optimizer step in float32, the bytes as the model counts them."""
     width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4)
-    return parameter_count(REFERENCE) * (width.adam_bytes + width.clip_bytes) / median(seconds)
+    return parameter_count(REFERENCES[-1]) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int) -> Tier:

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from bloomery.cluster.probe_fit import REFERENCE, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN
+from bloomery.cluster.probe_fit import REFERENCE_BATCH, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN, REFERENCES
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.model import Model
 
 GEMM_SHAPES = [(m, n, k) for m in (256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
 GEMM_SHAPES += [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
@@ -30,6 +31,7 @@ ELEMENT_BYTES = (2 << 20, 8 << 20, 16 << 20)
 MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 WARM_UP_S = 0.5
 REFERENCE_WARM_UP = 2
+REFERENCE_ROUNDS = 5
 
 
 def now(device: torch.device) -> float:
@@ -146,17 +148,17 @@ def measure_links(device: torch.device, rank: int, world_size: int, rounds: int)
     return rows
 
 
-def measure_reference(device: torch.device, dtype: str, rounds: int) -> dict[str, list[float]]:
-    """A step of the reference model by the real engine, alone on this rank: seconds of its two halves by round.
+def measure_reference(device: torch.device, model: Model, dtype: str, rounds: int) -> dict[str, list[float]]:
+    """A step of a reference model by the real engine, alone on this rank: seconds of its two halves by round.
 
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients.
     """
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
-    settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_LAYOUT.micro_batch}
-    engine = build(REFERENCE, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
+    settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_BATCH}
+    engine = build(model, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
     optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-4, fused=True)
-    shape = (REFERENCE_LAYOUT.micro_batch, REFERENCE_SEQ_LEN)
-    tokens = torch.randint(0, REFERENCE.vocab, shape, device=device)
+    shape = (REFERENCE_BATCH, REFERENCE_SEQ_LEN)
+    tokens = torch.randint(0, model.vocab, shape, device=device)
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     for _ in range(REFERENCE_WARM_UP + rounds):
         started = now(device)
@@ -197,7 +199,10 @@ def main() -> None:
         result["device_bytes"] = torch.cuda.get_device_properties(device).total_memory
     result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
     result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
-    result["reference"] = {str(dtype)[6:]: measure_reference(device, str(dtype)[6:], 7) for dtype in dtypes}
+    result["reference"] = {
+        str(dtype)[6:]: [measure_reference(device, model, str(dtype)[6:], REFERENCE_ROUNDS) for model in REFERENCES]
+        for dtype in dtypes
+    }
     result["elementwise"] = measure_elementwise(device, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
     result["links"] = measure_links(device, rank, world_size, 3 if quick else 7) if world_size > 1 else []

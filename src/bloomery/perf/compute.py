@@ -10,6 +10,7 @@ import numpy as np
 from bloomery.perf.case import FULL, SELECTIVE, Case, Held, Ranks
 from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s, with_launches
 from bloomery.perf.stack import LARGE_TENSOR_BYTES
+from bloomery.spec.cluster import ComputeFactor
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ NOTHING = Work(0.0, 0.0, 0.0)
 
 def stage_work(case: Case, ranks: Ranks) -> Work:
     """Everything `ranks` compute in one micro-batch (all of their chunks)."""
-    work = NOTHING
+    work, factor = NOTHING, case.accelerator.compute_factor.get(case.dtype, ComputeFactor())
     if case.model.moe is None or case.model.moe.first_dense_layers:
         work = work + _layer(case, case.dense_layer, moe=False) * ranks.dense_layers
     if case.model.moe is not None:
         work = work + _layer(case, case.moe_layer, moe=True) * ranks.moe_layers
-    return work + _embedding(case) * ranks.first + _head(case) * ranks.last
+    return work * factor.layers + (_embedding(case) * ranks.first + _head(case) * ranks.last) * factor.ends
 
 
 def _layer(case: Case, held: Held, *, moe: bool) -> Work:

@@ -113,8 +113,7 @@ def estimate(
         nothing = np.zeros(0)
         return Estimates(case, nothing, dict.fromkeys(COMPONENTS, nothing))
     kinds = (case.first, case.fullest, case.last)
-    factor = cluster.accelerator.compute_factor.get(dtype, 1.0)
-    work = [stage_work(case, ranks) * factor for ranks in kinds]
+    work = [stage_work(case, ranks) for ranks in kinds]
     traffic = [messages(case, ranks) for ranks in kinds]
     m = case.micro_batches
     compute = Ends(*(w.total for w in work))

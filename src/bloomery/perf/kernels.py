@@ -55,7 +55,7 @@ def flash_attention_s(
     are computed again (Dao 2023, arXiv 2307.08691).
     """
     flops = 4.0 * seq_len**2 * width * sequences * (0.5 if causal else 1.0)
-    forward = flops / (accelerator.peak(dtype) * accelerator.attention_efficiency)
+    forward = flops / (accelerator.peak(dtype) * accelerator.attention_efficiency(dtype))
     return forward, 2.5 * forward
 
 

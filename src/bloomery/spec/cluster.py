@@ -24,6 +24,16 @@ class GemmEfficiency(Noun):
     k_half: float = Field(default=100.0, ge=0)
 
 
+class ComputeFactor(Noun):
+    """Measured over predicted compute of a reference model: what the single kernels leave out (1 unprobed).
+
+    `layers`: a transformer layer; `ends`: the embedding and the head with its loss.
+    """
+
+    layers: float = Field(default=1.0, gt=0)
+    ends: float = Field(default=1.0, gt=0)
+
+
 class Accelerator(Noun):
     """One device (or the share of a CPU that one rank gets). Peaks are dense, without sparsity, in FLOP/s."""
 
@@ -36,17 +46,21 @@ class Accelerator(Noun):
     tdp_w: float = Field(default=0.0, ge=0)
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
     gemm: dict[Dtype, GemmEfficiency] = {}
-    attention_efficiency: float = Field(default=0.5, gt=0, le=1)
+    attention: dict[Dtype, float] = {}
+    """Share of peak of fused attention by number format; see `attention_efficiency`."""
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
-    compute_factor: dict[Dtype, float] = {}
-    """Measured over predicted compute of a reference step, by number format: what the parts leave out (1 unprobed)."""
+    compute_factor: dict[Dtype, ComputeFactor] = {}
     reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
         """The efficiency surface for `dtype`, or the prior where none was measured."""
         return self.gemm.get(dtype, GemmEfficiency())
+
+    def attention_efficiency(self, dtype: Dtype) -> float:
+        """Share of peak of fused attention in `dtype`, or the prior where it was not measured."""
+        return self.attention.get(dtype, 0.5)
 
     def peak(self, dtype: Dtype) -> float:
         """Peak FLOP/s for `dtype`. Raises InputError when the data sheet has none: never a guess."""
