@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,34 @@ def test_the_demo_writes_a_run_file_that_validates(tmp_path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     assert values["cluster"] == "machine.yaml"
     assert values["out"] == str(tmp_path)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of its own with 1 MB in all."""
+    folder = tmp_path / "full"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_no_disk_space_is_said_before_anything_is_written(tmp_path: Path, full_disk: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "some.txt").write_text("Iron is made from ore with charcoal and patience.\n" * 200)
+    (full_disk / "others").write_bytes(bytes(900_000))
+    path = run_file(tmp_path, out=str(full_disk / "runs"))
+    refused(bloomery("data", "build", path, "--text", text, cwd=tmp_path), "no space left", str(full_disk))
+    assert [file.name for file in full_disk.rglob("*") if file.is_file()] == ["others"]
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    path = run_file(tmp_path, data={"vocab": 512, "text": [str(Path(json.__file__).parent)]})
+    for verb in (["data", "build"], ["train"]):
+        assert bloomery(*verb, path, cwd=tmp_path).returncode == 0
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = bloomery("serve", tmp_path / "runs" / "tiny", "--port", port, cwd=tmp_path)
+    refused(result, f"127.0.0.1:{port}", "in use")

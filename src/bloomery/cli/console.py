@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ def one_line_errors() -> Iterator[None]:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(2 if error.errno == errno.ENOSPC else 1) from None
 
 
 def require_run(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ from bloomery.data import pairs as pair_files
 from bloomery.data.readers import Account, Document, default_sources, read_documents, text_files
 from bloomery.data.shards import write_tokens
 from bloomery.data.tokenizer import Tokenizer, train
-from bloomery.spec.errors import InputError, LimitError
+from bloomery.spec.errors import InputError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.run import Data
 
@@ -63,7 +63,7 @@ def build(
 ) -> Report:
     """Build `folder` (tokenizer.json, train/, heldout/, pairs/, report.json) from the text that `data` names.
 
-    Raises InputError when there is no usable text, LimitError when the disk cannot hold the result.
+    Raises InputError when there is no usable text or the disk cannot hold the result.
     """
     tell = progress or (lambda *_: None)
     sources = [Path(text).expanduser() for text in data.text] or default_sources()
@@ -75,7 +75,7 @@ def build(
         return finished
     free = shutil.disk_usage(_existing(folder)).free
     if free < 3 * min(data.max_bytes, sum(file.stat().st_size for file in files)) + 2**20:
-        raise LimitError(f"{folder}: no space left for token shards: {free / 2**20:.0f} MiB are free")
+        raise InputError(f"no space left for token shards: {free / 1e6:.1f} MB are free", where=str(folder))
     (folder / REPORT_FILE).unlink(missing_ok=True)
     report = Report(fingerprint, [str(source) for source in sources])
     documents = _timed(report, "read", lambda: _read(data, files, report, tell))
