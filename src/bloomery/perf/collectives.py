@@ -13,14 +13,12 @@ et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from bloomery.spec.cluster import Cluster, Tier
+from bloomery.spec.cluster import Cluster, CollectiveName, Tier
 from bloomery.spec.layout import LayoutBatch
-
-Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:
     return tier.bandwidth_bytes_per_s * min(1.0, tier.ports_per_node / cluster.accelerators_per_node)
 
 
-def collective_s(cluster: Cluster, op: Operation, group: Group, n_bytes: Any) -> np.ndarray:
+def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any) -> np.ndarray:
     """Seconds of one operation, shape (n,); 0 where the group has one rank.
 
     `n_bytes`: all_reduce and send the tensor, all_gather its output, reduce_scatter its input, all_to_all what one rank

@@ -8,8 +8,9 @@ from typing import Any, cast
 import numpy as np
 
 from bloomery.perf.case import FULL, Case, Ranks
-from bloomery.perf.collectives import Operation, collective_s, group_of
+from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.memory import parameters_on
+from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.shard_table import Collective, collectives
 
 
@@ -46,7 +47,9 @@ def messages(case: Case, ranks: Ranks) -> Messages:
     for row in rows:
         if np.any(row.count):
             group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
-            one = collective_s(case.cluster, cast(Operation, row.op), group, row.bytes_each / _narrowing(case, row))
+            one = collective_s(
+                case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / _narrowing(case, row)
+            )
             seconds[_kind(row)] += row.count * one
     seconds["reduce"] += _context_gradients_s(case, ranks)
     seconds["tensor"] += _context_s(case, ranks) + _experts_s(case, ranks)

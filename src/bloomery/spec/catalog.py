@@ -63,6 +63,13 @@ def accelerator(name: str) -> Accelerator:
     return Accelerator.checked(_entry("accelerators", name, "accelerator"), where="accelerator")
 
 
+def fabric(accelerator_name: str) -> dict[str, Any]:
+    """The usual links around an accelerator: the entry of its first word, over the defaults."""
+    table = _table("fabrics")
+    first = accelerator_name.split("-")[0]
+    return {**table["default"], **table.get(first, {})}
+
+
 def cluster(name: str) -> Cluster:
     """A catalog cluster, its accelerator resolved."""
     return Cluster.checked(_cluster_values(name, "cluster", Path(".")), where="cluster")

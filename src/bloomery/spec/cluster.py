@@ -10,6 +10,8 @@ from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
 
 Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8"]
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
+OPERATIONS: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 
 class GemmEfficiency(Noun):
@@ -94,7 +96,7 @@ class Tier(Noun):
     ports_per_node: int = Field(ge=1)
     latency_s: float = Field(ge=0)
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
-    op_factor: dict[Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"], float] = {}
+    op_factor: dict[CollectiveName, float] = {}
 
 
 class Storage(Noun):

@@ -1,0 +1,246 @@
+"""Published runs as questions to the performance model: a row of a CSV file becomes model, cluster, layout and stack.
+
+What a row does not say is filled by what its software did by default (`perf.profiles`); what it says and cannot be
+modelled is named as the reason to leave it out. Schema: one row a configuration, blank where the source is silent.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.flops import model_flops, recomputed_flops
+from bloomery.perf.profiles import Profile, profile_of
+from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.spec.errors import InputError
+from bloomery.spec.known import accelerator_called, cluster_around, model_called
+from bloomery.spec.layout import RECOMPUTE, Layout
+from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.parameters import parameter_count
+
+REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers", "hidden", "heads", "seq_len")
+DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32": "float32", "tf32": "tf32"}
+GATED = ("swiglu", "geglu")
+MEGATRON_VOCABULARY = 51_200
+"""GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
+
+
+class Unusable(Exception):
+    """Why a row cannot be modelled."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One run that can be modelled. `scale`: the batch over what whole micro-batches of the layout hold."""
+
+    id: str
+    source: str
+    model: Model
+    cluster: Cluster
+    layout: Layout
+    profile: Profile
+    dtype: Dtype
+    global_batch: int
+    seq_len: int
+    scale: float
+    measured_s: float | None
+    flags: tuple[str, ...]
+    n_gpus: int
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file in this schema. Raises InputError for a missing file or column."""
+    if not path.is_file():
+        raise InputError("no such file", where=str(path))
+    with path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
+        if missing:
+            raise InputError(f"no column {missing[0]!r}", where=str(path), found=reader.fieldnames, accepted=REQUIRED)
+        return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+
+
+def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Published | Unusable]]:
+    """Each row with its question, or with the reason why there is none."""
+    for row in rows:
+        try:
+            yield row, published(row)
+        except Unusable as reason:
+            yield row, reason
+        except InputError as error:
+            yield row, Unusable(str(error))
+
+
+def published(row: Mapping[str, str]) -> Published:
+    """The question a row asks. Raises Unusable."""
+    if "tpu" in row["accelerator"].lower():
+        raise Unusable("TPU: not a kind of accelerator that is modelled")
+    for name in ("tp", "pp", "dp"):
+        if not row[name]:
+            raise Unusable(f"no layout: {name} not stated")
+    profile = profile_of(row["source"], row.get("notes", ""), _number(row, "year"), row.get("flash_attention", ""))
+    model = _model(row, profile)
+    chip = accelerator_called(row["accelerator"])
+    if chip is None:
+        raise Unusable("accelerator unknown" if not row["accelerator"] else f"no data sheet of {row['accelerator']}")
+    n_gpus = _integer(row, "n_gpus")
+    cluster = cluster_around(chip, n_gpus, _number(row, "gpus_per_node"), row.get("interconnect", ""))
+    layout, scale = _layout(row, model, profile, n_gpus)
+    dtype = _dtype(row, cluster)
+    return Published(
+        id=row["id"],
+        source=row["source"],
+        model=model,
+        cluster=cluster,
+        layout=layout,
+        profile=profile,
+        dtype=dtype,
+        global_batch=layout.micro_batch * layout.dp * _micro_batches(row, layout),
+        seq_len=_integer(row, "seq_len"),
+        scale=scale,
+        measured_s=_measured_s(row, model, layout, n_gpus),
+        flags=tuple(flag for flag in row.get("flags", "").split(";") if flag),
+        n_gpus=n_gpus,
+    )
+
+
+def _integer(row: Mapping[str, str], name: str) -> int:
+    value = _number(row, name)
+    if value is None:
+        raise Unusable(f"{name} not stated")
+    return round(value)
+
+
+def _number(row: Mapping[str, str], name: str) -> float | None:
+    text = row.get(name, "")
+    try:
+        value = float(text)
+    except ValueError:
+        if text:
+            raise Unusable(f"{name} is not a number: {text!r}") from None
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def _model(row: Mapping[str, str], profile: Profile) -> Model:
+    known = model_called(row.get("model_name", ""))
+    if not row["layers"] and known is not None:
+        return known
+    activation = row.get("activation", "")
+    gated = activation in GATED if activation else profile.gated
+    hidden, heads = _integer(row, "hidden"), _integer(row, "heads")
+    values: dict[str, Any] = {
+        "name": row.get("model_name") or "published",
+        "layers": _integer(row, "layers"),
+        "hidden": hidden,
+        "heads": heads,
+        "kv_heads": round(_number(row, "kv_heads") or heads),
+        "head_dim": known.head_dim if known is not None and known.hidden == hidden else 0,
+        "ffn_hidden": round(_number(row, "ffn_hidden") or 4 * hidden),
+        "vocab": round(_number(row, "vocab") or MEGATRON_VOCABULARY),
+        "max_seq_len": _integer(row, "seq_len"),
+        "activation": "swiglu" if gated else "gelu",
+        "norm": "rmsnorm" if gated else "layernorm",
+        "position": "rope" if gated else "learned",
+        "bias": not gated,
+        "tie_embeddings": not gated,
+    }
+    if values["heads"] % values["kv_heads"]:
+        raise Unusable(f"{values['kv_heads']} kv heads do not divide {heads} heads")
+    if values["head_dim"] == 0 and gated and (hidden // heads) % 2:
+        values["position"] = "learned"
+    if row.get("moe"):
+        values["moe"] = _experts(row, values, known)
+    return Model.model_validate(values)
+
+
+def _experts(row: Mapping[str, str], values: dict[str, Any], known: Model | None) -> MixtureOfExperts:
+    """Routed experts from `128/8` or `256/8+1 shared`; their width from catalog, row, or parameter count."""
+    if known is not None and known.moe is not None:
+        return known.moe
+    found = re.fullmatch(r"(\d+)/(\d+)(?:\+(\d+) shared)?", row["moe"])
+    if found is None:
+        raise Unusable(f"experts not understood: {row['moe']!r}")
+    experts, top_k, shared = (int(group or 0) for group in found.groups())
+    width = _number(row, "ffn_hidden")
+    if width is None:
+        billions = _number(row, "params_b")
+        if billions is None:
+            raise Unusable("width of the experts not stated")
+        dense = parameter_count(Model.model_validate({**values, "ffn_hidden": 1}))
+        width = (billions * 1e9 - dense) / (3 * values["layers"] * values["hidden"] * (experts + shared))
+        width = 64 * max(1, round(width / 64))
+    return MixtureOfExperts(experts=experts, top_k=top_k, expert_ffn_hidden=round(width), shared_experts=shared)
+
+
+def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float]:
+    tp, pp, dp = (max(1, _integer(row, name)) for name in ("tp", "pp", "dp"))
+    vpp, cp, ep = (max(1, round(_number(row, name) or 1)) for name in ("vpp", "cp", "ep"))
+    if tp * pp * dp * cp != n_gpus:
+        raise Unusable(f"tp x pp x dp x cp is {tp * pp * dp * cp}, not the {n_gpus} accelerators of the row")
+    if pp * vpp > model.layers:
+        raise Unusable(f"{pp * vpp} stages for {model.layers} layers")
+    batch = _integer(row, "global_batch") / dp
+    stated = _number(row, "micro_batch")
+    if not stated:
+        raise Unusable("micro_batch not stated")
+    # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
+    micro_batches = max(1, math.ceil(batch / stated - 1e-9))
+    micro_batch = max(1, round(batch / micro_batches))
+    zero = _number(row, "zero_stage")
+    recompute = row.get("recompute") or profile.recompute
+    sequence = row.get("sequence_parallel", "")
+    layout = Layout(
+        tp=tp,
+        pp=pp,
+        vpp=vpp if pp > 1 else 1,
+        dp=dp,
+        cp=cp,
+        ep=min(ep, dp * cp * tp),
+        zero_stage=(profile.zero_stage if zero is None else round(zero)) if dp * cp > 1 else 0,  # type: ignore[arg-type]
+        sequence_parallel=tp > 1 and (sequence == "1" if sequence else profile.sequence_parallel),
+        micro_batch=micro_batch,
+        schedule="interleaved" if vpp > 1 and pp > 1 else "1f1b",
+        recompute=recompute if recompute in RECOMPUTE else "none",  # type: ignore[arg-type]
+    )
+    return layout, batch / (micro_batches * micro_batch)
+
+
+def _micro_batches(row: Mapping[str, str], layout: Layout) -> int:
+    stated = _number(row, "micro_batch") or 1.0
+    return max(1, math.ceil(_integer(row, "global_batch") / layout.dp / stated - 1e-9))
+
+
+def _dtype(row: Mapping[str, str], cluster: Cluster) -> Dtype:
+    text = row.get("dtype", "")
+    peaks = cluster.accelerator.peak_flops_per_s
+    if not text:
+        return "bfloat16" if "bfloat16" in peaks else "float16"
+    if text not in DTYPES or DTYPES[text] not in peaks:
+        raise Unusable(f"no peak in {text} known for {cluster.accelerator.name}")
+    return DTYPES[text]
+
+
+def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, n_gpus: int) -> float | None:
+    """Seconds of a step: as printed, or from tokens/s, or from FLOP/s where the convention is known."""
+    batch, seq_len = _integer(row, "global_batch"), _integer(row, "seq_len")
+    seconds, rate = _number(row, "iteration_time_s"), _number(row, "tokens_per_s_per_gpu")
+    if seconds:
+        return seconds
+    if rate:
+        return batch * seq_len / (rate * n_gpus)
+    tflops, convention = _number(row, "tflops_per_gpu"), row.get("flops_convention", "").lower()
+    if not tflops:
+        return None
+    flops = model_flops(model, global_batch=batch, seq_len=seq_len)
+    if "recompute" in convention and re.search(r"include|incl\.|hfu|96bslh", convention):
+        index = np.array([RECOMPUTE.index(layout.recompute)])
+        flops += float(recomputed_flops(model, index, global_batch=batch, seq_len=seq_len)[0])
+    return flops / (tflops * 1e12 * n_gpus)
