@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 from bloomery.ledger.sinks import read_lines
+from bloomery.spec.catalog import read_cluster
 
 LAYOUTS = {
     "dp1": "micro_batch=4",
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--cluster", type=Path)
     parser.add_argument("--model", default="tiny-5m")
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dtypes", help="default: those of float32 and bfloat16 that the machine gains from")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     rows: dict[str, dict[str, Any]] = {}
@@ -87,7 +88,9 @@ def main() -> None:
         cluster = options.cluster or Path(scratch) / "machine.yaml"
         if not options.cluster:
             bloomery("probe", "--out", cluster)
-        for dtype in options.dtypes.split(","):
+        measured = read_cluster(cluster).accelerator.peak_flops_per_s
+        dtypes = options.dtypes.split(",") if options.dtypes else [d for d in ("float32", "bfloat16") if d in measured]
+        for dtype in dtypes:
             for name, layout in LAYOUTS.items():
                 run_file = Path(scratch) / "run.yaml"
                 run_file.write_text(

@@ -47,8 +47,7 @@ def probe(
         alone = cut.ranks == 1
         table.add_row(
             str(cut.ranks),
-            f"{one.peak('float32') / 1e9:,.0f} GF/s",
-            f"{one.peak('bfloat16') / 1e9:,.0f} GF/s",
+            *(_rate(one.peak_flops_per_s.get(dtype)) for dtype in ("float32", "bfloat16")),
             f"{one.memory_bandwidth_bytes_per_s / 1e9:.1f} GB/s",
             f"{one.launch_s * 1e6:.1f} us",
             "" if alone else f"{tier.bandwidth_bytes_per_s / 1e9:.2f} GB/s",
@@ -57,3 +56,8 @@ def probe(
     console = Console()
     console.print(table)
     console.print(f"each figure is one rank's while all ranks of its cut work; {cluster.provenance['noise']}")
+    console.print(f"bfloat16: {cluster.provenance['bfloat16']}")
+
+
+def _rate(flops_per_s: float | None) -> str:
+    return "-" if flops_per_s is None else f"{flops_per_s / 1e9:,.0f} GF/s"

@@ -62,9 +62,16 @@ def probe(*, quick: bool, folder: Path, progress: Progress = lambda _: None) -> 
             "cores": str(cores),
             "torch": str(facts["torch"]),
             "peak": "best measured matrix product of the cut",
+            "bfloat16": _bfloat16_note(facts),
             "noise": f"repeated products differ by {median(noises):.1%} (median of spread)",
         },
     )
+
+
+def _bfloat16_note(facts: dict[str, Any]) -> str:
+    ratio = facts["bfloat16_ratio"]
+    measured = "measured" if "bfloat16" in facts["gemm"] else "not measured, since nothing gains from it here"
+    return f"a product runs at {ratio:.2f} of float32's rate; {measured}"
 
 
 def cut_sizes() -> list[int]:
@@ -103,6 +110,10 @@ def measure(ranks: int, quick: bool) -> list[dict[str, Any]]:
             workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
         try:
             outputs = [worker.communicate(timeout=WORKER_TIMEOUT_S) for worker in workers]
+        except subprocess.TimeoutExpired:
+            raise BloomeryError(
+                f"probe: {ranks} measuring processes took more than {WORKER_TIMEOUT_S} s; is the machine busy?"
+            ) from None
         finally:
             for worker in workers:
                 worker.kill()

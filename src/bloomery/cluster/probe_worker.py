@@ -32,6 +32,10 @@ MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 WARM_UP_S = 0.5
 REFERENCE_WARM_UP = 2
 REFERENCE_ROUNDS = 5
+TRIAL_SHAPE = (256, 256, 256)
+LEAST_RATIO = 0.5
+"""A format whose products run below this share of float32's rate is not measured: nobody gains from training in it, and a
+CPU without its instructions takes ten times as long, which would make the probe last minutes."""
 
 
 def now(device: torch.device) -> float:
@@ -63,6 +67,20 @@ def warm_up(device: torch.device) -> None:
     until = time.perf_counter() + WARM_UP_S
     while time.perf_counter() < until:
         x = F.linear(x, x).clamp(-1, 1)
+
+
+def bfloat16_ratio(device: torch.device, world_size: int) -> float:
+    """Rate of one product in bfloat16 over float32's; the lowest of all ranks, so that they agree."""
+    m, n, k = TRIAL_SHAPE
+
+    def product_s(dtype: torch.dtype) -> float:
+        x, w = torch.randn(m, k, device=device, dtype=dtype), torch.randn(n, k, device=device, dtype=dtype)
+        return min(seconds(partial(F.linear, x, w), device, 0.005))
+
+    ratio = torch.tensor(product_s(torch.float32) / product_s(torch.bfloat16), device=device)
+    if world_size > 1:
+        dist.all_reduce(ratio, dist.ReduceOp.MIN)
+    return float(ratio)
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, at_least_s: float) -> list[dict[str, Any]]:
@@ -192,8 +210,14 @@ def main() -> None:
     warm_up(device)
     if world_size > 1:
         dist.barrier()
-    dtypes = [torch.float32, torch.bfloat16]
-    result: dict[str, Any] = {"rank": rank, "torch": torch.__version__, "device": device.type}
+    ratio = bfloat16_ratio(device, world_size)
+    dtypes = [torch.float32, torch.bfloat16] if ratio >= LEAST_RATIO else [torch.float32]
+    result: dict[str, Any] = {
+        "rank": rank,
+        "torch": torch.__version__,
+        "device": device.type,
+        "bfloat16_ratio": ratio,
+    }
     if cuda:
         result["device_name"] = torch.cuda.get_device_name(device)
         result["device_bytes"] = torch.cuda.get_device_properties(device).total_memory
