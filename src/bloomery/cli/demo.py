@@ -10,6 +10,9 @@ from typing import Annotated
 
 import typer
 
+TRAINING_S = 110.0
+"""Pre-training the demo may be planned to take: the budget of tokens is cut to it on slow machines."""
+
 
 def demo(
     text: Annotated[list[Path] | None, typer.Option(help="Folder or file of your own text; repeatable.")] = None,
@@ -44,12 +47,33 @@ def demo(
         if code:
             raise SystemExit(code)
         seconds.append(time.monotonic() - started)
+        if number == 1:
+            console.print(cut_budget(run_file), highlight=False)
     console.rule("[bold]done")
     for (title, _), taken in zip(steps, seconds, strict=True):
         console.print(f"{taken:7.1f} s  {title}", highlight=False)
     console.print(f"{sum(seconds):7.1f} s  in all\n", highlight=False)
     console.print(f"The report:  {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"Talk to it:  bloomery chat {run_dir}", highlight=False, soft_wrap=True)
+
+
+def cut_budget(run_file: Path) -> str:
+    """Plan on the machine just measured; where the budget would take longer than `TRAINING_S`, write a smaller one.
+
+    Returns a line that says what was decided.
+    """
+    from bloomery.planner.search import plan
+    from bloomery.spec.catalog import read_run
+    from bloomery.spec.files import override, read_yaml, to_yaml, write_atomically
+
+    run = read_run(run_file)
+    step_s = plan(run, top=1, runnable_only=True).best[0].step_time_s
+    steps, batch = run.train.n_steps, run.train.global_batch * run.train.seq_len
+    fitting = max(1, min(steps, round(TRAINING_S / step_s)))
+    if fitting < steps:
+        write_atomically(run_file, to_yaml(override(read_yaml(run_file), [f"train.tokens={fitting * batch}"])))
+    shortened = f", cut from {steps * batch:,} to stay near {TRAINING_S:.0f} s" if fitting < steps else ""
+    return f"budget: {fitting * batch:,} tokens in {fitting} steps of {step_s:.2f} s (predicted){shortened}"
 
 
 def write_run_file(out: Path, text: list[str]) -> Path:

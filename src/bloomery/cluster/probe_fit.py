@@ -116,7 +116,7 @@ def _reference_s(accelerator: Accelerator, dtype: Dtype, model: Model) -> float:
 
 def optimizer_rate(seconds: Sequence[float]) -> float:
     """Bytes/s of the deeper reference's optimizer step in float32, the bytes as the model counts them."""
-    width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4)
+    width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4, operand=4)
     return parameter_count(REFERENCES[-1]) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 

@@ -34,8 +34,8 @@ REFERENCE_WARM_UP = 2
 REFERENCE_ROUNDS = 5
 TRIAL_SHAPE = (256, 256, 256)
 LEAST_RATIO = 0.5
-"""A format whose products run below this share of float32's rate is not measured: nobody gains from training in it, and a
-CPU without its instructions takes ten times as long, which would make the probe last minutes."""
+"""A format whose products run below this share of float32's rate is not measured: nobody gains from training in it, and
+a CPU without its instructions takes ten times as long, which would make the probe last minutes."""
 
 
 def now(device: torch.device) -> float:

@@ -98,6 +98,11 @@ class Case:
         """The device of one rank."""
         return self.cluster.accelerator
 
+    @property
+    def wide_dtype(self) -> Dtype:
+        """The number format of attention and the head, which stay in 16 bit when matrix products are in 8."""
+        return "bfloat16" if self.dtype == "float8" else self.dtype
+
     @cached_property
     def micro_batches(self) -> np.ndarray:
         """Micro-batches per data-parallel rank and step."""

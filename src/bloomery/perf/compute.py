@@ -1,4 +1,8 @@
-"""Seconds one rank computes in one micro-batch: its layers, the embedding, the head with the loss. No communication."""
+"""Seconds one rank computes in one micro-batch: its layers, the embedding, the head with the loss. No communication.
+
+Beside the device's seconds stand the host's: the launches of those kernels. On a CPU both are the same core's, so
+launches are part of the work; a device queue runs them beside it (`estimate` takes the longer of the two).
+"""
 
 from __future__ import annotations
 
@@ -8,29 +12,35 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import FULL, SELECTIVE, Case, Held, Ranks
-from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s, with_launches
-from bloomery.perf.stack import LARGE_TENSOR_BYTES
+from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s
+from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.spec.cluster import ComputeFactor
 
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of compute for one micro-batch, shape (n,) each."""
+    """Seconds of compute for one micro-batch, shape (n,) each; `host`: of launches that run beside them."""
 
     forward: Any
     backward: Any
     recompute: Any
+    host: Any = 0.0
 
     @property
     def total(self) -> Any:
-        """All three."""
+        """The device's three."""
         return self.forward + self.backward + self.recompute
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.forward + other.forward, self.backward + other.backward, self.recompute + other.recompute)
+        return Work(
+            self.forward + other.forward,
+            self.backward + other.backward,
+            self.recompute + other.recompute,
+            self.host + other.host,
+        )
 
     def __mul__(self, times: Any) -> Work:
-        return Work(self.forward * times, self.backward * times, self.recompute * times)
+        return Work(self.forward * times, self.backward * times, self.recompute * times, self.host * times)
 
 
 NOTHING = Work(0.0, 0.0, 0.0)
@@ -52,17 +62,24 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
     forward = attention_forward + sum(block[0] for block in blocks)
     backward = attention_backward + sum(block[1] for block in blocks) + _accumulation(case, held)
-    serial, launch = case.stack.serial_launch, case.accelerator.launch_s
-    forward = with_launches(forward, case.stack.kernels.forward, launch, serial=serial)
-    backward = with_launches(backward, case.stack.kernels.backward, launch, serial=serial)
+    forward, backward, host = _launched(case, forward, backward, case.stack.kernels)
     selective = 0.0 if case.stack.flash_attention else attention_forward
     recompute = np.where(case.lay.recompute == FULL, forward, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
-    return Work(forward, backward, recompute)
+    again = np.where(case.lay.recompute == FULL, case.stack.kernels.forward * case.accelerator.launch_s, 0.0)
+    return Work(forward, backward, recompute, host + (0.0 if case.stack.serial_launch else again))
+
+
+def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> tuple[Any, Any, Any]:
+    """(forward, backward, host): launches added to the work where they are on the same core, beside it elsewhere."""
+    launch_s = case.accelerator.launch_s
+    if case.stack.serial_launch:
+        return forward + kernels.forward * launch_s, backward + kernels.backward * launch_s, 0.0
+    return forward, backward, (kernels.forward + kernels.backward) * launch_s
 
 
 def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1) -> tuple[Any, Any]:
     return linear_s(
-        case.accelerator, case.dtype, tokens, n_in, n_out, element_bytes=case.precision.compute, batch=batch
+        case.accelerator, case.dtype, tokens, n_in, n_out, element_bytes=case.precision.operand, batch=batch
     )
 
 
@@ -109,10 +126,10 @@ def _attention(case: Case) -> tuple[Any, Any]:
     if stack.flash_attention:
         width = model.query_width / (lay.tp * lay.cp)
         causal = model.mask == "causal"
-        return flash_attention_s(case.accelerator, case.dtype, case.seq_len, width, lay.micro_batch, causal=causal)
+        return flash_attention_s(case.accelerator, case.wide_dtype, case.seq_len, width, lay.micro_batch, causal=causal)
     return unfused_attention_s(
         case.accelerator,
-        case.dtype,
+        case.wide_dtype,
         case.seq_len,
         model.head_dim,
         model.heads * lay.micro_batch / (lay.tp * lay.cp),
@@ -148,11 +165,11 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
 
 
 def _cast_bytes(case: Case) -> Any:
-    """Autocast in one direction of a layer: the input of each projection is read wide and written narrow."""
-    if case.precision.compute >= case.precision.stream:
+    """Casts in one direction of a layer: the input of each projection is read wide and written narrow."""
+    if case.precision.operand >= case.precision.stream:
         return 0.0
     inputs = 5 if case.model.gated else 4
-    return inputs * case.tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+    return inputs * case.tokens * case.model.hidden * (case.precision.stream + case.precision.operand)
 
 
 def _accumulation(case: Case, held: Held) -> Any:
@@ -174,13 +191,16 @@ def _embedding(case: Case) -> Work:
         # Eager PyTorch makes a dense gradient: zeros for the whole table before rows are added.
         table = case.embedding.dense(case.lay) * case.precision.gradient
         backward = backward + memory_s(case.accelerator, table)
-    return _launched(case, Work(lookup, backward, 0.0))
+    return _end(case, lookup, backward)
 
 
 def _head(case: Case) -> Work:
     """Last norm, projection to the vocabulary, softmax and cross entropy (in float32 at least)."""
-    model, stack, tp = case.model, case.stack, case.lay.tp
-    forward, backward = _linear(case, case.tokens, model.hidden, model.vocab / tp)
+    model, stack, tp, width = case.model, case.stack, case.lay.tp, case.precision.compute
+    product = linear_s(
+        case.accelerator, case.wide_dtype, case.tokens, model.hidden, model.vocab / tp, element_bytes=width
+    )
+    forward, backward = product
     stream = case.stream_tokens * model.hidden * case.precision.stream
     logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
     norm = stack.norm(model)
@@ -189,12 +209,11 @@ def _head(case: Case) -> Work:
     passes_back = stack.logits.backward + large * stack.large_logits.backward
     forward = forward + memory_s(case.accelerator, norm.forward * stream + passes * logits)
     backward = backward + memory_s(case.accelerator, norm.backward * stream + passes_back * logits)
-    return _launched(case, Work(forward, backward + _accumulation(case, case.head), 0.0))
+    return _end(case, forward, backward + _accumulation(case, case.head))
 
 
-def _launched(case: Case, work: Work) -> Work:
+def _end(case: Case, forward: Any, backward: Any) -> Work:
     """The embedding's or the head's work with its launches (half of `end_kernels` each)."""
-    stack, launch_s = case.stack, case.accelerator.launch_s
-    forward = with_launches(work.forward, stack.end_kernels.forward / 2, launch_s, serial=stack.serial_launch)
-    backward = with_launches(work.backward, stack.end_kernels.backward / 2, launch_s, serial=stack.serial_launch)
-    return Work(forward, backward, work.recompute)
+    half = Passes(case.stack.end_kernels.forward / 2, case.stack.end_kernels.backward / 2)
+    forward, backward, host = _launched(case, forward, backward, half)
+    return Work(forward, backward, 0.0, host)

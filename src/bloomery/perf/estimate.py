@@ -116,18 +116,21 @@ def estimate(
     work = [stage_work(case, ranks) for ranks in kinds]
     traffic = [messages(case, ranks) for ranks in kinds]
     m = case.micro_batches
-    compute = Ends(*(w.total for w in work))
-    recompute = Ends(*(w.recompute + 0.0 * m for w in work))
+    device = Ends(*(w.total + t.tensor / m for w, t in zip(work, traffic, strict=True)))
+    host = Ends(*(w.host + _calls_s(case, t) / m for w, t in zip(work, traffic, strict=True)))
     tensor = Ends(*(t.tensor / m for t in traffic))
+    recompute = Ends(*(w.recompute + 0.0 * m for w in work))
+    # Launches run beside the device's queue: whichever is longer.
+    busy = Ends(*(np.maximum(*pair) for pair in zip(device, host, strict=True)))
+    compute = busy - tensor
     sends = _sends(case, traffic[0], traffic[2])
     exposed, stretched = _data_parallel(case, traffic, compute, Ends(*(w.backward for w in work)))
-    path = pipeline_s(case, compute + tensor + sends)
+    path = pipeline_s(case, busy + sends)
 
     def mean(ends: Ends) -> Any:
         return m * over_ranks(case, ends) / case.lay.pp
 
     pp_comm = m * sends.first
-    busy = mean(compute) + mean(tensor) + pp_comm
     ideal = model_flops(model, global_batch=global_batch, seq_len=seq_len) / (peak * case.lay.world_size)
     values = {
         "ideal": ideal,
@@ -135,7 +138,7 @@ def estimate(
         "recompute": mean(recompute),
         "tp_comm": mean(tensor),
         "pp_comm": pp_comm,
-        "bubble": path - busy,
+        "bubble": path - mean(busy) - pp_comm,
         "dp_comm": exposed,
         "optimizer": _optimizer(case, kinds),
         "other": Ends(*(t.world for t in traffic)).largest() + case.stack.step_overhead_s,
@@ -154,6 +157,16 @@ def _sends(case: Case, first: Messages, last: Messages) -> Ends:
     """
     one = (first.forward_send + last.backward_send) / case.micro_batches
     return Ends(one, np.where(case.lay.pp > 2, one, 0.0), one)
+
+
+def _calls_s(case: Case, traffic: Messages) -> Any:
+    """Host seconds of one rank's tensor-parallel collectives in a step, stalls behind pipeline messages included."""
+    stack, lay = case.stack, case.lay
+    if stack.serial_launch:
+        return 0.0
+    each = stack.collective_kernels * case.accelerator.launch_s
+    crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
+    return traffic.calls * (each + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0))
 
 
 def _data_parallel(case: Case, traffic: list[Messages], compute: Ends, backward: Ends) -> tuple[Any, Any]:

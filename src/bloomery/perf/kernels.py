@@ -81,12 +81,3 @@ def unfused_attention_s(
     products = product(seq_len, head_dim) + product(head_dim, seq_len)
     forward = products + memory_s(accelerator, softmax_passes[0] * scores_bytes)
     return forward, 2 * products + memory_s(accelerator, softmax_passes[1] * scores_bytes)
-
-
-def with_launches(kernels_s: Any, n_kernels: float, launch_s: float, *, serial: bool) -> Any:
-    """Seconds of a run of kernels whose launches cost `launch_s` of host time each.
-
-    A device queue hides launches behind work: the longer of the two. On a CPU (`serial`) both are on the same core.
-    """
-    launches = n_kernels * launch_s
-    return kernels_s + launches if serial else np.maximum(kernels_s, launches)

@@ -19,7 +19,7 @@ class Messages:
     """Seconds of one rank in one step, shape (n,) each.
 
     `tensor`: tensor, context and expert parallelism; `forward_send`, `backward_send`: pipeline; `gather`: parameters
-    before use; `reduce`: gradients; `world`: the step's statistics.
+    before use; `reduce`: gradients; `world`: the step's statistics. `calls`: how many tensor-parallel collectives.
     """
 
     tensor: np.ndarray
@@ -28,6 +28,7 @@ class Messages:
     gather: np.ndarray
     reduce: np.ndarray
     world: np.ndarray
+    calls: np.ndarray
 
 
 def messages(case: Case, ranks: Ranks) -> Messages:
@@ -51,6 +52,7 @@ def messages(case: Case, ranks: Ranks) -> Messages:
                 case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / _narrowing(case, row)
             )
             seconds[_kind(row)] += row.count * one
+            seconds["calls"] += row.count if _kind(row) == "tensor" else 0
     seconds["reduce"] += _context_gradients_s(case, ranks)
     seconds["tensor"] += _context_s(case, ranks) + _experts_s(case, ranks)
     return Messages(**seconds)

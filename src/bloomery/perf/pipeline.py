@@ -12,6 +12,7 @@ and differs in memory. Averaged over ranks, T = m mean_r t_r + bubble; the bubbl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,12 @@ class Ends:
 
     def __add__(self, other: Ends) -> Ends:
         return Ends(self.first + other.first, self.middle + other.middle, self.last + other.last)
+
+    def __sub__(self, other: Ends) -> Ends:
+        return Ends(self.first - other.first, self.middle - other.middle, self.last - other.last)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.first, self.middle, self.last))
 
     def largest(self) -> Any:
         """The largest over a layout's ranks."""

@@ -2,7 +2,8 @@
 
 GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, 12 bytes
 of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
-float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32.
+float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32. float8 is for
+the operands of a layer's matrix products; everything else stays 16-bit (Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ _WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, 
 
 @dataclass(frozen=True)
 class Precision:
-    """Bytes per element. `stream`: the residual stream and what stages send; `compute`: operands of matrix products and
-    what enters and leaves a block; `norm`: gradients and master weights as the optimizer reads them."""
+    """Bytes per element.
+
+    `stream`: the residual stream and what stages send; `compute`: what enters and leaves a block and is kept for
+    backward; `operand`: operands of matrix products; `norm`: gradients and master weights as the optimizer reads them.
+    """
 
     parameter: int
     gradient: int
     optimizer: int
     stream: int
     compute: int
+    operand: int
     norm: int = 4
 
     @property
@@ -48,7 +53,7 @@ def precision_of(accelerator: Accelerator, dtype: Dtype) -> Precision:
     if dtype not in _WIDTH:
         raise InputError("not a number format", where="dtype", found=dtype, accepted=_WIDTH)
     if dtype == "float64":
-        return Precision(parameter=8, gradient=8, optimizer=16, stream=8, compute=8, norm=8)
+        return Precision(parameter=8, gradient=8, optimizer=16, stream=8, compute=8, operand=8, norm=8)
     if accelerator.kind == "cpu" or dtype in ("float32", "tf32"):
-        return Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=_WIDTH[dtype])
-    return Precision(parameter=2, gradient=4, optimizer=12, stream=2, compute=max(1, _WIDTH[dtype]))
+        return Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=_WIDTH[dtype], operand=_WIDTH[dtype])
+    return Precision(parameter=2, gradient=4, optimizer=12, stream=2, compute=2, operand=_WIDTH[dtype])

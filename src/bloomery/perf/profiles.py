@@ -16,20 +16,26 @@ FLASH_SINCE = 2023
 
 @dataclass(frozen=True)
 class Profile:
-    """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation."""
+    """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost."""
 
     stack: Stack
     recompute: str = "none"
     zero_stage: int = 0
     sequence_parallel: bool = False
     gated: bool = False
+    balanced: bool = False
 
 
 MEGATRON = Profile(MEGATRON_2022, recompute="full")
 MEGATRON_CORE = Profile(replace(GPU, name="megatron-core"), zero_stage=1, sequence_parallel=True)
 FSDP = Profile(replace(GPU, name="fsdp"), zero_stage=3, gated=True)
 COMPOSER = Profile(replace(GPU, name="composer"), zero_stage=3)
-NANOTRON = Profile(replace(GPU, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True)
+NANOTRON = Profile(
+    replace(GPU, name="nanotron", gradient_overlap=0.0, collective_kernels=60.0, pipeline_stall_s=5e-4),
+    sequence_parallel=True,
+    gated=True,
+    balanced=True,
+)
 NEOX = Profile(replace(GPU, name="neox", gradient_overlap=0.0), zero_stage=1, gated=True)
 INTERNEVO = Profile(replace(GPU, name="internevo"), zero_stage=1, gated=True)
 XLA = Profile(replace(GPU, name="xla"), zero_stage=0)

@@ -2,9 +2,14 @@
 
 Traffic is counted in passes: one read or one write of a whole tensor. `hidden` passes are over tokens x hidden, `width`
 over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, each forward and
-backward. `kernels` (of a layer) and `end_kernels` (of embedding and head) are host time in units of the accelerator's
-`launch_s`, the Python and autograd around a launch included. `large_logits` is added to `logits` where they exceed
-`LARGE_TENSOR_BYTES`. Two profiles stand here; measured ones are calibrated copies (`dataclasses.replace`).
+backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`.
+
+Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
+`kernels` of a layer, `end_kernels` of embedding and head, `collective_kernels` of one tensor-parallel collective.
+`pipeline_stall_s` is what each of those waits on the host, per tensor-parallel rank, while pipeline messages cross
+nodes.
+
+Two profiles stand here; measured ones are calibrated copies (`dataclasses.replace`).
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ class Stack:
     logits: Passes
     accumulate: float
     kernels: Passes
+    collective_kernels: float
+    pipeline_stall_s: float
     end_kernels: Passes
     large_logits: Passes
     gradient_overlap: float
@@ -84,6 +91,8 @@ GPU = Stack(
     logits=Passes(8, 8),
     accumulate=0.0,
     kernels=Passes(120, 180),
+    collective_kernels=6.0,
+    pipeline_stall_s=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.9,
@@ -112,6 +121,8 @@ MEGATRON_2022 = Stack(
     logits=Passes(8, 6),
     accumulate=0.0,
     kernels=Passes(180, 240),
+    collective_kernels=6.0,
+    pipeline_stall_s=0.0,
     end_kernels=Passes(150, 250),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
@@ -140,6 +151,8 @@ EAGER_CPU = Stack(
     logits=Passes(8, 8),
     accumulate=3.0,
     kernels=Passes(150, 200),
+    collective_kernels=0.0,
+    pipeline_stall_s=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(5, 8),
     gradient_overlap=0.0,

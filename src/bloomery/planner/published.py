@@ -21,7 +21,7 @@ from bloomery.perf.profiles import Profile, profile_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import RECOMPUTE, Layout
+from bloomery.spec.layout import RECOMPUTE, Layout, balanced_split
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 
@@ -197,7 +197,14 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     zero = _number(row, "zero_stage")
     recompute = row.get("recompute") or profile.recompute
     sequence = row.get("sequence_parallel", "")
+    split = None
+    if profile.balanced and pp > 1 and vpp == 1:
+        layer = model.hidden * (
+            2 * model.query_width + 2 * model.kv_width + (3 if model.gated else 2) * model.ffn_hidden
+        )
+        split = balanced_split(model.layers, [0.0] * (pp - 1) + [model.vocab * model.hidden / layer])
     layout = Layout(
+        stage_layers=split,
         tp=tp,
         pp=pp,
         vpp=vpp if pp > 1 else 1,

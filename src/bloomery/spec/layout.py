@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from heapq import heapify, heapreplace
 from typing import Any, Literal
 
 import numpy as np
@@ -96,6 +97,23 @@ def stage_split(layers: int, stages: int) -> tuple[int, ...]:
     base, extra = divmod(layers, stages)
     middle_out = sorted(range(stages), key=lambda stage: (abs(stage - (stages - 1) / 2), stage))
     return tuple(base + (stage in middle_out[:extra]) for stage in range(stages))
+
+
+def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
+    """Layers of each stage so that the slowest is as fast as can be: stage i does `extra[i]` layers' worth besides.
+
+    Each layer goes to the stage that is then least loaded, which is optimal for tasks of one size (Graham 1969); ties
+    go to the middle. With nothing extra it is `stage_split`.
+    """
+    centre = (len(extra) - 1) / 2
+    counts = [0] * len(extra)
+    heap = [(load, abs(stage - centre), stage) for stage, load in enumerate(extra)]
+    heapify(heap)
+    for _ in range(layers):
+        load, place, stage = heap[0]
+        counts[stage] += 1
+        heapreplace(heap, (load + 1.0, place, stage))
+    return tuple(counts)
 
 
 def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
