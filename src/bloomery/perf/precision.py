@@ -2,8 +2,8 @@
 
 GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, 12 bytes
 of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
-float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32. float8 is for
-the operands of a layer's matrix products; all else stays 16-bit (Micikevicius et al. 2022, arXiv 2209.05433).
+float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32. float8 is
+for the operands of a layer's matrix products; all else stays 16-bit (Micikevicius et al. 2022, arXiv 2209.05433).
 """
 
 from __future__ import annotations
