@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bloomery.spec.cluster import Accelerator, Cluster
+from bloomery.spec.calibration import ArchitectureConstants, calibration
+from bloomery.spec.cluster import OPERATIONS, Accelerator, Cluster
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.files import merge, override, parse_yaml, read_yaml
 from bloomery.spec.model import Model
@@ -58,9 +59,14 @@ def model(name: str) -> Model:
     return Model.checked(_entry("models", name, "model"), where="model")
 
 
-def accelerator(name: str) -> Accelerator:
-    """A catalog accelerator."""
+def data_sheet(name: str) -> Accelerator:
+    """A catalog accelerator as its data sheet has it, with priors for the rest."""
     return Accelerator.checked(_entry("accelerators", name, "accelerator"), where="accelerator")
+
+
+def accelerator(name: str) -> Accelerator:
+    """A catalog accelerator with what published runs say of its architecture."""
+    return calibration().architecture(name).accelerator(data_sheet(name))
 
 
 def fabric(accelerator_name: str) -> dict[str, Any]:
@@ -79,8 +85,30 @@ def _cluster_values(value: Any, where: str, folder: Path) -> Any:
     values = _resolved("clusters", value, where, folder)
     if isinstance(values, dict) and "accelerator" in values:
         part = _resolved("accelerators", values["accelerator"], f"{where}.accelerator", folder)
-        values = {**values, "accelerator": part}
+        values = _calibrated({**values, "accelerator": part}, where)
     return values
+
+
+def _calibrated(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Where the accelerator is of a known architecture: its constants, and those of its links where none are given."""
+    part, table = values["accelerator"], calibration()
+    if not isinstance(part, dict) or table.architecture_of(str(part.get("name", ""))) not in table.generations.values():
+        return values
+    constants = table.architecture(part["name"])
+    chip = constants.accelerator(Accelerator.checked(part, where=f"{where}.accelerator"))
+    tiers = values.get("tiers")
+    if isinstance(tiers, list):
+        tiers = [_linked(tier, constants, inner=i == 0) for i, tier in enumerate(tiers)]
+    return {**values, "accelerator": chip.model_dump(exclude_unset=True), "tiers": tiers}
+
+
+def _linked(tier: Any, constants: ArchitectureConstants, *, inner: bool) -> Any:
+    """A tier as given, with the architecture's latency and factors where it states neither."""
+    if not isinstance(tier, dict) or "latency_s" in tier or "op_factor" in tier:
+        return tier
+    latency_s = constants.link_latency_s if inner else constants.network_latency_s
+    factor = constants.link_factor if inner else constants.network_factor
+    return {**tier, "latency_s": latency_s, "op_factor": dict.fromkeys(OPERATIONS, factor)}
 
 
 def read_cluster(path: str | Path) -> Cluster:
