@@ -100,6 +100,22 @@ class Questions:
         return seconds
 
 
+    def peak_bytes(self, table: Calibration) -> np.ndarray:
+        """Predicted peak memory on the rank that needs most, shape (n,)."""
+        peak = np.full(len(self), np.nan)
+        for group in self.groups:
+            peak[group.index] = sum(group.ask(table).memory_bytes.values())
+        return peak
+
+
+def interval_of(run: Published, table: Calibration) -> tuple[float, float]:
+    """90 % interval of measured / predicted: narrower where hardware and software were both fitted."""
+    hardware = table.architecture_of(run.cluster.accelerator.name) in table.architectures
+    known = hardware and run.profile.stack.name in table.stacks
+    interval = table.interval("fitted" if known else "prior")
+    return interval.low, interval.high
+
+
 def settings(run: Published, table: Calibration) -> tuple[Cluster, Stack]:
     """A run's cluster and stack with a calibration's constants."""
     constants = table.architecture(run.cluster.accelerator.name)

@@ -88,6 +88,10 @@ class Interval(Noun):
     high: float = Field(gt=0)
 
 
+PRIOR_INTERVAL = Interval(low=0.80, high=1.45)
+"""Before anything was left out and predicted: models of this kind err on the fast side."""
+
+
 class Calibration(Noun):
     """Everything fitted, by name; `generations` maps the first word of an accelerator's name to its architecture."""
 
@@ -105,6 +109,10 @@ class Calibration(Noun):
     def architecture(self, accelerator_name: str) -> ArchitectureConstants:
         """The constants of an accelerator's architecture, or the priors."""
         return self.architectures.get(self.architecture_of(accelerator_name), ArchitectureConstants())
+
+    def interval(self, kind: str) -> Interval:
+        """Of `fitted` hardware and software, or of the `prior` for software that no run named."""
+        return self.intervals.get(kind, PRIOR_INTERVAL)
 
     def stack(self, name: str) -> StackConstants:
         """The constants of a stack, or the priors."""
