@@ -70,9 +70,7 @@ def losing_families(run: Run, found: Found) -> tuple[Family, ...]:
     return tuple(sorted(families, key=lambda family: (AXES.index(family.axis), family.value)))
 
 
-def _valid(
-    world: Evaluated, winner: int, axis: str, value: int, members: np.ndarray, missing: np.ndarray
-) -> Family:
+def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.ndarray, missing: np.ndarray) -> Family:
     """A family with valid layouts: too slow, or too large."""
     estimates, name = world.estimates, _name(axis, value)
     feasible = members[estimates.fits[members]]
@@ -148,4 +146,3 @@ def _name(axis: str, value: int) -> str:
 
 def _gib(n_bytes: float) -> str:
     return f"{n_bytes / GIB:,.0f}" if n_bytes >= 10 * GIB else f"{n_bytes / GIB:.2g}"
-

@@ -7,7 +7,7 @@ one world size it follows the step time; over several sizes of the same cluster 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +69,16 @@ class Front:
         }
 
 
-def pareto_front(run: Run, *, world_size: int | None = None, runnable_only: bool) -> Front:
+def pareto_front(
+    run: Run, *, world_size: int | None = None, runnable_only: bool, known: Sequence[Evaluated] = ()
+) -> Front:
     """The front over `parts_of` the run's cluster, or over `world_size` ranks alone.
 
-    Raises LimitError when no layout fits on any of them.
+    `known`: worlds that a search of the same run has evaluated already. Raises LimitError when no layout fits on any of them.
     """
     sizes = (world_size,) if world_size is not None else parts_of(run.cluster)
-    worlds = [evaluate(run, size, runnable_only) for size in sizes]
+    have = {world.cluster.size: world for world in known}
+    worlds = [have.get(size) or evaluate(run, size, runnable_only) for size in sizes]
     worlds = [world for world in worlds if len(world.layouts) and world.estimates.fits.any()]
     if not worlds:
         raise LimitError(f"nothing fits on any of {', '.join(map(str, sizes))} ranks: there is no front")
@@ -189,7 +192,8 @@ def _point(run: Run, world: Evaluated, i: int, alike: int) -> Point:
 
 
 def spread(points: tuple[Point, ...], most: int) -> Iterator[Point]:
-    """At most so many points that show the whole front: the best of each aim, the others evenly between by time."""
+    """At most so many points that show the whole front: the best of each aim, and more of the faster half than of the
+    slower."""
     if len(points) <= most:
         yield from points
         return
@@ -199,8 +203,7 @@ def spread(points: tuple[Point, ...], most: int) -> Iterator[Point]:
         min(range(len(points)), key=lambda k: points[k].cost or points[k].accelerator_hours),
         len(points) - 1,
     }
-    even = np.linspace(0, len(points) - 1, most).round().astype(int)
-    for k in even:
+    for k in (np.linspace(0, 1, most) ** 2 * (len(points) - 1)).round():
         if len(best) < most:
             best.add(int(k))
     yield from (points[k] for k in sorted(best))

@@ -74,8 +74,9 @@ def changes(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
     used = next(n for n, tier in enumerate(cluster.tiers, start=1) if tier.span >= cluster.size)
     for number in range(used):
         tier = cluster.tiers[number]
-        role = "network-card bandwidth" if tier.span > cluster.accelerators_per_node else "bandwidth"
-        yield f"+10 % {tier.name} {role}", _tier(cluster, number, bandwidth_bytes_per_s=tenth_more)
+        outside = tier.span > cluster.accelerators_per_node
+        name = f"network-card bandwidth ({tier.name})" if outside else f"{tier.name} bandwidth"
+        yield f"+10 % {name}", _tier(cluster, number, bandwidth_bytes_per_s=tenth_more)
         yield f"-10 % {tier.name} latency", _tier(cluster, number, latency_s=tenth_less)
     peaks = {dtype: peak * tenth_more for dtype, peak in accelerator.peak_flops_per_s.items()}
     yield "+10 % peak FLOP/s", _accelerator(cluster, peak_flops_per_s=peaks)
