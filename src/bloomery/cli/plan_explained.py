@@ -78,9 +78,7 @@ def print_front(console: Console, front: Front) -> None:
     for point in shown:
         table.add_row(*_point(point))
     console.print(table)
-    console.print(
-        "[dim]effective: MFU x goodput; run: with failures; (+n): so many other layouts have the same three figures[/]"
-    )
+    console.print("[dim]effective: MFU x goodput; run: with failures; (+n): as many others have the same figures[/]")
 
 
 def _point(point: Point) -> list[str]:

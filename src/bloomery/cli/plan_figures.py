@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil, floor, log10
 from typing import Any
 
 from bloomery.ledger.figures import HELDOUT, MEASURED, MUTED, PREDICTED, Figure, chart_layout
@@ -24,6 +25,8 @@ PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#c2531d", "#d9a441", "#c9c3b8"
 SERIES = ("#c2531d", "#2f6f6a", "#54708a", "#d9a441", "#7d5a8c", "#7a8b52", "#98c1bb", "#b9b2a8", "#2b2825")
 VISIBLE = 0.0005
 MARGIN = 1.25
+WORTH_SHOWING = 0.25
+LEGEND_BELOW = {"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top", "font": {"size": 12}}
 
 
 def waterfall(rows: list[Row]) -> Figure:
@@ -178,9 +181,11 @@ def memory_over_time(step: Step) -> Figure:
     top = max(max(n_bytes for _, n_bytes in curve) for curve in step.memory)
     limit = step.memory_limit_bytes
     layout = chart_layout(
-        330,
+        380,
         yaxis={"title": {"text": "GiB"}, "range": [0, 1.08 * max(top, limit) / GIB]},
         xaxis={"title": {"text": "seconds"}, "fixedrange": False},
+        margin={"l": 56, "r": 16, "t": 28, "b": 120},
+        legend=LEGEND_BELOW,
         shapes=[_line_at(limit / GIB)],
         annotations=[_note_at(limit / GIB)],
     )
@@ -215,11 +220,13 @@ def memory_by_rank(step: Step) -> Figure:
             )
     limit = step.memory_limit_bytes / GIB
     layout = chart_layout(
-        330,
+        380,
         barmode="stack",
         bargap=0.15,
         yaxis={"title": {"text": "GiB at the peak"}, "range": [0, 1.08 * limit]},
         xaxis={"title": {"text": "pipeline rank"}, "gridcolor": "rgba(0,0,0,0)", "tickformat": "d", "nticks": 10},
+        margin={"l": 56, "r": 16, "t": 28, "b": 120},
+        legend=LEGEND_BELOW,
         shapes=[_line_at(limit)],
         annotations=[_note_at(limit)],
     )
@@ -238,11 +245,16 @@ def _note_at(y: float) -> dict[str, Any]:
 
 
 def pareto(front: Front, against: str) -> Figure:
-    """The front as memory, or as money, against step time; a colour for each world size."""
+    """The front as memory, or as money, against step time; a colour for each world size.
+
+    Points below `WORTH_SHOWING` of the best effective efficiency (a byte less for ten times the time) are left out.
+    """
     traces = []
+    best = max(point.effective_efficiency for point in front.points)
+    shown = [point for point in front.points if point.effective_efficiency >= WORTH_SHOWING * best]
     priced = front.points[0].cost is not None
-    for number, size in enumerate(sorted({point.world_size for point in front.points}, reverse=True)):
-        points = [point for point in front.points if point.world_size == size]
+    for number, size in enumerate(sorted({point.world_size for point in shown}, reverse=True)):
+        points = [point for point in shown if point.world_size == size]
         money = [point.cost if priced else point.accelerator_hours for point in points]
         memory = [point.memory_bytes / GIB for point in points]
         words = [
@@ -263,25 +275,36 @@ def pareto(front: Front, against: str) -> Figure:
                 "showlegend": against == "memory",
             }
         )
+    prices = [p.cost if p.cost is not None else p.accelerator_hours for p in shown]
     title = "GiB per rank" if against == "memory" else ("money, $" if priced else "accelerator-hours")
-    axis = {"title": {"text": title}, **({"type": "log", "dtick": "D2"} if against != "memory" else {})}
+    axis = {"title": {"text": title}, **({} if against == "memory" else _log_ticks(prices))}
     layout = chart_layout(
         380,
-        xaxis={"title": {"text": "step, seconds"}, "type": "log", "dtick": "D2"},
+        xaxis={"title": {"text": "step, seconds"}, **_log_ticks([point.step_time_s for point in shown])},
         yaxis=axis,
-        legend={"orientation": "h", "x": 0, "y": -0.22, "yanchor": "top", "font": {"size": 12}},
+        margin={"l": 56, "r": 16, "t": 28, "b": 120},
+        legend=LEGEND_BELOW,
     )
     return {"data": traces, "layout": layout}
+
+
+def _log_ticks(values: list[float]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5 times each power of ten that the values span."""
+    low, high = min(values) / 1.3, max(values) * 1.3
+    decades = range(floor(log10(low)), ceil(log10(high)) + 1)
+    ticks = [k * 10.0**d for d in decades for k in (1, 2, 5) if low <= k * 10.0**d <= high]
+    words = [f"{v / 1e6:g} M" if v >= 1e6 else f"{v / 1e3:g} k" if v >= 1e3 else f"{v:g}" for v in ticks]
+    return {"type": "log", "range": [log10(low), log10(high)], "tickvals": ticks, "ticktext": words}
 
 
 def sensitivity(found: tuple[Sensitivity, ...]) -> Figure:
     """What a tenth more of each property gives: the winner's step, and the best layout's of another search."""
     shown = list(reversed(found))
     traces = []
-    for name, values, colour in (
-        ("after another search", [one.search_change for one in shown], PREDICTED),
-        ("this layout", [one.winner_change for one in shown], MEASURED),
-    ):
+    sides = [("this layout", [one.winner_change for one in shown], MEASURED)]
+    if any(one.new_winner for one in found):
+        sides.insert(0, ("after another search", [one.search_change for one in shown], PREDICTED))
+    for name, values, colour in sides:
         traces.append(
             {
                 "type": "bar",
@@ -299,7 +322,7 @@ def sensitivity(found: tuple[Sensitivity, ...]) -> Figure:
         )
     least = min(*(one.search_change for one in shown), -0.01)
     layout = chart_layout(
-        120 + 34 * len(shown),
+        110 + (24 + 10 * len(sides)) * len(shown),
         barmode="group",
         bargap=0.3,
         xaxis={"tickformat": ".0%", "range": [1.18 * least, -0.02 * least], "title": {"text": "change of step time"}},
@@ -310,4 +333,6 @@ def sensitivity(found: tuple[Sensitivity, ...]) -> Figure:
 
 
 def _seconds(value: float) -> str:
+    if value == 0:
+        return "0"
     return f"{value:.3g} s" if abs(value) >= 0.9995 else f"{value * 1e3:.3g} ms"

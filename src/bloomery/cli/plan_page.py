@@ -80,6 +80,7 @@ def _words(plan: Plan, front: Front, step: Step) -> dict[str, str]:
         verdict += f": {duration(best.outlook.days_with_failures)} to the target with failures counted"
     shares = [step.timeline.waiting_s(rank) / step.timeline.end_s for rank in range(layout.pp)]
     bubble = f"{sum(shares) / len(shares):.1%}"
+    sizes = ", ".join(f"{size:,}" for size in front.world_sizes)
     conventions = [best.estimate.convention, "effective efficiency: MFU × goodput"]
     if plan.failures_per_1000_node_days:
         conventions.append(f"{plan.failures_per_1000_node_days:.4g} failures per 1000 node-days")
@@ -89,19 +90,19 @@ def _words(plan: Plan, front: Front, step: Step) -> dict[str, str]:
         "ranked": "One a mesh, ranked by the time to the target with failures and checkpoints counted.",
         "conventions": text("; ".join(conventions)),
         "pipeline": text(
-            f"{layout.describe()}: {step.timeline.micro_batches} micro-batches on {layout.pp} pipeline ranks, simulated "
-            f"event by event ({layout.schedule}). Ranks wait {bubble} of the pipeline's time. Simulated step "
+            f"{layout.describe()}: {step.timeline.micro_batches} micro-batches on {layout.pp} pipeline ranks, "
+            f"simulated event by event ({layout.schedule}). Ranks wait {bubble} of the pipeline's time. Simulated step "
             f"{seconds_text(step.end_s)}, closed form {seconds_text(step.step_time_s)}. Drag to zoom, double-click to "
             f"go back."
         ),
-        "memory": "Left: the first, the middle and the last pipeline rank while the step runs. Right: every rank at its peak.",
+        "memory": "Left: the first, the middle and the last rank while the step runs. Right: every rank at its peak.",
         "front": text(
             f"{len(front.points)} layouts that no other beats in step time, memory per rank and money to the target at "
-            f"once, out of {front.n_feasible:,} that fit on {', '.join(f'{size:,}' for size in front.world_sizes)} ranks."
+            f"once, out of {front.n_feasible:,} that fit on {sizes} ranks; the charts leave out its slowest tail."
         ),
-        "machine": "Each property of the machine changed by a tenth: this layout judged again, and the search made again.",
+        "machine": "Each property changed by a tenth: this layout judged again, and the search made again.",
         "counted": text(
-            f"{plan.n_enumerated:,} layouts: {plan.n_valid:,} keep the rules, {plan.n_feasible:,} of them fit in memory."
+            f"{plan.n_enumerated:,} layouts: {plan.n_valid:,} keep the rules, {plan.n_feasible:,} of them fit."
         ),
     }
 
@@ -123,7 +124,8 @@ def _tiles(row: Row) -> str:
         ("Cost", price or hours or "unknown", hours if price else "no price in the cluster file"),
     ]
     return "".join(
-        f'<div class="tile"><h3>{text(name)}</h3><p class="value">{text(value)}</p><p class="note">{text(note)}</p></div>'
+        f'<div class="tile"><h3>{text(name)}</h3><p class="value">{text(value)}</p>'
+        f'<p class="note">{text(note)}</p></div>'
         for name, value, note in tiles
     )
 
@@ -155,9 +157,8 @@ def _components(rows: list[Row]) -> str:
     body = []
     for key, meaning in COMPONENTS.items():
         if any(row.components[key] for row in rows):
-            cells = [
-                f"{seconds_text(row.components[key])} · {row.components[key] / row.step_time_s:.1%}" for row in rows
-            ]
+            pairs = [(row.components[key], row.components[key] / row.step_time_s) for row in rows]
+            cells = [f"{seconds_text(seconds)} · {share:.1%}" for seconds, share in pairs]
             body.append([f"<b>{key}</b><small>{text(meaning)}</small>", *map(text, cells)])
     body.append(["step", *(text(seconds_text(row.step_time_s)) for row in rows)])
     return table(head, body, emphasised=[len(body) - 1])

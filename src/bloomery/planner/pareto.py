@@ -74,7 +74,8 @@ def pareto_front(
 ) -> Front:
     """The front over `parts_of` the run's cluster, or over `world_size` ranks alone.
 
-    `known`: worlds that a search of the same run has evaluated already. Raises LimitError when no layout fits on any of them.
+    `known`: worlds that a search of the same run has evaluated already. Raises LimitError when no layout
+    fits on any of them.
     """
     sizes = (world_size,) if world_size is not None else parts_of(run.cluster)
     have = {world.cluster.size: world for world in known}

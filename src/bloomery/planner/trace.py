@@ -1,4 +1,4 @@
-"""The planned step as a Chrome trace (the JSON that chrome://tracing and ui.perfetto.dev open): one row a pipeline rank.
+"""The planned step as a Chrome trace (the JSON that chrome://tracing and ui.perfetto.dev open), a row a pipeline rank.
 
 Format: "Trace Event Format", complete events (`ph: X`) and counters (`ph: C`), times in microseconds. Everything in it
 is predicted.

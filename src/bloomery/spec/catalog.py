@@ -1,4 +1,4 @@
-"""The catalog (models, accelerators, clusters, failure rates as data files) and the reading of a whole `run.yaml` through it."""
+"""The catalog (models, accelerators, clusters, failure rates as data files) and reading a whole `run.yaml` with it."""
 
 from __future__ import annotations
 
