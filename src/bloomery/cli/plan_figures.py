@@ -26,7 +26,7 @@ SERIES = ("#c2531d", "#2f6f6a", "#54708a", "#d9a441", "#7d5a8c", "#7a8b52", "#98
 VISIBLE = 0.0005
 MARGIN = 1.25
 WORTH_SHOWING = 0.25
-LEGEND_BELOW = {"orientation": "h", "x": 0, "y": -0.24, "yanchor": "top", "font": {"size": 12}}
+LEGEND_BELOW = {"orientation": "h", "x": 0, "y": -0.3, "yanchor": "top", "font": {"size": 12}}
 
 
 def waterfall(rows: list[Row]) -> Figure:
