@@ -126,7 +126,7 @@ def estimate_case(case: Case) -> Estimates:
     work = _parted(stage_work(trio, ranks), len(kinds), len(layouts))
     traffic = _parted(messages(trio, ranks), len(kinds), len(layouts))
     m = case.micro_batches
-    busy = Ends(*(_busy(case, w, t) for w, t in zip(work, traffic, strict=True)))
+    busy = Ends(*(sum(busy_s(case, w, t)) for w, t in zip(work, traffic, strict=True)))
     tensor = Ends(*(t.tensor / m for t in traffic))
     recompute = Ends(*(w.recompute + 0.0 * m for w in work))
     compute = busy - tensor
@@ -173,20 +173,20 @@ def _sends(case: Case, first: Messages, last: Messages) -> Ends:
     return Ends(one, np.where(case.lay.pp > 2, one, 0.0), one)
 
 
-def _busy(case: Case, work: Work, traffic: Messages) -> Any:
-    """Seconds of one micro-batch on one rank, collectives included: in each direction the device's queue or the host
-    that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
+def busy_s(case: Case, work: Work, traffic: Messages) -> tuple[Any, Any]:
+    """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
+    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
     m, stack, lay = case.micro_batches, case.stack, case.lay
     forward = work.forward + traffic.tensor_forward / m
     backward = work.backward + work.recompute + traffic.tensor_backward / m
     if stack.serial_launch:
-        return forward + backward
+        return forward, backward
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
     crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
     call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
     host_forward = work.host_forward + call_s * traffic.calls_forward / m
     host_backward = work.host_backward + call_s * traffic.calls_backward / m
-    return _longer(forward, host_forward) + _longer(backward, host_backward)
+    return _longer(forward, host_forward), _longer(backward, host_backward)
 
 
 def _longer(device: Any, host: Any) -> Any:

@@ -47,6 +47,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "gradient_overlap": 0.5,
         "step_overhead_s": 1.0,
         "pipeline_stall_s": 2.0,
+        "link_factor": 0.4,
         "network_factor": 0.5,
     },
 }

@@ -99,7 +99,6 @@ class Questions:
             seconds[group.index] = scale * group.ask(table).step_time_s
         return seconds
 
-
     def peak_bytes(self, table: Calibration) -> np.ndarray:
         """Predicted peak memory on the rank that needs most, shape (n,)."""
         peak = np.full(len(self), np.nan)
@@ -121,7 +120,9 @@ def settings(run: Published, table: Calibration) -> tuple[Cluster, Stack]:
     constants = table.architecture(run.cluster.accelerator.name)
     software = table.stack(run.profile.stack.name)
     tiers = tuple(
-        constants.link(tier) if tier.name == LINK else constants.network(tier, software.network_factor)
+        constants.link(tier, software.link_factor)
+        if tier.name == LINK
+        else constants.network(tier, software.network_factor)
         for tier in run.cluster.tiers
     )
     chip = constants.accelerator(run.cluster.accelerator)

@@ -217,9 +217,9 @@ def ranking(rows: Sequence[Row], runs: Mapping[str, Published]) -> Ranking | Non
     for row in rows:
         run = runs[row.id]
         batch = round(run.global_batch * run.scale)
-        together[
-            row.source, run.model, run.cluster.accelerator.name, run.n_gpus, run.seq_len, batch, run.dtype
-        ].append(row)
+        together[row.source, run.model, run.cluster.accelerator.name, run.n_gpus, run.seq_len, batch, run.dtype].append(
+            row
+        )
     regrets, taus = [], []
     for found in together.values():
         if len({runs[row.id].layout for row in found}) < FEWEST_LAYOUTS:

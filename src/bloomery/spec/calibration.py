@@ -57,13 +57,13 @@ class ArchitectureConstants(Noun):
         stated = bare.model_fields_set
         return bare.model_copy(update={name: value for name, value in values.items() if name not in stated})
 
-    def link(self, tier: Tier) -> Tier:
-        """The tier inside a node with its factor and latency."""
-        factors = dict.fromkeys(OPERATIONS, self.link_factor)
+    def link(self, tier: Tier, factor: float = 1.0) -> Tier:
+        """The tier inside a node with its factor and latency; `factor`: a stack's over the usual."""
+        factors = dict.fromkeys(OPERATIONS, self.link_factor * factor)
         return tier.model_copy(update={"op_factor": factors, "latency_s": self.link_latency_s})
 
     def network(self, tier: Tier, factor: float = 1.0) -> Tier:
-        """The tier between nodes; `factor`: a site's network over the usual one."""
+        """The tier between nodes; `factor`: a stack's over the usual."""
         factors = dict.fromkeys(OPERATIONS, self.network_factor * factor)
         return tier.model_copy(update={"op_factor": factors, "latency_s": self.network_latency_s})
 
@@ -78,7 +78,8 @@ class StackConstants(Noun):
     gradient_overlap: float = Field(default=0.5, gt=0, le=1, description="share of the backward pass that hides them")
     step_overhead_s: float = Field(default=2e-3, gt=0, description="seconds of a step outside model and optimizer")
     pipeline_stall_s: float = Field(default=3e-5, gt=0, description="wait of a collective behind pipeline messages")
-    network_factor: float = Field(default=1.0, gt=0, description="its site's network over the accelerator's usual")
+    link_factor: float = Field(default=1.0, gt=0, description="its messages inside a node over the usual")
+    network_factor: float = Field(default=1.0, gt=0, description="its messages between nodes (site and software)")
 
 
 class Interval(Noun):

@@ -1,4 +1,4 @@
-"""The catalog (models, accelerators, clusters as data files) and the reading of a whole `run.yaml` through it."""
+"""The catalog (models, accelerators, clusters, failure rates as data files) and reading a whole `run.yaml` with it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _table(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def names(kind: str) -> list[str]:
-    """The names in one table: `models`, `accelerators` or `clusters`."""
+    """The names in one table: `models`, `accelerators`, `clusters` or `failures`."""
     return list(_table(kind))
 
 
@@ -81,12 +81,27 @@ def cluster(name: str) -> Cluster:
     return Cluster.checked(_cluster_values(name, "cluster", Path(".")), where="cluster")
 
 
+def failure_rate(name: str, where: str = "failures") -> dict[str, Any]:
+    """A published failure rate: `name`, `per_1000_node_days`, `source`."""
+    return _entry("failures", name, where)
+
+
+def _failures(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`failures_per_1000_node_days: rsc-1` as its number, the source kept in the provenance."""
+    key = "failures_per_1000_node_days"
+    if not isinstance(values.get(key), str):
+        return values
+    rate = failure_rate(values[key], f"{where}.{key}")
+    provenance = {**(values.get("provenance") or {}), key: f"{rate['name']}: {rate['source']}"}
+    return {**values, key: rate["per_1000_node_days"], "provenance": provenance}
+
+
 def _cluster_values(value: Any, where: str, folder: Path) -> Any:
     values = _resolved("clusters", value, where, folder)
     if isinstance(values, dict) and "accelerator" in values:
         part = _resolved("accelerators", values["accelerator"], f"{where}.accelerator", folder)
         values = _calibrated({**values, "accelerator": part}, where)
-    return values
+    return _failures(values, where) if isinstance(values, dict) else values
 
 
 def _calibrated(values: dict[str, Any], where: str) -> dict[str, Any]:

@@ -126,6 +126,7 @@ class Cluster(Noun):
     storage: Storage = Storage()
     cuts: tuple[Cut, ...] = ()
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
+    """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
     source: str = ""
