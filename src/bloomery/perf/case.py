@@ -99,8 +99,11 @@ class Case:
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
+        stack = stack or stack_of(accelerator)
         precision = precision_of(accelerator, dtype)
-        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack or stack_of(accelerator), precision)
+        if stack.gradient_bytes is not None:
+            precision = replace(precision, gradient=stack.gradient_bytes)
+        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision)
 
     def under(self, cluster: Cluster, stack: Stack) -> Case:
         """The same layouts on other hardware of the same precision, or with other software; what only layouts decide

@@ -37,7 +37,22 @@ COMPOSER = Profile(replace(GPU, name="composer"), zero_stage=3)
 NANOTRON = Profile(
     replace(GPU, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True
 )
-NEOX = Profile(replace(GPU, name="neox", gradient_overlap=0.0), zero_stage=1, gated=True)
+NEOX = Profile(
+    replace(
+        GPU,
+        name="neox",
+        gradient_overlap=0.0,
+        gradient_bytes=2,
+        kept=2.0,
+        logits_bytes=16.0,
+        logits_gathered=True,
+    ),
+    zero_stage=1,
+    gated=True,
+)
+"""Eager norms and rotary positions keep float32 copies; gradients are accumulated in 16 bit."""
+NEOX_RMS = replace(NEOX, stack=replace(NEOX.stack, name="neox-rms", kept=1.5))
+"""With a fused norm."""
 INTERNEVO = Profile(replace(GPU, name="internevo"), zero_stage=1, gated=True)
 XLA = Profile(replace(GPU, name="xla"), zero_stage=0)
 
@@ -54,8 +69,12 @@ KNOWN = (
 )
 
 
-VARIANTS = (("fsdp", r"torch\.compile", "compiled"), ("neox", r"rms kernel", "rms"), ("xla", r"\bte-", "te"))
-"""(stack, words in a report's notes, suffix): the same software with other kernels has constants of its own."""
+FSDP_COMPILED = replace(FSDP, stack=replace(FSDP.stack, name="fsdp-compiled"))
+XLA_TE = replace(XLA, stack=replace(XLA.stack, name="xla-te"))
+"""With Transformer Engine's kernels."""
+
+VARIANTS = ((FSDP, r"torch\.compile", FSDP_COMPILED), (NEOX, r"rms kernel", NEOX_RMS), (XLA, r"\bte-", XLA_TE))
+"""(profile, words in a report's notes, what it then is): the same software with other kernels."""
 
 
 def profile_of(source: str, notes: str, year: float | None, flash_attention: str) -> Profile:
@@ -64,9 +83,9 @@ def profile_of(source: str, notes: str, year: float | None, flash_attention: str
     found = next((profile for pattern, profile in KNOWN if re.search(pattern, text)), None)
     if found is None:
         found = MEGATRON if flash_attention == "0" or (year or FLASH_SINCE) < FLASH_SINCE else MEGATRON_CORE
-    for name, words, suffix in VARIANTS:
-        if found.stack.name == name and re.search(words, notes.lower()):
-            found = replace(found, stack=replace(found.stack, name=f"{name}-{suffix}"))
+    for plain, words, variant in VARIANTS:
+        if found is plain and re.search(words, notes.lower()):
+            found = variant
     fused = flash_attention == "1"
     if flash_attention and fused != found.stack.flash_attention:
         return replace(found, stack=replace(found.stack, flash_attention=fused))

@@ -8,8 +8,12 @@ what a stack really moves over what was counted.
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
 `kernels` of a layer (`expert_kernels` more where tokens are routed), `end_kernels` of embedding and head,
 `collective_kernels` of one tensor-parallel collective. `host_factor` multiplies: slower or faster Python, or none
-(compiled graphs). `pipeline_stall_s` is what each collective waits on the host, per tensor-parallel rank, while pipeline
-messages cross nodes.
+(compiled graphs). `pipeline_stall_s` is what each collective waits on the host, per tensor-parallel rank, while
+pipeline messages cross nodes.
+
+`kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
+copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
+stack departs from its precision's.
 
 `selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention.
 `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
@@ -70,7 +74,10 @@ class Stack:
     host_factor: float
     inner_overlap: float
     pipeline_stall_s: float
+    gradient_bytes: int | None
+    kept: float
     logits_bytes: float
+    logits_gathered: bool
     saved_width: tuple[int, int]
     step_overhead_s: float
     serial_launch: bool
@@ -122,7 +129,10 @@ GPU = Stack(
     host_factor=1.0,
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=8.0,
+    logits_gathered=False,
     saved_width=(2, 3),
     step_overhead_s=2e-3,
     serial_launch=False,
@@ -158,7 +168,10 @@ MEGATRON_2022 = Stack(
     host_factor=1.0,
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=6.0,
+    logits_gathered=False,
     saved_width=(2, 3),
     step_overhead_s=2e-3,
     serial_launch=False,
@@ -194,7 +207,10 @@ EAGER_CPU = Stack(
     host_factor=1.0,
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=12.0,
+    logits_gathered=False,
     saved_width=(2, 4),
     step_overhead_s=2e-3,
     serial_launch=True,

@@ -1,8 +1,8 @@
 """Predicted against measured: every published run that can be modelled, scored as a planner is used.
 
 Errors are of a step's seconds, per source and overall; *regret* and Kendall's tau judge the order of layouts within a
-model, number of accelerators and batch; memory is judged by what was tried and did not fit. Runs that their source flags
-are scored apart; rows that cannot be modelled keep their reason.
+model, number of accelerators and batch; memory is judged by what was tried and did not fit. Runs that their source
+flags are scored apart; rows that cannot be modelled keep their reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from bloomery.planner.questions import Questions, interval_of
 from bloomery.spec.calibration import Calibration
 
 APART = frozenset(
-    "pathological single_iteration noisy_40pct proxy_model source_issue accelerator_unknown finetune dtype_unknown".split()
+    {
+        "pathological",
+        "single_iteration",
+        "noisy_40pct",
+        "proxy_model",
+        "source_issue",
+        "accelerator_unknown",
+        "finetune",
+        "dtype_unknown",
+    }
 )
 """Flags of runs that are left out of headline figures."""
 FEWEST_LAYOUTS = 3
