@@ -11,7 +11,7 @@ A constant moves only as far from its prior as the runs insist; one that no run 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,7 +37,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "link_factor": 0.3,
         "link_latency_s": 0.7,
         "network_factor": 0.3,
-        "network_latency_s": 0.7,
+        "network_latency_s": 0.4,
     },
     "stacks": {
         "traffic": 0.3,
@@ -49,6 +49,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "pipeline_stall_s": 2.0,
         "link_factor": 0.4,
         "network_factor": 0.5,
+        "network_latency_factor": 1.0,
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
@@ -79,9 +80,8 @@ class Constant:
         return SPREADS[self.section][self.field]
 
 
-def constants_of(questions: Questions, table: Calibration, without: Iterable[str] = ()) -> list[Constant]:
-    """Every constant that some run may feel, but for the fields in `without`."""
-    left_out = set(without)
+def constants_of(questions: Questions, table: Calibration) -> list[Constant]:
+    """Every constant that some run may feel."""
     owners = {
         "architectures": {table.architecture_of(group.example.cluster.accelerator.name) for group in questions.groups},
         "stacks": {group.stack for group in questions.groups},
@@ -91,7 +91,6 @@ def constants_of(questions: Questions, table: Calibration, without: Iterable[str
         for section, fields in SPREADS.items()
         for owner in sorted(owners[section])
         for field in fields
-        if field not in left_out
     ]
 
 
@@ -172,18 +171,15 @@ class Problem:
         return np.array([np.log(value_in(self.table, c) / c.prior) / c.spread for c in self.constants])
 
 
-def fit(questions: Questions, table: Calibration, *, without: Iterable[str] = (), rounds: int = 12) -> Calibration:
+def fit(questions: Questions, table: Calibration, *, fixed: Collection[Constant] = (), rounds: int = 12) -> Calibration:
     """The calibration that agrees best with `questions` (all measured), starting from `table`.
 
-    `without`: fields that keep their priors, for ablations.
+    `fixed` constants keep the table's values; `rounds`: steps of the search at most.
     """
     from scipy.optimize import least_squares
 
-    fixed = set(without)
-    if fixed:
-        priors = [c for c in constants_of(questions, table) if c.field in fixed]
-        table = with_values(table, priors, [c.prior for c in priors])
-    problem = Problem(questions, table, tuple(constants_of(questions, table, fixed)))
+    free = tuple(constant for constant in constants_of(questions, table) if constant not in fixed)
+    problem = Problem(questions, table, free)
     found = least_squares(
         problem.residuals,
         problem.start(),

@@ -122,7 +122,7 @@ def settings(run: Published, table: Calibration) -> tuple[Cluster, Stack]:
     tiers = tuple(
         constants.link(tier, software.link_factor)
         if tier.name == LINK
-        else constants.network(tier, software.network_factor)
+        else constants.network(tier, software.network_factor, software.network_latency_factor)
         for tier in run.cluster.tiers
     )
     chip = constants.accelerator(run.cluster.accelerator)

@@ -62,10 +62,10 @@ class ArchitectureConstants(Noun):
         factors = dict.fromkeys(OPERATIONS, self.link_factor * factor)
         return tier.model_copy(update={"op_factor": factors, "latency_s": self.link_latency_s})
 
-    def network(self, tier: Tier, factor: float = 1.0) -> Tier:
-        """The tier between nodes; `factor`: a stack's over the usual."""
+    def network(self, tier: Tier, factor: float = 1.0, latency_factor: float = 1.0) -> Tier:
+        """The tier between nodes; the factors: a stack's over the usual."""
         factors = dict.fromkeys(OPERATIONS, self.network_factor * factor)
-        return tier.model_copy(update={"op_factor": factors, "latency_s": self.network_latency_s})
+        return tier.model_copy(update={"op_factor": factors, "latency_s": latency_factor * self.network_latency_s})
 
 
 class StackConstants(Noun):
@@ -80,6 +80,7 @@ class StackConstants(Noun):
     pipeline_stall_s: float = Field(default=3e-5, gt=0, description="wait of a collective behind pipeline messages")
     link_factor: float = Field(default=1.0, gt=0, description="its messages inside a node over the usual")
     network_factor: float = Field(default=1.0, gt=0, description="its messages between nodes (site and software)")
+    network_latency_factor: float = Field(default=1.0, gt=0, description="the latency of its site's network")
 
 
 class Interval(Noun):

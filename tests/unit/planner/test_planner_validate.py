@@ -1,0 +1,166 @@
+"""Published runs: what can be modelled is scored, what cannot keeps its reason, and the scores are what they say."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bloomery.planner.calibrate import Constant, constants_of, fit, value_in, with_values
+from bloomery.planner.published import Published, Unusable, published, read_rows, usable
+from bloomery.planner.questions import Questions
+from bloomery.planner.validate import validate
+from bloomery.spec.calibration import Calibration, calibration, calibration_yaml, read_calibration
+from bloomery.spec.errors import InputError
+
+KORTHIKANTI = Path(__file__).with_name("korthikanti_2022.csv")
+
+
+def row(**changes: Any) -> dict[str, str]:
+    """A run that can be modelled; changes as text."""
+    base = dict.fromkeys(read_rows(KORTHIKANTI)[0], "") | read_rows(KORTHIKANTI)[2]
+    return {**base, **{key: str(value) for key, value in changes.items()}}
+
+
+def grid(table: Calibration) -> list[dict[str, str]]:
+    """A grid of layouts that take exactly as long as a calibration says."""
+    rows = [
+        row(id=f"{hidden}-{tp}-{pp}-{micro}", hidden=hidden, heads=16, layers=24, tp=tp, pp=pp, vpp=1, dp=8 // tp // pp,
+            n_gpus=8, micro_batch=micro, global_batch=64, iteration_time_s=1)
+        for hidden in (1024, 4096) for tp in (1, 4) for pp in (1, 2) for micro in (1, 4)
+    ]  # fmt: skip
+    questions = Questions.of([published(one) for one in rows])
+    return [{**one, "iteration_time_s": str(s)} for one, s in zip(rows, questions.predict_s(table), strict=True)]
+
+
+def test_korthikantis_eight_runs_are_predicted_with_the_constants_that_everything_uses() -> None:
+    found = validate(read_rows(KORTHIKANTI), calibration())
+    assert found.overall is not None and found.overall.n == 8
+    assert found.overall.mape < 0.06
+    assert all(abs(line.ratio - 1) < 0.12 for line in found.rows)
+
+
+def test_runs_that_take_as_long_as_predicted_have_no_error_and_the_right_order() -> None:
+    found = validate(grid(calibration()), calibration())
+    assert found.overall is not None and found.ranking is not None
+    assert found.overall.mape == pytest.approx(0, abs=1e-12)
+    assert found.overall.covered == 1
+    assert (found.ranking.groups, found.ranking.regret) == (2, 0)
+    assert found.ranking.kendall_tau == pytest.approx(1)
+
+
+def test_regret_is_what_following_the_prediction_costs() -> None:
+    rows = [one for one in grid(calibration()) if one["hidden"] == "4096"]
+    times = sorted(float(one["iteration_time_s"]) for one in rows)
+    fastest = next(one for one in rows if float(one["iteration_time_s"]) == times[0])
+    fastest["iteration_time_s"] = str(2 * times[1])
+    found = validate(rows, calibration())
+    assert found.ranking is not None
+    assert found.ranking.regret == pytest.approx(1)
+
+
+def test_rows_that_cannot_be_modelled_are_counted_with_their_reason() -> None:
+    rows = [row(id="a"), row(id="b", accelerator="TPU v5p"), row(id="c", tp=""), row(id="d", n_gpus=63)]
+    found = validate(rows, calibration())
+    assert [bool(line.skipped_reason) for line in found.rows] == [False, True, True, True]
+    assert sum(found.skipped.values()) == 3
+    assert any("TPU" in reason for reason in found.skipped)
+
+
+def test_flagged_runs_are_scored_apart() -> None:
+    found = validate([row(id="a"), row(id="b", flags="noisy_40pct", iteration_time_s=99)], calibration())
+    assert found.overall is not None and found.overall.n == 1
+    assert [score.n for score in found.flagged.values()] == [1]
+
+
+def test_what_ran_out_of_memory_judges_the_memory_model() -> None:
+    fits = row(id="a")
+    bursts = row(id="b", tp=1, pp=1, vpp=1, dp=64, iteration_time_s="", outcome="OOM")
+    found = validate([fits], calibration(), memory_rows=[bursts, {**bursts, "outcome": "OTHER_ERROR"}])
+    assert found.memory is not None
+    assert (found.memory.precision, found.memory.recall, found.memory.out_of_memory) == (1, 1, 1)
+    assert found.rows[-1].p_fits is not None and found.rows[-1].p_fits < 1e-3
+    assert found.rows[0].p_fits is not None and found.rows[0].p_fits > 0.9
+
+
+def test_a_fit_finds_the_constants_that_made_the_runs() -> None:
+    bare = Calibration(generations=calibration().generations)
+    constants = [
+        Constant("architectures", "ampere", "gemm_ceiling"),
+        Constant("architectures", "ampere", "launch_s"),
+        Constant("architectures", "ampere", "link_factor"),
+    ]
+    truth = with_values(bare, constants, [0.62, 9e-6, 1.6])
+    runs = [published(one) for one in grid(truth)]
+    questions = Questions.of(runs)
+    before = np.abs(np.log(questions.predict_s(bare) / questions.measured_s)).mean()
+    found = fit(questions, bare, rounds=8)
+    after = np.abs(np.log(questions.predict_s(found) / questions.measured_s)).mean()
+    assert before > 0.1 and after < 0.02
+    # The host's rate and its stack's share of it are felt together.
+    launch_s = value_in(found, constants[1]) * value_in(found, Constant("stacks", "megatron", "host_factor"))
+    assert launch_s == pytest.approx(9e-6, rel=0.15)
+    untouched = Constant("stacks", "megatron", "network_factor")
+    assert value_in(found, untouched) == pytest.approx(untouched.prior)
+
+
+def test_a_constant_that_is_fixed_stays() -> None:
+    bare = Calibration(generations=calibration().generations)
+    questions = Questions.of([published(one) for one in grid(bare)[:4]])
+    fixed = [c for c in constants_of(questions, bare) if c.field == "launch_s"]
+    held = fit(questions, with_values(bare, fixed, [1e-9]), fixed=fixed, rounds=2)
+    assert value_in(held, fixed[0]) == 1e-9
+
+
+def test_a_calibration_file_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "calibration.yaml"
+    path.write_text(calibration_yaml(calibration()), encoding="utf-8")
+    assert read_calibration(path).architectures == calibration().architectures
+    path.write_text("architectures: {ampere: {gemm_cieling: 0.7}}", encoding="utf-8")
+    with pytest.raises(InputError, match="gemm_ceiling"):
+        read_calibration(path)
+
+
+def test_a_last_micro_batch_may_be_smaller() -> None:
+    whole, ragged = published(row(global_batch=64, micro_batch=3)), published(row(global_batch=64, micro_batch=1))
+    assert whole.scale * whole.global_batch == pytest.approx(64)
+    assert ragged.scale == 1
+
+
+@pytest.mark.parametrize("change", [{"heads": "x"}, {"kv_heads": 7}, {"pp": 97, "tp": 1, "n_gpus": 97}])
+def test_contradictions_make_a_row_unusable(change: dict[str, Any]) -> None:
+    with pytest.raises(Unusable):
+        published(row(**change))
+
+
+def test_the_command_says_json_and_draws_a_page(tmp_path: Path) -> None:
+    plot = tmp_path / "page.html"
+    command = [sys.executable, "-m", "bloomery", "validate", str(KORTHIKANTI), "--plot", str(plot), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert {"rows", "groups", "overall", "ranking", "memory"} <= set(answer)
+    assert {"id", "measured_s", "predicted_s", "low_s", "high_s", "predicted_peak_bytes", "fits", "p_fits",
+            "skipped_reason"} <= set(answer["rows"][0])  # fmt: skip
+    assert "175b-full" in plot.read_text(encoding="utf-8")
+
+
+def test_a_file_without_the_columns_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["id", "source"], ["a", "b"]])
+    done = subprocess.run([sys.executable, "-m", "bloomery", "validate", str(path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "accelerator" in done.stderr
+
+
+def test_every_usable_row_keeps_its_place() -> None:
+    rows = [row(id="a"), row(id="b", accelerator=""), row(id="c")]
+    kinds = [isinstance(question, Published) for _, question in usable(rows)]
+    assert kinds == [True, False, True]
