@@ -11,6 +11,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Text to tokenizer and token shards.",
 )
 
@@ -23,7 +24,10 @@ def build(
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Read text, train the tokenizer, write token shards; says what was dropped and why."""
+    """Text to tokenizer to token shards; what was dropped and why.
+
+    Without --text or `data.text` it reads the text this machine has: Python's standard library and /usr/share/doc.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -69,7 +73,7 @@ def inspect(
     seq_len: Annotated[int, typer.Option(help="Length of the sample in tokens.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="JSON output.")] = False,
 ) -> None:
-    """What was built, verified; or one sample with the documents it came from."""
+    """What was built, verified; or one sample and its documents."""
     from bloomery.cli.console import print_json
     from bloomery.data import tokenizer
     from bloomery.data.build import read_report
