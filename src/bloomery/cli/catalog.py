@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
+LEAST_SOURCE = 10
 KINDS = ("models", "accelerators", "clusters")
 
 
@@ -31,9 +32,10 @@ def catalog(
         print_json(tables[kind] if kind else tables)
         return
     console = Console()
-    console.width = WIDTH
+    width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    console.width = width
     for name in kinds:
-        console.print(_table(name))
+        console.print(_table(name, width))
 
 
 def _entries(kind: str) -> list[dict[str, Any]]:
@@ -52,17 +54,19 @@ def _entries(kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def _table(kind: str) -> Table:
-    """One table of at most 100 columns; the source is cut where it does not fit (--json has all of it)."""
+def _table(kind: str, width: int) -> Table:
+    """One table of `width` columns; the source is cut, or left out, where it does not fit (--json has it)."""
     from rich.table import Table
 
     columns, row = {"models": _model, "accelerators": _accelerator, "clusters": _cluster}[kind]()
     table = Table(title=kind, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     rows = [row(entry) for entry in _entries(kind)]
     widths = [max(len(column), *(len(cells[i]) for cells in rows)) for i, column in enumerate(columns)]
-    widths[-1] = WIDTH - sum(widths[:-1]) - 2 * (len(columns) - 1)
-    for column, width in zip(columns, widths, strict=True):
-        table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+    widths[-1] = width - sum(widths[:-1]) - 2 * (len(columns) - 1)
+    if widths[-1] < LEAST_SOURCE:
+        columns, widths, rows = columns[:-1], widths[:-1], [cells[:-1] for cells in rows]
+    for column, room in zip(columns, widths, strict=True):
+        table.add_column(column, width=room, no_wrap=True, overflow="ellipsis")
     for cells in rows:
         table.add_row(*cells)
     return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ def one_line_errors() -> Iterator[None]:
         name = f"{error.filename}: " if error.filename else ""
         print(f"error: {name}{(error.strerror or str(error)).lower()}", file=sys.stderr)
         raise SystemExit(2 if error.errno in WRONG_PLACE else 1) from None
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Remarks on standard error, where they do not mix with what a program reads."""
+    for line in lines:
+        print(f"note: {line}; passed over", file=sys.stderr)
 
 
 def require_run(run_dir: Path) -> None:

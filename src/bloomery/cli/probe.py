@@ -19,9 +19,10 @@ def probe(
     from rich.table import Table
 
     from bloomery.cli.console import print_json
-    from bloomery.cluster.probe import cut_sizes, write_cluster
+    from bloomery.cluster.probe import check_target, cut_sizes, write_cluster
     from bloomery.cluster.probe import probe as measure_machine
 
+    check_target(out)
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:

@@ -20,7 +20,7 @@ def serve(
     """Serve /v1/models, /v1/completions and /v1/chat/completions."""
     import sys
 
-    from bloomery.cli.console import require_run
+    from bloomery.cli.console import require_run, warn
 
     require_run(run_dir)
     from bloomery.serve.server import listen, read_token, serve_forever
@@ -29,6 +29,7 @@ def serve(
     token = read_token(token_file, host)
     listener = listen(host, port)
     talker = open_talker(run_dir, stage)
+    warn(talker.skipped)
     address = f"http://{host}:{listener.getsockname()[1]}/v1"
     print(f"{run_dir}: {talker.stage} at {address}; Ctrl-C ends", file=sys.stderr, flush=True)
     serve_forever(talker, listener, token=token)

@@ -5,6 +5,7 @@ Nothing a file says is ever executed.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
@@ -86,6 +87,19 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError("a mapping is expected", where=str(path), found=type(values).__name__)
+    return values
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file. Raises InputError when it is missing, torn or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error})", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise InputError("a JSON object is expected", where=str(path), found=type(values).__name__)
     return values
 
 
