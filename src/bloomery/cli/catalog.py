@@ -15,7 +15,9 @@ KINDS = ("models", "accelerators", "clusters")
 
 
 def catalog(
-    kind: Annotated[str, typer.Argument(help="models, accelerators or clusters; all three when left out.")] = "",
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="models, accelerators or clusters; all three when left out.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """List what a run.yaml can name: models, accelerators and clusters, each with its source."""

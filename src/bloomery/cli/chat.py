@@ -20,7 +20,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Repeatable answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --message: the answer as JSON.")] = False,
 ) -> None:
-    """Talk to a trained model. /new starts over, /quit ends."""
+    """Talk to a trained model, at the terminal or line by line from a pipe. /new starts over, /quit ends."""
     import sys
 
     from bloomery.cli.console import print_json, require_run, warn

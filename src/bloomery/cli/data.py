@@ -18,10 +18,12 @@ app = typer.Typer(
 
 @app.command()
 def build(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The description.")],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
     text: Annotated[list[Path] | None, typer.Option(help="Folder or file of text; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the shards go.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Text to tokenizer to token shards; what was dropped and why.

@@ -10,10 +10,13 @@ import typer
 
 def probe(
     out: Annotated[Path, typer.Option(help="The cluster file to write.")] = Path("machine.yaml"),
-    quick: Annotated[bool, typer.Option("--quick", help="Half the time, more noise.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less time, more noise.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cluster as JSON.")] = False,
 ) -> None:
-    """Measure GEMM by shape, attention, memory, launches, links between processes and disk."""
+    """Measure this machine: GEMM by shape, attention, memory, launches, links between processes and disk.
+
+    Name the file it writes as `cluster:` in a run.yaml, or with `bloomery plan --cluster`. Let the machine be quiet.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table

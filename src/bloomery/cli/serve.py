@@ -17,7 +17,10 @@ def serve(
     token_file: Annotated[Path | None, typer.Option(help="File with the bearer token requests must show.")] = None,
     stage: Annotated[str, typer.Option(help="pretrain or an alignment stage (default: the last).")] = "",
 ) -> None:
-    """Serve /v1/models, /v1/completions and /v1/chat/completions."""
+    """Serve /v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients speak them.
+
+    Try it: curl 127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "import "}'
+    """
     import sys
 
     from bloomery.cli.console import require_run, warn
