@@ -182,16 +182,17 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     """
     checkpoints = folder / "checkpoints"
     check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints)
-    if not fresh and checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
-        changed = job.changes_since(read_job(folder))
-        if changed:
-            problem = f"trained before with another {', '.join(changed)}; --fresh starts over, another name keeps both"
-            raise InputError(problem, where=str(folder))
     with run_lock(folder):
         if fresh:
             _clear(folder)
-        elif is_finished(folder):
-            return read_job(folder)
+        elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
+            earlier = read_job(folder)
+            changed = ", ".join(job.changes_since(earlier))
+            if changed:
+                problem = f"trained before with another {changed}; --fresh starts over, another name keeps both"
+                raise InputError(problem, where=str(folder))
+            if is_finished(folder):
+                return earlier
         if run_yaml:
             write_atomically(folder / "run.yaml", run_yaml)
         write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
