@@ -134,6 +134,24 @@ def test_no_disk_space_is_said_before_anything_is_written(tmp_path: Path, full_d
     assert [file.name for file in full_disk.rglob("*") if file.is_file()] == ["others"]
 
 
+def test_a_disk_too_small_for_checkpoints_is_said_before_training(tmp_path: Path, full_disk: Path) -> None:
+    text = {"vocab": 512, "text": [str(Path(json.__file__).parent)], "folder": str(tmp_path / "data")}
+    assert bloomery("data", "build", run_file(tmp_path, data=text), cwd=tmp_path).returncode == 0
+    path = run_file(tmp_path, data=text, out=str(full_disk / "runs"))
+    refused(bloomery("train", path, cwd=tmp_path), "no space left for checkpoints", str(full_disk))
+    assert not list(full_disk.iterdir())
+
+
+def test_training_again_under_another_description_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = run_file(tmp_path, data={"vocab": 512, "text": [str(Path(json.__file__).parent)]})
+    for verb in (["data", "build"], ["train"]):
+        assert bloomery(*verb, path, cwd=tmp_path).returncode == 0
+    run_dir = tmp_path / "runs" / "tiny"
+    before = {file: file.read_bytes() for file in run_dir.glob("*.*")}
+    refused(bloomery("train", path, "--set", "model.layers=3", cwd=tmp_path), "another model", "--fresh")
+    assert {file: file.read_bytes() for file in run_dir.glob("*.*")} == before
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     path = run_file(tmp_path, data={"vocab": 512, "text": [str(Path(json.__file__).parent)]})
     for verb in (["data", "build"], ["train"]):

@@ -9,12 +9,17 @@ import typer
 
 
 def align(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The description.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary at the end.")] = False,
 ) -> None:
-    """Run the alignment stages, each from the newest checkpoint of the one before."""
+    """Run the stages under `align:` (supervised fine-tuning), each from the newest checkpoint of the one before.
+
+    Comes after `bloomery train`. The pairs are those of the data build: your file, or made from the text.
+    """
     import sys
 
     from bloomery.align.stages import stage_folder, starting_point

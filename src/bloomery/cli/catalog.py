@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
+LEAST_SOURCE = 10
 KINDS = ("models", "accelerators", "clusters", "failures")
 
 
 def catalog(
-    kind: Annotated[str, typer.Argument(help="models, accelerators, clusters or failures; all when left out.")] = "",
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="models, accelerators, clusters or failures; all when left out.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """List what a run.yaml can name: models, accelerators, clusters and failure rates, each with its source."""
@@ -31,9 +34,10 @@ def catalog(
         print_json(tables[kind] if kind else tables)
         return
     console = Console()
-    console.width = WIDTH
+    width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    console.width = width
     for name in kinds:
-        console.print(_table(name))
+        console.print(_table(name, width))
 
 
 def _entries(kind: str) -> list[dict[str, Any]]:
@@ -54,8 +58,8 @@ def _entries(kind: str) -> list[dict[str, Any]]:
     ]
 
 
-def _table(kind: str) -> Table:
-    """One table of at most 100 columns; the source is cut where it does not fit (--json has all of it)."""
+def _table(kind: str, width: int) -> Table:
+    """One table of `width` columns; the source is cut, or left out, where it does not fit (--json has it)."""
     from rich.table import Table
 
     kinds = {"models": _model, "accelerators": _accelerator, "clusters": _cluster, "failures": _failure_rate}
@@ -63,9 +67,11 @@ def _table(kind: str) -> Table:
     table = Table(title=kind, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     rows = [row(entry) for entry in _entries(kind)]
     widths = [max(len(column), *(len(cells[i]) for cells in rows)) for i, column in enumerate(columns)]
-    widths[-1] = WIDTH - sum(widths[:-1]) - 2 * (len(columns) - 1)
-    for column, width in zip(columns, widths, strict=True):
-        table.add_column(column, width=width, no_wrap=True, overflow="ellipsis")
+    widths[-1] = width - sum(widths[:-1]) - 2 * (len(columns) - 1)
+    if widths[-1] < LEAST_SOURCE:
+        columns, widths, rows = columns[:-1], widths[:-1], [cells[:-1] for cells in rows]
+    for column, room in zip(columns, widths, strict=True):
+        table.add_column(column, width=room, no_wrap=True, overflow="ellipsis")
     for cells in rows:
         table.add_row(*cells)
     return table

@@ -20,10 +20,10 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Repeatable answers.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="With --message: the answer as JSON.")] = False,
 ) -> None:
-    """Talk to a trained model. /new starts over, /quit ends."""
+    """Talk to a trained model, at the terminal or line by line from a pipe. /new starts over, /quit ends."""
     import sys
 
-    from bloomery.cli.console import print_json, require_run
+    from bloomery.cli.console import print_json, require_run, warn
 
     require_run(run_dir)
     from bloomery.model.generate import Sampling
@@ -34,7 +34,9 @@ def chat(
     if as_json and not message:
         raise InputError("needs --message", where="--json")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    conversation = Conversation(open_talker(run_dir, stage), max_new=max_tokens, sampling=sampling)
+    talker = open_talker(run_dir, stage)
+    warn(talker.skipped)
+    conversation = Conversation(talker, max_new=max_tokens, sampling=sampling)
 
     def show(piece: str) -> None:
         sys.stdout.write(piece)
@@ -44,12 +46,12 @@ def chat(
         answer = conversation.say(message, (lambda _: None) if as_json else show)
         if as_json:
             usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-            print_json({"answer": answer.text, "stage": conversation.talker.stage, **usage})
+            print_json({"answer": answer.text, "stage": talker.stage, **usage})
         else:
             show("\n")
         return
     if sys.stdin.isatty():
-        print(f"{run_dir}: {conversation.talker.stage}; /new starts over, /quit ends", file=sys.stderr)
+        print(f"{run_dir}: {talker.stage}; /new starts over, /quit ends", file=sys.stderr)
     converse(conversation, _lines(), show)
 
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bloomery.spec.errors import BloomeryError, InputError
+
+WRONG_PLACE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+}
+"""Errors of the system that the user puts right by naming another file or folder, or by making room: wrong input."""
 
 
 def print_json(value: Any) -> None:
@@ -32,8 +45,14 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2 if error.errno == errno.ENOSPC else 1) from None
+        print(f"error: {name}{(error.strerror or str(error)).lower()}", file=sys.stderr)
+        raise SystemExit(2 if error.errno in WRONG_PLACE else 1) from None
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Remarks on standard error, where they do not mix with what a program reads."""
+    for line in lines:
+        print(f"note: {line}; passed over", file=sys.stderr)
 
 
 def require_run(run_dir: Path) -> None:

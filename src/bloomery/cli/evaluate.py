@@ -17,13 +17,14 @@ def evaluate(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from bloomery.cli.console import print_json, require_run
+    from bloomery.cli.console import print_json, require_run, warn
 
     require_run(run_dir)
     from bloomery.evaluate.stages import evaluate_run
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def show(stage: str, done: int, total: int) -> None:
@@ -32,6 +33,7 @@ def evaluate(
             bars.update(tasks[stage], completed=done)
 
         result = evaluate_run(run_dir, max_tokens=max_tokens, progress=show)
+    warn(result.get("skipped", []))
     if as_json:
         print_json(result)
         return

@@ -17,13 +17,14 @@ def export(
     """Write a Hugging Face directory: config.json, model.safetensors, tokenizer.json."""
     import sys
 
-    from bloomery.cli.console import print_json, require_run
+    from bloomery.cli.console import print_json, require_run, warn
 
     require_run(run_dir)
     from bloomery.evaluate.huggingface import export_run
     from bloomery.evaluate.opening import open_run
 
     opened = open_run(run_dir)
+    warn(opened.skipped)
     chosen = stage or opened.last_stage()
     target = export_run(opened, out or run_dir / "huggingface", stage=chosen)
     if as_json:

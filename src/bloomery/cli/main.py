@@ -9,27 +9,31 @@ import importlib
 import sys
 
 import typer
+from typer.exceptions import Abort, TyperException
 
 from bloomery.cli.console import one_line_errors
-from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.errors import InputError, in_plain_words, nearest_match
 
 VERBS: dict[str, tuple[str, str]] = {
-    "plan": ("plan:plan", "Best layouts for a run, with time, memory, MFU, cost; why the others lost."),
+    "plan": ("plan:plan", "The best layouts of a run: time, memory, MFU, cost, and why."),
     "validate": ("validate:validate", "Predicted against measured for published training runs."),
-    "probe": ("probe:probe", "Measure this machine and write a calibrated cluster file."),
-    "data": ("data:app", "Text to tokenizer and token shards; inspect what was built."),
-    "train": ("train:train", "Pre-train as planned; resumes by itself."),
-    "align": ("align:align", "Run the alignment stages of a run."),
+    "probe": ("probe:probe", "Measure this machine; writes a calibrated cluster file."),
+    "data": ("data:app", "build: text to tokenizer and token shards; inspect them."),
+    "train": ("train:train", "Pre-train as planned; the same command resumes."),
+    "align": ("align:align", "The alignment stages of a run: supervised fine-tuning."),
     "evaluate": ("evaluate:evaluate", "Held-out perplexity, bits per byte and completions."),
     "report": ("report:report", "Predicted beside measured: one self-contained HTML page."),
     "chat": ("chat:chat", "Talk to a trained model."),
     "serve": ("serve:serve", "An OpenAI-compatible HTTP server for a trained model."),
     "export": ("export:export", "Write a Hugging Face directory."),
-    "import": ("export:import_", "Read a Hugging Face directory into a run."),
-    "runs": ("runs:runs", "What has been run here."),
-    "catalog": ("catalog:catalog", "The models, accelerators, clusters and failure rates known by name."),
+    "import": ("export:import_", "Read a Hugging Face directory into a run folder."),
+    "runs": ("runs:runs", "What has been run here, best first."),
+    "catalog": ("catalog:catalog", "Models, accelerators, clusters, failure rates by name."),
     "demo": ("demo:demo", "The whole chain on this machine in minutes, on real text."),
 }
+
+
+EPILOG = "Start with `bloomery demo`, or write a run.yaml (see examples/) and `bloomery plan` it."
 
 
 def _verb_app(name: str) -> typer.Typer:
@@ -45,7 +49,13 @@ def _verb_app(name: str) -> typer.Typer:
 
 def _root_app() -> typer.Typer:
     """The program without a verb: help and version, no verb's file imported."""
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    app = typer.Typer(
+        add_completion=False,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich takes longer to import than the help takes to read
+        epilog=EPILOG,
+    )
 
     @app.callback(invoke_without_command=True)
     def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
@@ -60,13 +70,27 @@ def _root_app() -> typer.Typer:
     return app
 
 
+def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
+    """Run a program; what its options refuse is one line like every other."""
+    try:
+        code = app(args=arguments, prog_name=name, standalone_mode=False)
+    except TyperException as error:
+        problem = in_plain_words(" ".join(error.format_message().split()).rstrip("."))
+        raise InputError(f"{problem}; see `{name} --help`", where=name) from None
+    except Abort:
+        raise KeyboardInterrupt from None
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
+
+
 def main() -> None:
-    """The console script."""
+    """The console script; without a verb it prints the help."""
     with one_line_errors():
-        verb = sys.argv[1] if len(sys.argv) > 1 else ""
+        verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
         if verb in VERBS:
-            _verb_app(verb)(args=sys.argv[2:], prog_name=f"bloomery {verb}")
-        elif verb and not verb.startswith("-"):
+            alone = verb == "data" and len(sys.argv) == 2
+            _called(_verb_app(verb), ["--help"] if alone else sys.argv[2:], f"bloomery {verb}")
+        elif not verb.startswith("-"):
             raise InputError("no such verb", where=verb, accepted=VERBS, nearest=nearest_match(verb, VERBS))
         else:
-            _root_app()(prog_name="bloomery")
+            _called(_root_app(), [verb, *sys.argv[2:]], "bloomery")

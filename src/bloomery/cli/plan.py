@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 
 def plan(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Override, as in train.global_batch=64.")] = None,
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
+    ] = None,
     cluster: Annotated[str | None, typer.Option(help="A cluster file or a name from the catalog.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many layouts to show.")] = 10,
     layout: Annotated[str | None, typer.Option(help="A layout to show beside the best: tp=2,pp=2,dp=2.")] = None,
@@ -37,9 +39,9 @@ def plan(
     page: Annotated[Path | None, typer.Option(help="Write everything as one self-contained HTML page.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """Best layouts for a run, with time, memory, MFU, cost; why the others lost.
+    """The best layouts of a run, with time, memory, MFU, cost; why the first won and why the others lost.
 
-    Exit code 2 on wrong input, 3 when nothing fits in memory.
+    Nothing is run and nothing is written. Exit code 2 on wrong input, 3 when nothing fits in memory.
     """
     from bloomery.cli.console import print_json
     from bloomery.planner.search import answer, search

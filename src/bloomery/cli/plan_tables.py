@@ -9,6 +9,9 @@ from bloomery.planner.result import Plan, Row
 
 GIB = float(2**30)
 WIDTH = 100
+FULL_WIDTH = 92
+"""Narrower terminals are shown fewer columns: one cut short would show a wrong figure."""
+LEFT_OUT = ("90 %", "top loss")
 BAR = 40
 
 
@@ -22,8 +25,9 @@ def console_of_tables() -> Console:
 def print_plan(console: Console, plan: Plan) -> None:
     """Layouts, what they mean for the whole run, why the first one won, what was refused."""
     _print_head(console, plan)
-    console.print(_layouts(plan))
-    _print_conventions(console, plan)
+    narrow = console.width < FULL_WIDTH
+    console.print(_layouts(plan, narrow))
+    _print_conventions(console, plan, narrow)
     console.print(_targets(plan))
     _print_target_conventions(console, plan)
     if plan.why:
@@ -48,18 +52,21 @@ def _print_head(console: Console, plan: Plan) -> None:
     )
 
 
-def _layouts(plan: Plan) -> Table:
+def _layouts(plan: Plan, narrow: bool) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("layout", min_width=22)
-    for name in ("step", "90 %", "MFU", "HFU", "GiB of", "top loss"):
+    names = ("step", "90 %", "MFU", "HFU", "GiB of", "top loss")
+    left_out = {names.index(name) for name in LEFT_OUT} if narrow else set[int]()
+    for number, name in enumerate(names):
+        if number in left_out:
+            continue
         table.add_column(name, justify="left" if name == "top loss" else "right", no_wrap=True)
-    for row in plan.best:
-        table.add_row(*_cells(row))
-    if plan.compare:
-        table.add_section()
-    for row in plan.compare:
-        table.add_row(*_cells(row), style="cyan" if row.fits else "red")
+    for row in (*plan.best, *plan.compare):
+        name, layout, *figures = _cells(row)
+        shown = [figure for number, figure in enumerate(figures) if number not in left_out]
+        compared = "cyan" if row.fits else "red"
+        table.add_row(name, layout, *shown, style=compared if row in plan.compare else None)
     return table
 
 
@@ -77,11 +84,12 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _print_conventions(console: Console, plan: Plan) -> None:
+def _print_conventions(console: Console, plan: Plan, narrow: bool) -> None:
     """What the columns mean, with the conventions of their figures."""
     lines = [
         plan.best[0].estimate.convention,
-        "every figure is predicted; 90 %: the interval in which the step is expected",
+        "every figure is predicted"
+        + (f"; {WIDTH} columns also show: {', '.join(LEFT_OUT)}" if narrow else "; 90 %: the interval of the step"),
     ]
     rows = (*plan.best, *plan.compare)
     if any(row.obstacles for row in rows):

@@ -10,18 +10,22 @@ import typer
 
 def probe(
     out: Annotated[Path, typer.Option(help="The cluster file to write.")] = Path("machine.yaml"),
-    quick: Annotated[bool, typer.Option("--quick", help="Half the time, more noise.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Less time, more noise.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the cluster as JSON.")] = False,
 ) -> None:
-    """Measure GEMM by shape, attention, memory, launches, links between processes and disk."""
+    """Measure this machine: GEMM by shape, attention, memory, launches, links between processes and disk.
+
+    Name the file it writes as `cluster:` in a run.yaml, or with `bloomery plan --cluster`. Let the machine be quiet.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
     from bloomery.cli.console import print_json
-    from bloomery.cluster.probe import cut_sizes, write_cluster
+    from bloomery.cluster.probe import check_target, cut_sizes, write_cluster
     from bloomery.cluster.probe import probe as measure_machine
 
+    check_target(out)
     columns = (TextColumn("{task.description:32}"), BarColumn(), TimeElapsedColumn())
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:

@@ -13,7 +13,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts of the page as JSON as well.")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
 ) -> None:
-    """Reconcile a run with its plan and write RUN_DIR/report.html."""
+    """Lay what a run took beside what its plan said, and write it to RUN_DIR/report.html (one file, works offline)."""
     from bloomery.cli.console import print_json, require_run
 
     require_run(run_dir)

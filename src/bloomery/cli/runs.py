@@ -9,7 +9,7 @@ import typer
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Where runs are.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
     """List runs, best bits per byte first: model, layout, steps, loss, step time against its plan."""

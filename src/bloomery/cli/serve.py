@@ -17,10 +17,13 @@ def serve(
     token_file: Annotated[Path | None, typer.Option(help="File with the bearer token requests must show.")] = None,
     stage: Annotated[str, typer.Option(help="pretrain or an alignment stage (default: the last).")] = "",
 ) -> None:
-    """Serve /v1/models, /v1/completions and /v1/chat/completions."""
+    """Serve /v1/models, /v1/completions and /v1/chat/completions, as OpenAI's clients speak them.
+
+    Try it: curl 127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"prompt": "import "}'
+    """
     import sys
 
-    from bloomery.cli.console import require_run
+    from bloomery.cli.console import require_run, warn
 
     require_run(run_dir)
     from bloomery.serve.server import listen, read_token, serve_forever
@@ -29,6 +32,7 @@ def serve(
     token = read_token(token_file, host)
     listener = listen(host, port)
     talker = open_talker(run_dir, stage)
+    warn(talker.skipped)
     address = f"http://{host}:{listener.getsockname()[1]}/v1"
     print(f"{run_dir}: {talker.stage} at {address}; Ctrl-C ends", file=sys.stderr, flush=True)
     serve_forever(talker, listener, token=token)

@@ -9,14 +9,19 @@ import typer
 
 
 def train(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="The description.")],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
     layout: Annotated[str, typer.Option(help="tp=2,pp=2,dp=2,...: instead of the planned one.")] = "",
     nproc: Annotated[int | None, typer.Option(help="Number of processes (default: the planner's choice).")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary at the end.")] = False,
 ) -> None:
-    """Pre-train as planned: starts the processes the layout needs, resumes by itself."""
+    """Pre-train as planned, after `bloomery data build`: starts the processes the layout needs itself.
+
+    The same command goes on from the newest checkpoint. Exit code 75: stopped by a signal, after saving.
+    """
     import sys
 
     from bloomery.cli.console import print_json

@@ -10,16 +10,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bloomery.cluster.supervisor import run_lock
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
 from bloomery.perf.estimate import estimate
 from bloomery.planner.search import plan, run_dtype
+from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import to_yaml, write_atomically
-from bloomery.spec.job import JOB_FILE, Job
+from bloomery.spec.files import read_json, to_yaml, write_atomically
+from bloomery.spec.job import JOB_FILE, Job, read_job
 from bloomery.spec.layout import Layout, LayoutBatch, check_layout
+from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
 from bloomery.spec.shard_table import collectives
+
+WRITTEN = (
+    "run.yaml",
+    "plan.json",
+    JOB_FILE,
+    "environment.json",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "events.jsonl",
+    "evaluation.json",
+    "report.html",
+    "checkpoints",
+    "align",
+    "tensorboard",
+)
+"""What a run writes to its folder, its token shards apart: what --fresh removes."""
 
 
 def run_folder(run: Run) -> Path:
@@ -92,10 +111,7 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     folder, data = run_folder(run), data_folder(run)
-    if not (data / "train" / "manifest.json").is_file():
-        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
-    if fresh and folder.exists():
-        _clear(folder, keep=data)
+    require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
     expected = predicted(resolved, layout, dtype)
     job = _job(resolved, layout, dtype, expected["estimate"]).model_copy(
@@ -108,9 +124,8 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
             "global_batch": run.train.global_batch,
         }
     )
-    write_atomically(folder / "run.yaml", to_yaml(resolved.model_dump(mode="json")))
-    _write(folder, job, expected)
-    return folder, job
+    run_yaml = to_yaml(resolved.model_dump(mode="json"))
+    return folder, _settle(folder, job, expected, run_yaml=run_yaml, fresh=fresh)
 
 
 def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, *, fresh: bool) -> tuple[Path, Job]:
@@ -121,8 +136,11 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     train = run.train.model_copy(update={"global_batch": stage.global_batch, "steps": stage.steps, "tokens": None})
     staged = run.model_copy(update={"train": train})
     check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
-    if fresh and folder.exists():
-        _clear(folder, keep=data)
+    if not (data / "pairs" / "manifest.json").is_file():
+        problem = (
+            "no prompt-response pairs: none could be made from the text; name a file in align.0.pairs and build again"
+        )
+        raise InputError(problem, where=str(data))
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     expected = predicted(staged, layout, dtype)
     job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
@@ -138,8 +156,49 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
             "initial": str(initial),
         }
     )
-    _write(folder, job, expected)
-    return folder, job
+    return folder, _settle(folder, job, expected, fresh=fresh)
+
+
+def require_data(run: Run, data: Path) -> None:
+    """Raise InputError unless `data` is a finished build that this run's model can read, held-out text included."""
+    if not (data / "report.json").is_file() or not (data / "train" / "manifest.json").is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
+    used = int(read_json(data / "report.json").get("vocab_used", 0))
+    if used > run.model.vocab:
+        problem = f"its tokenizer has {used} tokens, the model {run.model.vocab}; lower data.vocab and build again"
+        raise InputError(problem, where=str(data))
+    for part in ("train", "heldout"):
+        tokens = int(read_json(data / part / "manifest.json").get("tokens", 0))
+        if tokens <= run.train.seq_len:
+            problem = f"{tokens} tokens are too few for train.seq_len {run.train.seq_len}; name more text"
+            raise InputError(problem, where=str(data / part))
+
+
+def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str = "", fresh: bool) -> Job:
+    """Write a stage to its folder, emptied first when `fresh`; a finished one is left as it is and its job returned.
+
+    Raises InputError, before anything is touched, when another process trains there, when the disk cannot hold the
+    checkpoints, or when checkpoints there were made by another job: a resume must not mix two.
+    """
+    checkpoints = folder / "checkpoints"
+    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints)
+    with run_lock(folder):
+        if fresh:
+            _clear(folder)
+        elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
+            earlier = read_job(folder)
+            changed = ", ".join(job.changes_since(earlier))
+            if changed:
+                problem = f"trained before with another {changed}; --fresh starts over, another name keeps both"
+                raise InputError(problem, where=str(folder))
+            if is_finished(folder):
+                return earlier
+        if run_yaml:
+            write_atomically(folder / "run.yaml", run_yaml)
+        write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
+        write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
+        write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
+    return job
 
 
 def manifest_hash(folder: Path) -> str:
@@ -147,12 +206,12 @@ def manifest_hash(folder: Path) -> str:
     path = folder / "manifest.json"
     if not path.is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
-    return str(json.loads(path.read_text())["content_hash"])
+    return str(read_json(path)["content_hash"])
 
 
 def is_finished(folder: Path) -> bool:
     """True when the stage has trained to its last step."""
-    return any(event["event"] == "finished" for event in read_lines(folder / "events.jsonl"))
+    return any(event.get("event") == "finished" for event in read_lines(folder / "events.jsonl"))
 
 
 def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
@@ -180,15 +239,8 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
     )
 
 
-def _write(folder: Path, job: Job, expected: dict[str, Any]) -> None:
-    write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
-    write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
-    write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
-
-
-def _clear(folder: Path, keep: Path) -> None:
-    """Remove what an earlier run left, but not its token shards."""
-    for path in folder.iterdir():
-        if path.resolve() == keep.resolve() or path.name == ".lock":
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left: the files and folders that training and its reports write, nothing else."""
+    for name in WRITTEN:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

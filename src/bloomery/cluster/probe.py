@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gem
 from bloomery.cluster.supervisor import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import Accelerator, Cluster, Cut, Storage, Tier
-from bloomery.spec.errors import BloomeryError
+from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 
 ATTENTION_SHAPE = (4, 8, 256, 32)
@@ -172,6 +173,18 @@ def _tier(results: list[dict[str, Any]], ranks: int) -> Tier:
         return Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)
     slowest = [max(rows, key=lambda row: median(row["s"])) for rows in zip(*(r["links"] for r in results), strict=True)]
     return fit_tier(slowest, ranks)
+
+
+def check_target(path: Path) -> None:
+    """Raise InputError, before the minute of measuring, when the cluster file could not be written there."""
+    if path.is_dir():
+        raise InputError("a file is expected, this is a folder", where=str(path))
+    folder = path.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < STORAGE_BYTES:
+        problem = f"no space left: the disk is measured with {STORAGE_BYTES / 1e6:.0f} MB, {free / 1e6:.1f} MB are free"
+        raise InputError(problem, where=str(folder))
 
 
 def measure_storage(folder: Path) -> Storage:

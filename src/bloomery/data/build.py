@@ -16,17 +16,21 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.data import pairs as pair_files
-from bloomery.data.readers import Account, Document, default_sources, read_documents, text_files
+from bloomery.data.readers import Account, Document, cut, default_sources, read_documents, text_files
 from bloomery.data.shards import write_tokens
 from bloomery.data.tokenizer import Tokenizer, train
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import write_atomically
+from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.run import Data
 
 REPORT_FILE = "report.json"
 TOKENIZER_BYTES = 8_000_000
 """The tokenizer is trained on about this much text, taken evenly: more changes the merges little."""
 MAX_CHARACTERS = 300_000
+"""A longer document of the machine's own text is a table; one of the user's is a book, and cut into pieces."""
+PIECE_CHARACTERS = 50_000
+GZIP_RATIO = 5
+"""How much larger than its file compressed text is taken to be, when the disk is asked for room."""
 CHUNK = 256
 
 Progress = Callable[[str, int, int], None]
@@ -68,15 +72,13 @@ def build(
     tell = progress or (lambda *_: None)
     sources = [Path(text).expanduser() for text in data.text] or default_sources()
     files = text_files(sources)
+    given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
     finished = read_report(folder)
     if finished and finished.fingerprint == fingerprint:
         finished.reused = True
         return finished
-    free = shutil.disk_usage(_existing(folder)).free
-    if free < 3 * min(data.max_bytes, sum(file.stat().st_size for file in files)) + 2**20:
-        raise InputError(f"no space left for token shards: {free / 1e6:.1f} MB are free", where=str(folder))
-    (folder / REPORT_FILE).unlink(missing_ok=True)
+    _check_space(data, files, folder)
     report = Report(fingerprint, [str(source) for source in sources])
     documents = _timed(report, "read", lambda: _read(data, files, report, tell))
     if not documents:
@@ -84,12 +86,17 @@ def build(
             f"{reason}: {', '.join(report.named[reason][:2])}" for reason in report.dropped if reason in report.named
         )
         raise InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(report.sources))
+    if len(documents) == 1:
+        # One file is a corpus too: a tenth of it is held out.
+        documents = list(cut(documents[0], max(1, len(documents[0].text) // 10)))
+    # From here on an interrupted build must not pass for the one before it.
+    (folder / REPORT_FILE).unlink(missing_ok=True)
     tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     report.vocab_used = tokenizer.size
     _timed(report, "encode", lambda: _shards(data, folder, documents, tokenizer, report, tell))
-    _timed(report, "pairs", lambda: _pairs(folder, documents, tokenizer, pairs_file, max_pairs, report))
+    _timed(report, "pairs", lambda: _pairs(folder, documents, tokenizer, given, max_pairs, report))
     write_atomically(folder / REPORT_FILE, json.dumps(report.to_json(), ensure_ascii=False, indent=1))
     return report
 
@@ -97,7 +104,12 @@ def build(
 def read_report(folder: Path) -> Report | None:
     """The report of a finished build, or None."""
     path = folder / REPORT_FILE
-    return Report(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return Report(**read_json(path))
+    except TypeError:
+        raise InputError("not the report of a data build; remove it and build again", where=str(path)) from None
 
 
 def is_heldout(document: Document, share: float) -> bool:
@@ -113,10 +125,20 @@ def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
 
 
 def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int) -> str:
-    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+    named = [*files, *([Path(pairs_file)] if pairs_file else [])]
+    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.exists()]
     return hashlib.sha256(
         json.dumps([data.model_dump(mode="json"), listing, pairs_file, max_pairs]).encode()
     ).hexdigest()
+
+
+def _check_space(data: Data, files: list[Path], folder: Path) -> None:
+    """Raise InputError when the disk cannot hold the shards of so much text."""
+    text = sum(file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) for file in files if file.is_file())
+    need, free = 3 * min(data.max_bytes, text) + 2**20, shutil.disk_usage(_existing(folder)).free
+    if free < need:
+        problem = f"no space left for token shards: they may take {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
+        raise InputError(problem, where=str(folder))
 
 
 def _existing(folder: Path) -> Path:
@@ -131,9 +153,9 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
         if size >= data.max_bytes:
             break
         report.files += 1
-        for document in read_documents(file, account):
+        for document in _pieces(read_documents(file, account), named=bool(data.text)):
             if len(document.text) > MAX_CHARACTERS:
-                account.drop("longer than 300,000 characters (a table, not prose)", document.path)
+                account.drop("longer than 300,000 characters", document.path)
             elif len(document.text) < data.min_characters:
                 account.drop("too short", document.path)
             elif document.id in seen:
@@ -146,6 +168,15 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
     report.documents_read = account.counts.pop("documents read", 0)
     report.dropped, report.named, report.bytes_text = dict(account.counts), account.named, size
     return kept
+
+
+def _pieces(documents: Iterator[Document], *, named: bool) -> Iterator[Document]:
+    """The documents; long ones of text the user named are cut."""
+    for document in documents:
+        if named and len(document.text) > MAX_CHARACTERS:
+            yield from cut(document, PIECE_CHARACTERS)
+        else:
+            yield document
 
 
 def _evenly(documents: list[Document], tell: Progress) -> Iterator[str]:
@@ -161,9 +192,11 @@ def _evenly(documents: list[Document], tell: Progress) -> Iterator[str]:
 def _shards(
     data: Data, folder: Path, documents: list[Document], tokenizer: Tokenizer, report: Report, tell: Progress
 ) -> None:
-    heldout = [document for document in documents if is_heldout(document, data.holdout)] or documents[:1]
+    heldout = [document for document in documents if is_heldout(document, data.holdout)]
+    if len(heldout) in (0, len(documents)):
+        heldout = documents[:1]
     out = {document.id for document in heldout}
-    training = [document for document in documents if document.id not in out] or documents
+    training = [document for document in documents if document.id not in out]
     done = 0
 
     def encoded(part: list[Document]) -> Iterator[tuple[dict[str, Any], list[int]]]:
@@ -183,12 +216,16 @@ def _shards(
 
 
 def _pairs(
-    folder: Path, documents: list[Document], tokenizer: Tokenizer, pairs_file: str, max_pairs: int, report: Report
+    folder: Path,
+    documents: list[Document],
+    tokenizer: Tokenizer,
+    given: list[tuple[str, str]] | None,
+    max_pairs: int,
+    report: Report,
 ) -> None:
     """The user's pairs, or those the training documents give; none is no error until a stage asks for them."""
-    if pairs_file:
-        found = pair_files.read_pairs(Path(pairs_file))
-    else:
+    found = given
+    if found is None:
         found = [pair for document in documents for pair in pair_files.pairs_of(document)]
     kept = pair_files.chosen(found, max_pairs)
     shutil.rmtree(folder / "pairs", ignore_errors=True)

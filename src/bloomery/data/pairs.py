@@ -47,13 +47,21 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     """The user's pairs: JSON Lines with `prompt` and `response`. Raises InputError with the line of the first fault."""
     if not path.is_file():
         raise InputError("no such file of pairs", where=str(path))
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
             found.append((str(record["prompt"]), str(record["response"])))
         except (ValueError, KeyError, TypeError):
             raise InputError("not a record with prompt and response", where=f"{path}:{number}") from None
+    if not found:
+        raise InputError("no pairs in this file", where=str(path))
     return found
 
 

@@ -78,6 +78,9 @@ def text_files(sources: list[Path]) -> list[Path]:
 
 def read_documents(path: Path, account: Account) -> Iterator[Document]:
     """The documents of one file; none, with the reason in the account, when it cannot be read as text."""
+    if path.exists() and not path.is_file():
+        account.drop("not a plain file", str(path))
+        return
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rb") as stream:
@@ -105,6 +108,18 @@ def document(path: str, text: str) -> Document:
     """A document with lines ended by newline and without trailing blanks."""
     text = "\n".join(line.rstrip() for line in text.splitlines()).strip()
     return Document(hashlib.sha256(text.encode()).hexdigest()[:16], path, text)
+
+
+def cut(whole: Document, longest: int) -> Iterator[Document]:
+    """A document as pieces PATH#1, PATH#2, ... of at most `longest` characters, cut where lines end if they do."""
+    start, number = 0, 0
+    while start < len(whole.text):
+        stop = start + longest
+        line = whole.text.rfind("\n", start + longest // 2, stop)
+        stop = line + 1 if line >= 0 and stop < len(whole.text) else stop
+        number += 1
+        yield document(f"{whole.path}#{number}", whole.text[start:stop])
+        start = stop
 
 
 def decode(raw: bytes, where: str, account: Account) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from bloomery.data.order import sample_at
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
 
 MANIFEST = "manifest.json"
 
@@ -28,20 +29,25 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]], facts: dict[s
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     hashes = {}
-    for name, content in files:
-        with (partial / name).open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        hashes[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-    manifest = {**facts, "content_hash": content_hash, "files": hashes}
-    with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
-        json.dump(manifest, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        for name, content in files:
+            _write(partial / name, content)
+            hashes[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+        manifest = {**facts, "content_hash": content_hash, "files": hashes}
+        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -49,7 +55,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
-    manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     for name, record in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != record["bytes"]:

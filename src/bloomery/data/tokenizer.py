@@ -61,4 +61,7 @@ def load(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise InputError("no tokenizer here; `bloomery data build RUN.yaml` makes it", where=str(folder))
-    return Tokenizer(Backend.from_file(str(path)))
+    try:
+        return Tokenizer(Backend.from_file(str(path)))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"not a tokenizer ({error})", where=str(path)) from None

@@ -7,11 +7,14 @@ GPT-2 is not written or read: its tanh-approximated GELU is not this product's e
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,7 +25,7 @@ from bloomery.model.transformer import Transformer
 from bloomery.spec.catalog import cluster
 from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, sha256_of, write_commit
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters
@@ -69,16 +72,35 @@ def config_of(model: Model, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return {**config, "attention_bias": False, "mlp_bias": False}
 
 
+@contextmanager
+def _whole_or_absent(target: Path) -> Iterator[None]:
+    """Make `target`, which must be absent or empty, and remove what was written to it when the writing fails."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError("already there and not empty", where=str(target))
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException as error:
+        shutil.rmtree(target, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise InputError(f"cannot be written ({error})", where=str(target)) from None
+        raise
+
+
 def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
     """Write a stage of a run as a directory. Raises InputError when it exists with content or has no such names."""
     model, tokenizer = opened.run.model, opened.tokenizer()
     config = config_of(model, tokenizer)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("already there and not empty", where=str(target))
     module = opened.model(stage, device="cpu")
-    target.mkdir(parents=True, exist_ok=True)
     tensors = {to_hugging_face(name, model): p.detach().contiguous() for name, p in module.named_parameters()}
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    with _whole_or_absent(target):
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        _write_settings(target, model, tokenizer, config)
+    return target
+
+
+def _write_settings(target: Path, model: Model, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
+    """The tokenizer and every JSON file; config.json comes last."""
     tokenizer.save(target)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -96,7 +118,6 @@ def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
         ("config.json", config),
     ):
         write_atomically(target / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
-    return target
 
 
 def model_of(config: dict[str, Any], name: str, where: str) -> Model:
@@ -141,8 +162,6 @@ def import_directory(source: Path, target: Path) -> Run:
     config_path = source / "config.json"
     if not config_path.is_file():
         raise InputError("not a Hugging Face directory: config.json is missing", where=str(source))
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError("already there and not empty", where=str(target))
     config = _read_json(config_path)
     model = model_of(config, target.name, str(config_path))
     if not (source / TOKENIZER_FILE).is_file():
@@ -156,23 +175,18 @@ def import_directory(source: Path, target: Path) -> Run:
         out=str(target.parent),
         train=Run.model_fields["train"].default.model_copy(update={"seq_len": min(256, model.max_seq_len)}),
     )
-    _write_checkpoint(target / "checkpoints" / "step_000000", tensors)
-    (target / "data").mkdir(parents=True, exist_ok=True)
-    (target / "data" / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-    write_atomically(target / "run.yaml", to_yaml(run.model_dump(mode="json")))
+    with _whole_or_absent(target):
+        _write_checkpoint(target / "checkpoints" / "step_000000", tensors)
+        (target / "data").mkdir()
+        (target / "data" / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
+        write_atomically(target / "run.yaml", to_yaml(run.model_dump(mode="json")))
     return run
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"larger than {MAX_JSON_BYTES} bytes", where=str(path))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error})", where=str(path)) from None
-    if not isinstance(values, dict):
-        raise InputError("a JSON object is expected", where=str(path))
-    return values
+    return read_json(path)
 
 
 def _read_tensors(source: Path, model: Model) -> list[tuple[Parameter, Tensor]]:
@@ -185,10 +199,13 @@ def _read_tensors(source: Path, model: Model) -> list[tuple[Parameter, Tensor]]:
         file = source / files.get(name, WEIGHTS)
         if file.parent != source or not file.is_file():
             raise InputError("no such safetensors file in the directory", where=str(source), found=file.name)
-        with safe_open(file, framework="pt") as stream:
-            if name not in set(stream.keys()):
-                raise InputError("a tensor is missing", where=str(file), found=name)
-            tensor = stream.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as stream:
+                if name not in set(stream.keys()):
+                    raise InputError("a tensor is missing", where=str(file), found=name)
+                tensor = stream.get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"not a whole safetensors file ({error})", where=str(file)) from None
         if tuple(tensor.shape) != parameter.shape:
             raise InputError(
                 "wrong shape", where=f"{file}: {name}", found=tuple(tensor.shape), accepted=parameter.shape

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from bloomery.model.weights import load_weights
 from bloomery.spec.catalog import read_run
 from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.files import read_json
 from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 
@@ -24,12 +24,16 @@ BEFORE, PRETRAIN = "before", "pretrain"
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run folder: what it says, where its data lies, and the newest good checkpoint of each stage in their order."""
+    """A run folder: what it says, where its data lies, and the newest good checkpoint of each stage in their order.
+
+    `skipped` has a line for each newer checkpoint that did not verify.
+    """
 
     folder: Path
     run: Run
     data: Path
     stages: dict[str, Path]
+    skipped: tuple[str, ...] = ()
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer. Raises InputError when its data folder is gone."""
@@ -38,7 +42,12 @@ class OpenRun:
     def last_stage(self) -> str:
         """The stage furthest along. Raises InputError when nothing was trained."""
         if not self.stages:
-            raise InputError("no checkpoint that verifies: train first", where=str(self.folder / "checkpoints"))
+            problem = (
+                f"no checkpoint that verifies ({self.skipped[0]})"
+                if self.skipped
+                else "no checkpoint here: train first"
+            )
+            raise InputError(problem, where=str(self.folder))
         return list(self.stages)[-1]
 
     def model(self, stage: str = "", *, device: str = "") -> Transformer:
@@ -74,15 +83,14 @@ def open_run(folder: str | Path) -> OpenRun:
         near = nearest_match(folder.name, _names_beside(folder))
         raise InputError("no run here: run.yaml is missing", where=str(folder), nearest=near)
     run = read_run(path)
-    stages = dict[str, Path]()
-    found, _ = newest_good(folder / "checkpoints")
-    if found is not None:
-        stages[PRETRAIN] = found
-    for name in stage_names(folder, run):
-        found, _ = newest_good(folder / "align" / name / "checkpoints")
+    stages, skipped = dict[str, Path](), list[str]()
+    places = {PRETRAIN: folder, **{name: folder / "align" / name for name in stage_names(folder, run)}}
+    for name, place in places.items():
+        found, passed_over = newest_good(place / "checkpoints")
+        skipped += passed_over
         if found is not None:
             stages[name] = found
-    return OpenRun(folder, run, _data_folder(folder, run), stages)
+    return OpenRun(folder, run, _data_folder(folder, run), stages, tuple(skipped))
 
 
 def stage_names(folder: Path, run: Run) -> list[str]:
@@ -98,7 +106,7 @@ def _data_folder(folder: Path, run: Run) -> Path:
     job = folder / "job.json"
     if plain.is_dir() or not job.is_file():
         return plain
-    return Path(str(json.loads(job.read_text(encoding="utf-8")).get("data", plain))).parent
+    return Path(str(read_json(job).get("data", plain))).parent
 
 
 def _names_beside(folder: Path) -> list[str]:

@@ -26,7 +26,7 @@ def evaluate_run(
     """Evaluate the untrained model and every stage; returns and writes the evaluation.
 
     {"before": figures, "pretrain": figures, "align": {stage: figures},
-    "completions": [{"prompt": text, "texts": {stage: text}}]}
+    "completions": [{"prompt": text, "texts": {stage: text}}], "skipped": newer checkpoints that did not verify}
     Raises InputError when the run has no checkpoint or no held-out shards.
     """
     opened = open_run(folder)
@@ -44,6 +44,8 @@ def evaluate_run(
         {"prompt": prompt, "texts": {stage: found[number] for stage, found in texts.items()}}
         for number, prompt in enumerate(prompts)
     ]
+    if opened.skipped:
+        result["skipped"] = list(opened.skipped)
     write_atomically(opened.folder / EVALUATION_FILE, json.dumps(result, indent=1, ensure_ascii=False))
     return result
 

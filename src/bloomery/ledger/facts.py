@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from bloomery.ledger.reconcile import Reconciliation, memory_parts, read_plan, r
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import read_json
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 
@@ -47,13 +47,7 @@ def gather(run_dir: str | Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object, empty when the file is absent. Raises InputError when it is torn."""
-    if not path.is_file():
-        return {}
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"not valid JSON ({error})", where=str(path)) from None
-    return values
+    return read_json(path) if path.is_file() else {}
 
 
 def _alignments(run_dir: Path, run: Run) -> list[Path]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
 from typing import Any
 
 MEASURED, PREDICTED, HELDOUT = "#c2531d", "#9db0bf", "#2f6f6a"
 INK, MUTED, LINE = "#2b2825", "#77716a", "#e8e3dc"
-VISIBLE = 0.0005
 
 Figure = dict[str, Any]
 
@@ -31,38 +31,38 @@ def chart_layout(height: int, **more: Any) -> dict[str, Any]:
         "hoverlabel": {"bgcolor": "#ffffff", "bordercolor": LINE, "font": {"color": INK}},
     }
     for key, value in more.items():
-        base[key] = {**axis, **value} if key.startswith(("xaxis", "yaxis")) else value
+        if key.startswith(("xaxis", "yaxis")):
+            value = {**axis, **value}
+            value["title"] = {"font": {"size": 13, "color": MUTED}, **value.get("title", {})}
+        base[key] = value
     return base
 
 
 def waterfall(shares: list[dict[str, Any]]) -> Figure:
-    """Peak FLOPs on the left, what is useful on the right, between them what was lost; predicted beside measured."""
-    shown = [
-        item
-        for item in shares
-        if item["name"] == "useful"
-        or max(abs(item["share"][side] or 0) for side in ("predicted", "measured")) > VISIBLE
-    ]
+    """Peak FLOPs on the left, what is useful on the right, between them what was lost; predicted beside measured.
+
+    Every kind of loss has its place, with 0 % where there is none, so that the pages of two runs can be compared.
+    """
     traces = []
     for side, color in (("predicted", PREDICTED), ("measured", MEASURED)):
         base, height, left = [0.0], [1.0], 1.0
-        for item in shown[:-1]:
+        for item in shares[:-1]:
             share = item["share"][side] or 0.0
             left -= share
             base.append(left)
             height.append(share)
-        useful = shown[-1]["share"][side] or 0.0
+        useful = shares[-1]["share"][side] or 0.0
         values = [*height, useful]
-        opacity = [0.95] + [0.6] * (len(shown) - 1) + [0.95]
+        opacity = [0.95] + [0.6] * (len(shares) - 1) + [0.95]
         traces.append(
             {
                 "type": "bar",
                 "name": side,
-                "x": ["peak", *(_two_lines(item["label"]) for item in shown)],
+                "x": ["peak", *(_lines(item["label"]) for item in shares)],
                 "y": values,
                 "base": [*base, 0.0],
                 "marker": {"color": color, "opacity": opacity},
-                "text": ["100%", *(f"{value:.1%}" for value in values[1:])],
+                "text": ["100%", *(f"{value:.1%}" if value else "0" for value in values[1:])],
                 "textposition": "outside",
                 "textfont": {"size": 11},
                 "cliponaxis": False,
@@ -75,18 +75,14 @@ def waterfall(shares: list[dict[str, Any]]) -> Figure:
         bargap=0.28,
         bargroupgap=0.08,
         yaxis={"tickformat": ".0%", "range": [0, 1.08], "title": {"text": "share of peak FLOPs"}},
-        xaxis={"gridcolor": "rgba(0,0,0,0)"},
+        xaxis={"gridcolor": "rgba(0,0,0,0)", "tickangle": 0, "tickfont": {"size": 11.5}},
     )
     return {"data": traces, "layout": layout}
 
 
-def _two_lines(label: str) -> str:
-    """A label broken near its middle, so that it stands level under its bars."""
-    words = label.split()
-    if len(label) < 12 or len(words) < 2:
-        return label
-    best = min(range(1, len(words)), key=lambda i: abs(len(" ".join(words[:i])) - len(" ".join(words[i:]))))
-    return " ".join(words[:best]) + "<br>" + " ".join(words[best:])
+def _lines(label: str) -> str:
+    """A label on as many short lines as it takes to stand level under its bars."""
+    return "<br>".join(wrap(label, 13, break_long_words=False))
 
 
 def loss(stages: list[dict[str, Any]]) -> Figure:

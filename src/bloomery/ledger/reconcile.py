@@ -57,6 +57,9 @@ WATERFALL: dict[str, tuple[str, tuple[str, ...]]] = {
 """Peak FLOPs, what takes them away in order, and what is left; each entry's components."""
 
 
+LEDGER_KEYS = {"rank", "step", "wall_s", "buckets"}
+
+
 @dataclass(frozen=True)
 class Compared:
     """One figure, predicted beside measured. `ratio` is measured / predicted, None where one is missing or zero."""
@@ -167,7 +170,7 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
     """Lay the ledger of `run_dir` beside its plan. Raises InputError when either is missing or has no step."""
     run_dir = Path(run_dir)
     plan, estimate = read_plan(run_dir)
-    lines = read_lines(run_dir / "ledger.jsonl")
+    lines = [line for line in read_lines(run_dir / "ledger.jsonl") if line.keys() >= LEDGER_KEYS]
     if not any(line["step"] > 0 for line in lines):
         raise InputError("no finished step in ledger.jsonl: nothing to reconcile yet", where=str(run_dir))
     steady, notes = _steady_steps(lines)

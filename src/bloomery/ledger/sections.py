@@ -143,11 +143,14 @@ def quality(facts: Facts) -> str:
                 f"{row['heldout_loss']:.4f}",
                 f"{perplexity:,.1f}" if perplexity else "–",
                 f"{row['bits_per_byte']:.4f}" if row["bits_per_byte"] is not None else "–",
+                f"{row['tokens']:,}" if row.get("tokens") else "–",
             ]
         )
     if not rows:
         return '<p class="quiet">No held-out evaluation yet: <code>bloomery evaluate</code> makes it.</p>'
-    return table(["stage", "held-out loss, nats per token", "perplexity", "bits per byte"], rows)
+    return table(
+        ["stage", "held-out loss, nats per token", "perplexity", "bits per byte", "held-out tokens read"], rows
+    )
 
 
 def completions(facts: Facts) -> str:
@@ -237,16 +240,18 @@ def ledger(facts: Facts) -> str:
 
 
 def events(facts: Facts) -> str:
-    """Incidents of every stage, in their order."""
-    rows = []
+    """Incidents of every stage, in their order; what several ranks wrote alike is one line."""
+    ranks = dict[tuple[str, str, str], list[str]]()
     for stage in facts["stages"]:
         for event in stage["events"]:
             rest = {key: value for key, value in event.items() if key not in ("time", "event", "rank")}
             detail = ", ".join(f"{text(key)} {text(value)}" for key, value in rest.items())
-            rows.append([text(stage["name"]), text(event.get("event", "?")), text(event.get("rank", "")), detail])
-    if not rows:
+            alike = (text(stage["name"]), text(event.get("event", "?")).replace("_", " "), detail)
+            ranks.setdefault(alike, []).append(text(event.get("rank", "")))
+    if not ranks:
         return '<p class="quiet">Nothing happened that needed writing down.</p>'
-    return table(["stage", "event", "rank", ""], rows, left=4)
+    rows = [[stage, event, ", ".join(sorted(found)), detail] for (stage, event, detail), found in ranks.items()]
+    return table(["stage", "event", "ranks", "details"], rows, left=4)
 
 
 def environment(facts: Facts) -> str:

@@ -10,19 +10,22 @@ from bloomery.spec.errors import InputError
 
 
 class Conversation:
-    """The turns so far and the model that answers them."""
+    """The turns so far and the model that answers them. `forgotten`: turns the last answer made no use of."""
 
     def __init__(self, talker: Talker, *, max_new: int, sampling: Sampling) -> None:
         self.talker, self.max_new, self.sampling = talker, max_new, sampling
         self.turns: list[tuple[str, str]] = []
+        self.forgotten = 0
 
     def say(self, text: str, show: Callable[[str], None]) -> Answer:
         """Add a user's turn and draw the answer, shown as it comes. Raises InputError when it alone is too long."""
         self.turns.append(("user", text))
         ids = self.talker.chat_ids(self.turns)
         room = max(1, self.talker.context - self.max_new)
+        self.forgotten = 0
         while len(ids) > room and len(self.turns) > 1:
             self.turns = self.turns[2:]
+            self.forgotten += 2
             ids = self.talker.chat_ids(self.turns)
         if len(ids) >= self.talker.context:
             self.turns.pop()
@@ -47,6 +50,8 @@ def converse(conversation: Conversation, lines: Iterable[str], show: Callable[[s
         if text:
             try:
                 conversation.say(text, show)
+                if conversation.forgotten:
+                    show(f"\n({conversation.forgotten} old turns no longer fit the model's context and are forgotten)")
             except InputError as error:
                 show(f"({error})")
             show("\n")

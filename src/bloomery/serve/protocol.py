@@ -139,9 +139,12 @@ class Endpoints:
     def _events(
         self, request: _Request, ids: list[int], max_new: int, words: list[str], head: dict[str, Any], chat: bool
     ) -> Iterator[str]:
-        """Server-sent events: a chunk per piece, one with the reason it ended, then [DONE]."""
+        """Server-sent events: a chat's role, a chunk per piece, one with the reason it ended, then [DONE]."""
         answer = Answer()
         head = {**head, "object": "chat.completion.chunk" if chat else "text_completion"}
+        if chat:
+            opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            yield _event({**head, "choices": [opening]})
         for piece in self._pieces(request, ids, answer, max_new, words, 0):
             yield _event({**head, "choices": [_chunk(piece, None, chat)]})
         yield _event({**head, "choices": [_chunk("", answer.finish_reason, chat)]})

@@ -33,12 +33,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Talker:
-    """A plain model with its tokenizer. `context` is the most tokens prompt and answer may have together."""
+    """A plain model with its tokenizer. `context` is the most tokens prompt and answer may have together.
+
+    `skipped` has a line for each newer checkpoint that did not verify.
+    """
 
     name: str
     stage: str
     module: Transformer
     tokenizer: Tokenizer
+    skipped: tuple[str, ...] = ()
 
     @property
     def context(self) -> int:
@@ -118,4 +122,4 @@ def open_talker(folder: Path, stage: str = "") -> Talker:
     """The last stage of a run (or `stage`), ready to talk. Raises InputError when there is none."""
     opened = open_run(folder)
     chosen = stage or opened.last_stage()
-    return Talker(opened.run.name, chosen, opened.model(chosen), opened.tokenizer())
+    return Talker(opened.run.name, chosen, opened.model(chosen), opened.tokenizer(), opened.skipped)

@@ -6,7 +6,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.errors import InputError, in_plain_words, nearest_match
 
 
 class Noun(BaseModel):
@@ -29,8 +29,9 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
     """Turn pydantic's list into one line; unknown keys come first since they usually explain missing ones."""
     details = sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden")
     detail = details[0]
-    path = [str(part) for part in detail["loc"]]
-    location = f"{where}: {'.'.join(path)}" if where else ".".join(path)
+    # Pydantic names the members of a union in the path, as `function-after[...]`: no key a user has written.
+    path = [str(part) for part in detail["loc"] if "[" not in str(part)]
+    location = ": ".join(filter(None, (where, ".".join(path))))
     if detail["type"] == "extra_forbidden":
         fields = _fields_at(cls, path[:-1])
         return InputError("unknown key", where=location, accepted=fields, nearest=nearest_match(path[-1], fields))
@@ -47,9 +48,12 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
             accepted=words,
             nearest=nearest_match(str(detail["input"]), words),
         )
-    message = detail["msg"].removeprefix("Value error, ")
+    accepted = list[str]()
+    if detail["type"] in ("model_type", "model_attributes_type"):
+        words = [str(item["ctx"]["expected"]).strip("'") for item in details if item["type"] == "literal_error"]
+        accepted = [*words, *_fields_at(cls, path)]
     found = None if isinstance(detail["input"], dict) else detail["input"]
-    return InputError(message[:1].lower() + message[1:], where=location, found=found)
+    return InputError(in_plain_words(detail["msg"]), where=location, found=found, accepted=accepted)
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:

@@ -32,12 +32,13 @@ def names(kind: str) -> list[str]:
 def _entry(kind: str, name: str, where: str) -> dict[str, Any]:
     table = _table(kind)
     if name not in table:
+        family = [known for known in table if known.startswith(name)]
         raise InputError(
             f"not in the catalog of {kind}",
             where=where,
             found=name,
-            accepted=f"one of {len(table)} names (`bloomery catalog {kind}` lists them)",
-            nearest=nearest_match(name, table),
+            accepted=family if len(family) > 1 else f"one of {len(table)} names (`bloomery catalog {kind}` lists them)",
+            nearest=None if len(family) > 1 else nearest_match(name, table),
         )
     return {"name": name, **table[name]}
 

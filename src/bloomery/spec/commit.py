@@ -8,13 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from bloomery.spec.base import Noun
-from bloomery.spec.errors import BloomeryError
+from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.layout import Layout
 
+BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
 FORMAT = 1
 COMMIT_FILE = "commit.json"
 
@@ -119,3 +121,16 @@ def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, skipped
     return None, skipped
+
+
+def check_space(checkpoints: Path, parameters: int, keep: int) -> None:
+    """Raise InputError when the disk cannot hold the checkpoints to come: those kept and the one being written."""
+    existing = next(path for path in (checkpoints, *checkpoints.absolute().parents) if path.exists())
+    count = max(1, keep + 1 - len(checkpoint_folders(checkpoints)))
+    need, free = parameters * BYTES_PER_PARAMETER * count, shutil.disk_usage(existing).free
+    if need > free:
+        raise InputError(
+            f"no space left for checkpoints: {count} of them take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
+            "free; lower train.keep_checkpoints or free some space",
+            where=str(checkpoints),
+        )

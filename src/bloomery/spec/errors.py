@@ -6,6 +6,7 @@ Every room raises these; `cli` turns them into an exit code. Anything else that 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -54,3 +55,30 @@ def nearest_match(word: str, words: Iterable[str]) -> str | None:
     """The accepted word most like `word`, or None when nothing is close."""
     matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+_PLAIN_WORDS = (
+    (r"Input should be a valid dictionary or (instance|object).*", "a mapping is expected"),
+    (r"Input should be a valid (tuple|list|sequence)", "a list is expected"),
+    (r"Input should be a valid integer.*", "a whole number is expected"),
+    (r"Input should be a valid number.*", "a number is expected"),
+    (r"Input should be a finite number", "a finite number is expected"),
+    (r"Input should be a valid string", "text is expected"),
+    (r"Input should be a valid boolean.*", "true or false is expected"),
+    (r"Input should be greater than or equal to (.*)", r"at least \1 is expected"),
+    (r"Input should be greater than (.*)", r"more than \1 is expected"),
+    (r"Input should be less than or equal to (.*)", r"at most \1 is expected"),
+    (r"Input should be less than (.*)", r"less than \1 is expected"),
+    (r"Value error, (.*)", r"\1"),
+)
+
+
+def in_plain_words(message: str) -> str:
+    """A validator's sentence without the names of Python's types.
+
+    >>> in_plain_words("Input should be a valid dictionary or instance of Train")
+    'a mapping is expected'
+    """
+    for pattern, words in _PLAIN_WORDS:
+        message = re.sub(pattern, words, message, flags=re.DOTALL)
+    return message[:1].lower() + message[1:]

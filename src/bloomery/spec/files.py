@@ -5,6 +5,7 @@ Nothing a file says is ever executed.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Hashable, Mapping, Sequence
@@ -89,6 +90,19 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object from a file. Raises InputError when it is missing, torn or something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path)) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON ({error})", where=str(path)) from None
+    if not isinstance(values, dict):
+        raise InputError("a JSON object is expected", where=str(path), found=type(values).__name__)
+    return values
+
+
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """`above` over `below`, mapping by mapping."""
     merged = dict(below)
@@ -99,20 +113,35 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply `--set a.b=c`: the value is read as YAML; a plain name in the way (model: NAME) becomes `extends`."""
-    result = dict(values)
+    """Apply `--set a.b=c`: the value is read as YAML; a plain name in the way (model: NAME) becomes `extends`.
+
+    A number names an item of a list that is there (align.0.steps=20).
+    """
+    result: Any = dict(values)
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise InputError("not of the form a.b=value", where="--set", found=assignment)
-        nested: Any = parse_yaml(text, f"--set {path}")
-        for key in reversed(keys):
-            nested = {key: nested}
         if len(keys) > 1 and isinstance(result.get(keys[0]), str):
             result[keys[0]] = {"extends": result[keys[0]]}
-        result = merge(result, nested)
-    return result
+        result = _assigned(result, keys, parse_yaml(text, f"--set {path}"), f"--set {path}")
+    return dict(result)
+
+
+def _assigned(below: Any, keys: Sequence[str], value: Any, where: str) -> Any:
+    """`below` with `value` at the path `keys`; a mapping over a mapping is merged."""
+    if not keys:
+        return merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    key, *rest = keys
+    if isinstance(below, list):
+        if not key.isdecimal() or int(key) >= len(below):
+            raise InputError("not an item of this list", where=where, found=key, accepted=range(len(below)))
+        items = list(below)
+        items[int(key)] = _assigned(items[int(key)], rest, value, where)
+        return items
+    under = dict(below) if isinstance(below, Mapping) else {}
+    return {**under, key: _assigned(under.get(key), rest, value, where)}
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

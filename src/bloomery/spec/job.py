@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
@@ -15,6 +16,9 @@ from bloomery.spec.run import Optimizer
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
 """Exit code after SIGTERM: the step was finished and saved, the same command goes on (EX_TEMPFAIL)."""
+
+FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "dtype")
+"""What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
 class Job(Noun):
@@ -45,10 +49,13 @@ class Job(Noun):
     mfu_convention: str = ""
 
     def run_hash(self) -> str:
-        """What must not change between a checkpoint and its resume: model, batches, schedule, seed."""
-        fixed = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "dtype")
-        values = self.model_dump(mode="json", include=set(fixed))
+        """The hash of what must not change between a checkpoint and its resume."""
+        values = self.model_dump(mode="json", include=set(FIXED))
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    def changes_since(self, earlier: Job) -> list[str]:
+        """The names of what must not change and did, `earlier` being the job that checkpoints were made by."""
+        return [name for name in (*FIXED, "data_hash") if getattr(self, name) != getattr(earlier, name)]
 
 
 def read_job(run_dir: Path) -> Job:
@@ -56,4 +63,4 @@ def read_job(run_dir: Path) -> Job:
     path = run_dir / JOB_FILE
     if not path.is_file():
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
-    return Job.checked(json.loads(path.read_text()), where=str(path))
+    return Job.checked(read_json(path), where=str(path))

@@ -85,6 +85,8 @@ class Layout(Noun):
                     accepted=[f"{name}=..." for name in accepted],
                     nearest=nearest_match(key, accepted),
                 )
+            if key in values:
+                raise InputError("stands twice", where=f"--layout: {key}", found=text)
             values[key] = int(value) if value.isdecimal() else value
         return cls.checked(values, where="--layout")
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+
+
+def _folder_name(name: str) -> str:
+    """A run or stage is a folder of that name: one that points elsewhere could have another folder cleared."""
+    if not name or name[0] in ".- " or any(letter in "/\\" or not letter.isprintable() for letter in name):
+        raise ValueError("a plain folder name is expected (no /, no leading dot, dash or blank)")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 class Data(Noun):
@@ -58,7 +68,7 @@ class Train(Noun):
     @model_validator(mode="after")
     def _one_budget(self) -> Train:
         if self.tokens is not None and self.steps is not None:
-            raise ValueError("give tokens or steps, not both")
+            raise ValueError("give tokens or steps, not both (`--set train.tokens=null`, or steps, clears one)")
         return self
 
     @property
@@ -74,7 +84,7 @@ class Train(Noun):
 class AlignStage(Noun):
     """One alignment stage. `pairs` names a JSON Lines file with `prompt` and `response`; empty: made from the text."""
 
-    name: str = "sft"
+    name: FolderName = "sft"
     method: Literal["sft"] = "sft"
     pairs: str = ""
     max_pairs: int = Field(default=4000, ge=1)
@@ -94,7 +104,7 @@ class Evaluate(Noun):
 class Run(Noun):
     """The whole description. `layout: auto` asks the planner; `compare` names layouts to show beside the best."""
 
-    name: str = "run"
+    name: FolderName = "run"
     model: Model
     cluster: Cluster
     layout: Layout | Literal["auto"] = "auto"
@@ -109,4 +119,9 @@ class Run(Noun):
     def _fits(self) -> Run:
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+        names = [stage.name for stage in self.align]
+        if len(set(names)) < len(names):
+            raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")
+        if any(stage.pairs not in ("", self.align[0].pairs) for stage in self.align):
+            raise ValueError("align: all stages read the pairs of the first one; name no others")
         return self

@@ -30,22 +30,8 @@ from bloomery.spec.commit import (
     sha256_of,
     write_commit,
 )
-from bloomery.spec.errors import InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
-
-
-def check_space(folder: Path, parameters: int, keep: int) -> None:
-    """Raise InputError when the disk cannot hold the checkpoints to come."""
-    folder.mkdir(parents=True, exist_ok=True)
-    need, free = parameters * BYTES_PER_PARAMETER * (keep + 1), shutil.disk_usage(folder).free
-    if need > free:
-        raise InputError(
-            f"no space left for checkpoints: {keep + 1} of them take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
-            "free; lower train.keep_checkpoints or free some space",
-            where=str(folder),
-        )
 
 
 def save(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:

@@ -18,7 +18,6 @@ from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
-from bloomery.spec.parameters import parameter_count
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches, open_dataset
 from bloomery.train.guard import Guard
@@ -93,7 +92,6 @@ def _step(session: Session, step: int) -> bool:
 
 
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
-    checkpoint.check_space(folder / "checkpoints", parameter_count(job.model), job.keep_checkpoints)
     recorder = Recorder(job, folder, mesh)
     engine = build(
         job.model,

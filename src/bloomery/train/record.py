@@ -111,7 +111,7 @@ class Recorder:
             )
             self._progress.start()
             self._task = self._progress.add_task(self.job.name, total=self.job.steps, line="")
-        mfu = "MFU unknown" if row["mfu"] is None else f"MFU {row['mfu']:.0%}"
+        mfu = "MFU unknown" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
         line = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  {mfu}"
         self._progress.update(self._task, completed=done, line=line)
         if not sys.stderr.isatty() and (done % max(1, self.job.steps // 10) == 0 or done == self.job.steps):

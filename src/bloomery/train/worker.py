@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError
@@ -31,6 +32,10 @@ def main() -> int:
     except BloomeryError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except (OSError, SafetensorError) as error:
+        # A disk that filled up, most often. What was half-written has no commit and is never read.
+        print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
+        return 1
     return code
 
 

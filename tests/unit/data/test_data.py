@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -108,12 +109,16 @@ def test_bad_files_are_counted_and_named_and_nothing_else_is_lost(corpus: Path, 
     )
     (bad / "deep.jsonl").write_text("[" * 100_000 + "\n")
     (bad / "loop").symlink_to(corpus, target_is_directory=True)
+    (bad / "dangling.txt").symlink_to(bad / "nowhere.txt")
+    os.mkfifo(bad / "pipe.txt")
     report = build(settings(corpus), tmp_path / "out")
     assert report.dropped["binary (NUL bytes)"] == 1
     assert report.dropped["not UTF-8"] == 1
     assert report.dropped["empty"] == 1
     assert report.dropped["unreadable (EOFError)"] == 1
     assert report.dropped["not a JSON record"] == 2
+    assert report.dropped["unreadable (FileNotFoundError)"] == 1
+    assert report.dropped["not a plain file"] == 1
     assert report.dropped["record without text"] == 1
     assert any("nul.txt" in name for name in report.named["binary (NUL bytes)"])
     kept = report.documents_train + report.documents_heldout
@@ -153,6 +158,64 @@ def test_an_unchanged_build_is_used_again_and_a_changed_one_is_not(corpus: Path,
     assert build(settings(corpus), tmp_path / "out").reused
     (corpus / "new.txt").write_text("something new under the sun, quite long enough to be kept " * 3)
     assert not build(settings(corpus), tmp_path / "out").reused
+
+
+def test_a_book_that_the_user_names_is_cut_into_pieces_not_dropped(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text("".join(f"Line {number} of a long book about iron.\n" for number in range(10_000)))
+    report = build(settings(book), tmp_path / "out")
+    assert not report.dropped
+    assert report.documents_train + report.documents_heldout == 8
+    assert report.bytes_text == pytest.approx(book.stat().st_size, rel=1e-4)
+
+
+def test_one_short_file_is_still_split_into_training_and_held_out_text(tmp_path: Path) -> None:
+    text = tmp_path / "one.txt"
+    text.write_text("".join(f"Line {number} of a short note.\n" for number in range(100)))
+    build(settings(text), tmp_path / "out")
+    parts = {}
+    for part in ("train", "heldout"):
+        lines = (tmp_path / "out" / part / "documents.jsonl").read_text().splitlines()
+        parts[part] = {json.loads(line)["id"] for line in lines}
+    assert parts["train"] and parts["heldout"]
+    assert not parts["train"] & parts["heldout"]
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": 1}\n', b"no json\n", b"\xff\xfe\n", b"\n"])
+def test_wrong_pairs_are_refused_before_the_build_that_is_there_is_touched(
+    corpus: Path, tmp_path: Path, content: bytes
+) -> None:
+    before = build(settings(corpus), tmp_path / "out")
+    (tmp_path / "pairs.jsonl").write_bytes(content)
+    with pytest.raises(InputError, match=r"pairs\.jsonl"):
+        build(settings(corpus), tmp_path / "out", pairs_file=str(tmp_path / "pairs.jsonl"))
+    assert read_report(tmp_path / "out") == before
+
+
+def test_changed_pairs_of_the_same_name_are_read_again(corpus: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a", "response": "b"}\n')
+    assert build(settings(corpus), tmp_path / "out", pairs_file=str(pairs)).pairs == 1
+    pairs.write_text('{"prompt": "a", "response": "b"}\n\n{"prompt": "c", "response": "d"}\n')
+    assert build(settings(corpus), tmp_path / "out", pairs_file=str(pairs)).pairs == 2
+
+
+def test_a_corpus_without_text_leaves_the_build_that_is_there(corpus: Path, tmp_path: Path) -> None:
+    before = build(settings(corpus), tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no usable text"):
+        build(settings(tmp_path / "empty"), tmp_path / "out")
+    assert read_report(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "report.json", "train/manifest.json"])
+def test_a_torn_file_of_a_build_is_named_in_one_line(corpus: Path, tmp_path: Path, name: str) -> None:
+    build(settings(corpus), tmp_path / "out")
+    (tmp_path / "out" / name).write_text('{"a')
+    with pytest.raises(InputError, match=name):
+        load(tmp_path / "out")
+        read_report(tmp_path / "out")
+        TokenDataset(tmp_path / "out" / "train", seq_len=8, seed=0)
 
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from bloomery.evaluate import huggingface
 from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
 from bloomery.evaluate.opening import open_run
 from bloomery.spec.errors import InputError
@@ -104,3 +106,26 @@ def test_nothing_is_overwritten(hugging_face: Make, tmp_path: Path) -> None:
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json"):
         import_directory(tmp_path, tmp_path / "run")
+
+
+def test_a_torn_safetensors_file_is_named_and_no_run_is_made(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face()
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"model\.safetensors: not a whole safetensors file"):
+        import_directory(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_write_that_fails_leaves_no_directory(
+    hugging_face: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import_directory(hugging_face(), tmp_path / "run")
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(huggingface, "save_file", full)
+    with pytest.raises(InputError, match="No space left"):
+        export_run(open_run(tmp_path / "run"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

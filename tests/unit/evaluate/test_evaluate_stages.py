@@ -52,7 +52,16 @@ def test_the_untrained_model_is_the_same_each_time(run_dir: Path) -> None:
 def test_a_damaged_checkpoint_is_not_a_stage(run_dir: Path) -> None:
     assert open_run(run_dir).last_stage() == "sft"
     (run_dir / "align" / "sft" / "checkpoints" / "step_000000" / "rank_00000.safetensors").write_bytes(b"torn")
-    assert open_run(run_dir).last_stage() == "pretrain"
+    opened = open_run(run_dir)
+    assert opened.last_stage() == "pretrain"
+    assert "rank_00000.safetensors" in opened.skipped[0]
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_says_what_is_wrong_with_it(run_dir: Path) -> None:
+    shutil.rmtree(run_dir / "align")
+    (run_dir / "checkpoints" / "step_000000" / "rank_00000.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match=r"no checkpoint that verifies \(.*rank_00000.safetensors: missing or torn"):
+        open_run(run_dir).last_stage()
 
 
 def test_unknown_stages_and_folders_are_refused(run_dir: Path) -> None:

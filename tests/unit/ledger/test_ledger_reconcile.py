@@ -141,3 +141,9 @@ def test_runs_are_listed_best_first(tmp_path: Path) -> None:
     assert (second.name, second.bits_per_byte) == ("worse", 1.7)
     assert first.step_time_error == pytest.approx(0.12)
     assert first.loss == pytest.approx(4.8)
+
+
+def test_a_ledger_of_other_records_is_one_clear_line(run_dir: Path) -> None:
+    (run_dir / "ledger.jsonl").write_text('{}\n{"rank": 0}\n')
+    with pytest.raises(InputError, match="no finished step"):
+        reconcile(run_dir)

@@ -13,6 +13,7 @@ import synthetic_run
 from bloomery.ledger.facts import gather
 from bloomery.ledger.page_parts import finite
 from bloomery.ledger.report import render, write
+from bloomery.ledger.sections import events
 from bloomery.spec.errors import InputError
 
 
@@ -108,3 +109,30 @@ def test_a_run_without_evaluation_or_alignment_still_has_a_report(tmp_path: Path
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run\.yaml"):
         gather(tmp_path)
+
+
+def test_the_waterfall_shows_every_loss_in_its_order_predicted_beside_measured(page: Page) -> None:
+    predicted, measured = json.loads(page.texts["charts"])["waterfall"]["data"]
+    names = [name.replace("<br>", " ") for name in predicted["x"]]
+    assert names == [
+        "peak",
+        "kernels below peak",
+        "recomputation",
+        "pipeline bubble and sends",
+        "exposed communication",
+        "optimizer",
+        "waiting for data",
+        "checkpoint stalls",
+        "everything else",
+        "useful: model FLOPs",
+    ]
+    assert measured["x"] == predicted["x"]
+    for side in (predicted, measured):
+        assert sum(side["y"][1:]) == pytest.approx(1.0)
+
+
+def test_what_several_ranks_wrote_alike_is_one_line_of_events(facts: dict[str, object]) -> None:
+    facts["stages"][0]["events"] = [{"event": "finished", "rank": rank, "step": 12, "time": rank} for rank in (1, 0)]  # type: ignore[index]
+    table = events(facts)
+    assert table.count("finished") == 2  # one for each stage
+    assert "<td>0, 1</td>" in table

@@ -27,9 +27,9 @@ def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
         assert [line["step"] for line in found if line["rank"] == rank] == list(range(200))
 
 
-def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_left_out_and_what_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    path.write_text('{"step": 1}\n[]\n7\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
     assert read_lines(tmp_path / "missing") == []
 

@@ -74,6 +74,13 @@ def test_a_long_conversation_forgets_its_oldest_turns(talker: Talker) -> None:
     assert conversation.turns[-2] == ("user", "hello 11")
 
 
+def test_forgetting_is_said(talker: Talker) -> None:
+    conversation, shown = Conversation(talker, max_new=8, sampling=WARM), list[str]()
+    converse(conversation, [f"hello {number}" for number in range(12)], shown.append)
+    assert any("are forgotten" in piece for piece in shown)
+    assert "forgotten" not in "".join(shown[:3])
+
+
 def test_a_message_longer_than_the_context_is_refused_and_forgotten(talker: Talker) -> None:
     conversation = Conversation(talker, max_new=8, sampling=WARM)
     with pytest.raises(InputError, match="context"):

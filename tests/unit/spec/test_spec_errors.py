@@ -77,6 +77,41 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
     assert "'many'" in message
 
 
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("train=4", "train: a mapping is expected; found 4; accepted: checkpoint_every"),
+        ("align=null", "align: a list is expected"),
+        ("train.steps=1.5", "train.steps: a whole number is expected; found 1.5"),
+        ("train.steps=0", "train.steps: at least 1 is expected; found 0"),
+        ("train.optimizer.lr=0", "train.optimizer.lr: more than 0 is expected; found 0"),
+        ("name=", "name: text is expected"),
+        ("layout=tp2", "layout: a mapping is expected; found 'tp2'; accepted: auto, cp, dp"),
+        ("layout.tp=0", "layout.tp: at least 1 is expected"),
+    ],
+)
+def test_a_wrong_type_is_told_in_the_words_of_the_file_not_of_python(
+    tmp_path: Path, assignment: str, words: str
+) -> None:
+    assert f"run.yaml: {words}" in problem(tmp_path, VALID, assignment)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "../../home", "-rf", "' '", "'a\\nb'"])
+def test_a_run_or_stage_is_a_folder_below_the_folder_of_runs(tmp_path: Path, name: str) -> None:
+    assert "run.yaml: name: a plain folder name" in problem(tmp_path, VALID, f"name={name}")
+    assert "align.0.name: a plain folder name" in problem(tmp_path, VALID, f"align=[{{name: {name}}}]")
+
+
+def test_alignment_stages_have_names_of_their_own_and_one_file_of_pairs(tmp_path: Path) -> None:
+    assert "a name of its own" in problem(tmp_path, VALID, "align=[{name: a}, {name: a}]")
+    assert "pairs of the first" in problem(tmp_path, VALID, "align=[{name: a}, {name: b, pairs: b.jsonl}]")
+
+
+def test_the_first_words_of_a_family_of_models_list_the_family(tmp_path: Path) -> None:
+    text = VALID.replace("model: {layers: 2, hidden: 32, heads: 4, vocab: 512, max_seq_len: 64}", "model: gpt2")
+    assert "accepted: gpt2-small, gpt2-medium, gpt2-large, gpt2-xl" in problem(tmp_path, text)
+
+
 def test_tokens_and_steps_together_are_refused(tmp_path: Path) -> None:
     assert "give tokens or steps, not both" in problem(tmp_path, VALID, "train.tokens=1000")
 

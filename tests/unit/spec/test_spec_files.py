@@ -64,6 +64,15 @@ def test_a_set_that_is_no_assignment_is_refused(assignment: str) -> None:
         override({}, [assignment])
 
 
+def test_a_number_in_a_set_names_an_item_of_a_list() -> None:
+    values = {"align": [{"name": "sft", "steps": 5}, {"name": "more"}]}
+    assert override(values, ["align.0.steps=2"])["align"] == [{"name": "sft", "steps": 2}, {"name": "more"}]
+    assert values["align"][0]["steps"] == 5
+    for path in ("align.2.steps=1", "align.sft.steps=1"):
+        with pytest.raises(InputError, match="not an item of this list"):
+            override(values, [path])
+
+
 @pytest.mark.parametrize("text", ["1e9", "1E+9", "1.0e9", "1_000_000_000"])
 def test_numbers_are_numbers(text: str) -> None:
     assert parse_yaml(f"x: {text}", "text")["x"] == 1e9

@@ -1,0 +1,70 @@
+"""What the command line itself refuses is one line too, and its help needs nothing heavy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from bloomery.cli import main as command_line
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the program called in this process."""
+    monkeypatch.setattr(sys, "argv", ["bloomery", *arguments])
+    try:
+        command_line.main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bogus"], "no such option: --bogus"),
+        (["plan"], "missing argument 'RUN.yaml'"),
+        (["plan", "run.yaml", "--bogus"], "no such option: --bogus"),
+        (["plan", "run.yaml", "--top", "x"], "'--top': a whole number is expected"),
+        (["plan", "run.yaml", "--top", "0"], "'--top': at least 1 is expected"),
+        (["data", "bild"], "Did you mean 'build'?"),
+        (["serve", "run", "--port", "70000"], "'--port': at most 65535 is expected"),
+        (["trian"], "did you mean 'train'?"),
+    ],
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert called(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["data"]])
+def test_nothing_to_do_prints_the_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert called(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().out.startswith("Usage: bloomery")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["data", "--help"]])
+def test_every_line_of_help_is_whole_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    called(monkeypatch, *arguments)
+    assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
+
+
+def test_a_path_that_cannot_be_is_wrong_input() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bloomery", "demo", "--out", __file__], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "exists" in done.stderr

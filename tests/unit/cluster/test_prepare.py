@@ -1,0 +1,131 @@
+"""Everything that can be refused is refused before a process starts, and a refusal changes nothing that is there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bloomery.cluster import prepare
+from bloomery.cluster.supervisor import run_lock
+from bloomery.data.build import build
+from bloomery.spec import commit
+from bloomery.spec.catalog import cluster
+from bloomery.spec.errors import InputError
+from bloomery.spec.run import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A tiny run with its token shards built."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(12):
+        (text / f"{number}.txt").write_text(f"Iron number {number} is made from ore with charcoal. " * 30)
+    described = Run.checked(
+        {
+            "name": "tiny",
+            "model": {"layers": 2, "hidden": 32, "heads": 4, "vocab": 600, "max_seq_len": 64},
+            "cluster": cluster("this-machine").model_dump(),
+            "layout": {},
+            "train": {"seq_len": 32, "global_batch": 4, "steps": 2},
+            "data": {"vocab": 512, "text": [str(text)]},
+            "align": [{"name": "sft", "steps": 2, "global_batch": 4}],
+            "out": str(tmp_path / "runs"),
+        }
+    )
+    build(described.data, prepare.data_folder(described))
+    return described
+
+
+def changed(run: Run, **values: object) -> Run:
+    """The run with other settings of its training."""
+    return run.model_copy(update={"train": run.train.model_copy(update=values)})
+
+
+def finish(folder: Path) -> None:
+    """As if training had come to its end: a checkpoint folder and the event."""
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    (folder / "events.jsonl").write_text('{"event": "finished", "step": 2}\n')
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.glob("*.*") if path.name != ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("values", "named"), [({"steps": 3}, "steps"), ({"seed": 1}, "seed"), ({"seq_len": 16}, "seq")]
+)
+def test_a_resume_under_another_description_is_refused_and_nothing_is_rewritten(
+    run: Run, values: dict[str, object], named: str
+) -> None:
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    finish(folder)
+    before = contents(folder)
+    with pytest.raises(InputError, match=named):
+        prepare.prepare_pretraining(changed(run, **values), world_size=None, fresh=False)
+    assert contents(folder) == before
+    prepare.prepare_pretraining(changed(run, **values), world_size=None, fresh=True)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_the_plan_of_a_finished_run_is_the_one_it_was_started_with(run: Run) -> None:
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    finish(folder)
+    before = contents(folder)
+    other = run.model_copy(update={"layout": run.layout.model_copy(update={"dp": 2})})  # type: ignore[union-attr]
+    _, job = prepare.prepare_pretraining(other, world_size=None, fresh=False)
+    assert job.layout.dp == 1
+    assert contents(folder) == before
+
+
+def test_fresh_removes_what_a_run_writes_and_nothing_else(run: Run) -> None:
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    finish(folder)
+    (folder / "notes.txt").write_text("mine")
+    prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "data" / "train" / "manifest.json").is_file()
+    assert not (folder / "checkpoints").exists()
+
+
+def test_fresh_does_not_touch_a_run_that_is_being_trained(run: Run) -> None:
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    finish(folder)
+    with run_lock(folder), pytest.raises(InputError, match="another process"):
+        prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    assert (folder / "checkpoints" / "step_000002").is_dir()
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_folder_is_written(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(run.out)._replace(free=1000)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="no space left for checkpoints: 3 of them"):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    assert not (Path(run.out) / "tiny" / "run.yaml").exists()
+
+
+def test_text_that_is_too_short_to_hold_out_is_refused_before_training_not_after_it(run: Run) -> None:
+    long = run.model_copy(update={"model": run.model.model_copy(update={"max_seq_len": 4096})})
+    with pytest.raises(InputError, match=r"too few for train\.seq_len 4000"):
+        prepare.prepare_pretraining(changed(long, seq_len=4000), world_size=None, fresh=False)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(run: Run) -> None:
+    small = run.model_copy(update={"model": run.model.model_copy(update={"vocab": 300})})
+    with pytest.raises(InputError, match=r"lower data\.vocab"):
+        prepare.prepare_pretraining(small, world_size=None, fresh=False)
+
+
+def test_an_interrupted_build_is_no_data(run: Run) -> None:
+    (prepare.data_folder(run) / "report.json").unlink()
+    with pytest.raises(InputError, match="data build"):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+
+
+def test_alignment_without_pairs_says_where_they_come_from(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"align\.0\.pairs"):
+        prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
