@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.stage import InferenceMode
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.layout import Layout
 
 
 class MeasuredStage(PipelineStage):
@@ -70,8 +72,33 @@ def build_schedule(
         )
         stage.measure = measure
         measured.append(stage)
+    return schedule_over(layout, measured, micro_batches, loss)
+
+
+def schedule_over(
+    layout: Layout, stages: Sequence[Any], micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor] | None
+) -> Schedule:
+    """PyTorch's schedule of that name over one rank's stages."""
     if layout.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(measured, micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+        return ScheduleInterleaved1F1B(list(stages), micro_batches, loss_fn=loss, scale_grads=False)
     # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
     kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B
-    return kind(measured[0], micro_batches, loss_fn=loss, scale_grads=False)
+    return kind(stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+
+
+def expect_given_shapes(schedule: Schedule) -> None:
+    """Skip the vote before the first step on whether shapes were given: they are, and on a fake group nobody votes."""
+
+    def skip(stages: list[PipelineStage], has_backward: bool, p2p_done: bool) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    schedule._warmup_p2p = skip  # type: ignore[method-assign,assignment]
+
+
+def receive_buffers_bytes(schedule: Schedule) -> int:
+    """Bytes set aside for the messages of a whole step: PyTorch's stages have a buffer for every micro-batch."""
+    stages = schedule._stages if isinstance(schedule, PipelineScheduleMulti) else [schedule._stage]
+    tables = [table for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info)]
+    buffers = [info.buffer for table in tables for infos in table.values() for info in infos if info.buffer is not None]
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
