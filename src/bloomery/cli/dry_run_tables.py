@@ -32,8 +32,11 @@ def print_dry_run(found: DryRun) -> None:
         console.print(f"  [red]{problem}[/]")
     for note in found.notes:
         console.print(f"[dim]note: {note}[/]")
-    verdict = "[green]execution and prediction agree[/]" if found.agrees else "[red]they do not agree[/] (see ✗)"
-    console.print(f"[bold]{verdict}[/]")
+    agree, differ = (
+        "[green]Execution and prediction agree.[/]",
+        "[red]Execution and prediction differ[/] where ✗ stands.",
+    )
+    console.print(agree if found.agrees else differ)
 
 
 def _print_class(console: Console, one: RankClass) -> None:

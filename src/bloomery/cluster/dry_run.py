@@ -118,9 +118,7 @@ class DryRun:
         }
 
 
-def compare(
-    model: Model, layout: Layout, cluster: Cluster, *, seq_len: int, global_batch: int, dtype: Dtype
-) -> DryRun:
+def compare(model: Model, layout: Layout, cluster: Cluster, *, seq_len: int, global_batch: int, dtype: Dtype) -> DryRun:
     """Execute a rank of each class without data and set the performance model's answers beside it.
 
     Raises InputError for what the engine cannot run.
@@ -243,6 +241,12 @@ def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
         f"one for each of {one.account.micro_batches} micro-batches, which no plan counts"
         for one in classes
         if one.account.receive_buffers_bytes
+    ]
+    notes += [
+        f"{one.name}: FSDP keeps {one.account.whole_gradient_bytes / 1e9:.3g} GB of gradients whole until the last "
+        "micro-batch, of which the plan counts this rank's share"
+        for one in classes
+        if one.account.whole_gradient_bytes
     ]
     notes += [
         f"{one.name}: autocast keeps {one.account.weight_copies_bytes / 1e9:.3g} GB of bfloat16 copies of the weights, "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
+from bloomery.parallel.data_parallel import whole_gradient_bytes
 from bloomery.parallel.engine import Engine, build
 from bloomery.parallel.mesh import Mesh, pretend
 from bloomery.parallel.pipeline import expect_given_shapes, receive_buffers_bytes
@@ -30,8 +32,10 @@ from bloomery.spec.model import Model
 
 WHOLE_STEP = 16
 """Layers x micro-batches up to which the whole step is run (about 0.1 s each)."""
-WHOLE_STAGE = 8
+WHOLE_STAGE = 4
 """Layers of one rank up to which all of them are built."""
+
+_LEFT_OVER = "whole_gradient_bytes"
 
 Message = tuple[str, str, int]
 """Axis, operation, payload bytes: as `recorder` counts them."""
@@ -45,6 +49,7 @@ class RankAccount:
     steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
     `working_bytes`: what one recomputed layer keeps for its own backward pass. `weight_copies_bytes`: autocast's copies
     of the weights. `receive_buffers_bytes`: what the pipelining runtime sets aside for messages of a whole step.
+    `whole_gradient_bytes`: what FSDP keeps uncut between the micro-batches of a step.
     `executed`: the (layers, micro-batches) of the steps that were really run.
     """
 
@@ -61,6 +66,7 @@ class RankAccount:
     working_bytes: int
     weight_copies_bytes: int
     receive_buffers_bytes: int
+    whole_gradient_bytes: int
     flops: int
     messages: dict[Message, int]
     executed: tuple[tuple[int, int], ...]
@@ -83,7 +89,8 @@ def dry_run(
         held = layers if depth == 0 else depth * layout.vpp
         executed += [(held, length) for length in step_lengths]
         taken = _steps(part, cut, rank, step_lengths, seq_len=seq_len, global_batch=global_batch, dtype=dtype)
-        samples.append(_at(step_lengths, taken, micro_batches))
+        # Gradients left over between micro-batches do not grow with their number: those of the longer step stay.
+        samples.append({**_at(step_lengths, taken, micro_batches), _LEFT_OVER: taken[-1][_LEFT_OVER]})
     depths = [depth * layout.vpp for depth in stage_depths]
     whole = _at(depths, samples, layers)
     return RankAccount(
@@ -116,6 +123,16 @@ def _steps(
     model: Model, layout: Layout, rank: int, lengths: list[int], *, seq_len: int, global_batch: int, dtype: str
 ) -> list[dict[str, Any]]:
     """One step of each length in micro-batches, on one engine."""
+    stages: list[Transformer] = []
+    most = 0
+
+    @contextlib.contextmanager
+    def measure(bucket: str) -> Iterator[None]:
+        nonlocal most
+        yield
+        if bucket == "compute":
+            most = max(most, sum(whole_gradient_bytes(stage) for stage in stages))
+
     with pretend(layout, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         engine = build(
             model,
@@ -125,10 +142,16 @@ def _steps(
             global_batch=global_batch,
             dtype=dtype,
             seed=0,
-            measure=lambda _: contextlib.nullcontext(),
+            measure=measure,
         )
+        stages.extend(engine.stages.values())
         optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), fused=True)
-        return [_step(engine, mesh, optimizer, length, seq_len, dtype) for length in lengths]
+        answer = []
+        for length in lengths:
+            most = 0
+            step = _step(engine, mesh, optimizer, length, seq_len, dtype)
+            answer.append({**step, _LEFT_OVER: most})
+        return answer
 
 
 def _step(
@@ -177,9 +200,7 @@ def _at(places: list[int], values: list[dict[str, Any]], place: int) -> dict[str
     if len(values) == 1:
         return values[0]
     first, second = values
-    line = {
-        name: _on_line(places, first[name], second[name], place) for name in first if isinstance(first[name], int)
-    }
+    line = {name: _on_line(places, first[name], second[name], place) for name in first if isinstance(first[name], int)}
     return {**line, "messages": _messages_at(places, first["messages"], second["messages"], place)}
 
 

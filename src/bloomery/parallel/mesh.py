@@ -84,7 +84,9 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if not 0 <= rank < layout.world_size:
-        raise InputError("no such rank in this layout", where="rank", found=rank, accepted=f"0..{layout.world_size - 1}")
+        raise InputError(
+            "no such rank in this layout", where="rank", found=rank, accepted=f"0..{layout.world_size - 1}"
+        )
     device = torch.device("cpu")
     if layout.world_size == 1:
         yield Mesh(layout, device, 0, None)

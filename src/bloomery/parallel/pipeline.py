@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.pipelining.stage import InferenceMode
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
@@ -88,6 +87,8 @@ def schedule_over(
 
 def expect_given_shapes(schedule: Schedule) -> None:
     """Skip the vote before the first step on whether shapes were given: they are, and on a fake group nobody votes."""
+
+    from torch.distributed.pipelining._utils import InferenceMode
 
     def skip(stages: list[PipelineStage], has_backward: bool, p2p_done: bool) -> None:
         for stage in stages:

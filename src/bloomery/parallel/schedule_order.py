@@ -185,7 +185,9 @@ def play(programs: list[Program]) -> tuple[int, list[str]]:
     stuck = [rank for rank, program in enumerate(programs) if place[rank] < len(program.steps)]
     problems = [f"pipeline rank {rank} waits for ever at step {place[rank]}" for rank in stuck]
     for (rank, peer), line in lines.items():
-        problems += [f"rank {rank} and {peer}: {end.kind} {end.what} has no other end" for _, ends in line for end in ends]
+        problems += [
+            f"rank {rank} and {peer}: {end.kind} {end.what} has no other end" for _, ends in line for end in ends
+        ]
     return moved, problems
 
 
