@@ -1,4 +1,4 @@
-"""`bloomery catalog`: the models, accelerators and clusters known by name."""
+"""`bloomery catalog`: the models, accelerators, clusters and failure rates known by name."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 100
-KINDS = ("models", "accelerators", "clusters")
+KINDS = ("models", "accelerators", "clusters", "failures")
 
 
 def catalog(
-    kind: Annotated[str, typer.Argument(help="models, accelerators or clusters; all three when left out.")] = "",
+    kind: Annotated[str, typer.Argument(help="models, accelerators, clusters or failures; all when left out.")] = "",
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """List what a run.yaml can name: models, accelerators and clusters, each with its source."""
+    """List what a run.yaml can name: models, accelerators, clusters and failure rates, each with its source."""
     from rich.console import Console
 
     from bloomery.cli.console import print_json
@@ -45,6 +45,8 @@ def _entries(kind: str) -> list[dict[str, Any]]:
         return [known.accelerator(name).model_dump(mode="json") for name in known.names(kind)]
     if kind == "clusters":
         return [known.cluster(name).model_dump(mode="json") for name in known.names(kind)]
+    if kind == "failures":
+        return [known.failure_rate(name) for name in known.names(kind)]
     models = [known.model(name) for name in known.names(kind)]
     return [
         {**m.model_dump(mode="json"), "parameters": parameter_count(m), "active": parameter_count(m, active=True)}
@@ -56,7 +58,8 @@ def _table(kind: str) -> Table:
     """One table of at most 100 columns; the source is cut where it does not fit (--json has all of it)."""
     from rich.table import Table
 
-    columns, row = {"models": _model, "accelerators": _accelerator, "clusters": _cluster}[kind]()
+    kinds = {"models": _model, "accelerators": _accelerator, "clusters": _cluster, "failures": _failure_rate}
+    columns, row = kinds[kind]()
     table = Table(title=kind, title_justify="left", box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     rows = [row(entry) for entry in _entries(kind)]
     widths = [max(len(column), *(len(cells[i]) for cells in rows)) for i, column in enumerate(columns)]
@@ -96,6 +99,13 @@ def _cluster() -> tuple[list[str], Any]:
         return [c["name"], size, c["accelerator"]["name"], ", ".join(links), c["source"]]
 
     return ["name", "nodes x acc.", "accelerator", "network, GB/s per node", "source"], row
+
+
+def _failure_rate() -> tuple[list[str], Any]:
+    def row(rate: dict[str, Any]) -> list[str]:
+        return [rate["name"], f"{rate['per_1000_node_days']:.4g}", rate["source"]]
+
+    return ["name", "per 1000 node-days", "source"], row
 
 
 def _count(n: int) -> str:

@@ -26,7 +26,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export:export", "Write a Hugging Face directory."),
     "import": ("export:import_", "Read a Hugging Face directory into a run."),
     "runs": ("runs:runs", "What has been run here."),
-    "catalog": ("catalog:catalog", "The models, accelerators and clusters known by name."),
+    "catalog": ("catalog:catalog", "The models, accelerators, clusters and failure rates known by name."),
     "demo": ("demo:demo", "The whole chain on this machine in minutes, on real text."),
 }
 

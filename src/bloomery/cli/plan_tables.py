@@ -6,22 +6,26 @@ from rich.console import Console
 from rich.table import Table
 
 from bloomery.planner.result import Plan, Row
-from bloomery.spec.components import COMPONENTS
 
 GIB = float(2**30)
 WIDTH = 100
 BAR = 40
 
 
-def print_plan(plan: Plan, *, explain: bool) -> None:
-    """The whole answer on standard output."""
+def console_of_tables() -> Console:
+    """Standard output, at most `WIDTH` columns wide."""
     console = Console(highlight=False)
     console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    return console
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Layouts, what they mean for the whole run, why the first one won, what was refused."""
     _print_head(console, plan)
     console.print(_layouts(plan))
     _print_conventions(console, plan)
-    if explain:
-        _print_waterfall(console, plan.best[0])
+    console.print(_targets(plan))
+    _print_target_conventions(console, plan)
     if plan.why:
         console.print("\n[bold]Why the first one won[/]: what each change of it would cost")
         for line in plan.why[:12]:
@@ -32,14 +36,14 @@ def print_plan(plan: Plan, *, explain: bool) -> None:
 
 
 def _print_head(console: Console, plan: Plan) -> None:
-    active = f" ({_si(plan.active_parameters)} active)" if plan.active_parameters != plan.parameters else ""
+    active = f" ({si(plan.active_parameters)} active)" if plan.active_parameters != plan.parameters else ""
     ranks = " or ".join(str(size) for size in plan.world_sizes)
     console.print(
-        f"[bold]{plan.run}[/]: {plan.model}, {_si(plan.parameters)} parameters{active} on {plan.cluster}, "
+        f"[bold]{plan.run}[/]: {plan.model}, {si(plan.parameters)} parameters{active} on {plan.cluster}, "
         f"{ranks} rank{'' if ranks == '1' else 's'}, {plan.dtype}"
     )
     console.print(
-        f"{_si(plan.tokens)} tokens in {plan.steps:,} steps of {plan.global_batch} x {plan.seq_len}: "
+        f"{si(plan.tokens)} tokens in {plan.steps:,} steps of {plan.global_batch} x {plan.seq_len}: "
         f"{_pf_days(plan.pf_days_6nd)} PF-days as 6ND, {_pf_days(plan.pf_days_8nd)} as 8ND\n"
     )
 
@@ -48,7 +52,7 @@ def _layouts(plan: Plan) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     table.add_column("layout", min_width=22)
-    for name in ("step", "90 %", "MFU", "HFU", "GiB of", "top loss", "run", "cost"):
+    for name in ("step", "90 %", "MFU", "HFU", "GiB of", "top loss"):
         table.add_column(name, justify="left" if name == "top loss" else "right", no_wrap=True)
     for row in plan.best:
         table.add_row(*_cells(row))
@@ -61,18 +65,15 @@ def _layouts(plan: Plan) -> Table:
 
 def _cells(row: Row) -> list[str]:
     needed, limit = row.memory_bytes / GIB, row.memory_limit_bytes / GIB
-    days = row.outlook.days_with_failures
     return [
         row.name + ("°" if row.obstacles else ""),
         row.layout.describe(),
-        _seconds(row.step_time_s),
+        seconds_text(row.step_time_s),
         _range(row.estimate.low_s, row.estimate.high_s, row.step_time_s),
-        _share(row.estimate.mfu),
-        _share(row.estimate.hfu),
-        f"{_three(needed)}/{_three(limit)}" + ("" if row.fits else "!"),
+        share_text(row.estimate.mfu),
+        share_text(row.estimate.hfu),
+        f"{three(needed)}/{three(limit)}" + ("" if row.fits else "!"),
         row.bottleneck,
-        "never" if days is None else _duration(days),
-        "" if row.outlook.cost is None else _money(row.outlook.cost),
     ]
 
 
@@ -82,11 +83,6 @@ def _print_conventions(console: Console, plan: Plan) -> None:
         plan.best[0].estimate.convention,
         "every figure is predicted; 90 %: the interval in which the step is expected",
     ]
-    outlook = plan.best[0].outlook
-    if outlook.goodput < 1.0:
-        lines.append(f"run: with failures and checkpoints, goodput {outlook.goodput:.1%}")
-    if outlook.energy_kwh:
-        lines.append(f"energy: at most {_energy(outlook.energy_kwh)} (accelerators at board power, with PUE)")
     rows = (*plan.best, *plan.compare)
     if any(row.obstacles for row in rows):
         lines.append("° planned only: the engine does not run it yet")
@@ -95,16 +91,37 @@ def _print_conventions(console: Console, plan: Plan) -> None:
         console.print(f"[dim]{line}[/]")
 
 
-def _print_waterfall(console: Console, row: Row) -> None:
-    console.print(f"\n[bold]Where the step goes[/]: {row.layout.describe()}, {_seconds(row.step_time_s)}")
-    longest = max(row.components.values())
-    for key, seconds in row.components.items():
-        bar = "█" * round(BAR * seconds / longest)
-        share = seconds / row.step_time_s
-        console.print(f"  {key:<11}{_seconds(seconds):>9}{share:>7.1%} [cyan]{bar}[/]")
-    for key in COMPONENTS:
-        if row.components[key] > 0.005 * row.step_time_s:
-            console.print(f"[dim]  {key}: {COMPONENTS[key]}[/]")
+def _targets(plan: Plan) -> Table:
+    """The whole run at each layout's speed; the ranking is by the days with failures."""
+    title = f"\nTo {si(plan.tokens)} tokens"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="bold", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("days", "goodput", "with failures", "pessimistic", "effective", "acc.-hours", "energy", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (*plan.best, *plan.compare):
+        out = row.outlook
+        table.add_row(
+            row.name,
+            duration(out.days),
+            share_text(out.goodput),
+            "never" if out.days_with_failures is None else duration(out.days_with_failures),
+            "" if out.days_pessimistic is None else duration(out.days_pessimistic),
+            share_text(row.effective_efficiency),
+            "" if out.accelerator_hours is None else si(out.accelerator_hours, digits=3),
+            "" if out.energy_kwh is None else _energy(out.energy_kwh),
+            "" if out.cost is None else money(out.cost),
+        )
+    return table
+
+
+def _print_target_conventions(console: Console, plan: Plan) -> None:
+    lines = ["effective: MFU x goodput; energy: at most, accelerators at board power, with PUE"]
+    if plan.best[0].outlook.goodput < 1.0:
+        rate, origin = plan.failures_per_1000_node_days, plan.failures_source.partition(":")[0]
+        origin = f" ({origin})" if origin else ""
+        lines.append(f"goodput: {rate:.4g} failures per 1000 node-days{origin}; pessimistic: 24, every cause")
+    for line in lines:
+        console.print(f"[dim]{line}[/]")
 
 
 def _print_refusals(console: Console, plan: Plan) -> None:
@@ -116,12 +133,12 @@ def _print_refusals(console: Console, plan: Plan) -> None:
     for refusal in plan.refusals[:6]:
         table.add_row(f"{refusal.count:,}", refusal.reason)
     for memory in plan.memory_refusals[:6]:
-        short = f"{_three(memory.least_shortage_bytes / GIB)} GiB short at least"
+        short = f"{three(memory.least_shortage_bytes / GIB)} GiB short at least"
         table.add_row(f"{memory.count:,}", f"memory: {memory.family}, {short} ({memory.tightest})")
     console.print(table)
 
 
-def _three(value: float) -> str:
+def three(value: float) -> str:
     """Three significant digits, never with an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.1g}"
 
@@ -130,43 +147,47 @@ def _scale(seconds: float) -> tuple[float, str]:
     return next((pair for pair in ((1.0, "s"), (1e-3, "ms")) if seconds >= 0.9995 * pair[0]), (1e-6, "µs"))
 
 
-def _seconds(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Three significant digits of s, ms or µs."""
     scale, unit = _scale(seconds)
-    return f"{_three(seconds / scale)} {unit}" if seconds > 0 else "0"
+    return f"{three(seconds / scale)} {unit}" if seconds > 0 else "0"
 
 
 def _range(low_s: float, high_s: float, middle_s: float) -> str:
     """An interval in the unit in which its middle is shown."""
     scale, _ = _scale(middle_s)
-    return f"{_three(low_s / scale)}-{_three(high_s / scale)}"
+    return f"{three(low_s / scale)}-{three(high_s / scale)}"
 
 
-def _share(value: float | None) -> str:
+def share_text(value: float | None) -> str:
+    """Per cent with one decimal."""
     return "?" if value is None else f"{value:.1%}"
 
 
-def _duration(days: float) -> str:
+def duration(days: float) -> str:
+    """In days, hours, minutes or seconds."""
     for unit, length in (("d", 1.0), ("h", 1 / 24), ("min", 1 / 1440)):
         if days >= length:
-            return f"{_three(days / length)} {unit}"
-    return f"{_three(days * 86400)} s"
+            return f"{three(days / length)} {unit}"
+    return f"{three(days * 86400)} s"
 
 
-def _money(amount: float) -> str:
-    return f"${_si(amount, digits=3)}" if amount >= 1000 else f"${amount:.2f}"
+def money(amount: float) -> str:
+    """In dollars."""
+    return f"${si(amount, digits=3)}" if amount >= 1000 else f"${amount:.2f}"
 
 
 def _energy(kwh: float) -> str:
     units = (("GWh", 1e6), ("MWh", 1e3), ("kWh", 1.0))
     unit, size = next((pair for pair in units if kwh >= pair[1]), ("Wh", 1e-3))
-    return f"{_three(kwh / size)} {unit}"
+    return f"{three(kwh / size)} {unit}"
 
 
 def _pf_days(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
 
 
-def _si(value: float, digits: int = 4) -> str:
+def si(value: float, digits: int = 4) -> str:
     """A count in thousands (k), millions (M), billions (B) or trillions (T)."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:

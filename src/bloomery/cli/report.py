@@ -18,7 +18,8 @@ def report(
 
     require_run(run_dir)
     from bloomery.ledger.facts import gather
-    from bloomery.ledger.report import finite, write
+    from bloomery.ledger.page_parts import finite
+    from bloomery.ledger.report import write
 
     facts = gather(run_dir)
     path = write(run_dir, facts)

@@ -11,7 +11,7 @@ VISIBLE = 0.0005
 Figure = dict[str, Any]
 
 
-def _layout(height: int, **more: Any) -> dict[str, Any]:
+def chart_layout(height: int, **more: Any) -> dict[str, Any]:
     """What every chart shares: no box, quiet grid, the page's font."""
     axis = {
         "gridcolor": LINE,
@@ -69,7 +69,7 @@ def waterfall(shares: list[dict[str, Any]]) -> Figure:
                 "hovertemplate": "%{x}<br>" + side + " %{text} of peak FLOPs<extra></extra>",
             }
         )
-    layout = _layout(
+    layout = chart_layout(
         380,
         barmode="group",
         bargap=0.28,
@@ -132,7 +132,7 @@ def loss(stages: list[dict[str, Any]]) -> Figure:
         axes[f"xaxis{suffix}"] |= {"anchor": f"y{suffix}", "rangemode": "tozero"}
         axes[f"yaxis{suffix}"] = {"anchor": f"x{suffix}", "title": {"text": "nats per token" if first else ""}}
         start = stop + gap
-    return {"data": traces, "layout": _layout(330, hovermode="closest", **axes)}
+    return {"data": traces, "layout": chart_layout(330, hovermode="closest", **axes)}
 
 
 def tokens_per_s(stage: dict[str, Any], predicted: float | None) -> Figure:
@@ -164,4 +164,4 @@ def tokens_per_s(stage: dict[str, Any], predicted: float | None) -> Figure:
         )
     yaxis = {"title": {"text": "tokens per second"}, "rangemode": "tozero", "tickformat": "~s"}
     xaxis = {"title": {"text": "step, pretrain"}, "rangemode": "tozero"}
-    return {"data": traces, "layout": _layout(330, yaxis=yaxis, xaxis=xaxis)}
+    return {"data": traces, "layout": chart_layout(330, yaxis=yaxis, xaxis=xaxis)}

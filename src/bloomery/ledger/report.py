@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -12,6 +10,7 @@ from typing import Any
 from bloomery.ledger import figures, sections
 from bloomery.ledger.facts import gather
 from bloomery.ledger.markup import text
+from bloomery.ledger.page_parts import script_json, shared_parts
 from bloomery.spec.files import write_atomically
 
 REPORT_FILE = "report.html"
@@ -28,7 +27,6 @@ def write(run_dir: str | Path, facts: dict[str, Any] | None = None) -> Path:
 def render(facts: dict[str, Any]) -> str:
     """The page. The facts themselves are in it, as JSON, under the id `facts`."""
     own = resources.files("bloomery.ledger") / "page"
-    plotly = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
     found = facts["reconciliation"]
     charts = {
         "waterfall": figures.waterfall(found["waterfall"]),
@@ -39,11 +37,9 @@ def render(facts: dict[str, Any]) -> str:
     return template.substitute(
         title=text(facts["title"]),
         verdict=text(facts["verdict"]),
-        style=(own / "report.css").read_text(encoding="utf-8"),
-        script=(own / "report.js").read_text(encoding="utf-8"),
-        plotly=plotly.replace("</script", "<\\/script"),
-        facts=_script_json(facts),
-        charts=_script_json(charts),
+        **shared_parts(),
+        facts=script_json(facts),
+        charts=script_json(charts),
         chips=sections.chips(facts),
         tiles=sections.tiles(facts),
         components=sections.components(facts),
@@ -57,19 +53,3 @@ def render(facts: dict[str, Any]) -> str:
         environment=sections.environment(facts),
         run_yaml=text(facts["run_yaml"]),
     )
-
-
-def finite(value: Any) -> Any:
-    """The same values with what JSON cannot say (NaN, infinities) as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
-def _script_json(value: Any) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(finite(value), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.layout import LayoutBatch, stage_split
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+from bloomery.spec.shard_table import Collective, collectives
 
 FULL, SELECTIVE = 2, 1
 """Indices into `spec.layout.RECOMPUTE`."""
@@ -30,7 +33,7 @@ class Held:
     expert_whole: int
 
     @classmethod
-    def of(cls, parameters: list[Parameter]) -> Held:
+    def of(cls, parameters: Sequence[Parameter]) -> Held:
         """Sum `parameters`."""
 
         def total(expert: bool, cut: bool) -> int:
@@ -62,15 +65,21 @@ class Ranks:
         """Layers with a plain feed-forward block."""
         return self.layers - self.moe_layers
 
+    @classmethod
+    def side_by_side(cls, several: Sequence[Ranks]) -> Ranks:
+        """Several ranks of each layout in one array, shape (len(several) x n,)."""
+        return cls(*(np.concatenate([getattr(one, f.name) for one in several]) for f in fields(cls)))
+
 
 @dataclass(frozen=True)
 class Case:
-    """n layouts of `model` on `cluster`. Arrays derived here have shape (n,)."""
+    """n layouts of `model` on `cluster`. Arrays derived here have shape (n,); `global_batch` is one number for all of
+    them or one for each."""
 
     model: Model
     cluster: Cluster
     lay: LayoutBatch
-    global_batch: int
+    global_batch: Any
     seq_len: int
     dtype: Dtype
     stack: Stack
@@ -83,15 +92,49 @@ class Case:
         cluster: Cluster,
         lay: LayoutBatch,
         *,
-        global_batch: int,
+        global_batch: int | np.ndarray,
         seq_len: int,
         dtype: Dtype,
         stack: Stack | None = None,
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
+        stack = stack or stack_of(accelerator)
         precision = precision_of(accelerator, dtype)
-        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack or stack_of(accelerator), precision)
+        if stack.gradient_bytes is not None:
+            precision = replace(precision, gradient=stack.gradient_bytes)
+        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision)
+
+    def under(self, cluster: Cluster, stack: Stack) -> Case:
+        """The same layouts on other hardware of the same precision, or with other software; what only layouts decide
+        is kept, so that asking again is cheap."""
+        again = replace(self, cluster=cluster, stack=stack)
+        again.__dict__.update({name: self.__dict__[name] for name in _OF_LAYOUTS if name in self.__dict__})
+        again.__dict__["_collectives"] = self.__dict__.setdefault("_collectives", {})
+        if "trio" in self.__dict__:
+            case, ranks = self.trio
+            again.__dict__["trio"] = (case.under(cluster, stack), ranks)
+        return again
+
+    @cached_property
+    def trio(self) -> tuple[Case, Ranks]:
+        """The three kinds of rank that a step's time depends on, side by side: first, fullest in the middle, last."""
+        kinds = (self.first, self.fullest, self.last)
+        return self.repeated(len(kinds)), Ranks.side_by_side(kinds)
+
+    def repeated(self, times: int) -> Case:
+        """The same layouts `times` over, shape (times x n,): to ask about several ranks of each at once."""
+        batch = self.global_batch
+        return Case(
+            self.model,
+            self.cluster,
+            self.lay.take(np.tile(np.arange(len(self.lay)), times)),
+            np.tile(batch, times) if np.ndim(batch) else batch,
+            self.seq_len,
+            self.dtype,
+            self.stack,
+            self.precision,
+        )
 
     @property
     def accelerator(self) -> Accelerator:
@@ -121,28 +164,27 @@ class Case:
     @cached_property
     def dense_layer(self) -> Held:
         """Parameters of a layer with a plain feed-forward block."""
-        moe = self.model.moe
-        return Held.of(layer_parameters(self.model.model_copy(update={"moe": None}) if moe else self.model, 0))
+        return _held(self.model, "dense")
 
     @cached_property
     def moe_layer(self) -> Held:
         """Parameters of a mixture-of-experts layer (of a plain one where the model has none)."""
-        return Held.of(layer_parameters(self.model, self.model.layers - 1))
+        return _held(self.model, "last")
 
     @cached_property
     def embedding(self) -> Held:
         """Parameters before the layers."""
-        return Held.of(embedding_parameters(self.model))
+        return _held(self.model, "embedding")
 
     @cached_property
     def head(self) -> Held:
         """Parameters after the layers when they share a stage with the embedding."""
-        return Held.of(head_parameters(self.model))
+        return _held(self.model, "head")
 
     @cached_property
     def lone_head(self) -> Held:
         """Parameters after the layers on a stage of their own: a tied head is then a second copy of the embedding."""
-        return Held.of(head_parameters(self.model.model_copy(update={"tie_embeddings": False})))
+        return _held(self.model, "lone head")
 
     @cached_property
     def middle_layers(self) -> np.ndarray:
@@ -169,6 +211,25 @@ class Case:
     def heaviest(self) -> Ranks:
         """The middle rank that holds most activations: layers x micro-batches in flight (rank 0 where none)."""
         return self.ranks(self._gather("heaviest"))
+
+    def collectives_of(self, ranks: Ranks) -> list[Collective]:
+        """The shard table's messages of `ranks`; remembered, since they depend on layouts and number formats alone."""
+        known: dict[int, tuple[Ranks, list[Collective]]] = self.__dict__.setdefault("_collectives", {})
+        if id(ranks) not in known:
+            precision = self.precision
+            rows = collectives(
+                self.model,
+                self.lay,
+                pipeline_rank=ranks.index,
+                global_batch=self.global_batch,
+                seq_len=self.seq_len,
+                stream_bytes=precision.stream,
+                parameter_bytes=precision.parameter,
+                gradient_bytes=precision.gradient,
+                block_bytes=precision.compute,
+            )
+            known[id(ranks)] = (ranks, rows)
+        return known[id(ranks)][1]
 
     def ranks(self, index: np.ndarray) -> Ranks:
         """The pipeline ranks `index` (n,) of each layout."""
@@ -198,6 +259,24 @@ class Case:
             pp, vpp, split = int(value % width), int(value // width % width), splits.get(int(value // width**2))
             table[i] = _stages(self.model, pp, split or stage_split(self.model.layers, pp * vpp), table.shape[2])
         return table, row
+
+
+@lru_cache(maxsize=4096)
+def _held(model: Model, part: str) -> Held:
+    """Elements of one part of a model: a dense layer, the last layer, what stands before and after the layers."""
+    if part == "dense":
+        return Held.of(layer_parameters(model.model_copy(update={"moe": None}) if model.moe else model, 0))
+    if part == "last":
+        return Held.of(layer_parameters(model, model.layers - 1))
+    if part == "embedding":
+        return Held.of(embedding_parameters(model))
+    return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))
+
+
+_OF_LAYOUTS = tuple(
+    name for name, value in vars(Case).items() if isinstance(value, cached_property) and name not in ("trio",)
+)
+"""Derived from model and layouts alone."""
 
 
 def _stages(model: Model, pp: int, split: tuple[int, ...], width: int) -> np.ndarray:

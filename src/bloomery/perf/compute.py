@@ -19,12 +19,14 @@ from bloomery.spec.cluster import ComputeFactor
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of compute for one micro-batch, shape (n,) each; `host`: of launches that run beside them."""
+    """Seconds of compute for one micro-batch, shape (n,) each; `host_*`: of launches that run beside them, those of
+    recomputation with the backward pass, where it happens."""
 
     forward: Any
     backward: Any
     recompute: Any
-    host: Any = 0.0
+    host_forward: Any = 0.0
+    host_backward: Any = 0.0
 
     @property
     def total(self) -> Any:
@@ -36,11 +38,18 @@ class Work:
             self.forward + other.forward,
             self.backward + other.backward,
             self.recompute + other.recompute,
-            self.host + other.host,
+            self.host_forward + other.host_forward,
+            self.host_backward + other.host_backward,
         )
 
     def __mul__(self, times: Any) -> Work:
-        return Work(self.forward * times, self.backward * times, self.recompute * times, self.host * times)
+        return Work(
+            self.forward * times,
+            self.backward * times,
+            self.recompute * times,
+            self.host_forward * times,
+            self.host_backward * times,
+        )
 
 
 NOTHING = Work(0.0, 0.0, 0.0)
@@ -62,19 +71,31 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
     forward = attention_forward + sum(block[0] for block in blocks)
     backward = attention_backward + sum(block[1] for block in blocks) + _accumulation(case, held)
-    forward, backward, host = _launched(case, forward, backward, case.stack.kernels)
-    selective = 0.0 if case.stack.flash_attention else attention_forward
-    recompute = np.where(case.lay.recompute == FULL, forward, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
-    again = np.where(case.lay.recompute == FULL, case.stack.kernels.forward * case.accelerator.launch_s, 0.0)
-    return Work(forward, backward, recompute, host + (0.0 if case.stack.serial_launch else again))
+    work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
+    attention_again = 0.0 if case.stack.flash_attention else attention_forward
+    selective = attention_again + case.stack.selective_share * work.forward
+    full = case.lay.recompute == FULL
+    recompute = np.where(full, work.forward, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
+    host_backward = work.host_backward + np.where(full, work.host_forward, 0.0)
+    return Work(work.forward, work.backward, recompute, work.host_forward, host_backward)
 
 
-def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> tuple[Any, Any, Any]:
-    """(forward, backward, host): launches added to the work where they are on the same core, beside it elsewhere."""
-    launch_s = case.accelerator.launch_s
+def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:
+    """Kernels with their launches: added to the work where both are on the same core, beside it elsewhere.
+
+    On a device each kernel also takes `kernel_s` whatever its size: filling and draining its cores.
+    """
+    launch_s, kernel_s = case.accelerator.launch_s, case.accelerator.kernel_s
     if case.stack.serial_launch:
-        return forward + kernels.forward * launch_s, backward + kernels.backward * launch_s, 0.0
-    return forward, backward, (kernels.forward + kernels.backward) * launch_s
+        return Work(forward + kernels.forward * launch_s, backward + kernels.backward * launch_s, 0.0)
+    host = case.stack.host_factor * launch_s
+    return Work(
+        forward + kernels.forward * kernel_s,
+        backward + kernels.backward * kernel_s,
+        0.0,
+        kernels.forward * host,
+        kernels.backward * host,
+    )
 
 
 def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1) -> tuple[Any, Any]:
@@ -126,7 +147,10 @@ def _attention(case: Case) -> tuple[Any, Any]:
     if stack.flash_attention:
         width = model.query_width / (lay.tp * lay.cp)
         causal = model.mask == "causal"
-        return flash_attention_s(case.accelerator, case.wide_dtype, case.seq_len, width, lay.micro_batch, causal=causal)
+        forward, backward = flash_attention_s(
+            case.accelerator, case.wide_dtype, case.seq_len, width, lay.micro_batch, causal=causal
+        )
+        return forward / stack.attention_factor, backward / stack.attention_factor
     return unfused_attention_s(
         case.accelerator,
         case.wide_dtype,
@@ -134,7 +158,7 @@ def _attention(case: Case) -> tuple[Any, Any]:
         model.head_dim,
         model.heads * lay.micro_batch / (lay.tp * lay.cp),
         element_bytes=case.precision.compute,
-        softmax_passes=(stack.softmax.forward, stack.softmax.backward),
+        softmax_passes=(stack.traffic * stack.softmax.forward, stack.traffic * stack.softmax.backward),
     )
 
 
@@ -156,7 +180,7 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     def seconds(norm: float, residual: float, projections: float, activation: float, rotary: float) -> Any:
         n_bytes = 2 * (norm + residual) * stream + projections * whole + dispatch
         n_bytes = n_bytes + (activation * width + rotary * turned) * inside + _cast_bytes(case)
-        return memory_s(case.accelerator, n_bytes)
+        return memory_s(case.accelerator, stack.traffic * n_bytes)
 
     residual, projections, rotary = stack.residual, stack.projections, stack.rotary
     forward = seconds(norm.forward, residual.forward, projections.forward, activation.forward, rotary.forward)
@@ -207,13 +231,12 @@ def _head(case: Case) -> Work:
     large = np.where(logits > LARGE_TENSOR_BYTES, 1.0, 0.0)
     passes = stack.logits.forward + large * stack.large_logits.forward
     passes_back = stack.logits.backward + large * stack.large_logits.backward
-    forward = forward + memory_s(case.accelerator, norm.forward * stream + passes * logits)
-    backward = backward + memory_s(case.accelerator, norm.backward * stream + passes_back * logits)
+    forward = forward + memory_s(case.accelerator, stack.traffic * (norm.forward * stream + passes * logits))
+    backward = backward + memory_s(case.accelerator, stack.traffic * (norm.backward * stream + passes_back * logits))
     return _end(case, forward, backward + _accumulation(case, case.head))
 
 
 def _end(case: Case, forward: Any, backward: Any) -> Work:
     """The embedding's or the head's work with its launches (half of `end_kernels` each)."""
     half = Passes(case.stack.end_kernels.forward / 2, case.stack.end_kernels.backward / 2)
-    forward, backward, host = _launched(case, forward, backward, half)
-    return Work(forward, backward, 0.0, host)
+    return _launched(case, forward, backward, half)

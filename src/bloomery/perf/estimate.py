@@ -8,14 +8,14 @@ attention on very long sequences it can be negative, since the convention counts
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from bloomery.perf.case import Case, Ranks
-from bloomery.perf.compute import stage_work
+from bloomery.perf.compute import Work, stage_work
 from bloomery.perf.flops import CONVENTION, model_flops, recomputed_flops
 from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import PARTS, memory_of, updated_parameters, worst_memory
@@ -28,6 +28,8 @@ from bloomery.spec.components import COMPONENTS
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
 
+LAUNCH_BLEND = 4.0
+"""Exponent p of (device^p + host^p)^(1/p): neither side is evenly filled, so both are felt near the crossing."""
 PRIOR_INTERVAL = (0.80, 1.45)
 """90 % interval of measured / predicted from data-sheet priors; models of this kind err on the fast side."""
 PROBED_INTERVAL = (0.85, 1.30)
@@ -97,7 +99,7 @@ def estimate(
     cluster: Cluster,
     layouts: LayoutBatch,
     *,
-    global_batch: int,
+    global_batch: int | np.ndarray,
     seq_len: int,
     dtype: Dtype = "bfloat16",
     stack: Stack | None = None,
@@ -107,21 +109,26 @@ def estimate(
     `cluster` has the layouts' ranks (`Cluster.cut`); `stack` defaults to the accelerator's. Raises InputError when the
     accelerator has no peak for `dtype`.
     """
-    case = Case.of(model, cluster, layouts, global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=stack)
-    peak = cluster.accelerator.peak(dtype)
+    return estimate_case(
+        Case.of(model, cluster, layouts, global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=stack)
+    )
+
+
+def estimate_case(case: Case) -> Estimates:
+    """`estimate` for a case that is asked again and again under other constants (`Case.under`)."""
+    model, cluster, layouts = case.model, case.cluster, case.lay
+    peak = cluster.accelerator.peak(case.dtype)
     if not len(layouts):
         nothing = np.zeros(0)
         return Estimates(case, nothing, dict.fromkeys(COMPONENTS, nothing))
     kinds = (case.first, case.fullest, case.last)
-    work = [stage_work(case, ranks) for ranks in kinds]
-    traffic = [messages(case, ranks) for ranks in kinds]
+    trio, ranks = case.trio
+    work = _parted(stage_work(trio, ranks), len(kinds), len(layouts))
+    traffic = _parted(messages(trio, ranks), len(kinds), len(layouts))
     m = case.micro_batches
-    device = Ends(*(w.total + t.tensor / m for w, t in zip(work, traffic, strict=True)))
-    host = Ends(*(w.host + _calls_s(case, t) / m for w, t in zip(work, traffic, strict=True)))
+    busy = Ends(*(sum(busy_s(case, w, t)) for w, t in zip(work, traffic, strict=True)))
     tensor = Ends(*(t.tensor / m for t in traffic))
     recompute = Ends(*(w.recompute + 0.0 * m for w in work))
-    # Launches run beside the device's queue: whichever is longer.
-    busy = Ends(*(np.maximum(*pair) for pair in zip(device, host, strict=True)))
     compute = busy - tensor
     sends = _sends(case, traffic[0], traffic[2])
     exposed, stretched = _data_parallel(case, traffic, compute, Ends(*(w.backward for w in work)))
@@ -131,7 +138,8 @@ def estimate(
         return m * over_ranks(case, ends) / case.lay.pp
 
     pp_comm = m * sends.first
-    ideal = model_flops(model, global_batch=global_batch, seq_len=seq_len) / (peak * case.lay.world_size)
+    flops = model_flops(model, global_batch=case.global_batch, seq_len=case.seq_len)
+    ideal = flops / (peak * case.lay.world_size)
     values = {
         "ideal": ideal,
         "kernel": mean(compute) - mean(recompute) - ideal + stretched,
@@ -150,6 +158,12 @@ def estimate(
     return Estimates(case, total, components)
 
 
+def _parted(noun: Any, parts: int, n: int) -> list[Any]:
+    """A dataclass of arrays of shape (parts x n,) as `parts` of them of shape (n,)."""
+    columns = [np.broadcast_to(getattr(noun, f.name), (parts * n,)).reshape(parts, n) for f in fields(noun)]
+    return [type(noun)(*(column[i] for column in columns)) for i in range(parts)]
+
+
 def _sends(case: Case, first: Messages, last: Messages) -> Ends:
     """Pipeline messages per micro-batch: each rank waits for one transfer each way and chunk.
 
@@ -159,14 +173,24 @@ def _sends(case: Case, first: Messages, last: Messages) -> Ends:
     return Ends(one, np.where(case.lay.pp > 2, one, 0.0), one)
 
 
-def _calls_s(case: Case, traffic: Messages) -> Any:
-    """Host seconds of one rank's tensor-parallel collectives in a step, stalls behind pipeline messages included."""
-    stack, lay = case.stack, case.lay
+def busy_s(case: Case, work: Work, traffic: Messages) -> tuple[Any, Any]:
+    """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
+    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
+    m, stack, lay = case.micro_batches, case.stack, case.lay
+    forward = work.forward + traffic.tensor_forward / m
+    backward = work.backward + work.recompute + traffic.tensor_backward / m
     if stack.serial_launch:
-        return 0.0
-    each = stack.collective_kernels * case.accelerator.launch_s
+        return forward, backward
+    call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
     crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
-    return traffic.calls * (each + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0))
+    call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
+    host_forward = work.host_forward + call_s * traffic.calls_forward / m
+    host_backward = work.host_backward + call_s * traffic.calls_backward / m
+    return _longer(forward, host_forward), _longer(backward, host_backward)
+
+
+def _longer(device: Any, host: Any) -> Any:
+    return np.asarray((device**LAUNCH_BLEND + host**LAUNCH_BLEND) ** (1 / LAUNCH_BLEND))
 
 
 def _data_parallel(case: Case, traffic: list[Messages], compute: Ends, backward: Ends) -> tuple[Any, Any]:

@@ -85,7 +85,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
     Unfused attention keeps its scores: 2c a s^2 b/t and one mask byte. For a plain layer in 16 bit this is the paper's
-    sbh(10 + 24/t + 5as/(ht)), divided by t wholly under sequence parallelism.
+    sbh(10 + 24/t + 5as/(ht)), divided by t wholly under sequence parallelism; `Stack.kept` multiplies.
     """
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
@@ -97,12 +97,12 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
         outer = outer + 2 * model.moe.top_k * inside * model.hidden * precision.compute
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
+    linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
-        scores = 4.0 * model.heads * inside
-        return outer + attention + feed_forward + scores, 0.0 * inside
-    kept = 2 * precision.compute + (1 if stack.dropout else 0)
-    scores = kept * model.heads * case.seq_len * inside
-    return outer + attention + feed_forward + scores, scores
+        return linear + 4.0 * model.heads * inside, 0.0 * inside
+    each = 2 * precision.compute + (1 if stack.dropout else 0)
+    scores = stack.kept * each * model.heads * case.seq_len * inside
+    return linear + scores, scores
 
 
 def activation_bytes(case: Case, ranks: Ranks) -> Any:
@@ -133,4 +133,5 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
 
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
-    return ranks.last * case.tokens * case.model.vocab / case.lay.tp * case.stack.logits_bytes
+    cut = 1 if case.stack.logits_gathered else case.lay.tp
+    return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes

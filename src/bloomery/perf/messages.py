@@ -1,4 +1,6 @@
-"""Seconds of communication of one rank in one step, from the shard table's list of messages. Nothing is hidden yet."""
+"""Seconds of communication of one rank in one step, from the shard table's list of messages.
+
+Inside the layers the stack's share of overlap is taken off here; what data parallelism hides is `estimate`'s to say."""
 
 from __future__ import annotations
 
@@ -11,50 +13,53 @@ from bloomery.perf.case import FULL, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.memory import parameters_on
 from bloomery.spec.cluster import CollectiveName
-from bloomery.spec.shard_table import Collective, collectives
+from bloomery.spec.shard_table import Collective
+
+FORWARD_SHARE = 1 / 3
+"""Of context- and expert-parallel messages, the part in the forward pass (keys and values, without gradients)."""
 
 
 @dataclass(frozen=True)
 class Messages:
     """Seconds of one rank in one step, shape (n,) each.
 
-    `tensor`: tensor, context and expert parallelism; `forward_send`, `backward_send`: pipeline; `gather`: parameters
-    before use; `reduce`: gradients; `world`: the step's statistics. `calls`: how many tensor-parallel collectives.
+    `tensor_*`: tensor, context and expert parallelism, recomputation's with the backward pass; `*_send`: pipeline;
+    `gather`: parameters before use; `reduce`: gradients; `world`: the step's statistics. `calls_*`: how many
+    tensor-parallel collectives.
     """
 
-    tensor: np.ndarray
+    tensor_forward: np.ndarray
+    tensor_backward: np.ndarray
     forward_send: np.ndarray
     backward_send: np.ndarray
     gather: np.ndarray
     reduce: np.ndarray
     world: np.ndarray
-    calls: np.ndarray
+    calls_forward: np.ndarray
+    calls_backward: np.ndarray
+
+    @property
+    def tensor(self) -> np.ndarray:
+        """Both directions."""
+        return self.tensor_forward + self.tensor_backward
 
 
 def messages(case: Case, ranks: Ranks) -> Messages:
     """What `ranks` send and receive in one step, in seconds."""
     seconds = {name: np.zeros(len(case.lay)) for name in Messages.__dataclass_fields__}
-    rows = collectives(
-        case.model,
-        case.lay,
-        pipeline_rank=ranks.index,
-        global_batch=case.global_batch,
-        seq_len=case.seq_len,
-        stream_bytes=case.precision.stream,
-        parameter_bytes=case.precision.parameter,
-        gradient_bytes=case.precision.gradient,
-        block_bytes=case.precision.compute,
-    )
-    for row in rows:
-        if np.any(row.count):
-            group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
-            one = collective_s(
-                case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / _narrowing(case, row)
-            )
-            seconds[_kind(row)] += row.count * one
-            seconds["calls"] += row.count if _kind(row) == "tensor" else 0
+    exposed = 1.0 - case.stack.inner_overlap
+    for row in case.collectives_of(ranks):
+        group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / _narrowing(case, row))
+        kind = _kind(row)
+        if kind.startswith("tensor"):
+            seconds[kind.replace("tensor", "calls")] += row.count
+            one = one * exposed
+        seconds[kind] += row.count * one
     seconds["reduce"] += _context_gradients_s(case, ranks)
-    seconds["tensor"] += _context_s(case, ranks) + _experts_s(case, ranks)
+    inner = exposed * (_context_s(case, ranks) + _experts_s(case, ranks))
+    seconds["tensor_forward"] += FORWARD_SHARE * inner
+    seconds["tensor_backward"] += (1 - FORWARD_SHARE) * inner
     return Messages(**seconds)
 
 
@@ -64,7 +69,9 @@ def _kind(row: Collective) -> str:
         return "forward_send" if row.phase == "forward" else "backward_send"
     if row.axis == "dp":
         return "gather" if row.op == "all_gather" else "reduce"
-    return "tensor" if row.axis == "tp" else "world"
+    if row.axis == "tp":
+        return "tensor_forward" if row.phase == "forward" else "tensor_backward"
+    return "world"
 
 
 def _narrowing(case: Case, row: Collective) -> Any:

@@ -1,6 +1,7 @@
 """Profiles of the software that published runs used: its `Stack`, and what it does where a report is silent.
 
-Recognised by the name of the software in a report's source or notes, else by its age. Few parameters with a meaning.
+Recognised by the name of the software in a report's source, else by its age. What a profile's constants are is the
+catalog's calibration to say (`spec.calibration`): few numbers with a meaning, fitted on published runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from bloomery.perf.stack import GPU, MEGATRON_2022, Stack
+from bloomery.spec.calibration import StackConstants
 
 FLASH_SINCE = 2023
 """The year from which training with fused attention was common."""
@@ -26,17 +28,31 @@ class Profile:
     balanced: bool = False
 
 
-MEGATRON = Profile(MEGATRON_2022, recompute="full")
+MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
+MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed"), recompute="full")
 MEGATRON_CORE = Profile(replace(GPU, name="megatron-core"), zero_stage=1, sequence_parallel=True)
-FSDP = Profile(replace(GPU, name="fsdp"), zero_stage=3, gated=True)
+FSDP = Profile(replace(GPU, name="fsdp", selective_share=0.5), zero_stage=3, gated=True)
+"""Selective: per operator, every other matrix product is kept (torchtitan's default)."""
 COMPOSER = Profile(replace(GPU, name="composer"), zero_stage=3)
 NANOTRON = Profile(
-    replace(GPU, name="nanotron", gradient_overlap=0.0, collective_kernels=60.0, pipeline_stall_s=5e-4),
-    sequence_parallel=True,
-    gated=True,
-    balanced=True,
+    replace(GPU, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True
 )
-NEOX = Profile(replace(GPU, name="neox", gradient_overlap=0.0), zero_stage=1, gated=True)
+NEOX = Profile(
+    replace(
+        GPU,
+        name="neox",
+        gradient_overlap=0.0,
+        gradient_bytes=2,
+        kept=2.0,
+        logits_bytes=16.0,
+        logits_gathered=True,
+    ),
+    zero_stage=1,
+    gated=True,
+)
+"""Eager norms and rotary positions keep float32 copies; gradients are accumulated in 16 bit."""
+NEOX_RMS = replace(NEOX, stack=replace(NEOX.stack, name="neox-rms", kept=1.5))
+"""With a fused norm."""
 INTERNEVO = Profile(replace(GPU, name="internevo"), zero_stage=1, gated=True)
 XLA = Profile(replace(GPU, name="xla"), zero_stage=0)
 
@@ -48,8 +64,17 @@ KNOWN = (
     (r"internevo|internlm", INTERNEVO),
     (r"jax|pax|maxtext|levanter|xla", XLA),
     (r"megatron-bridge|megatron-core|nemo|mlperf|dgx cloud|megascale|megatron-moe", MEGATRON_CORE),
-    (r"megatron|deepspeed|korthikanti|vtrain|bigscience|bloom|glm-130b|dlperf|libai", MEGATRON),
+    (r"deepspeed|vtrain|bigscience|bloom|glm-130b", MEGATRON_DEEPSPEED),
+    (r"megatron|korthikanti|activation recomputation|dlperf|libai", MEGATRON),
 )
+
+
+FSDP_COMPILED = replace(FSDP, stack=replace(FSDP.stack, name="fsdp-compiled"))
+XLA_TE = replace(XLA, stack=replace(XLA.stack, name="xla-te"))
+"""With Transformer Engine's kernels."""
+
+VARIANTS = ((FSDP, r"torch\.compile", FSDP_COMPILED), (NEOX, r"rms kernel", NEOX_RMS), (XLA, r"\bte-", XLA_TE))
+"""(profile, words in a report's notes, what it then is): the same software with other kernels."""
 
 
 def profile_of(source: str, notes: str, year: float | None, flash_attention: str) -> Profile:
@@ -58,8 +83,26 @@ def profile_of(source: str, notes: str, year: float | None, flash_attention: str
     found = next((profile for pattern, profile in KNOWN if re.search(pattern, text)), None)
     if found is None:
         found = MEGATRON if flash_attention == "0" or (year or FLASH_SINCE) < FLASH_SINCE else MEGATRON_CORE
-    stack = found.stack
+    for plain, words, variant in VARIANTS:
+        if found is plain and re.search(words, notes.lower()):
+            found = variant
     fused = flash_attention == "1"
-    if flash_attention and fused != stack.flash_attention:
-        stack = replace(stack, flash_attention=fused, name=f"{stack.name}{'+' if fused else '-'}flash")
-    return replace(found, stack=stack)
+    if flash_attention and fused != found.stack.flash_attention:
+        return replace(found, stack=replace(found.stack, flash_attention=fused))
+    return found
+
+
+def calibrated(stack: Stack, constants: StackConstants) -> Stack:
+    """The stack with its constants; what never overlaps stays so."""
+    overlap = constants.gradient_overlap if stack.gradient_overlap else 0.0
+    return replace(
+        stack,
+        traffic=constants.traffic,
+        attention_factor=constants.attention_factor,
+        host_factor=constants.host_factor,
+        inner_overlap=constants.inner_overlap,
+        gradient_overlap=overlap,
+        gather_overlap=overlap,
+        step_overhead_s=constants.step_overhead_s,
+        pipeline_stall_s=constants.pipeline_stall_s,
+    )

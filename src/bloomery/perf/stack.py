@@ -2,14 +2,24 @@
 
 Traffic is counted in passes: one read or one write of a whole tensor. `hidden` passes are over tokens x hidden, `width`
 over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, each forward and
-backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`.
+backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`. `traffic` multiplies them all:
+what a stack really moves over what was counted.
 
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
-`kernels` of a layer, `end_kernels` of embedding and head, `collective_kernels` of one tensor-parallel collective.
-`pipeline_stall_s` is what each of those waits on the host, per tensor-parallel rank, while pipeline messages cross
-nodes.
+`kernels` of a layer (`expert_kernels` more where tokens are routed), `end_kernels` of embedding and head,
+`collective_kernels` of one tensor-parallel collective. `host_factor` multiplies: slower or faster Python, or none
+(compiled graphs). `pipeline_stall_s` is what each collective waits on the host, per tensor-parallel rank, while
+pipeline messages cross nodes.
 
-Two profiles stand here; measured ones are calibrated copies (`dataclasses.replace`).
+`kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
+copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
+stack departs from its precision's.
+
+`selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention.
+`attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
+tensor-, context- and expert-parallel messages that runs beside compute.
+
+Two profiles stand here; measured ones are calibrated copies (`perf.profiles`).
 """
 
 from __future__ import annotations
@@ -50,18 +60,32 @@ class Stack:
     logits: Passes
     accumulate: float
     kernels: Passes
+    expert_kernels: Passes
+    selective_share: float
     collective_kernels: float
-    pipeline_stall_s: float
     end_kernels: Passes
     large_logits: Passes
     gradient_overlap: float
     gather_overlap: float
     interference: float
     scatter_gather: bool
+    traffic: float
+    attention_factor: float
+    host_factor: float
+    inner_overlap: float
+    pipeline_stall_s: float
+    gradient_bytes: int | None
+    kept: float
     logits_bytes: float
+    logits_gathered: bool
     saved_width: tuple[int, int]
     step_overhead_s: float
     serial_launch: bool
+
+    def layer_kernels(self, *, moe: bool) -> Passes:
+        """Kernels of one layer in each direction."""
+        more = self.expert_kernels if moe else Passes(0, 0)
+        return Passes(self.kernels.forward + more.forward, self.kernels.backward + more.backward)
 
     def norm(self, model: Model) -> Passes:
         """Passes of one norm."""
@@ -91,15 +115,24 @@ GPU = Stack(
     logits=Passes(8, 8),
     accumulate=0.0,
     kernels=Passes(120, 180),
+    expert_kernels=Passes(100, 100),
+    selective_share=0.0,
     collective_kernels=6.0,
-    pipeline_stall_s=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.9,
     gather_overlap=0.9,
     interference=0.1,
     scatter_gather=True,
+    traffic=1.0,
+    attention_factor=1.0,
+    host_factor=1.0,
+    inner_overlap=0.0,
+    pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=8.0,
+    logits_gathered=False,
     saved_width=(2, 3),
     step_overhead_s=2e-3,
     serial_launch=False,
@@ -120,16 +153,25 @@ MEGATRON_2022 = Stack(
     softmax=Passes(4.5, 5.5),
     logits=Passes(8, 6),
     accumulate=0.0,
-    kernels=Passes(180, 240),
+    kernels=Passes(180, 170),
+    expert_kernels=Passes(100, 100),
+    selective_share=0.0,
     collective_kernels=6.0,
-    pipeline_stall_s=0.0,
     end_kernels=Passes(150, 250),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
     gather_overlap=0.0,
     interference=0.0,
     scatter_gather=True,
+    traffic=1.0,
+    attention_factor=1.0,
+    host_factor=1.0,
+    inner_overlap=0.0,
+    pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=6.0,
+    logits_gathered=False,
     saved_width=(2, 3),
     step_overhead_s=2e-3,
     serial_launch=False,
@@ -151,15 +193,24 @@ EAGER_CPU = Stack(
     logits=Passes(8, 8),
     accumulate=3.0,
     kernels=Passes(150, 200),
+    expert_kernels=Passes(100, 100),
+    selective_share=0.0,
     collective_kernels=0.0,
-    pipeline_stall_s=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(5, 8),
     gradient_overlap=0.0,
     gather_overlap=0.0,
     interference=0.0,
     scatter_gather=False,
+    traffic=1.0,
+    attention_factor=1.0,
+    host_factor=1.0,
+    inner_overlap=0.0,
+    pipeline_stall_s=0.0,
+    gradient_bytes=None,
+    kept=1.0,
     logits_bytes=12.0,
+    logits_gathered=False,
     saved_width=(2, 4),
     step_overhead_s=2e-3,
     serial_launch=True,

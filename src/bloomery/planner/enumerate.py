@@ -95,8 +95,7 @@ def enumerate_layouts(
         return found
 
     # What breaks with the mildest options (no interleaving, micro-batch 1) breaks with all of them.
-    mildest = np.array([[1, 0, 0, 1, 0]], dtype=np.int64)
-    mesh = mesh[_keep(problems(_product(mesh, mildest)), refused, each=len(option))]
+    mesh = mesh[_keep(problems(layouts_of_meshes(mesh)), refused, each=len(option))]
     pairs = _pairs_by_mesh(model, mesh, option, global_batch, refused)
     lay = _batch(mesh[pairs[0]], option[pairs[1]])
     lay = lay.take(_keep(problems(lay), refused, each=1))
@@ -142,9 +141,10 @@ def _count(refused: dict[str, tuple[str, int]], rule: str, reason: str, broken: 
         refused[rule] = (reason, count + refused.get(rule, (reason, 0))[1])
 
 
-def _product(mesh: np.ndarray, option: np.ndarray) -> LayoutBatch:
-    """Every mesh with every option."""
-    return _batch(np.repeat(mesh, len(option), axis=0), np.tile(option, (len(mesh), 1)))
+def layouts_of_meshes(mesh: np.ndarray) -> LayoutBatch:
+    """Each (tp, pp, dp, cp, ep), shape (m, 5), with the mildest options: no interleaving, micro-batch 1, no ZeRO."""
+    mildest = np.array([[1, 0, 0, 1, 0]], dtype=np.int64)
+    return _batch(mesh, np.tile(mildest, (len(mesh), 1)))
 
 
 def _batch(mesh: np.ndarray, option: np.ndarray) -> LayoutBatch:

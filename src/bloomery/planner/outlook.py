@@ -10,7 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bloomery.perf.flops import PF_DAY
-from bloomery.perf.goodput import cluster_mtbf_s, ettr, optimal_interval_s
+from bloomery.perf.goodput import (
+    PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS,
+    cluster_mtbf_s,
+    ettr,
+    optimal_interval_s,
+)
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -27,6 +32,8 @@ class Outlook:
     `cost` is in the price list's currency (None without a price); `energy_kwh` takes every accelerator at its board
     power (None where unknown) times the PUE, so it is an upper bound for the accelerators and leaves out the hosts.
     Where failures leave no productive time at all (goodput 0), days, hours, cost and energy are None.
+    `days_pessimistic`: with everything that ever stops a job counted (`perf.goodput`'s pessimistic rate) where that is
+    more than the cluster's own rate; None on a cluster without failures.
     """
 
     steps: int
@@ -34,6 +41,7 @@ class Outlook:
     days: float
     goodput: float
     days_with_failures: float | None
+    days_pessimistic: float | None
     accelerator_hours: float | None
     cost: float | None
     energy_kwh: float | None
@@ -67,6 +75,14 @@ def goodput(cluster: Cluster, parameters: int) -> tuple[float, float | None]:
     return float(ettr(interval_s, write_s, between_failures_s, restart_s)), interval_s
 
 
+def _days_pessimistic(cluster: Cluster, parameters: int, productive_s: float) -> float | None:
+    if cluster.failures_per_1000_node_days == 0:
+        return None
+    rate = max(cluster.failures_per_1000_node_days, PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS)
+    share, _ = goodput(cluster.model_copy(update={"failures_per_1000_node_days": rate}), parameters)
+    return productive_s / share / DAY_S if share > 0 else None
+
+
 def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
     """The whole run on `cluster` (cut to the layout's ranks) at `step_time_s` seconds per optimizer step."""
     productive_s = run.train.n_steps * step_time_s
@@ -80,6 +96,7 @@ def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
         days=productive_s / DAY_S,
         goodput=share,
         days_with_failures=None if wall_s is None else wall_s / DAY_S,
+        days_pessimistic=_days_pessimistic(cluster, parameter_count(run.model), productive_s),
         accelerator_hours=hours,
         cost=None if price is None or hours is None else hours * price,
         energy_kwh=hours * tdp_w * cluster.pue / 1000.0 if tdp_w and hours is not None else None,

@@ -38,7 +38,10 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Published:
-    """One run that can be modelled. `scale`: the batch over what whole micro-batches of the layout hold."""
+    """One run that can be modelled. `cluster` has data-sheet rates alone: a calibration says the rest.
+
+    `scale`: the batch over what whole micro-batches of the layout hold.
+    """
 
     id: str
     source: str
@@ -195,6 +198,10 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
     zero = _number(row, "zero_stage")
+    stage = profile.zero_stage if zero is None else round(zero)
+    if pp > 1:
+        # Parameters stay gathered over the micro-batches of a pipeline: gathering for each of them is nobody's choice.
+        stage = min(stage, 2)
     recompute = row.get("recompute") or profile.recompute
     sequence = row.get("sequence_parallel", "")
     split = None
@@ -211,7 +218,7 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
         dp=dp,
         cp=cp,
         ep=min(ep, dp * cp * tp),
-        zero_stage=(profile.zero_stage if zero is None else round(zero)) if dp * cp > 1 else 0,  # type: ignore[arg-type]
+        zero_stage=stage if dp * cp > 1 else 0,  # type: ignore[arg-type]
         sequence_parallel=tp > 1 and (sequence == "1" if sequence else profile.sequence_parallel),
         micro_batch=micro_batch,
         schedule="interleaved" if vpp > 1 and pp > 1 else "1f1b",

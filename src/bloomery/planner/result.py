@@ -43,6 +43,11 @@ class Row:
         """The largest component beside the useful work itself."""
         return max((key for key in COMPONENTS if key != "ideal"), key=lambda key: self.components[key])
 
+    @property
+    def effective_efficiency(self) -> float:
+        """MFU x goodput: the share of the peak FLOPs paid for that trained the model."""
+        return self.estimate.mfu * self.outlook.goodput
+
     def to_json(self) -> dict[str, Any]:
         """Plain values; the whole estimate under `estimate`."""
         return {
@@ -55,6 +60,7 @@ class Row:
             "high_s": self.estimate.high_s,
             "mfu": self.estimate.mfu,
             "hfu": self.estimate.hfu,
+            "effective_efficiency": self.effective_efficiency,
             "memory_bytes": self.memory_bytes,
             "memory_limit_bytes": self.memory_limit_bytes,
             "fits": self.fits,
@@ -90,6 +96,8 @@ class Plan:
     pf_days_8nd: float
     runnable_only: bool
     world_sizes: tuple[int, ...]
+    failures_per_1000_node_days: float
+    failures_source: str
     best: tuple[Row, ...]
     compare: tuple[Row, ...]
     why: tuple[str, ...]

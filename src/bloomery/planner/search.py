@@ -1,4 +1,5 @@
-"""The search: every valid layout of every world size is evaluated at once, what fits in memory is ranked by step time.
+"""The search: every valid layout of every world size is evaluated at once, what fits in memory is ranked by
+wall time to the target.
 
 `plan` answers with the best layout of each mesh (variants of a mesh that lose by an option are told in `why`), the
 layouts one wants to compare, and the reason of everything that was refused.
@@ -6,7 +7,7 @@ layouts one wants to compare, and the reason of everything that was refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -15,7 +16,7 @@ import numpy as np
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.planner.enumerate import MESH, Refusal, enumerate_layouts
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
-from bloomery.planner.outlook import outlook, pf_days, planned_tokens
+from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError, LimitError
@@ -24,6 +25,7 @@ from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 
 GIB = float(2**30)
+LEAST_GOODPUT = 1e-300  # where failures leave nothing: still a finite time, so that layouts keep an order
 
 
 @dataclass(frozen=True)
@@ -37,30 +39,56 @@ class Evaluated:
     refusals: tuple[Refusal, ...]
 
 
+@dataclass(frozen=True)
+class Found:
+    """A whole search: every world size evaluated, and `order`, the (world, index) of the best of each mesh."""
+
+    worlds: tuple[Evaluated, ...]
+    order: tuple[tuple[int, int], ...]
+    runnable_only: bool
+
+    @property
+    def winner(self) -> tuple[Evaluated, int]:
+        """The world of the best layout and its index there."""
+        world, index = self.order[0]
+        return self.worlds[world], index
+
+
 def plan(run: Run, *, world_size: int | None = None, top: int = 10, runnable_only: bool) -> Plan:
-    """The best layouts of `run` on its cluster, fastest first.
+    """The best layouts of `run` on its cluster: `search` and `answer` in one."""
+    return answer(run, search(run, world_size=world_size, runnable_only=runnable_only), top=top)
+
+
+def search(run: Run, *, world_size: int | None = None, runnable_only: bool) -> Found:
+    """Every valid layout of `run` on its cluster, evaluated, and the ranking.
 
     `world_size`: plan for so many ranks (default: every measured cut of the cluster, else the whole of it).
-    `runnable_only`: consider only what the engine runs today. Raises InputError when no layout keeps the rules or a
-    layout to compare breaks one, LimitError when none of the valid ones fits in memory.
+    `runnable_only`: consider only what the engine runs today. Raises InputError when no layout keeps the rules,
+    LimitError when none of the valid ones fits in memory.
     """
-    worlds = [world_size] if world_size is not None else list(run.cluster.world_sizes())
-    evaluated = [_evaluate(run, ranks, runnable_only) for ranks in worlds]
-    if not any(len(world.layouts) for world in evaluated):
-        _refuse_for_rules(run, evaluated)
-    order = ranking(evaluated)
+    sizes = [world_size] if world_size is not None else list(run.cluster.world_sizes())
+    worlds = [evaluate(run, ranks, runnable_only) for ranks in sizes]
+    if not any(len(world.layouts) for world in worlds):
+        _refuse_for_rules(run, worlds)
+    order = ranking(run, worlds)
     if not order:
-        _refuse_for_memory(evaluated)
+        _refuse_for_memory(worlds)
+    return Found(tuple(worlds), tuple(order), runnable_only)
+
+
+def answer(run: Run, found: Found, *, top: int = 10) -> Plan:
+    """What `found` says to a person. Raises InputError when a layout to compare breaks a rule."""
+    evaluated, order = list(found.worlds), list(found.order)
     best = tuple(_row(run, f"{rank}", evaluated[w], i) for rank, (w, i) in enumerate(order[:top], start=1))
-    compare = tuple(_compared(run, name, layout) for name, layout in _layouts_to_compare(run).items())
+    compare = tuple(compared(run, name, layout)[0] for name, layout in _layouts_to_compare(run).items())
     active = parameter_count(run.model, active=True)
     tokens = planned_tokens(run)
-    world, index = order[0]
+    world, index = found.winner
     return Plan(
         run=run.name,
         model=run.model.name,
         cluster=run.cluster.name,
-        dtype=run_dtype(run, evaluated[world].cluster),
+        dtype=run_dtype(run, world.cluster),
         seq_len=run.train.seq_len,
         global_batch=run.train.global_batch,
         steps=run.train.n_steps,
@@ -69,11 +97,13 @@ def plan(run: Run, *, world_size: int | None = None, top: int = 10, runnable_onl
         active_parameters=active,
         pf_days_6nd=pf_days(active, tokens, 6),
         pf_days_8nd=pf_days(active, tokens, 8),
-        runnable_only=runnable_only,
-        world_sizes=tuple(worlds),
+        runnable_only=found.runnable_only,
+        world_sizes=tuple(world.cluster.size for world in evaluated),
+        failures_per_1000_node_days=run.cluster.failures_per_1000_node_days,
+        failures_source=run.cluster.provenance.get("failures_per_1000_node_days", ""),
         best=best,
         compare=compare,
-        why=why_the_winner_won(evaluated[world].layouts, evaluated[world].estimates, evaluated[world].cluster, index)
+        why=why_the_winner_won(world.layouts, world.estimates, world.cluster, index)
         + _why_this_world_size(evaluated, order),
         refusals=_merged_refusals(evaluated),
         memory_refusals=_memory_refusals(evaluated),
@@ -89,22 +119,29 @@ def run_dtype(run: Run, cluster: Cluster) -> Dtype:
     return cluster.accelerator.training_dtype() if run.train.dtype == "auto" else run.train.dtype
 
 
-def ranking(evaluated: list[Evaluated]) -> list[tuple[int, int]]:
-    """(world, index) of the fastest feasible layout of each mesh, fastest first; ties go to less memory and ZeRO."""
-    world = np.concatenate([np.full(len(e.layouts), w) for w, e in enumerate(evaluated)])
-    index = np.concatenate([np.arange(len(e.layouts)) for e in evaluated])
-    time = np.concatenate([e.estimates.step_time_s for e in evaluated])
-    memory = np.concatenate([sum(e.estimates.memory_bytes.values()) for e in evaluated])
-    zero = np.concatenate([e.layouts.zero_stage for e in evaluated])
-    fits = np.concatenate([e.estimates.fits for e in evaluated])
+def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
+    """(world, index) of the best feasible layout of each mesh, best first; ties go to less memory and ZeRO.
+
+    The measure is step time over goodput, the wall time to the target: on given hardware the same order as effective
+    efficiency (MFU x goodput), and the right one where cuts of a machine differ in their peaks.
+    """
+    world = np.concatenate([np.full(len(e.layouts), w) for w, e in enumerate(worlds)])
+    index = np.concatenate([np.arange(len(e.layouts)) for e in worlds])
+    parameters = parameter_count(run.model)
+    share = [max(goodput(e.cluster, parameters)[0], LEAST_GOODPUT) for e in worlds]
+    time = np.concatenate([e.estimates.step_time_s / g for e, g in zip(worlds, share, strict=True)])
+    memory = np.concatenate([sum(e.estimates.memory_bytes.values()) for e in worlds])
+    zero = np.concatenate([e.layouts.zero_stage for e in worlds])
+    fits = np.concatenate([e.estimates.fits for e in worlds])
     order = np.lexsort((zero, memory, time))
     order = order[fits[order]]
-    key = np.concatenate([np.stack([getattr(e.layouts, axis) for axis in MESH], axis=1) for e in evaluated])
+    key = np.concatenate([np.stack([getattr(e.layouts, axis) for axis in MESH], axis=1) for e in worlds])
     _, first = np.unique(key[order], axis=0, return_index=True)
     return [(int(world[i]), int(index[i])) for i in order[np.sort(first)]]
 
 
-def _evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
+def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
+    """All valid layouts on `ranks` ranks of the run's cluster, with their estimates."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -113,11 +150,12 @@ def _evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
         seq_len=run.train.seq_len,
         runnable_only=runnable_only,
     )
-    estimates = _estimates(run, cluster, found.layouts)
+    estimates = estimates_on(run, cluster, found.layouts)
     return Evaluated(cluster, found.layouts, estimates, found.n_enumerated, found.refusals)
 
 
-def _estimates(run: Run, cluster: Cluster, layouts: LayoutBatch) -> Estimates:
+def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch) -> Estimates:
+    """What the performance model says of `layouts` for the run's batch and number format on `cluster`."""
     return estimate(
         run.model,
         cluster,
@@ -152,8 +190,11 @@ def _layouts_to_compare(run: Run) -> Mapping[str, Layout]:
     return {**given, **run.compare}
 
 
-def _compared(run: Run, name: str, layout: Layout) -> Row:
-    """A layout that is shown whatever its rank, even where it does not fit."""
+def compared(run: Run, name: str, layout: Layout) -> tuple[Row, Evaluated]:
+    """A layout that is shown whatever its rank, even where it does not fit, and the world of it alone.
+
+    Raises InputError when it breaks a rule.
+    """
     batch, seq_len = run.train.global_batch, run.train.seq_len
     try:
         cluster = run.cluster.cut(layout.world_size)
@@ -162,7 +203,8 @@ def _compared(run: Run, name: str, layout: Layout) -> Row:
         where = "layout" if name == "given" else f"compare.{name}"
         raise InputError(str(error), where=where) from None
     layouts = LayoutBatch.of([layout])
-    return _row(run, name, Evaluated(cluster, layouts, _estimates(run, cluster, layouts), 1, ()), 0)
+    world = Evaluated(cluster, layouts, estimates_on(run, cluster, layouts), 1, ())
+    return _row(run, name, world, 0), world
 
 
 def _refuse_for_rules(run: Run, evaluated: list[Evaluated]) -> NoReturn:

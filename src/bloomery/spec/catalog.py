@@ -1,4 +1,4 @@
-"""The catalog (models, accelerators, clusters as data files) and the reading of a whole `run.yaml` through it."""
+"""The catalog (models, accelerators, clusters, failure rates as data files) and reading a whole `run.yaml` with it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from bloomery.spec.cluster import Accelerator, Cluster
+from bloomery.spec.calibration import ArchitectureConstants, calibration
+from bloomery.spec.cluster import OPERATIONS, Accelerator, Cluster
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.files import merge, override, parse_yaml, read_yaml
 from bloomery.spec.model import Model
@@ -24,7 +25,7 @@ def _table(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def names(kind: str) -> list[str]:
-    """The names in one table: `models`, `accelerators` or `clusters`."""
+    """The names in one table: `models`, `accelerators`, `clusters` or `failures`."""
     return list(_table(kind))
 
 
@@ -58,9 +59,14 @@ def model(name: str) -> Model:
     return Model.checked(_entry("models", name, "model"), where="model")
 
 
-def accelerator(name: str) -> Accelerator:
-    """A catalog accelerator."""
+def data_sheet(name: str) -> Accelerator:
+    """A catalog accelerator as its data sheet has it, with priors for the rest."""
     return Accelerator.checked(_entry("accelerators", name, "accelerator"), where="accelerator")
+
+
+def accelerator(name: str) -> Accelerator:
+    """A catalog accelerator with what published runs say of its architecture."""
+    return calibration().architecture(name).accelerator(data_sheet(name))
 
 
 def fabric(accelerator_name: str) -> dict[str, Any]:
@@ -75,12 +81,49 @@ def cluster(name: str) -> Cluster:
     return Cluster.checked(_cluster_values(name, "cluster", Path(".")), where="cluster")
 
 
+def failure_rate(name: str, where: str = "failures") -> dict[str, Any]:
+    """A published failure rate: `name`, `per_1000_node_days`, `source`."""
+    return _entry("failures", name, where)
+
+
+def _failures(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """`failures_per_1000_node_days: rsc-1` as its number, the source kept in the provenance."""
+    key = "failures_per_1000_node_days"
+    if not isinstance(values.get(key), str):
+        return values
+    rate = failure_rate(values[key], f"{where}.{key}")
+    provenance = {**(values.get("provenance") or {}), key: f"{rate['name']}: {rate['source']}"}
+    return {**values, key: rate["per_1000_node_days"], "provenance": provenance}
+
+
 def _cluster_values(value: Any, where: str, folder: Path) -> Any:
     values = _resolved("clusters", value, where, folder)
     if isinstance(values, dict) and "accelerator" in values:
         part = _resolved("accelerators", values["accelerator"], f"{where}.accelerator", folder)
-        values = {**values, "accelerator": part}
-    return values
+        values = _calibrated({**values, "accelerator": part}, where)
+    return _failures(values, where) if isinstance(values, dict) else values
+
+
+def _calibrated(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Where the accelerator is of a known architecture: its constants, and those of its links where none are given."""
+    part, table = values["accelerator"], calibration()
+    if not isinstance(part, dict) or table.architecture_of(str(part.get("name", ""))) not in table.generations.values():
+        return values
+    constants = table.architecture(part["name"])
+    chip = constants.accelerator(Accelerator.checked(part, where=f"{where}.accelerator"))
+    tiers = values.get("tiers")
+    if isinstance(tiers, list):
+        tiers = [_linked(tier, constants, inner=i == 0) for i, tier in enumerate(tiers)]
+    return {**values, "accelerator": chip.model_dump(exclude_unset=True), "tiers": tiers}
+
+
+def _linked(tier: Any, constants: ArchitectureConstants, *, inner: bool) -> Any:
+    """A tier as given, with the architecture's latency and factors where it states neither."""
+    if not isinstance(tier, dict) or "latency_s" in tier or "op_factor" in tier:
+        return tier
+    latency_s = constants.link_latency_s if inner else constants.network_latency_s
+    factor = constants.link_factor if inner else constants.network_factor
+    return {**tier, "latency_s": latency_s, "op_factor": dict.fromkeys(OPERATIONS, factor)}
 
 
 def read_cluster(path: str | Path) -> Cluster:

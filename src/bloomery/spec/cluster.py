@@ -47,6 +47,7 @@ class Accelerator(Noun):
     memory_efficiency: float = Field(default=0.8, gt=0, le=1)
     tdp_w: float = Field(default=0.0, ge=0)
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
+    kernel_s: float = Field(default=2e-6, ge=0, description="device time of a kernel beyond its work: fill and drain")
     gemm: dict[Dtype, GemmEfficiency] = {}
     attention: dict[Dtype, float] = {}
     """Share of peak of fused attention by number format; see `attention_efficiency`."""
@@ -125,6 +126,7 @@ class Cluster(Noun):
     storage: Storage = Storage()
     cuts: tuple[Cut, ...] = ()
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
+    """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
     source: str = ""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
-from bloomery.spec.catalog import accelerator, fabric, model, names
-from bloomery.spec.cluster import OPERATIONS, Accelerator, Cluster, Tier
+from bloomery.spec.catalog import data_sheet, fabric, model, names
+from bloomery.spec.cluster import Accelerator, Cluster, Tier
 from bloomery.spec.model import Model
 
 GIGABIT = 1e9 / 8
+LINK, NETWORK = "link", "network"
+"""Names of the tiers inside a node and between nodes."""
 
 
 def accelerator_called(text: str) -> Accelerator | None:
@@ -20,7 +22,7 @@ def accelerator_called(text: str) -> Accelerator | None:
         parts = name.split("-")
         if parts[0] not in words or ("pcie" in parts) != ("pcie" in words):
             continue
-        entry = accelerator(name)
+        entry = data_sheet(name)
         rank = (sum(part in words for part in parts), entry.memory_bytes)
         if best is None or rank > best:
             best, chosen = rank, entry
@@ -28,27 +30,26 @@ def accelerator_called(text: str) -> Accelerator | None:
 
 
 def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, interconnect: str) -> Cluster:
-    """`n_gpus` of an accelerator in nodes with its usual links and the network cards the text names."""
+    """`n_gpus` of an accelerator in nodes with its usual links and the network cards the text names.
+
+    Data-sheet rates alone: latencies and factors are a calibration's to give.
+    """
     usual = fabric(chip.name)
     in_node = min(n_gpus, round(gpus_per_node or 8))
     cards, card = _cards(interconnect) or (usual["cards"], usual["card"])
     span = max(in_node, min(int(usual["span"]), n_gpus))
-    tiers = [
-        Tier(
-            name="nvlink", span=span, bandwidth_bytes_per_s=usual["link"], ports_per_node=in_node,
-            latency_s=usual["link_latency_s"], half_size_bytes=usual["link_half_size"],
-            op_factor=dict.fromkeys(OPERATIONS, usual["link_factor"]),
-        )
-    ]  # fmt: skip
+    tiers = [Tier(name=LINK, span=span, bandwidth_bytes_per_s=usual["link"], ports_per_node=in_node, latency_s=0.0)]
     nodes = -(-n_gpus // in_node)
     if nodes * in_node > span:
         tiers.append(
             Tier(
-                name="network", span=nodes * in_node, bandwidth_bytes_per_s=card, ports_per_node=max(1, int(cards)),
-                latency_s=usual["network_latency_s"], half_size_bytes=usual["network_half_size"],
-                op_factor=dict.fromkeys(OPERATIONS, usual["network_factor"]),
+                name=NETWORK,
+                span=nodes * in_node,
+                bandwidth_bytes_per_s=card,
+                ports_per_node=max(1, int(cards)),
+                latency_s=0.0,
             )
-        )  # fmt: skip
+        )
     return Cluster(name="published", nodes=nodes, accelerators_per_node=in_node, accelerator=chip, tiers=tuple(tiers))
 
 

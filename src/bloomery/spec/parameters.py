@@ -7,6 +7,7 @@ Names are those of `bloomery.model`'s modules; `layers.{i}.` prefixes what a lay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Literal
 
@@ -54,8 +55,13 @@ def _feed_forward(model: Model, name: str, width: int, expert: bool = False) -> 
     return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, expert)
 
 
-def layer_parameters(model: Model, layer: int) -> list[Parameter]:
+@lru_cache(maxsize=4096)
+def layer_parameters(model: Model, layer: int) -> tuple[Parameter, ...]:
     """The parameters of layer `layer`, in the modules' order."""
+    return tuple(_layer(model, layer))
+
+
+def _layer(model: Model, layer: int) -> list[Parameter]:
     prefix, qkv_bias = f"layers.{layer}", model.bias or model.qkv_bias
     parameters = _norm(model, f"{prefix}.attention_norm")
     parameters += _linear(f"{prefix}.attention.q", model.query_width, model.hidden, qkv_bias, 0)
@@ -75,24 +81,26 @@ def layer_parameters(model: Model, layer: int) -> list[Parameter]:
     return parameters
 
 
-def embedding_parameters(model: Model) -> list[Parameter]:
+@lru_cache(maxsize=1024)
+def embedding_parameters(model: Model) -> tuple[Parameter, ...]:
     """What the first stage holds before its layers."""
     tokens = Parameter("embedding.weight", (model.vocab, model.hidden), "embedding", 0)
     if model.position != "learned":
-        return [tokens]
-    return [tokens, Parameter("position.weight", (model.max_seq_len, model.hidden), "embedding")]
+        return (tokens,)
+    return (tokens, Parameter("position.weight", (model.max_seq_len, model.hidden), "embedding"))
 
 
-def head_parameters(model: Model) -> list[Parameter]:
+@lru_cache(maxsize=1024)
+def head_parameters(model: Model) -> tuple[Parameter, ...]:
     """What the last stage holds after its layers; a tied head shares `embedding.weight` and adds nothing."""
     head = [] if model.tie_embeddings else [Parameter("head.weight", (model.vocab, model.hidden), "matrix", 0)]
-    return _norm(model, "norm") + head
+    return tuple(_norm(model, "norm") + head)
 
 
 def all_parameters(model: Model) -> list[Parameter]:
     """Every parameter once, in order."""
     layers = [parameter for layer in range(model.layers) for parameter in layer_parameters(model, layer)]
-    return embedding_parameters(model) + layers + head_parameters(model)
+    return [*embedding_parameters(model), *layers, *head_parameters(model)]
 
 
 def parameter_count(model: Model, *, active: bool = False) -> int:

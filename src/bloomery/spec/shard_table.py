@@ -10,8 +10,10 @@ Source of the volumes: tensor parallel Shoeybi et al. 2019 (arXiv 1909.08053), s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -78,7 +80,7 @@ def collectives(
     gradient_bytes: int,
     block_bytes: int | None = None,
 ) -> list[Collective]:
-    """Every message of one rank in one optimizer step; entries that never happen have count 0.
+    """Every message of one rank in one optimizer step; what happens under none of the layouts is left out.
 
     Bytes per element: `stream_bytes` of the residual stream (between stages, out of the embedding), `block_bytes` of
     what enters and leaves attention, feed-forward and head (default: the stream's; 2 under bfloat16 autocast, whose
@@ -97,12 +99,14 @@ def collectives(
 
 
 class _Rows:
-    """Collects rows, every entry broadcast to (n,)."""
+    """Collects rows that happen at all, every entry broadcast to (n,)."""
 
     def __init__(self, n: int) -> None:
         self.n, self.rows = n, list[Collective]()
 
     def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
+        if not np.any(count):
+            return
         whole = (np.broadcast_to(np.asarray(value, dtype=np.int64), (self.n,)) for value in (count, bytes_each))
         self.rows.append(Collective(site, axis, op, phase, *whole))
 
@@ -123,15 +127,18 @@ def _tensor_parallel(
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
-    again = 1 + (lay.recompute == 2)
+    again = lay.recompute == 2
     blocks = shape.layers * micro
     for block in ("attention", "ffn"):
         # A recomputed layer stops before the reduction of its last output: nothing later needs it.
-        again_out = again if block == "attention" else 1
-        rows.add(f"{block}.out", "tp", "all_reduce", "forward", plain * blocks * again_out, payload)
+        again_out = again & (block == "attention")
+        rows.add(f"{block}.out", "tp", "all_reduce", "forward", plain * blocks, payload)
+        rows.add(f"{block}.out", "tp", "all_reduce", "recompute", plain * blocks * again_out, payload)
         rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * blocks, payload)
-        rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * blocks * again, payload)
-        rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * blocks * again_out, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * blocks, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * blocks * again, payload)
+        rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * blocks, payload)
+        rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * blocks * again_out, payload)
         rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * blocks, payload)
         rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * blocks, payload)
     rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first * micro, stream)
@@ -155,19 +162,25 @@ def _pipeline(rows: _Rows, lay: LayoutBatch, pipeline_rank: np.ndarray | int, mi
     rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward * micro, payload // cut)
 
 
-def _padded(parameters: list[Parameter], tp: Any, dp: Any) -> Any:
+def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
     """Elements of these parameters on one tp rank with the first dimension padded to a multiple of dp (as FSDP2)."""
     total: Any = 0
-    for parameter in parameters:
-        first = parameter.shape[0] // tp if parameter.tp_dim == 0 else parameter.shape[0] + 0 * dp
-        rest = parameter.size // parameter.shape[0] // (tp if parameter.tp_dim == 1 else 1)
-        total = total + -(-first // dp) * dp * rest
+    for (shape, tp_dim), copies in Counter((p.shape, p.tp_dim) for p in parameters).items():
+        first = shape[0] // tp if tp_dim == 0 else shape[0] + 0 * dp
+        rest = prod(shape[1:]) // (tp if tp_dim == 1 else 1)
+        total = total + copies * -(-first // dp) * dp * rest
     return total
 
 
-def _local(parameters: list[Parameter], tp: Any) -> Any:
+def _local(parameters: Iterable[Parameter], tp: Any) -> Any:
     """Elements of these parameters on one tp rank."""
-    return sum((p.size // (tp if p.tp_dim is not None else 1) for p in parameters), 0 * tp)
+    counted = Counter((p.size, p.tp_dim is not None) for p in parameters)
+    return sum((copies * (size // (tp if cut else 1)) for (size, cut), copies in counted.items()), 0 * tp)
+
+
+def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
+    """(parameters that every rank of a data-parallel group has, those of routed experts, which lie on ep ranks)."""
+    return [p for p in layer if not p.expert], [p for p in layer if p.expert]
 
 
 def _data_parallel(
@@ -184,22 +197,14 @@ def _data_parallel(
     layer = layer_parameters(model, model.layers - 1)
     ends = [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
     sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
-    unit = _local(layer, lay.tp) * gradient_bytes
+    common, experts = _apart(layer)
+    unit = (_local(common, lay.tp) + _local(experts, lay.tp) // lay.ep) * gradient_bytes
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
     outside = sum(_local(part, lay.tp) * held for part, held in ends)
     has_ends = shape.first | shape.last
     rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
-    gathered = _padded(layer, lay.tp, lay.dp)
-    third = lay.zero_stage == 3
-    gathers = sharded * shape.layers * np.where(third, micro, 1)
-    rows.add("fsdp.layer", "dp", "all_gather", "forward", gathers, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "all_gather", "backward", gathers * third, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
-    outside_padded = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
-    ends_held = sharded * has_ends
-    gathers = ends_held * np.where(third, micro, 1)
-    rows.add("fsdp.ends", "dp", "all_gather", "forward", gathers, outside_padded * parameter_bytes)
-    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", ends_held, outside_padded * gradient_bytes)
+    if np.any(sharded):
+        _fully_sharded(rows, lay, layer, ends, sharded, shape, micro, parameter_bytes, gradient_bytes)
     held = [p for p in layer if p.tp_dim is None]
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.zero_stage >= 2, lay.dp, 1)
@@ -208,6 +213,32 @@ def _data_parallel(
         norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
     summed = (lay.sequence_parallel == 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
+
+
+def _fully_sharded(
+    rows: _Rows,
+    lay: LayoutBatch,
+    layer: Sequence[Parameter],
+    ends: Sequence[tuple[Sequence[Parameter], np.ndarray]],
+    sharded: np.ndarray,
+    shape: StageShape,
+    micro: Any,
+    parameter_bytes: int,
+    gradient_bytes: int,
+) -> None:
+    """The gathers and reduce-scatters of ZeRO 2 and 3."""
+    common, experts = _apart(layer)
+    gathered = _padded(common, lay.tp, lay.dp) + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
+    third = lay.zero_stage == 3
+    gathers = sharded * shape.layers * np.where(third, micro, 1)
+    rows.add("fsdp.layer", "dp", "all_gather", "forward", gathers, gathered * parameter_bytes)
+    rows.add("fsdp.layer", "dp", "all_gather", "backward", gathers * third, gathered * parameter_bytes)
+    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
+    outside_padded = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
+    ends_held = sharded * (shape.first | shape.last)
+    gathers = ends_held * np.where(third, micro, 1)
+    rows.add("fsdp.ends", "dp", "all_gather", "forward", gathers, outside_padded * parameter_bytes)
+    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", ends_held, outside_padded * gradient_bytes)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import pytest
 import synthetic_run
 
 from bloomery.ledger.facts import gather
-from bloomery.ledger.report import finite, render, write
+from bloomery.ledger.page_parts import finite
+from bloomery.ledger.report import render, write
 from bloomery.spec.errors import InputError
 
 

@@ -71,7 +71,7 @@ def test_a_layout_on_the_command_line_is_a_row_of_its_own() -> None:
     assert given["layout"]["tp"] == 8
 
 
-@pytest.mark.parametrize("kind", ["models", "accelerators", "clusters"])
+@pytest.mark.parametrize("kind", ["models", "accelerators", "clusters", "failures"])
 def test_the_catalog_lists_each_kind(kind: str) -> None:
     table = bloomery("catalog", kind)
     assert max(map(len, table.stdout.splitlines())) <= 100

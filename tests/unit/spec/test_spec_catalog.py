@@ -163,3 +163,13 @@ def test_every_example_is_valid_with_the_layouts_it_compares(path: Path) -> None
             seq_len=run.train.seq_len,
             world_size=run.cluster.size,
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "failures", "days", "nodes"),
+    [("llama-3", 419, 54, 2048), ("rsc-1", 24 / 1.8, 1, 2048), ("rsc-all-causes", 24 / 7.9, 1, 128)],
+)
+def test_failure_rates_are_the_published_counts(name: str, failures: float, days: float, nodes: int) -> None:
+    rate = catalog.failure_rate(name)
+    assert rate["per_1000_node_days"] == pytest.approx(1000 * failures / (days * nodes), rel=0.005)
+    assert rate["source"]

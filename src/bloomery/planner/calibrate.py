@@ -1,0 +1,185 @@
+"""Fits a `Calibration` to published runs: robust least squares on log seconds, every constant drawn to its prior.
+
+minimise  sum_i soft(w_i log(predicted_i / measured_i)) + sum_j (log(c_j / prior_j) / spread_j)^2
+
+`soft` is scipy's soft_l1 (a run that is far off, noisy or misreported counts with its distance, not its square). w_i
+gives a source with many runs more weight than one with few, but not in proportion: a dense sweep is one machine's
+opinion.
+A constant moves only as far from its prior as the runs insist; one that no run feels keeps it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from bloomery.planner.questions import Questions
+from bloomery.spec.calibration import ArchitectureConstants, Calibration, StackConstants
+
+NOISE = 0.05
+"""Spread of log seconds between a good prediction and a measured run."""
+STEP = 1e-3
+"""Step of the numerical derivative, in log."""
+SPREADS: dict[str, dict[str, float]] = {
+    "architectures": {
+        "gemm_ceiling": 0.15,
+        "gemm_ceiling_8bit": 0.20,
+        "gemm_half": 0.5,
+        "gemm_k_half": 0.5,
+        "memory_efficiency": 0.15,
+        "attention": 0.3,
+        "kernel_s": 0.5,
+        "launch_s": 0.4,
+        "link_factor": 0.3,
+        "link_latency_s": 0.7,
+        "network_factor": 0.3,
+        "network_latency_s": 0.7,
+    },
+    "stacks": {
+        "traffic": 0.3,
+        "attention_factor": 0.3,
+        "host_factor": 0.4,
+        "inner_overlap": 1.0,
+        "gradient_overlap": 0.5,
+        "step_overhead_s": 1.0,
+        "pipeline_stall_s": 2.0,
+        "link_factor": 0.4,
+        "network_factor": 0.5,
+    },
+}
+"""Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
+LARGEST = {"gemm_ceiling": 0.95, "gemm_ceiling_8bit": 0.95, "memory_efficiency": 0.95, "attention": 0.9,
+           "inner_overlap": 0.95, "gradient_overlap": 0.95}  # fmt: skip
+"""Shares stay below one."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One number of a calibration: `section` is architectures or stacks, `owner` whose it is."""
+
+    section: str
+    owner: str
+    field: str
+
+    @property
+    def prior(self) -> float:
+        """Where it is drawn to."""
+        noun = ArchitectureConstants if self.section == "architectures" else StackConstants
+        return float(noun.model_fields[self.field].default)
+
+    @property
+    def spread(self) -> float:
+        """How far it may be from there."""
+        return SPREADS[self.section][self.field]
+
+
+def constants_of(questions: Questions, table: Calibration, without: Iterable[str] = ()) -> list[Constant]:
+    """Every constant that some run may feel, but for the fields in `without`."""
+    left_out = set(without)
+    owners = {
+        "architectures": {table.architecture_of(group.example.cluster.accelerator.name) for group in questions.groups},
+        "stacks": {group.stack for group in questions.groups},
+    }
+    return [
+        Constant(section, owner, field)
+        for section, fields in SPREADS.items()
+        for owner in sorted(owners[section])
+        for field in fields
+        if field not in left_out
+    ]
+
+
+def with_values(table: Calibration, constants: Sequence[Constant], values: Sequence[float]) -> Calibration:
+    """The table with some constants replaced."""
+    changed: dict[str, dict[str, dict[str, float]]] = {"architectures": {}, "stacks": {}}
+    for constant, value in zip(constants, values, strict=True):
+        bounded = min(float(value), LARGEST.get(constant.field, np.inf))
+        changed[constant.section].setdefault(constant.owner, {})[constant.field] = bounded
+    architectures, stacks = dict(table.architectures), dict(table.stacks)
+    for owner, fields in changed["architectures"].items():
+        architectures[owner] = architectures.get(owner, ArchitectureConstants()).model_copy(update=fields)
+    for owner, fields in changed["stacks"].items():
+        stacks[owner] = stacks.get(owner, StackConstants()).model_copy(update=fields)
+    return table.model_copy(update={"architectures": architectures, "stacks": stacks})
+
+
+def value_in(table: Calibration, constant: Constant) -> float:
+    """A constant's present value."""
+    if constant.section == "architectures":
+        return float(getattr(table.architectures.get(constant.owner, ArchitectureConstants()), constant.field))
+    return float(getattr(table.stack(constant.owner), constant.field))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A fit: which runs, which constants, from which table."""
+
+    questions: Questions
+    table: Calibration
+    constants: tuple[Constant, ...]
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Of each run, shape (n,)."""
+        count = Counter(run.source for run in self.questions.runs)
+        each = np.array([count[run.source] for run in self.questions.runs], dtype=float)
+        return (each / 10.0) ** -0.35 / NOISE
+
+    @cached_property
+    def felt_by(self) -> tuple[tuple[int, ...], ...]:
+        """The groups that each constant can change."""
+
+        def feels(constant: Constant, place: int) -> bool:
+            group = self.questions.groups[place]
+            name = group.example.cluster.accelerator.name
+            owner = self.table.architecture_of(name) if constant.section == "architectures" else group.stack
+            return owner == constant.owner
+
+        places = range(len(self.questions.groups))
+        return tuple(tuple(i for i in places if feels(constant, i)) for constant in self.constants)
+
+    def residuals(self, x: np.ndarray) -> np.ndarray:
+        """Weighted log errors and distances from the priors; `x` are log(constant / prior) / spread."""
+        return np.concatenate([self._errors(self.questions.predict_s(self._at(x))), x])
+
+    def jacobian(self, x: np.ndarray) -> np.ndarray:
+        """Derivatives by forward differences: each constant asks again only the groups that feel it."""
+        here = self.questions.predict_s(self._at(x))
+        columns = []
+        for j, felt in enumerate(self.felt_by):
+            moved = x.copy()
+            moved[j] += STEP
+            there = self.questions.predict_s(self._at(moved), into=here, only=felt)
+            columns.append((self._errors(there) - self._errors(here)) / STEP)
+        return np.vstack([np.stack(columns, axis=1), np.eye(len(x))])
+
+    def _errors(self, predicted_s: np.ndarray) -> np.ndarray:
+        return self.weights * np.log(predicted_s / self.questions.measured_s)
+
+    def _at(self, x: np.ndarray) -> Calibration:
+        values = [c.prior * np.exp(c.spread * offset) for c, offset in zip(self.constants, x, strict=True)]
+        return with_values(self.table, self.constants, values)
+
+    def start(self) -> np.ndarray:
+        """The table's own values."""
+        return np.array([np.log(value_in(self.table, c) / c.prior) / c.spread for c in self.constants])
+
+
+def fit(questions: Questions, table: Calibration, *, without: Iterable[str] = (), rounds: int = 12) -> Calibration:
+    """The calibration that agrees best with `questions` (all measured), starting from `table`.
+
+    `without`: fields that keep their priors, for ablations.
+    """
+    from scipy.optimize import least_squares
+
+    fixed = set(without)
+    if fixed:
+        priors = [c for c in constants_of(questions, table) if c.field in fixed]
+        table = with_values(table, priors, [c.prior for c in priors])
+    problem = Problem(questions, table, tuple(constants_of(questions, table, fixed)))
+    found = least_squares(problem.residuals, problem.start(), problem.jacobian, loss="soft_l1", max_nfev=rounds)
+    return problem._at(found.x)

@@ -1,0 +1,158 @@
+"""The planned step of one layout: stage times from the performance model, their timeline, memory over time.
+
+The same figures as `perf.estimate`'s, taken apart by stage: compute and tensor-parallel messages of a micro-batch, or
+the host's launches where those take longer. After the pipeline come the gradients that nothing hid, and the optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.case import Case, Ranks
+from bloomery.perf.compute import stage_work
+from bloomery.perf.estimate import Estimates, busy_s
+from bloomery.perf.memory import activation_bytes, memory_of
+from bloomery.perf.messages import messages
+from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
+from bloomery.spec.layout import stages_of
+
+AFTER = ("dp_comm", "optimizer", "other")
+"""Components of a step that follow its pipeline, in their order."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layout's step: the pipeline slot by slot, what follows it on every rank, and memory on each pipeline rank.
+
+    `after_s`: seconds of the components in `AFTER`. `memory`: for each rank the (time, bytes) at which its use changes.
+    `step_time_s` is the estimate's, by the closed form; `end_s` is the simulation's, which leaves out what messages
+    beside the compute cost it (under 1 %).
+    """
+
+    timeline: Timeline
+    times: StageTimes
+    after_s: dict[str, float]
+    memory: tuple[tuple[tuple[float, float], ...], ...]
+    memory_parts: tuple[dict[str, float], ...]
+    memory_limit_bytes: float
+    step_time_s: float
+
+    @property
+    def end_s(self) -> float:
+        """Seconds of the whole step as simulated."""
+        return self.timeline.end_s + sum(self.after_s.values())
+
+
+def planned_step(estimates: Estimates, i: int) -> Step:
+    """The i-th layout's step."""
+    layout = estimates.case.lay.layout(i)
+    case = _copies(estimates.case, i, layout.pp)
+    times = stage_times(estimates.case, i)
+    m = int(case.micro_batches[0])
+    timeline = simulate(layout, m, times)
+    pipeline_s = sum(float(estimates.components[name][i]) for name in COMPUTED)
+    after = {name: float(estimates.components[name][i]) for name in AFTER}
+    parts = memory_of(case, case.ranks(np.arange(layout.pp)))
+    return Step(
+        timeline=timeline,
+        times=times,
+        after_s=after,
+        memory=_memory(case, timeline),
+        memory_parts=tuple({name: float(values[rank]) for name, values in parts.items()} for rank in range(layout.pp)),
+        memory_limit_bytes=case.accelerator.memory_bytes,
+        step_time_s=pipeline_s + sum(after.values()),
+    )
+
+
+COMPUTED = ("ideal", "kernel", "recompute", "tp_comm", "pp_comm", "bubble")
+"""Components of a step that are inside its pipeline (`kernel` with what overlapped messages cost the compute)."""
+
+
+def stage_times(whole: Case, i: int) -> StageTimes:
+    """Seconds of one micro-batch on every stage of layout i.
+
+    Recomputation's share of the backward pass is what it has of its compute. Where the host's launches take longer than
+    the device's work, the slots of that direction stretch.
+    """
+    layout = whole.lay.layout(i)
+    n = layout.pp * layout.vpp
+    ranks, case = _stages(whole, i)
+    work, traffic = stage_work(case, ranks), messages(case, ranks)
+    forward, backward = busy_s(case, work, traffic)
+    share = work.recompute / (work.backward + work.recompute)
+    return StageTimes(
+        forward_s=_seconds(forward, n),
+        recompute_s=_seconds(share * backward, n),
+        backward_s=_seconds((1 - share) * backward, n),
+        **_transfers(whole, i),
+    )
+
+
+def _seconds(values: Any, n: int) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.broadcast_to(values, (n,)))
+
+
+def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
+    """Every stage of layout i as the only one of a rank: a pipeline of pp x vpp ranks without interleaving."""
+    layout = whole.lay.layout(i)
+    ranges = stages_of(whole.model, layout)
+    n = len(ranges)
+    case = _copies(whole, i, n)
+    split = tuple(len(layers) for layers in ranges)
+    one = np.ones(n, dtype=np.int64)
+    unrolled = replace(case.lay, pp=n * one, vpp=one, schedule=0 * one, stage_layers=(split,) * n)
+    case = replace(case, lay=unrolled)
+    return case.ranks(np.arange(n)), case
+
+
+def _transfers(whole: Case, i: int) -> dict[str, float]:
+    """Seconds of one transfer forward and one backward."""
+    case = _copies(whole, i, 1)
+    count = float(case.micro_batches[0] * case.lay.vpp[0])
+    forward = messages(case, case.first).forward_send[0] / count
+    backward = messages(case, case.last).backward_send[0] / count
+    return {"forward_send_s": float(forward), "backward_send_s": float(backward)}
+
+
+def _copies(case: Case, i: int, n: int) -> Case:
+    """The case of layout i alone, n times."""
+    return replace(case, lay=case.lay.take(np.full(n, i)))
+
+
+def _memory(case: Case, timeline: Timeline) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """(time, bytes) on each pipeline rank: what it holds throughout, and each micro-batch from forward to backward.
+
+    The working set of recomputation, gathered parameters and logits count throughout the pipeline, so that the highest
+    point is the peak that `perf.memory` predicts.
+    """
+    layout = timeline.layout
+    ranks = case.ranks(np.arange(layout.pp))
+    empty = replace(ranks, layers=0 * ranks.layers, moe_layers=0 * ranks.moe_layers)
+    parts = memory_of(case, ranks)
+    fixed = sum(parts.values()) - parts["activations"] + activation_bytes(case, empty)
+    one_layer = _kept_by_a_layer(case)
+    counts = [len(layers) for layers in stages_of(case.model, layout)]
+    curves = []
+    for rank in range(layout.pp):
+        now = float(fixed[rank])
+        curve = [(0.0, now)]
+        for time_s, stage, change in in_flight(timeline.of_rank(rank)):
+            now += change * counts[stage] * one_layer
+            curve.append((time_s, now))
+        curves.append((*curve, (timeline.end_s, now)))
+    return tuple(curves)
+
+
+def _kept_by_a_layer(case: Case) -> float:
+    """Bytes that a layer keeps of one micro-batch between its forward and its backward.
+
+    What one layer adds to the activations of a pipeline rank with a single micro-batch in flight.
+    """
+    alone = replace(case, lay=replace(case.lay.take(np.array([0])), vpp=np.array([1]), schedule=np.array([0])))
+    last = alone.ranks(alone.lay.pp - 1)
+    one = replace(last, layers=0 * last.layers + 1, moe_layers=0 * last.moe_layers)
+    none = replace(one, layers=0 * last.layers)
+    return float((activation_bytes(alone, one) - activation_bytes(alone, none))[0])

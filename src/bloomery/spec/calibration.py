@@ -1,0 +1,126 @@
+"""`Calibration`: what published runs say of hardware and software beyond their data sheets, as few numbers as will do.
+
+`catalog/calibration.yaml` holds the fitted values with their provenance; a constant it does not name keeps the prior
+that stands here as the field's default. `architectures` belong to the hardware (and its usual hosts and network),
+`stacks` to the software. The planner fits them (`planner.calibrate`); catalog and performance model read them.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+
+from bloomery.spec.base import Noun
+from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency, Tier
+from bloomery.spec.files import parse_yaml
+
+PATH = Path(__file__).parent / "catalog" / "calibration.yaml"
+NARROW: tuple[Dtype, ...] = ("bfloat16", "float16", "tf32", "float8")
+"""Formats of the matrix units that share one efficiency surface; float8 has its own ceiling."""
+
+
+class ArchitectureConstants(Noun):
+    """One generation of accelerators. Priors: what kernels of any of them commonly reach."""
+
+    gemm_ceiling: float = Field(default=0.75, gt=0, le=1, description="share of peak of a large product, 16-bit")
+    gemm_ceiling_8bit: float = Field(default=0.60, gt=0, le=1, description="the same in 8 bit, casts included")
+    gemm_half: float = Field(default=80.0, gt=0, description="rows or columns at which a product has half its rate")
+    gemm_k_half: float = Field(default=100.0, gt=0, description="the same of the inner dimension")
+    memory_efficiency: float = Field(default=0.80, gt=0, le=1, description="share of the data sheet's bandwidth")
+    attention: float = Field(default=0.40, gt=0, le=1, description="share of peak of fused attention")
+    kernel_s: float = Field(default=2e-6, gt=0, description="device time of a kernel beyond its work")
+    launch_s: float = Field(default=5e-6, gt=0, description="host time of a launch on the usual hosts")
+    link_factor: float = Field(default=1.25, gt=0, description="time on the inner links over the data sheet's")
+    link_latency_s: float = Field(default=6e-6, gt=0, description="one hop inside a node")
+    network_factor: float = Field(default=1.2, gt=0, description="time on network cards over the data sheet's")
+    network_latency_s: float = Field(default=1.2e-5, gt=0, description="one hop between nodes")
+
+    def accelerator(self, bare: Accelerator) -> Accelerator:
+        """A data-sheet accelerator with these constants; what it states of itself stands."""
+
+        def surface(dtype: Dtype) -> GemmEfficiency:
+            ceiling = self.gemm_ceiling_8bit if dtype == "float8" else self.gemm_ceiling
+            return GemmEfficiency(
+                ceiling=ceiling, m_half=self.gemm_half, n_half=self.gemm_half, k_half=self.gemm_k_half
+            )
+
+        dtypes = [dtype for dtype in NARROW if dtype in bare.peak_flops_per_s]
+        values = {
+            "gemm": {dtype: surface(dtype) for dtype in dtypes},
+            "attention": dict.fromkeys(dtypes, self.attention),
+            "memory_efficiency": self.memory_efficiency,
+            "kernel_s": self.kernel_s,
+            "launch_s": self.launch_s,
+        }
+        stated = bare.model_fields_set
+        return bare.model_copy(update={name: value for name, value in values.items() if name not in stated})
+
+    def link(self, tier: Tier, factor: float = 1.0) -> Tier:
+        """The tier inside a node with its factor and latency; `factor`: a stack's over the usual."""
+        factors = dict.fromkeys(OPERATIONS, self.link_factor * factor)
+        return tier.model_copy(update={"op_factor": factors, "latency_s": self.link_latency_s})
+
+    def network(self, tier: Tier, factor: float = 1.0) -> Tier:
+        """The tier between nodes; `factor`: a stack's over the usual."""
+        factors = dict.fromkeys(OPERATIONS, self.network_factor * factor)
+        return tier.model_copy(update={"op_factor": factors, "latency_s": self.network_latency_s})
+
+
+class StackConstants(Noun):
+    """One training software, over what its kernels and messages were counted to cost. Prior: as counted."""
+
+    traffic: float = Field(default=1.0, gt=0, description="memory traffic of its element-wise kernels over the count")
+    attention_factor: float = Field(default=1.0, gt=0, description="rate of its attention kernel over the usual one's")
+    host_factor: float = Field(default=1.0, gt=0, description="host time of its launches over the usual")
+    inner_overlap: float = Field(default=0.1, gt=0, le=1, description="share of messages inside layers hidden")
+    gradient_overlap: float = Field(default=0.5, gt=0, le=1, description="share of the backward pass that hides them")
+    step_overhead_s: float = Field(default=2e-3, gt=0, description="seconds of a step outside model and optimizer")
+    pipeline_stall_s: float = Field(default=3e-5, gt=0, description="wait of a collective behind pipeline messages")
+    link_factor: float = Field(default=1.0, gt=0, description="its messages inside a node over the usual")
+    network_factor: float = Field(default=1.0, gt=0, description="its messages between nodes (site and software)")
+
+
+class Interval(Noun):
+    """5th and 95th percentile of measured over predicted, from runs left out of the fit."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+
+PRIOR_INTERVAL = Interval(low=0.80, high=1.45)
+"""Before anything was left out and predicted: models of this kind err on the fast side."""
+
+
+class Calibration(Noun):
+    """Everything fitted, by name; `generations` maps the first word of an accelerator's name to its architecture."""
+
+    generations: dict[str, str] = {}
+    architectures: dict[str, ArchitectureConstants] = {}
+    stacks: dict[str, StackConstants] = {}
+    intervals: dict[str, Interval] = {}
+    provenance: dict[str, str] = {}
+
+    def architecture_of(self, accelerator_name: str) -> str:
+        """The name of an accelerator's architecture; its own first word where none is listed."""
+        first = accelerator_name.split("-")[0]
+        return self.generations.get(first, first)
+
+    def architecture(self, accelerator_name: str) -> ArchitectureConstants:
+        """The constants of an accelerator's architecture, or the priors."""
+        return self.architectures.get(self.architecture_of(accelerator_name), ArchitectureConstants())
+
+    def interval(self, kind: str) -> Interval:
+        """Of `fitted` hardware and software, or of the `prior` for software that no run named."""
+        return self.intervals.get(kind, PRIOR_INTERVAL)
+
+    def stack(self, name: str) -> StackConstants:
+        """The constants of a stack, or the priors."""
+        return self.stacks.get(name, StackConstants())
+
+
+@cache
+def calibration() -> Calibration:
+    """The catalog's calibration."""
+    return Calibration.checked(parse_yaml(PATH.read_text(encoding="utf-8"), str(PATH)), where=PATH.name)

@@ -1,0 +1,137 @@
+"""The Pareto front is exact, sensitivities have the right sign, and every losing choice says what binds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bloomery.planner import sensitivity
+from bloomery.planner.families import losing_families
+from bloomery.planner.pareto import front_of, pareto_front, parts_of, spread
+from bloomery.planner.search import estimates_on, search
+from bloomery.planner.sensitivity import changes, sensitivities
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, check_layout
+from bloomery.spec.run import Run
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def example(name: str, *assignments: str) -> Run:
+    return catalog.read_run(EXAMPLES / f"{name}.yaml", assignments)
+
+
+few = st.sampled_from([1.0, 2.0, 3.0, 4.0, 5.0])
+aims = st.lists(st.tuples(few, few, few), min_size=1, max_size=40)
+
+
+@given(st.one_of(aims, st.lists(st.tuples(*[st.floats(0.1, 100.0)] * 3), min_size=1, max_size=40)))
+@settings(max_examples=200, deadline=None)
+def test_the_front_is_what_comparing_every_pair_gives(rows: list[tuple[float, float, float]]) -> None:
+    values = np.array([[float(f"{x:.5e}") for x in row] for row in rows])
+    index, alike = front_of(values, np.arange(len(values)))
+    front = {tuple(row) for row in values[index].tolist()}
+    dominated = [any((other <= row).all() and (other < row).any() for other in values) for row in values]
+    assert front == {tuple(row) for row, lost in zip(values.tolist(), dominated, strict=True) if not lost}
+    assert len(front) == len(index)
+    assert len(index) + int(alike.sum()) == len(values) - sum(dominated)
+
+
+def test_layouts_that_differ_in_nothing_that_matters_are_one() -> None:
+    index, alike = front_of(np.array([[1.0, 1.0, 1.0], [1.0 + 1e-9, 1.0, 1.0]]), np.array([5, 2]))
+    assert (list(index), list(alike)) == ([1], [1])
+
+
+def test_the_front_holds_the_plans_winner_and_only_layouts_the_trainer_takes() -> None:
+    run = example("demo")
+    front = pareto_front(run, runnable_only=True)
+    winner = search(run, runnable_only=True).winner
+    assert front.points[0].step_time_s == pytest.approx(float(winner[0].estimates.step_time_s[winner[1]]))
+    for point in front.points:
+        layout = Layout.model_validate(point.layout_values)
+        batch, seq_len = run.train.global_batch, run.train.seq_len
+        check_layout(run.model, layout, global_batch=batch, seq_len=seq_len, world_size=point.world_size, run=True)
+        assert point.memory_bytes <= front.limit_bytes
+
+
+def test_parts_of_a_cluster_are_whole_nodes() -> None:
+    cluster = catalog.cluster("yuan-1.0")
+    assert set(parts_of(cluster)) >= {8, 16, 8 * 7, 8 * 19, 2048, 2128}
+    assert all(size % 8 == 0 for size in parts_of(cluster))
+    assert parts_of(catalog.cluster("generic-8xh100")) == (1, 2, 4, 8)
+    assert parts_of(catalog.cluster("this-machine")) == (1, 2)
+
+
+def test_one_world_size_is_kept_and_shown_points_are_of_the_front() -> None:
+    front = pareto_front(example("llama3-8b"), world_size=8, runnable_only=False)
+    assert front.world_sizes == (8,)
+    assert {point.world_size for point in front.points} == {8}
+    shown = list(spread(front.points, 5))
+    assert len(shown) == 5
+    assert min(p.memory_bytes for p in shown) == min(p.memory_bytes for p in front.points)
+
+
+@pytest.mark.parametrize("name", ["yuan-1.0", "llama3-8b", "demo"])
+def test_a_better_machine_is_never_slower_and_a_tenth_gives_at_most_a_tenth(name: str) -> None:
+    run = example(name)
+    for one in sensitivities(run, search(run, runnable_only=name == "demo")):
+        assert -0.1 <= one.search_change <= one.winner_change + 1e-12 <= 1e-9
+        assert one.new_winner is None or one.search_change < one.winner_change
+
+
+def test_looking_only_at_layouts_near_the_winner_finds_what_looking_at_all_finds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = example("gpt3-175b")
+    found = search(run, world_size=256, runnable_only=False)
+    near = sensitivities(run, found)
+    monkeypatch.setattr(sensitivity, "WITHIN", np.inf)
+    assert sensitivities(run, found) == near
+
+
+@given(st.floats(1.0, 4.0), st.sampled_from(["bandwidth_bytes_per_s", "latency_s"]))
+@settings(max_examples=10, deadline=None)
+def test_no_layout_gets_slower_on_faster_links(factor: float, key: str) -> None:
+    run = example("llama3-8b", "cluster.nodes=2")
+    found = search(run, runnable_only=False).worlds[0]
+    better = factor if key == "bandwidth_bytes_per_s" else 1 / factor
+    tiers = tuple(tier.model_copy(update={key: getattr(tier, key) * better}) for tier in found.cluster.tiers)
+    again = estimates_on(run, found.cluster.model_copy(update={"tiers": tiers}), found.layouts)
+    assert (again.step_time_s <= found.estimates.step_time_s * (1 + 1e-12)).all()
+
+
+def test_every_property_of_the_machine_is_changed_once() -> None:
+    names = [name for name, _ in changes(catalog.cluster("yuan-1.0"))]
+    assert len(names) == len(set(names)) == 8
+    assert "+10 % network-card bandwidth (infiniband)" in names
+    assert not any("infiniband" in name for name, _ in changes(catalog.cluster("generic-8xh100")))
+
+
+def test_tensor_parallelism_across_nodes_is_named_as_what_binds() -> None:
+    run = example("yuan-1.0")
+    families = {family.name: family for family in losing_families(run, search(run, runnable_only=False))}
+    across = families["tp 16"]
+    assert across.verdict == "slower"
+    assert "tp 16 crosses the node of 8" in across.binding
+    assert "exposed tensor-parallel communication" in across.binding
+    assert families["tp 7"].binding == "tp must divide 128 heads"
+    assert families["pp 1"].verdict == "refused"
+
+
+def test_what_does_not_fit_says_how_much_it_needs() -> None:
+    run = example("llama3-8b")
+    families = {family.name: family for family in losing_families(run, search(run, runnable_only=False))}
+    assert families["micro-batch 128"].verdict == "memory"
+    assert "GiB of 80 at least" in families["micro-batch 128"].binding
+
+
+def test_no_family_beats_the_winner() -> None:
+    for name in ("yuan-1.0", "gpt3-175b", "demo"):
+        run = example(name)
+        families = losing_families(run, search(run, runnable_only=name == "demo"))
+        assert all(family.change is None or family.change >= 0 for family in families)
+        assert len({(family.axis, family.value) for family in families}) == len(families)

@@ -1,0 +1,130 @@
+"""The pipeline's timeline is a schedule that can run, takes the closed form's time and holds the predicted memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bloomery.perf.case import Case
+from bloomery.perf.memory import in_flight as in_flight_of
+from bloomery.planner.search import compared, search
+from bloomery.planner.step_timeline import Step, planned_step
+from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
+from bloomery.planner.trace import chrome_trace
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def even(stages: int, forward_s: float = 1.0, backward_s: float = 2.0, send_s: float = 0.0) -> StageTimes:
+    return StageTimes((forward_s,) * stages, (0.0,) * stages, (backward_s,) * stages, send_s, send_s)
+
+
+layouts = st.tuples(st.integers(1, 6), st.integers(1, 4), st.sampled_from(["1f1b", "interleaved", "gpipe"])).map(
+    lambda drawn: (
+        Layout(pp=max(drawn[0], 2), vpp=max(drawn[1], 2), schedule="interleaved")
+        if drawn[2] == "interleaved"
+        else Layout(pp=drawn[0], schedule=drawn[2])  # type: ignore[arg-type]
+    )
+)
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> Timeline:
+    layout = draw(layouts)
+    n = layout.pp * layout.vpp
+    seconds = st.lists(st.floats(0.1, 5.0), min_size=n, max_size=n).map(tuple)
+    times = StageTimes(draw(seconds), draw(seconds), draw(seconds), draw(st.floats(0, 0.5)), draw(st.floats(0, 0.5)))
+    micro_batches = draw(st.integers(1, 4)) * (layout.pp if layout.vpp > 1 else 1)
+    return simulate(layout, micro_batches, times)
+
+
+@given(timelines())
+@settings(max_examples=60, deadline=None)
+def test_every_micro_batch_runs_once_on_every_stage_in_an_order_that_can_run(timeline: Timeline) -> None:
+    stages = range(timeline.layout.pp * timeline.layout.vpp)
+    count = Counter((slot.kind, slot.stage, slot.micro_batch) for slot in timeline.slots)
+    assert set(count.values()) == {1}
+    ends = {(slot.kind, slot.stage, slot.micro_batch): slot.end_s for slot in timeline.slots}
+    for slot in timeline.slots:
+        assert slot.stage % timeline.layout.pp == slot.rank
+        before = {"forward": ("forward", slot.stage - 1), "backward": ("backward", slot.stage + 1)}.get(slot.kind)
+        if before is not None and before[1] in stages:
+            assert slot.start_s >= ends[(*before, slot.micro_batch)] - 1e-9
+        if slot.kind == "backward":
+            assert slot.start_s >= ends["forward", slot.stage, slot.micro_batch] - 1e-9
+    assert sum(1 for slot in timeline.slots if slot.kind == "backward") == len(stages) * timeline.micro_batches
+
+
+@given(timelines())
+@settings(max_examples=60, deadline=None)
+def test_a_rank_does_one_thing_at_a_time_and_its_parts_add_up(timeline: Timeline) -> None:
+    for rank in range(timeline.layout.pp):
+        slots = timeline.of_rank(rank)
+        assert all(later.start_s >= slot.end_s - 1e-9 for slot, later in pairwise(slots))
+        busy = sum(slot.end_s - slot.start_s for slot in slots)
+        assert busy + timeline.waiting_s(rank) == pytest.approx(timeline.end_s)
+        assert timeline.waiting_s(rank) >= -1e-9
+
+
+@pytest.mark.parametrize(("pp", "vpp", "micro_batches"), [(1, 1, 4), (4, 1, 8), (8, 1, 64), (4, 2, 8), (8, 3, 16)])
+def test_even_stages_take_narayanans_closed_form(pp: int, vpp: int, micro_batches: int) -> None:
+    """(m + (p - 1)/v)(F + B) (2104.04473, 2.2)."""
+    layout = Layout(pp=pp, vpp=vpp, schedule="interleaved" if vpp > 1 else "1f1b")
+    timeline = simulate(layout, micro_batches, even(pp * vpp, 1.0 / vpp, 2.0 / vpp))
+    assert timeline.end_s == pytest.approx((micro_batches + (pp - 1) / vpp) * 3.0)
+
+
+def test_gpipe_takes_the_same_time_and_holds_more() -> None:
+    first = [simulate(Layout(pp=4, schedule=name), 16, even(4)) for name in ("1f1b", "gpipe")]  # type: ignore[arg-type]
+    assert first[0].end_s == pytest.approx(first[1].end_s)
+    assert [_most_in_flight(timeline, 0) for timeline in first] == [4, 16]
+
+
+@pytest.mark.parametrize(("pp", "vpp", "micro_batches"), [(1, 1, 4), (4, 1, 8), (8, 1, 4), (4, 2, 8), (8, 3, 16)])
+def test_in_flight_is_what_the_memory_model_counts(pp: int, vpp: int, micro_batches: int) -> None:
+    layout = Layout(pp=pp, vpp=vpp, schedule="interleaved" if vpp > 1 else "1f1b")
+    timeline = simulate(layout, micro_batches, even(pp * vpp, send_s=0.01))
+    model = catalog.model("gpt3-175b")
+    cluster = catalog.cluster("selene-like").cut(8)
+    case = Case.of(
+        model, cluster, LayoutBatch.of([layout] * pp), global_batch=micro_batches, seq_len=2048, dtype="bfloat16"
+    )
+    chunks = np.asarray(in_flight_of(case, case.ranks(np.arange(pp)))) * vpp
+    assert [_most_in_flight(timeline, rank) for rank in range(pp)] == pytest.approx(list(chunks))
+
+
+def _most_in_flight(timeline: Timeline, rank: int) -> int:
+    return int(np.cumsum([change for _, _, change in in_flight(timeline.of_rank(rank))]).max())
+
+
+def steps(name: str) -> list[Step]:
+    run = catalog.read_run(EXAMPLES / f"{name}.yaml")
+    found = search(run, runnable_only=name == "demo")
+    best = [planned_step(found.worlds[w].estimates, i) for w, i in found.order[:3]]
+    return best + [planned_step(compared(run, key, layout)[1].estimates, 0) for key, layout in run.compare.items()]
+
+
+@pytest.mark.parametrize("name", ["yuan-1.0", "gpt3-175b", "llama3-8b", "demo"])
+def test_planned_steps_agree_with_the_closed_form_and_the_peak(name: str) -> None:
+    for step in steps(name):
+        assert step.end_s == pytest.approx(step.step_time_s, rel=0.02)
+        for curve, parts in zip(step.memory, step.memory_parts, strict=True):
+            assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
+            assert curve[-1][1] == pytest.approx(curve[0][1])
+
+
+def test_a_trace_has_every_slot_and_ends_with_the_step() -> None:
+    step = steps("gpt3-175b")[-1]
+    events = chrome_trace(step, title="test")["traceEvents"]
+    slots = [event for event in events if event["ph"] == "X"]
+    assert sum(event["cat"] == "pipeline" for event in slots) == len(step.timeline.slots)
+    assert max(event["ts"] + event["dur"] for event in slots) == pytest.approx(step.end_s * 1e6)
+    assert {event["tid"] for event in slots} == set(range(step.timeline.layout.pp))
