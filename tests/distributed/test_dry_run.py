@@ -94,6 +94,7 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
     assert not found.order.problems
     for one in found.classes:
         assert one.messages_agree, one.messages
+        assert one.account.receive_buffers_bytes == 0
         agrees = without_activations(one)
         if layout.recompute == "full":
             # PyTorch stops recomputing before a layer's last product, whose result nothing needs: `perf` counts it.

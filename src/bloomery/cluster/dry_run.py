@@ -237,8 +237,8 @@ def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
         ]
         notes.append(f"the plan for {cluster.accelerator.name} assumes {widths[0]}; the engine holds {widths[1]}")
     notes += [
-        f"{one.name}: PyTorch's pipeline keeps {one.account.receive_buffers_bytes / 1e9:.3g} GB of receive buffers, "
-        f"one for each of {one.account.micro_batches} micro-batches, which no plan counts"
+        f"{one.name}: the pipeline keeps {one.account.receive_buffers_bytes / 1e9:.3g} GB of receive buffers between "
+        "steps, which no plan counts"
         for one in classes
         if one.account.receive_buffers_bytes
     ]
