@@ -182,7 +182,8 @@ def _step(
         "optimizer_bytes": sum(_bytes(moment) for moment in moments),
         "layer_activation_bytes": saved.layers // micro_batches,
         "end_activation_bytes": saved.ends // micro_batches,
-        "weight_copies_bytes": saved.weight_copies,
+        # Autocast keeps its copies as long as its block lasts: a pipeline's whole step, else one micro-batch.
+        "weight_copies_bytes": saved.weight_copies // (micro_batches if engine.schedule is None else 1),
         "receive_buffers_bytes": 0 if engine.schedule is None else receive_buffers_bytes(engine.schedule),
         "flops": flops.total,
         "messages": dict(messages),
