@@ -52,6 +52,8 @@ SPREADS: dict[str, dict[str, float]] = {
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
+FIRST_STEP = 5.0
+"""Length of the first step tried, in spreads: over a hundred constants share it."""
 LARGEST = {"gemm_ceiling": 0.95, "gemm_ceiling_8bit": 0.95, "memory_efficiency": 0.95, "attention": 0.9,
            "inner_overlap": 0.95, "gradient_overlap": 0.95}  # fmt: skip
 """Shares stay below one."""
@@ -144,23 +146,24 @@ class Problem:
 
     def residuals(self, x: np.ndarray) -> np.ndarray:
         """Weighted log errors and distances from the priors; `x` are log(constant / prior) / spread."""
-        return np.concatenate([self._errors(self.questions.predict_s(self._at(x))), x])
+        return np.concatenate([self._errors(self.questions.predict_s(self.at(x))), x])
 
     def jacobian(self, x: np.ndarray) -> np.ndarray:
         """Derivatives by forward differences: each constant asks again only the groups that feel it."""
-        here = self.questions.predict_s(self._at(x))
+        here = self.questions.predict_s(self.at(x))
         columns = []
         for j, felt in enumerate(self.felt_by):
             moved = x.copy()
             moved[j] += STEP
-            there = self.questions.predict_s(self._at(moved), into=here, only=felt)
+            there = self.questions.predict_s(self.at(moved), into=here, only=felt)
             columns.append((self._errors(there) - self._errors(here)) / STEP)
         return np.vstack([np.stack(columns, axis=1), np.eye(len(x))])
 
     def _errors(self, predicted_s: np.ndarray) -> np.ndarray:
         return self.weights * np.log(predicted_s / self.questions.measured_s)
 
-    def _at(self, x: np.ndarray) -> Calibration:
+    def at(self, x: np.ndarray) -> Calibration:
+        """The table at some offsets."""
         values = [c.prior * np.exp(c.spread * offset) for c, offset in zip(self.constants, x, strict=True)]
         return with_values(self.table, self.constants, values)
 
@@ -181,5 +184,12 @@ def fit(questions: Questions, table: Calibration, *, without: Iterable[str] = ()
         priors = [c for c in constants_of(questions, table) if c.field in fixed]
         table = with_values(table, priors, [c.prior for c in priors])
     problem = Problem(questions, table, tuple(constants_of(questions, table, fixed)))
-    found = least_squares(problem.residuals, problem.start(), problem.jacobian, loss="soft_l1", max_nfev=rounds)
-    return problem._at(found.x)
+    found = least_squares(
+        problem.residuals,
+        problem.start(),
+        problem.jacobian,
+        loss="soft_l1",
+        x_scale=FIRST_STEP,
+        max_nfev=rounds,
+    )
+    return problem.at(found.x)

@@ -187,7 +187,7 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     tp, pp, dp = (max(1, _integer(row, name)) for name in ("tp", "pp", "dp"))
     vpp, cp, ep = (max(1, round(_number(row, name) or 1)) for name in ("vpp", "cp", "ep"))
     if tp * pp * dp * cp != n_gpus:
-        raise Unusable(f"tp x pp x dp x cp is {tp * pp * dp * cp}, not the {n_gpus} accelerators of the row")
+        raise Unusable("tp x pp x dp x cp is not the number of accelerators of the row")
     if pp * vpp > model.layers:
         raise Unusable(f"{pp * vpp} stages for {model.layers} layers")
     batch = _integer(row, "global_batch") / dp

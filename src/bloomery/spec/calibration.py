@@ -14,7 +14,7 @@ from pydantic import Field
 
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency, Tier
-from bloomery.spec.files import parse_yaml
+from bloomery.spec.files import read_yaml, to_yaml
 
 PATH = Path(__file__).parent / "catalog" / "calibration.yaml"
 NARROW: tuple[Dtype, ...] = ("bfloat16", "float16", "tf32", "float8")
@@ -123,4 +123,18 @@ class Calibration(Noun):
 @cache
 def calibration() -> Calibration:
     """The catalog's calibration."""
-    return Calibration.checked(parse_yaml(PATH.read_text(encoding="utf-8"), str(PATH)), where=PATH.name)
+    return read_calibration(PATH)
+
+
+def read_calibration(path: Path) -> Calibration:
+    """A calibration file. Raises InputError for what it must not say."""
+    return Calibration.checked(read_yaml(path), where=path.name)
+
+
+def calibration_yaml(table: Calibration) -> str:
+    """The file `read_calibration` reads back, numbers rounded to three digits."""
+    values = table.model_dump(exclude_defaults=True)
+    for section in ("architectures", "stacks"):
+        for owner, fields in values.get(section, {}).items():
+            values[section][owner] = {name: float(f"{value:.3g}") for name, value in fields.items()}
+    return to_yaml(values)

@@ -1,0 +1,67 @@
+"""Fits the catalog's calibration to published runs and says what it does to the error on them (in-sample).
+
+    python bench/calibrate.py RUNS.csv [RUNS.csv ...] --out src/bloomery/spec/catalog/calibration.yaml
+
+What the same fit is worth on sources it has not seen is `bench/planner_accuracy.py`'s to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import time
+from pathlib import Path
+
+from bloomery.planner.calibrate import fit
+from bloomery.planner.published import Published, read_rows, usable
+from bloomery.planner.questions import Questions
+from bloomery.planner.validate import APART, validate
+from bloomery.spec.calibration import Calibration, calibration, calibration_yaml
+from bloomery.spec.files import write_atomically
+
+HEADER = "# Fitted by bench/calibrate.py (see docs/accuracy.md). Names and units: spec/calibration.py.\n"
+
+
+def measured(paths: list[Path]) -> list[Published]:
+    """Every run of the files that can be modelled, was measured and is not flagged."""
+    found = [question for path in paths for _, question in usable(read_rows(path)) if isinstance(question, Published)]
+    return [run for run in found if run.measured_s and not APART & set(run.flags)]
+
+
+def say(what: str, paths: list[Path], table: Calibration) -> None:
+    """One line of errors."""
+    found = validate([row for path in paths for row in read_rows(path)], table)
+    score, order = found.overall, found.ranking
+    if score:
+        print(f"{what}: {score.n} runs, mean {score.mape:.1%}, median {score.median:.1%}, p90 {score.p90:.1%}", end="")
+        print(f", regret {order.regret:.2%}, tau {order.kendall_tau:.2f}" if order else "", flush=True)
+
+
+def main() -> None:
+    """Fit and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--from-priors", action="store_true", help="do not start from the catalog's present values")
+    options = parser.parse_args()
+    start = calibration()
+    if options.from_priors:
+        start = start.model_copy(update={"architectures": {}, "stacks": {}})
+    questions = Questions.of(measured(options.runs))
+    say("before", options.runs, start)
+    started = time.monotonic()
+    table = fit(questions, start, rounds=options.rounds)
+    sources = len({run.source for run in questions.runs})
+    provenance = {
+        "fitted_on": f"{len(questions)} published runs of {sources} sources, {datetime.date.today()}",
+        "method": "robust least squares on log seconds, constants drawn to their priors (planner/calibrate.py)",
+    }
+    table = table.model_copy(update={"provenance": provenance})
+    print(f"fit: {time.monotonic() - started:.0f} s")
+    say("after", options.runs, table)
+    write_atomically(options.out, HEADER + calibration_yaml(table))
+
+
+if __name__ == "__main__":
+    main()
