@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bloomery.spec.run import Run
 
 
 def train(
@@ -16,6 +19,9 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what each rank would hold, compute and send; starts nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary at the end.")] = False,
 ) -> None:
     """Pre-train as planned, after `bloomery data build`: starts the processes the layout needs itself.
@@ -36,6 +42,9 @@ def train(
         run = run.model_copy(update={"layout": Layout.parse(layout)})
     if nproc is not None and nproc < 1:
         raise InputError("at least one process", where="--nproc", found=nproc)
+    if dry:
+        _dry_run(run, nproc, as_json=as_json)
+        return
     folder, job = prepare_pretraining(run, world_size=nproc, fresh=fresh)
     if is_finished(folder):
         print(f"{folder}: already trained to step {job.steps}; --fresh starts over", file=sys.stderr)
@@ -47,3 +56,34 @@ def train(
             raise SystemExit(code)
     if as_json:
         print_json({"run_dir": str(folder), "layout": job.layout.model_dump(mode="json"), "steps": job.steps})
+
+
+def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
+    """The layout's rank classes, executed without data beside the prediction. Exit code 1 when a pipeline deadlocks."""
+    import warnings
+
+    from bloomery.cli.console import print_json
+    from bloomery.cluster.dry_run import compare
+    from bloomery.cluster.prepare import chosen_layout
+    from bloomery.planner.search import run_dtype
+
+    layout = chosen_layout(run, nproc)
+    cluster = run.cluster.cut(layout.world_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        found = compare(
+            run.model,
+            layout,
+            cluster,
+            seq_len=run.train.seq_len,
+            global_batch=run.train.global_batch,
+            dtype=run_dtype(run, cluster),
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        from bloomery.cli.dry_run_tables import print_dry_run
+
+        print_dry_run(found)
+    if found.order.problems:
+        raise SystemExit(1)

@@ -75,6 +75,16 @@ def free_gathered(stage: Transformer) -> None:
             module.reshard()
 
 
+def whole_gradient_bytes(stage: Transformer) -> int:
+    """Bytes of gradients not yet cut over ranks: FSDP adds up whole ones until the step's last micro-batch."""
+    states = [module._get_fsdp_state() for module in stage.modules() if isinstance(module, FSDPModule)]
+    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
+    held = [parameter for group in groups for parameter in group.fsdp_params]
+    gradients = [parameter.unsharded_accumulated_grad for parameter in held]
+    gradients += [parameter._unsharded_param.grad for parameter in held if hasattr(parameter, "_unsharded_param")]
+    return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
+
+
 def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:
     """Parameters of each layer, and those outside the layers: what one message carries."""
     inside = [list(layer.parameters()) for layer in stage.blocks()]

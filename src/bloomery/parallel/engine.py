@@ -72,6 +72,21 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.mesh.device.type, dtype=self.autocast_dtype)
 
+    def schedule_for(self, micro_batches: int, seq_len: int, dtype: str) -> None:
+        """Make the pipeline schedule of steps with so many micro-batches; without stages there is none to make."""
+        if self.layout.pp == 1:
+            return
+        self.schedule = build_schedule(
+            self.stages,
+            self.mesh,
+            micro_batches=micro_batches,
+            seq_len=seq_len,
+            stream_dtype=_DTYPES[dtype],
+            logits_dtype=torch.bfloat16 if dtype == "bfloat16" else _DTYPES[dtype],
+            loss=self._loss,
+            measure=self.measure,
+        )
+
     def _loss(self, logits_bsv: Tensor, targets_bs: Tensor) -> Tensor:
         return loss_sum(logits_bsv, targets_bs, self.axis) / self.n_targets
 
@@ -88,7 +103,9 @@ class Engine:
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
             inputs = (tokens_bs,) if first else ()
-            self.schedule.step(*inputs, target=targets_bs if last else None, losses=losses if last else None)
+            target, seen = (targets_bs, losses) if last else (None, None)
+            # Outputs not returned are not kept: the logits of all micro-batches would be.
+            self.schedule.step(*inputs, target=target, losses=seen, return_outputs=False)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
     def _accumulate(self, tokens_bs: Tensor, targets_bs: Tensor) -> Tensor:
@@ -131,6 +148,11 @@ class Engine:
 
         `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
         """
+        loss_value, square_sum, bad, stops = self.summed_statistics(loss_part, stop).tolist()
+        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
+
+    def summed_statistics(self, loss_part: Tensor, stop: bool = False) -> Tensor:
+        """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, shape (4,), not yet read."""
         named = {name: _plain(p.grad) for name, p in self.parameters().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
@@ -142,8 +164,7 @@ class Engine:
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)
-        loss_value, square_sum, bad, stops = vector.tolist()
-        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
+        return vector
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
@@ -239,15 +260,5 @@ def build(
     engine = Engine(model, mesh, stages, axis)
     engine.table, engine.measure = table, measure
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-    if layout.pp > 1:
-        engine.schedule = build_schedule(
-            stages,
-            mesh,
-            micro_batches=global_batch // (layout.dp * layout.micro_batch),
-            seq_len=seq_len,
-            stream_dtype=_DTYPES[dtype],
-            logits_dtype=torch.bfloat16 if dtype == "bfloat16" else _DTYPES[dtype],
-            loss=engine._loss,
-            measure=measure,
-        )
+    engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)
     return engine

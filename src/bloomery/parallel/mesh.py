@@ -6,6 +6,8 @@ Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neigh
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -70,6 +72,33 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
     )
+    return _over(layout, device, rank)
+
+
+@contextmanager
+def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
+    """This process as `rank` of a world that does not exist: on PyTorch's fake process group messages move nothing.
+
+    Thousands of ranks take a fraction of a second. Raises InputError for a rank outside the layout.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if not 0 <= rank < layout.world_size:
+        raise InputError(
+            "no such rank in this layout", where="rank", found=rank, accepted=f"0..{layout.world_size - 1}"
+        )
+    device = torch.device("cpu")
+    if layout.world_size == 1:
+        yield Mesh(layout, device, 0, None)
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
+    try:
+        yield _over(layout, device, rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     axes = ("pp", "dp", "tp")
     device_mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=axes)
     return Mesh(layout, device, rank, device_mesh)

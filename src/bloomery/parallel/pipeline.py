@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
@@ -13,22 +15,73 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.layout import Layout
 
 
 class MeasuredStage(PipelineStage):
-    """A stage whose forward and backward are booked as compute; the rest of the schedule is pipeline waiting."""
+    """A stage whose forward and backward are booked as compute; the rest of the schedule is pipeline waiting.
+
+    What is received lives from its message to the end of its backward pass. PyTorch's own stage has a buffer for every
+    micro-batch of a step from the start and for good: hundreds of them where a few are in flight.
+    """
 
     measure: Measure
 
-    def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch forward."""
         with self.measure("compute"):
-            return super().forward_one_chunk(*args, **kwargs)
+            output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        if not self.has_backward:
+            _empty(self.args_recv_info[fwd_chunk_id])
+        return output
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch backward."""
         with self.measure("compute"):
-            return super().backward_one_chunk(*args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        if self.has_backward:
+            _empty(self.args_recv_info[bwd_chunk_id])
+            _empty(self.grad_recv_info[bwd_chunk_id])
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """The receives of one micro-batch's activations, into memory taken now."""
+        _allocate(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """The receives of one micro-batch's gradients, into memory taken now."""
+        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        with self._without_memory():
+            super()._setup_forward_recv_info(num_microbatches, has_backward)
+
+    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+        with self._without_memory():
+            super()._setup_backward_recv_info(num_microbatches)
+
+    @contextmanager
+    def _without_memory(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+
+def _allocate(infos: Sequence[Any], device: torch.device) -> None:
+    """Give receive buffers memory where they have none."""
+    for info in infos:
+        if info.buffer is not None and info.buffer.is_meta:
+            info.buffer = torch.empty_like(info.buffer, device=device)
+
+
+def _empty(infos: Sequence[Any]) -> None:
+    """Let go of receive buffers: whoever still needs what is in them holds it."""
+    for info in infos:
+        if info.buffer is not None:
+            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
 
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
@@ -70,8 +123,35 @@ def build_schedule(
         )
         stage.measure = measure
         measured.append(stage)
+    return schedule_over(layout, measured, micro_batches, loss)
+
+
+def schedule_over(
+    layout: Layout, stages: Sequence[Any], micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor] | None
+) -> Schedule:
+    """PyTorch's schedule of that name over one rank's stages."""
     if layout.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(measured, micro_batches, loss_fn=loss, scale_grads=False)  # type: ignore[arg-type]
+        return ScheduleInterleaved1F1B(list(stages), micro_batches, loss_fn=loss, scale_grads=False)
     # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
     kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B
-    return kind(measured[0], micro_batches, loss_fn=loss, scale_grads=False)
+    return kind(stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+
+
+def expect_given_shapes(schedule: Schedule) -> None:
+    """Skip the vote before the first step on whether shapes were given: they are, and on a fake group nobody votes."""
+    from torch.distributed.pipelining._utils import InferenceMode
+
+    def skip(stages: list[PipelineStage], has_backward: bool, p2p_done: bool) -> None:
+        for stage in stages:
+            stage._inference_mode = InferenceMode.STATIC
+
+    schedule._warmup_p2p = skip  # type: ignore[method-assign,assignment]
+
+
+def receive_buffers_bytes(schedule: Schedule) -> int:
+    """Bytes set aside for messages between two steps (PyTorch's own stages keep a buffer for every micro-batch)."""
+    stages = schedule._stages if isinstance(schedule, PipelineScheduleMulti) else [schedule._stage]
+    tables = [table for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info)]
+    buffers = [info.buffer for table in tables for infos in table.values() for info in infos if info.buffer is not None]
+    buffers = [buffer for buffer in buffers if not buffer.is_meta]
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)

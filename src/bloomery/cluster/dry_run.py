@@ -1,0 +1,257 @@
+"""The model of the code beside the code: what ranks of a layout really hold, compute and send, and what was predicted.
+
+One rank stands for each class: the first, a middle and the last pipeline rank. Each is executed without data by
+`parallel.dry_run`; the performance model is asked about the same rank, for our engine's number formats.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.parallel.dry_run import Message, RankAccount, dry_run
+from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
+from bloomery.perf.case import FULL, Case
+from bloomery.perf.flops import forward_flops
+from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on
+from bloomery.perf.precision import precision_of
+from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import Model
+from bloomery.spec.shard_table import collectives
+
+EXACT, CLOSE = 0.0, 0.01
+"""Relative tolerances: parameters and messages must be equal, FLOPs and activations within 1 %."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity of one rank: found by execution, and predicted."""
+
+    name: str
+    unit: str
+    executed: float
+    predicted: float
+    tolerance: float
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two are as near as they must be."""
+        return abs(self.executed - self.predicted) <= self.tolerance * abs(self.predicted)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "agrees": self.agrees}
+
+
+@dataclass(frozen=True)
+class MessageLine:
+    """All messages of one axis and operation in one step: their number and total payload, executed and predicted."""
+
+    axis: str
+    op: str
+    executed_count: int
+    executed_bytes: int
+    predicted_count: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class RankClass:
+    """A kind of rank (`first`, `middle`, `last` or `only` in the pipeline) and one rank that stands for it."""
+
+    name: str
+    account: RankAccount
+    lines: tuple[Line, ...]
+    messages: tuple[MessageLine, ...]
+    messages_agree: bool
+
+    @property
+    def agrees(self) -> bool:
+        """Whether everything does; messages message by message, each with its size."""
+        return self.messages_agree and all(line.agrees for line in self.lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        account = asdict(self.account)
+        account["messages"] = [[*message, count] for message, count in sorted(self.account.messages.items())]
+        return {
+            "name": self.name,
+            "agrees": self.agrees,
+            "lines": [line.to_json() for line in self.lines],
+            "messages": [asdict(line) for line in self.messages],
+            "messages_agree": self.messages_agree,
+            "account": account,
+        }
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Every rank class of a layout, the order of its pipeline's messages, and what a reader should know."""
+
+    model: str
+    layout: Layout
+    dtype: str
+    classes: tuple[RankClass, ...]
+    order: ScheduleOrder
+    notes: tuple[str, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether execution and prediction agree in everything and the pipeline comes to its end."""
+        return not self.order.problems and all(one.agrees for one in self.classes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "model": self.model,
+            "layout": self.layout.model_dump(mode="json"),
+            "world_size": self.layout.world_size,
+            "dtype": self.dtype,
+            "agrees": self.agrees,
+            "classes": [one.to_json() for one in self.classes],
+            "schedule": asdict(self.order),
+            "notes": list(self.notes),
+        }
+
+
+def compare(model: Model, layout: Layout, cluster: Cluster, *, seq_len: int, global_batch: int, dtype: Dtype) -> DryRun:
+    """Execute a rank of each class without data and set the performance model's answers beside it.
+
+    Raises InputError for what the engine cannot run.
+    """
+    settings = {"global_batch": global_batch, "seq_len": seq_len, "dtype": dtype}
+    order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
+    ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
+    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings)  # type: ignore[arg-type]
+    classes = []
+    for name, pipeline_rank in rank_classes(layout).items():
+        rank = pipeline_rank * layout.tp * layout.dp
+        account = dry_run(model, layout, rank, **settings)  # type: ignore[arg-type]
+        executed = merged(Counter(account.messages), layout)
+        planned = merged(planned_messages(case, pipeline_rank), layout)
+        lines = tuple(compared_lines(case, account, order.held_layers[pipeline_rank]))
+        classes.append(RankClass(name, account, lines, _totals(executed, planned), executed == planned))
+    return DryRun(model.name, layout, dtype, tuple(classes), order, tuple(_notes(cluster, case, classes)))
+
+
+def rank_classes(layout: Layout) -> dict[str, int]:
+    """The pipeline rank that stands for each class."""
+    if layout.pp == 1:
+        return {"only": 0}
+    middle = {"middle": layout.pp // 2} if layout.pp > 2 else {}
+    return {"first": 0, **middle, "last": layout.pp - 1}
+
+
+def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
+    """What the shard table says this rank sends in one step."""
+    precision = case.precision
+    rows = collectives(
+        case.model,
+        case.lay,
+        pipeline_rank=pipeline_rank,
+        global_batch=case.global_batch,
+        seq_len=case.seq_len,
+        stream_bytes=precision.stream,
+        parameter_bytes=precision.parameter,
+        gradient_bytes=precision.gradient,
+        block_bytes=precision.compute,
+    )
+    counted = Counter[Message]()
+    for row in rows:
+        if row.count[0]:
+            counted[(row.axis, row.op, int(row.bytes_each[0]))] += int(row.count[0])
+    return counted
+
+
+def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
+    """An axis that spans every rank shares the world's process group: both are called world then."""
+    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    answer = Counter[Message]()
+    for (axis, op, size), count in counted.items():
+        answer[("world" if axis in whole else axis, op, size)] += count
+    return answer
+
+
+def _totals(executed: Counter[Message], planned: Counter[Message]) -> tuple[MessageLine, ...]:
+    lines = []
+    for axis, op in sorted({message[:2] for message in (*executed, *planned)}):
+        sums = []
+        for side in (executed, planned):
+            found = [(count, message[2]) for message, count in side.items() if message[:2] == (axis, op)]
+            sums += [sum(count for count, _ in found), sum(count * size for count, size in found)]
+        lines.append(MessageLine(axis, op, *sums))
+    return tuple(lines)
+
+
+def rank_flops(case: Case, account: RankAccount) -> float:
+    """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage."""
+    forward = forward_flops(case.model, case.seq_len)
+    again = case.lay.recompute[0] == FULL
+    share = account.layers / case.model.layers * forward.layers * (3 + again)
+    head = 3 * forward.head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
+    sequences = account.micro_batches * int(case.lay.micro_batch[0])
+    return float(sequences * (share + head) / case.lay.tp[0])
+
+
+def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:
+    """Everything but messages. `held_layers`: layers x micro-batches in flight at the peak, from the schedule."""
+    ranks = case.ranks(np.array([account.pipeline_rank]))
+    memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
+    dense, _ = parameters_on(case, ranks)
+    one_layer = float(np.ravel(layer_activation_bytes(case)[0])[0])
+    kept = account.layer_activation_bytes / account.layers
+    peak = held_layers * kept + account.working_bytes
+    # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
+    state = CLOSE if case.lay.zero_stage[0] >= 2 else EXACT
+    found = [
+        Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
+        Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
+        Line("gradients between steps", "bytes", account.gradient_bytes, memory["gradients"], state),
+        Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
+        Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
+    ]
+    if not account.working_bytes:
+        found.append(Line("activations of a layer", "bytes", kept, one_layer, CLOSE))
+    found.append(Line("activations in flight", "bytes", peak, _predicted_peak(case, account, memory), CLOSE))
+    return found
+
+
+def _predicted_peak(case: Case, account: RankAccount, memory: dict[str, float]) -> float:
+    """The model's activations at the peak without what it adds for the final norm and the head."""
+    last = account.pipeline_rank == case.lay.pp[0] - 1
+    ends = case.stream_tokens[0] * case.model.hidden * (case.precision.stream + case.precision.compute)
+    return float(memory["activations"] - last * ends)
+
+
+def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
+    notes = ["executed on fake tensors with the CPU's kernels; nothing was allocated or sent"]
+    assumed = precision_of(cluster.accelerator, case.dtype)
+    if assumed != case.precision:
+        widths = [
+            f"{one.parameter} B a weight, {one.gradient} a gradient, {one.optimizer} of optimizer state"
+            for one in (assumed, case.precision)
+        ]
+        notes.append(f"the plan for {cluster.accelerator.name} assumes {widths[0]}; the engine holds {widths[1]}")
+    notes += [
+        f"{one.name}: the pipeline keeps {one.account.receive_buffers_bytes / 1e9:.3g} GB of receive buffers between "
+        "steps, which no plan counts"
+        for one in classes
+        if one.account.receive_buffers_bytes
+    ]
+    notes += [
+        f"{one.name}: FSDP keeps {one.account.whole_gradient_bytes / 1e9:.3g} GB of gradients whole until the last "
+        "micro-batch, of which the plan counts this rank's share"
+        for one in classes
+        if one.account.whole_gradient_bytes
+    ]
+    notes += [
+        f"{one.name}: autocast keeps {one.account.weight_copies_bytes / 1e9:.3g} GB of bfloat16 copies of the weights, "
+        "which no plan counts"
+        for one in classes
+        if one.account.weight_copies_bytes
+    ]
+    return notes

@@ -1,0 +1,224 @@
+"""What one rank of a layout holds, computes and sends, found by running the real modules on tensors without data.
+
+The rank's stages are built by `engine.build` under fake tensors on a fake process group, in this one process, and take
+real steps through PyTorch's pipelining runtime. All of a step is affine in its micro-batches, and in its layers when
+all layers are alike: where a whole step would take long, smaller ones are run and the line through them is followed.
+
+What it cannot see: memory that an operator takes and gives back, and kernels of another device than the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
+
+from bloomery.model.transformer import Transformer
+from bloomery.parallel.data_parallel import whole_gradient_bytes
+from bloomery.parallel.engine import Engine, build
+from bloomery.parallel.mesh import Mesh, pretend
+from bloomery.parallel.pipeline import expect_given_shapes, receive_buffers_bytes
+from bloomery.parallel.recorder import record
+from bloomery.parallel.tally import FlopTally, SavedTally
+from bloomery.spec.layout import Layout, check_layout, stages_of
+from bloomery.spec.model import Model
+
+WHOLE_STEP = 16
+"""Layers x micro-batches up to which the whole step is run (about 0.1 s each)."""
+WHOLE_STAGE = 4
+"""Layers of one rank up to which all of them are built."""
+
+_LEFT_OVER = "whole_gradient_bytes"
+
+Message = tuple[str, str, int]
+"""Axis, operation, payload bytes: as `recorder` counts them."""
+
+
+@dataclass(frozen=True)
+class RankAccount:
+    """One rank of a layout. Bytes, elements and FLOPs of this rank alone; messages and FLOPs are those of one step.
+
+    `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
+    steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
+    `working_bytes`: what one recomputed layer keeps for its own backward pass. `weight_copies_bytes`: autocast's copies
+    of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
+    `whole_gradient_bytes`: what FSDP keeps uncut between the micro-batches of a step.
+    `executed`: the (layers, micro-batches) of the steps that were really run.
+    """
+
+    rank: int
+    pipeline_rank: int
+    layers: int
+    micro_batches: int
+    parameters: int
+    parameter_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    layer_activation_bytes: int
+    end_activation_bytes: int
+    working_bytes: int
+    weight_copies_bytes: int
+    receive_buffers_bytes: int
+    whole_gradient_bytes: int
+    flops: int
+    messages: dict[Message, int]
+    executed: tuple[tuple[int, int], ...]
+
+
+def dry_run(
+    model: Model, layout: Layout, rank: int, *, seq_len: int, global_batch: int, dtype: str = "bfloat16"
+) -> RankAccount:
+    """The account of `rank`. Raises InputError for what the engine cannot run."""
+    check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
+    pipeline_rank = rank // (layout.tp * layout.dp)
+    layers = sum(len(stage) for stage in stages_of(model, layout)[pipeline_rank :: layout.pp])
+    micro_batches = global_batch // (layout.dp * layout.micro_batch)
+    stage_depths = [0] if layers <= WHOLE_STAGE else [1, 2]
+    step_lengths = [micro_batches] if layers * micro_batches <= WHOLE_STEP else [1, 2]
+    samples: list[dict[str, Any]] = []
+    executed = []
+    for depth in stage_depths:
+        part, cut = (model, layout) if depth == 0 else shallow(model, layout, depth)
+        held = layers if depth == 0 else depth * layout.vpp
+        executed += [(held, length) for length in step_lengths]
+        taken = _steps(part, cut, rank, step_lengths, seq_len=seq_len, global_batch=global_batch, dtype=dtype)
+        # Gradients left over between micro-batches do not grow with their number: those of the longer step stay.
+        samples.append({**_at(step_lengths, taken, micro_batches), _LEFT_OVER: taken[-1][_LEFT_OVER]})
+    depths = [depth * layout.vpp for depth in stage_depths]
+    whole = _at(depths, samples, layers)
+    return RankAccount(
+        rank=rank,
+        pipeline_rank=pipeline_rank,
+        layers=layers,
+        micro_batches=micro_batches,
+        working_bytes=_working_bytes(model, layout, rank, seq_len=seq_len, global_batch=global_batch, dtype=dtype),
+        executed=tuple(executed),
+        **whole,
+    )
+
+
+def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
+    """The same model and layout with `depth` layers in every stage."""
+    cut = model.model_copy(update={"layers": depth * layout.pp * layout.vpp})
+    return cut, layout.model_copy(update={"stage_layers": None})
+
+
+def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
+    """What one layer saves without recomputation, where a backward pass recomputes it; else 0."""
+    if layout.recompute != "full":
+        return 0
+    part, cut = shallow(model, layout.model_copy(update={"recompute": "none"}), 1)
+    (step,) = _steps(part, cut, rank, [1], **settings)
+    return int(step["layer_activation_bytes"]) // layout.vpp
+
+
+def _steps(
+    model: Model, layout: Layout, rank: int, lengths: list[int], *, seq_len: int, global_batch: int, dtype: str
+) -> list[dict[str, Any]]:
+    """One step of each length in micro-batches, on one engine."""
+    stages: list[Transformer] = []
+    most = 0
+
+    @contextlib.contextmanager
+    def measure(bucket: str) -> Iterator[None]:
+        nonlocal most
+        yield
+        if bucket == "compute":
+            most = max(most, sum(whole_gradient_bytes(stage) for stage in stages))
+
+    with pretend(layout, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
+        engine = build(
+            model,
+            layout,
+            mesh,
+            seq_len=seq_len,
+            global_batch=global_batch,
+            dtype=dtype,
+            seed=0,
+            measure=measure,
+        )
+        stages.extend(engine.stages.values())
+        optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), fused=True)
+        answer = []
+        for length in lengths:
+            most = 0
+            step = _step(engine, mesh, optimizer, length, seq_len, dtype)
+            answer.append({**step, _LEFT_OVER: most})
+        return answer
+
+
+def _step(
+    engine: Engine, mesh: Mesh, optimizer: torch.optim.Optimizer, micro_batches: int, seq_len: int, dtype: str
+) -> dict[str, Any]:
+    """Run one optimizer step of so many micro-batches and say what it took."""
+    engine.schedule_for(micro_batches, seq_len, dtype)
+    if engine.schedule is not None:
+        expect_given_shapes(engine.schedule)
+    local = micro_batches * mesh.layout.micro_batch
+    tokens_bs, targets_bs = (torch.zeros(local, seq_len, dtype=torch.int64) for _ in range(2))
+    saved, flops = SavedTally(), FlopTally()
+    stages: list[Transformer] = list(engine.stages.values())
+    with record(mesh) as messages:
+        with flops, saved.over(stages):
+            part = engine.forward_backward(tokens_bs, targets_bs, local * seq_len * mesh.layout.dp)
+        engine.reduce_gradients()
+        engine.summed_statistics(part)
+        gradients = sum(_bytes(p.grad) for p in engine.parameters().values() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = engine.parameters().values()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    return {
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameter_bytes": sum(_bytes(parameter) for parameter in parameters),
+        "gradient_bytes": gradients,
+        "optimizer_bytes": sum(_bytes(moment) for moment in moments),
+        "layer_activation_bytes": saved.layers // micro_batches,
+        "end_activation_bytes": saved.ends // micro_batches,
+        # Autocast keeps its copies as long as its block lasts: a pipeline's whole step, else one micro-batch.
+        "weight_copies_bytes": saved.weight_copies // (micro_batches if engine.schedule is None else 1),
+        "receive_buffers_bytes": 0 if engine.schedule is None else receive_buffers_bytes(engine.schedule),
+        "flops": flops.total,
+        "messages": dict(messages),
+    }
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor on this rank."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def _at(places: list[int], values: list[dict[str, Any]], place: int) -> dict[str, Any]:
+    """The line through one value (constant) or two, at `place`."""
+    if len(values) == 1:
+        return values[0]
+    first, second = values
+    line = {name: _on_line(places, first[name], second[name], place) for name in first if isinstance(first[name], int)}
+    return {**line, "messages": _messages_at(places, first["messages"], second["messages"], place)}
+
+
+def _on_line(places: list[int], first: int, second: int, place: int) -> int:
+    slope, rest = divmod(second - first, places[1] - places[0])
+    assert rest == 0, "not affine: the steps cannot be carried on"
+    return first + slope * (place - places[0])
+
+
+def _messages_at(
+    places: list[int], first: dict[Message, int], second: dict[Message, int], place: int
+) -> dict[Message, int]:
+    """Counts on the line; a message whose size grows (the replicated gradients, in one) is followed in its size."""
+    common = first.keys() & second.keys()
+    found = Counter({key: _on_line(places, first[key], second[key], place) for key in common})
+    growing = [sorted(key for key in side if key not in common) for side in (first, second)]
+    for one, other in zip(*growing, strict=True):
+        assert one[:2] == other[:2] and first[one] == second[other], "not the same messages in both steps"
+        found[(*one[:2], _on_line(places, one[2], other[2], place))] += first[one]
+    return dict(found)

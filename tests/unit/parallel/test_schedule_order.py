@@ -1,0 +1,76 @@
+"""The order of sends and receives of whole pipelines, played without any process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bloomery.parallel.schedule_order import Program, Transfer, play, schedule_order
+from bloomery.perf.case import Case
+from bloomery.perf.memory import in_flight
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
+
+MODEL = catalog.model("yuan-1.0-245b")
+LAYOUTS = [
+    (Layout(pp=38), 480),
+    (Layout(pp=4), 4),
+    (Layout(pp=4, schedule="gpipe"), 12),
+    (Layout(pp=19, vpp=2), 76),
+    (Layout(pp=4, vpp=19), 8),
+    (Layout(pp=2, vpp=2), 2),
+]
+
+
+@pytest.mark.parametrize(("layout", "micro_batches"), LAYOUTS)
+def test_every_message_arrives_and_memory_in_flight_is_the_models(layout: Layout, micro_batches: int) -> None:
+    order = schedule_order(MODEL, layout, micro_batches)
+    assert order.problems == ()
+    assert order.messages == 2 * (layout.pp * layout.vpp - 1) * order.micro_batches
+    cluster = catalog.cluster("selene-like")
+    case = Case.of(MODEL, cluster, LayoutBatch.of([layout]), global_batch=micro_batches, seq_len=2048, dtype="bfloat16")
+    for rank, held in enumerate(order.held_layers):
+        ranks = case.ranks(np.array([rank]))
+        assert held == in_flight(case, ranks)[0] * ranks.layers[0], f"pipeline rank {rank}"
+
+
+def test_fewer_micro_batches_than_stages_are_all_in_flight_on_every_rank() -> None:
+    assert schedule_order(MODEL, Layout(pp=4), 2).held_layers == (38, 38, 38, 38)
+
+
+def program(*posts: list[Transfer]) -> Program:
+    """Post each and wait for it before the next."""
+    made = Program()
+    for transfers in posts:
+        for work in made.post(transfers):
+            work.wait()
+    return made
+
+
+def end(kind: str, peer: int, micro_batch: int = 0) -> Transfer:
+    return Transfer(kind, peer, ("forward", 1, micro_batch))
+
+
+def test_two_ranks_that_wait_for_each_other_are_found() -> None:
+    answer = Transfer("recv", 1, ("backward", 0, 0)), Transfer("send", 0, ("backward", 0, 0))
+    moved, problems = play([program([answer[0]], [end("send", 1)]), program([end("recv", 0)], [answer[1]])])
+    assert moved == 0
+    assert any("pipeline rank 0 waits for ever" in problem for problem in problems)
+
+
+def test_a_send_without_a_receive_is_found() -> None:
+    sender = Program()
+    sender.post([end("send", 1)])
+    _, problems = play([sender, Program()])
+    assert problems == ["rank 0 and 1: send ('forward', 1, 0) has no other end"]
+
+
+def test_micro_batches_in_the_wrong_order_are_found() -> None:
+    sender = program([end("send", 1, 0)], [end("send", 1, 1)])
+    receiver = program([end("recv", 0, 1)], [end("recv", 0, 0)])
+    assert play([sender, receiver])[1]
+
+
+def test_messages_posted_together_may_cross() -> None:
+    back = Transfer("recv", 1, ("backward", 0, 0)), Transfer("send", 0, ("backward", 0, 0))
+    assert play([program([end("send", 1), back[0]]), program([back[1], end("recv", 0)])]) == (2, [])
