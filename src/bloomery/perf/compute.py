@@ -75,7 +75,8 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
     selective = attention_again + case.stack.selective_share * work.forward
     full = case.lay.recompute == FULL
-    recompute = np.where(full, work.forward, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
+    again = work.forward - _down(case) if case.stack.eager and not moe else work.forward
+    recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
     host_backward = work.host_backward + np.where(full, work.host_forward, 0.0)
     return Work(work.forward, work.backward, recompute, work.host_forward, host_backward)
 
@@ -123,6 +124,11 @@ def _feed_forward(case: Case) -> tuple[Any, Any]:
     into = _linear(case, case.tokens, model.hidden, width)
     pairs = [into, into] if model.gated else [into]
     return _summed([*pairs, _linear(case, case.tokens, width, model.hidden)])
+
+
+def _down(case: Case) -> Any:
+    """Seconds of the last product of a layer forward: PyTorch's recomputation stops before it, nothing needs it."""
+    return _linear(case, case.tokens, case.model.ffn_hidden / case.lay.tp, case.model.hidden)[0]
 
 
 def _experts(case: Case) -> tuple[Any, Any]:

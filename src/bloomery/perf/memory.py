@@ -71,11 +71,19 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
     window = 2 * layer * precision.parameter + layer * precision.gradient + ends * precision.parameter
     # Megatron's and DeepSpeed's ZeRO 2 keep 16-bit weights whole anyway; FSDP keeps its shards beside the whole.
     shards = precision.parameter * _cut(case, dense, experts, lay.zero_stage >= 2)
+    sharded = lay.zero_stage >= 2
+    buffers = np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0)
+    if case.stack.eager:
+        # FSDP reduces after the last micro-batch: whole gradients until then.
+        sharded = sharded & (case.micro_batches == 1)
+        if precision.compute < precision.parameter:
+            # Autocast keeps narrow copies of the weights through a step.
+            buffers = buffers + precision.compute * (dense + experts)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
-        "gradients": precision.gradient * _cut(case, dense, experts, lay.zero_stage >= 2),
+        "gradients": precision.gradient * _cut(case, dense, experts, sharded),
         "optimizer": precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1),
-        "buffers": np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0),
+        "buffers": buffers,
     }
 
 
@@ -89,8 +97,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
-    stream = case.stream_tokens * model.hidden
-    outer = stream * (2 * precision.stream + 2 * precision.compute + (2 if stack.dropout else 0))
+    outer = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
     attention = inside * (2 * model.query_width + 2 * model.kv_width) * precision.compute
     width = model.ffn_hidden
     if model.moe is not None:
@@ -99,10 +106,33 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
-        return linear + 4.0 * model.heads * inside, 0.0 * inside
+        return linear + max(4, precision.compute) * model.heads * inside, 0.0 * inside
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _outer_bytes(case: Case) -> Any:
+    """What a layer keeps outside its blocks: norms' inputs, inputs of the blocks, dropout masks; all cut under sequence
+    parallelism."""
+    precision = case.precision
+    masks = 2 if case.stack.dropout else 0
+    return case.stream_tokens * case.model.hidden * (2 * precision.stream + 2 * precision.compute + masks)
+
+
+def _eager_outer_bytes(case: Case) -> Any:
+    """The same of plain PyTorch modules, as the engine's saved tensors have it.
+
+    RMSNorm keeps its normalised input beside its input (and a figure a token; LayerNorm two figures); blocks keep their
+    gathered input whole under sequence parallelism; autocast without tensor parallelism keeps a copy for each
+    projection; each layer its rotary tables.
+    """
+    model, precision, h = case.model, case.precision, case.model.hidden
+    norm = 2 * h + 1 if model.norm == "rmsnorm" else h + 2
+    norms = 2 * case.stream_tokens * precision.stream * norm
+    copies = np.where((case.lay.tp == 1) & (precision.compute < precision.stream), 5 if model.gated else 4, 2)
+    rotary = 4 * case.seq_len * model.head_dim * precision.compute if model.position == "rope" else 0
+    return norms + copies * case.tokens * h * precision.compute + rotary
 
 
 def activation_bytes(case: Case, ranks: Ranks) -> Any:
@@ -128,6 +158,9 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     lay, m, index = case.lay, case.micro_batches, ranks.index
     chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
     one_by_one = np.minimum(m, lay.pp - index)
+    if case.stack.eager:
+        # The engine runs GPipe where there are fewer micro-batches than stages.
+        one_by_one = np.where(m < lay.pp, m, one_by_one)
     return np.select([lay.schedule == GPIPE, lay.schedule == INTERLEAVED], [m, chunks / lay.vpp], one_by_one)
 
 

@@ -11,6 +11,7 @@ Host time is counted in units of the accelerator's `launch_s`, the Python and au
 (compiled graphs). `pipeline_stall_s` is what each collective waits on the host, per tensor-parallel rank, while
 pipeline messages cross nodes.
 
+`eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
 copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
 stack departs from its precision's.
@@ -75,6 +76,7 @@ class Stack:
     inner_overlap: float
     pipeline_stall_s: float
     gradient_bytes: int | None
+    eager: bool
     kept: float
     logits_bytes: float
     logits_gathered: bool
@@ -130,6 +132,7 @@ GPU = Stack(
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
     gradient_bytes=None,
+    eager=False,
     kept=1.0,
     logits_bytes=8.0,
     logits_gathered=False,
@@ -169,6 +172,7 @@ MEGATRON_2022 = Stack(
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
     gradient_bytes=None,
+    eager=False,
     kept=1.0,
     logits_bytes=6.0,
     logits_gathered=False,
@@ -208,6 +212,7 @@ EAGER_CPU = Stack(
     inner_overlap=0.0,
     pipeline_stall_s=0.0,
     gradient_bytes=None,
+    eager=True,
     kept=1.0,
     logits_bytes=12.0,
     logits_gathered=False,
