@@ -112,7 +112,7 @@ def value_in(table: Calibration, constant: Constant) -> float:
     """A constant's present value."""
     if constant.section == "architectures":
         return float(getattr(table.architectures.get(constant.owner, ArchitectureConstants()), constant.field))
-    return float(getattr(table.stack(constant.owner), constant.field))
+    return float(getattr(table.stacks.get(constant.owner, StackConstants()), constant.field))
 
 
 @dataclass(frozen=True)

@@ -231,10 +231,14 @@ def ranking(rows: Sequence[Row], runs: Mapping[str, Published]) -> Ranking | Non
         )
     regrets, taus = [], []
     for found in together.values():
-        if len({runs[row.id].layout for row in found}) < FEWEST_LAYOUTS:
+        by_layout: dict[object, list[Row]] = defaultdict(list)
+        for row in found:
+            by_layout[runs[row.id].layout].append(row)
+        if len(by_layout) < FEWEST_LAYOUTS:
             continue
-        measured = np.array([row.measured_s for row in found])
-        predicted = np.array([row.predicted_s for row in found])
+        # A layout that was measured several times counts once, with its median.
+        measured = np.array([np.median([row.measured_s for row in same]) for same in by_layout.values()])
+        predicted = np.array([np.median([row.predicted_s for row in same]) for same in by_layout.values()])
         regrets.append(measured[predicted.argmin()] / measured.min() - 1)
         tau = kendalltau(measured, predicted).statistic
         if np.isfinite(tau):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from statistics import geometric_mean
 
 from pydantic import Field
 
@@ -117,8 +118,13 @@ class Calibration(Noun):
         return self.intervals.get(kind, PRIOR_INTERVAL)
 
     def stack(self, name: str) -> StackConstants:
-        """The constants of a stack, or the priors."""
-        return self.stacks.get(name, StackConstants())
+        """The constants of a stack; of one that no run named, the geometric mean of those that were fitted."""
+        if name in self.stacks:
+            return self.stacks[name]
+        fitted = list(self.stacks.values()) or [StackConstants()]
+        return StackConstants(
+            **{name: geometric_mean([getattr(one, name) for one in fitted]) for name in StackConstants.model_fields}
+        )
 
 
 @cache
