@@ -1,4 +1,4 @@
-"""Scaling laws: the loss of N parameters trained on D tokens, and how a law splits C = 6 N D training FLOP between them.
+"""Scaling laws: the loss of N parameters trained on D tokens, and how a law splits C = 6 N D FLOP between the two.
 
 The constants stand in `laws.yaml`, each with its source. Everything takes numbers or arrays and broadcasts. A law that
 was published without a loss answers NaN. What no law here knows: the learning rate, the quality of the data, depth
@@ -191,7 +191,9 @@ def laws() -> dict[str, Law]:
     path = Path(__file__).with_name("laws.yaml")
     found: dict[str, Law] = {}
     for key, entry in parse_yaml(path.read_text(encoding="utf-8"), str(path)).items():
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+        values: dict[str, Any] = dict(entry)
+        if "exponent_interval" in values:
+            values["exponent_interval"] = tuple(values["exponent_interval"])
         found[key] = KINDS[values.pop("kind")](key=key, **values)
     return found
 

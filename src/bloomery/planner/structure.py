@@ -12,7 +12,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
 
 ASPECT = 128.0
-"""hidden / layers of GPT-3 175B and Llama 3 8B; 40-fold changes of it cost about 3 % of loss (Kaplan et al. 2020, 3.1)."""
+"""hidden / layers of GPT-3 175B and Llama 3 8B; 40-fold changes cost about 3 % of loss (Kaplan et al. 2020, 3.1)."""
 SMALLEST, LARGEST = 1e6, 1e14
 VOCABULARIES = ((3e6, 2048), (3e7, 8192), (1e9, 32768), (5e10, 65536), (float("inf"), 131072))
 """Vocabulary up to so many parameters: multiples of 128 x tp 8, growing as in published models (50 k to 128 k)."""

@@ -125,11 +125,12 @@ def optimal_batch_tokens(flops: Any) -> Any:
 
 
 def _batch(parameters: float, tokens: float, critical: float, seq_len: int, accelerators: int) -> int:
-    """Sequences a step: near the optimum, a multiple of the accelerators or, where smaller, one of their divisors."""
+    """Sequences a step: at most the optimum; a multiple of half the accelerators, below them one of their divisors."""
     wanted = min(optimal_batch_tokens(TRAINING_FLOPS * parameters * tokens), critical) if isfinite(tokens) else critical
     sequences = max(1.0, wanted / seq_len)
     if sequences >= accelerators:
-        return accelerators * max(1, round(sequences / accelerators))
+        unit = accelerators // 2 if accelerators % 2 == 0 else accelerators
+        return unit * int(sequences // unit)
     return max(part for part in range(1, accelerators + 1) if accelerators % part == 0 and part <= sequences)
 
 
