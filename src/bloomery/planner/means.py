@@ -12,7 +12,7 @@ from bloomery.planner.throughput import DAY_S, Machine, Throughput, throughput
 from bloomery.spec.cluster import Dtype
 from bloomery.spec.errors import InputError, LimitError
 
-ROUNDS = 12
+ROUNDS = 3  # the structure planned with is then within a few per cent of the size answered, and its rate scaled
 CLOSE = 0.005
 FIRST_MFU = 0.4  # where the search for a consistent size starts; the answer does not depend on it
 
@@ -84,24 +84,30 @@ def _on_all(means: Means, parameters: float, tokens: float) -> Spending:
 def work_within(means: Means, of: Law, parameters: float | None, tokens: float | None) -> tuple[float, float, Spending]:
     """(N, D) that days and money allow: the given one kept, else on the law's frontier at the rate of that very size.
 
-    Raises LimitError when no consistent size is found or nothing fits in memory.
+    Raises LimitError when nothing fits in memory or failures leave no time.
     """
     accelerators = _count(means)
     peak = means.machine.cluster.accelerator.peak(_dtype(means.machine, accelerators))
     seconds = means.accelerator_days(accelerators) * DAY_S
     product = seconds * peak * FIRST_MFU / TRAINING_FLOPS
+    size = _size(of, product, parameters, tokens)
     for _ in range(ROUNDS):
-        size = parameters or (product / tokens if tokens else float(of.optimal(TRAINING_FLOPS * product)[0]))
         rate = throughput(means.machine, size, product / size, accelerators)
         possible = size * rate.tokens_per_s * rate.goodput * seconds / accelerators
         if possible <= 0:
             raise LimitError(f"{accelerators} accelerators of {means.machine.cluster.name} fail too often to finish")
         close = abs(possible / product - 1.0) < CLOSE
-        product = possible if close else (product * possible) ** 0.5  # damped: layouts change in jumps
+        before, product = size, possible
+        size = _size(of, product, parameters, tokens)
+        rate = rate.scaled(before / size)
         if close:
             break
-    done = product / size
-    return size, done, _spending(means, done, rate)
+    return size, product / size, _spending(means, product / size, rate)
+
+
+def _size(of: Law, product: float, parameters: float | None, tokens: float | None) -> float:
+    """N of N x D = product: as given, from the tokens given, or the law's optimum."""
+    return parameters or (product / tokens if tokens else float(of.optimal(TRAINING_FLOPS * product)[0]))
 
 
 def _count(means: Means) -> int:
