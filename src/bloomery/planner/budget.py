@@ -29,7 +29,6 @@ from bloomery.planner.laws import (
 from bloomery.planner.means import Means, Spending, spend, work_within
 from bloomery.planner.throughput import Machine
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.parameters import parameter_count
 
 TOLERANCE = 0.01
 """Given quantities may disagree by so much before they contradict: published figures are rounded."""
@@ -112,8 +111,6 @@ def budget(question: Question, machine: Machine | None) -> Budget:
 
     Raises InputError on contradictory or insufficient input, LimitError where fixed work exceeds days or money.
     """
-    if machine is not None and machine.model is not None and question.parameters is None:
-        question = replace(question, parameters=float(parameter_count(machine.model)))
     _check(question, machine)
     means = None if machine is None else Means(machine, question.money, question.days, question.accelerators)
     answers = [_answer(question, _knowing(key, question), means) for key in laws()]
@@ -162,7 +159,7 @@ def _answer(question: Question, of: Law, means: Means | None) -> Answer:
     if from_means and means is not None:
         try:
             parameters, tokens, spending = work_within(means, of, question.parameters, question.tokens)
-        except LimitError as error:
+        except (LimitError, InputError) as error:
             return _unanswered(of, str(error))
         return _told(question, of, parameters, tokens, spending, "")
     parameters, tokens = work(question, of)

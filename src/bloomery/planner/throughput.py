@@ -96,7 +96,7 @@ def throughput(machine: Machine, parameters: float, tokens: float, accelerators:
     """
     model = machine.model or structure_near(parameters)
     count = parameter_count(model)
-    scale = count / parameters
+    scale = parameter_count(model, active=True) / parameters
     seq_len = machine.seq_len or min(model.max_seq_len, SEQ_LEN if parameters >= 1e9 else SMALL_SEQ_LEN)
     critical = float(critical_batch_tokens(law("kaplan").loss(parameters, tokens)))
     batch = machine.global_batch or _batch(parameters, tokens, critical, seq_len, accelerators)
@@ -132,11 +132,12 @@ def optimal_batch_tokens(flops: Any) -> Any:
 
 
 def _batch(parameters: float, tokens: float, critical: float, seq_len: int, accelerators: int) -> int:
-    """Sequences a step: at most the optimum; a multiple of half the accelerators, below them one of their divisors."""
+    """Sequences a step: at most the optimum; a multiple of the accelerators or of half, below them a divisor."""
     wanted = min(optimal_batch_tokens(TRAINING_FLOPS * parameters * tokens), critical) if isfinite(tokens) else critical
     sequences = max(1.0, wanted / seq_len)
     if sequences >= accelerators:
-        unit = accelerators // 2 if accelerators % 2 == 0 else accelerators
+        halves = accelerators % 2 == 0 and sequences < 8 * accelerators and accelerators > 8
+        unit = accelerators // 2 if halves else accelerators
         return unit * int(sequences // unit)
     return max(part for part in range(1, accelerators + 1) if accelerators % part == 0 and part <= sequences)
 
