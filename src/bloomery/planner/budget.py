@@ -285,10 +285,10 @@ def _refuse_where_nothing_is_left(question: Question, answers: list[Answer]) -> 
     """Where every law meets the same wall, the wall is the answer."""
     reasons = [answer.problem for answer in answers]
     if all(reasons):
-        chosen = next((answer.problem for answer in answers if answer.law == question.law), reasons[0])
-        if question.target_loss is not None and all(isnan(answer.parameters) for answer in answers):
-            raise InputError(f"--target-loss {question.target_loss:g}: {question.law} {chosen}")
-        raise LimitError(chosen)
+        chosen = next(answer for answer in answers if answer.law == question.law)
+        if question.target_loss is not None and isnan(chosen.parameters):
+            raise InputError(f"--target-loss {question.target_loss:g}: {chosen.title} {chosen.problem}")
+        raise LimitError(chosen.problem)
 
 
 def _notes(question: Question, answers: list[Answer]) -> tuple[str, ...]:

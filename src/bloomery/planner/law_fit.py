@@ -1,8 +1,8 @@
 """Fitting L = E + A / N^alpha + B / D^beta to one's own runs, with bootstrap intervals.
 
 The procedure is approach 3 of Hoffmann et al. 2022 (2203.15556, D.2): Huber loss (delta 1e-3) between the logarithms of
-predicted and measured loss, minimised by L-BFGS in (log A, log B, log E, alpha, beta) from a grid of starts. Only the
-best of the grid are followed, to convergence (Besiroglu et al. 2024 found the published fit had stopped early).
+predicted and measured loss, minimised from a grid of starts. Only the best of the grid are followed, to convergence
+(Besiroglu et al. 2024 found the published fit had stopped early), by BFGS in (log A, log B, log E, log alpha, log beta).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ DELTA = 1e-3
 FOLLOWED = 12
 LEAST_RUNS = 8
 PERCENTILES = (5.0, 95.0)
-BOUNDS = ((-30.0, 30.0), (-30.0, 30.0), (-10.0, 3.0), (0.01, 3.0), (0.01, 3.0))
 
 
 @dataclass(frozen=True)
@@ -152,29 +151,28 @@ def _best_starts(runs: Runs, count: int) -> list[np.ndarray]:
     )
     grid[:, 0] -= grid[:, 3] * runs.middle[0]
     grid[:, 1] -= grid[:, 4] * runs.middle[1]
+    grid[:, 3:] = np.log(grid[:, 3:])
     values = np.array([_objective(theta, runs)[0] for theta in grid])
     return [grid[i] for i in np.argsort(values)[:count]]
 
 
 def _minimum(runs: Runs, starts: list[np.ndarray]) -> np.ndarray:
-    """The lowest point that L-BFGS reaches from the starts."""
+    """The lowest point that BFGS reaches from the starts."""
     from scipy.optimize import minimize
 
-    options = {"maxiter": 1000, "ftol": 1e-12, "gtol": 1e-8}
-    found = [
-        minimize(_objective, start, args=(runs,), jac=True, method="L-BFGS-B", bounds=BOUNDS, options=options)
-        for start in starts
-    ]
+    options = {"maxiter": 500, "gtol": 1e-7}
+    found = [minimize(_objective, start, args=(runs,), jac=True, method="BFGS", options=options) for start in starts]
     lowest: np.ndarray = min(found, key=lambda result: float(result.fun)).x
     return lowest
 
 
 def _objective(theta: np.ndarray, runs: Runs) -> tuple[float, np.ndarray]:
-    """Mean Huber loss of log L in units of delta^2, and its gradient; the scale keeps L-BFGS from stopping early.
+    """Mean Huber loss of log L in units of delta^2, and its gradient; the scale keeps the search from stopping early.
 
     log L = logsumexp(a - alpha log N, b - beta log D, e) (Hoffmann et al. 2022, D.2), logarithms about the middle.
     """
-    a, b, e, alpha, beta = theta
+    a, b, e = theta[:3]
+    alpha, beta = np.exp(np.clip(theta[3:], -8.0, 3.0))
     log_n, log_d = np.log(runs.parameters) - runs.middle[0], np.log(runs.tokens) - runs.middle[1]
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
     top = terms.max(axis=0)
@@ -185,12 +183,14 @@ def _objective(theta: np.ndarray, runs: Runs) -> tuple[float, np.ndarray]:
     value = np.where(small, 0.5 * residual**2, np.abs(residual) - 0.5).mean()
     slope = np.clip(residual, -1.0, 1.0) / DELTA / len(residual)
     by_size, by_tokens, by_floor = (weights * slope).sum(axis=1)
-    gradient = [by_size, by_tokens, by_floor, -(weights[0] * slope) @ log_n, -(weights[1] * slope) @ log_d]
+    by_alpha, by_beta = -alpha * ((weights[0] * slope) @ log_n), -beta * ((weights[1] * slope) @ log_d)
+    gradient = [by_size, by_tokens, by_floor, by_alpha, by_beta]
     return float(value), np.array(gradient)
 
 
 def _law(theta: np.ndarray, middle: tuple[float, float]) -> Additive:
-    a, b, e, alpha, beta = (float(value) for value in theta)
+    a, b, e = (float(value) for value in theta[:3])
+    alpha, beta = (float(value) for value in np.exp(np.clip(theta[3:], -8.0, 3.0)))
     return Additive(
         key="fitted",
         title="Fitted",
