@@ -2,7 +2,7 @@
 
 The procedure is approach 3 of Hoffmann et al. 2022 (2203.15556, D.2): Huber loss (delta 1e-3) between the logarithms of
 predicted and measured loss, minimised from a grid of starts. Only the best of the grid are followed, to convergence
-(Besiroglu et al. 2024 found the published fit had stopped early), by BFGS in (log A, log B, log E, log alpha, log beta).
+(Besiroglu et al. 2024: the published fit had stopped early), by BFGS in (log A, log B, log E, log alpha, log beta).
 """
 
 from __future__ import annotations
