@@ -180,6 +180,8 @@ def _print_spending(console: Console, answer: Answer) -> None:
         f"{_si(rate.critical_batch_tokens)} (Kaplan);\n"
         f"  it allows data parallelism up to {rate.data_parallel_limit}, the plan uses {rate.data_parallel}"
     )
+    if rate.obstacles:
+        console.print(f"[dim]  planned only: {rate.obstacles[0]}[/]")
     console.print(f"[dim]  predicted; {rate.convention}[/]")
 
 

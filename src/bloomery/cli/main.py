@@ -16,6 +16,7 @@ from bloomery.spec.errors import InputError, nearest_match
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("plan:plan", "Best layouts for a run, with time, memory, MFU, cost; why the others lost."),
     "budget": ("budget:app", "From some of money, time, PF-days, parameters, tokens and loss to the rest."),
+    "sweep": ("sweep:sweep", "An IsoFLOP grid of small runs on this machine, for `budget fit`."),
     "probe": ("probe:probe", "Measure this machine and write a calibrated cluster file."),
     "data": ("data:app", "Text to tokenizer and token shards; inspect what was built."),
     "train": ("train:train", "Pre-train as planned; resumes by itself."),

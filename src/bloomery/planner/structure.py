@@ -18,15 +18,17 @@ VOCABULARIES = ((3e6, 2048), (3e7, 8192), (1e9, 32768), (5e10, 65536), (float("i
 """Vocabulary up to so many parameters: multiples of 128 x tp 8, growing as in published models (50 k to 128 k)."""
 
 
-def structure_near(parameters: float, *, max_seq_len: int = 131_072) -> Model:
+def structure_near(parameters: float, *, max_seq_len: int = 131_072, vocab: int | None = None) -> Model:
     """A dense Llama-like model within about 8 % of `parameters` (15 % below 30 M).
 
     Heads of 128 (64 below a width of 2048), 8 key-value heads where they divide the heads, a gated feed-forward of
-    3.5 x hidden, layers in fours from 24 on so that stages divide, width in steps of 64 to 1024 by size.
+    3.5 x hidden, layers in fours from 24 on so that stages divide, width in steps of 64 to 1024 by size. With `vocab`
+    given, sizes below what that vocabulary allows become the smallest structure.
     """
-    if not SMALLEST <= parameters <= LARGEST:
+    if vocab is None and not SMALLEST <= parameters <= LARGEST:
         raise InputError("no standard structure of this size", found=f"{parameters:.3g}", accepted="1e6 to 1e14")
-    candidates = [model for hidden in _widths() if (model := _of_width(hidden, parameters, max_seq_len))]
+    vocab = vocab or next(size for limit, size in VOCABULARIES if parameters <= limit)
+    candidates = [model for hidden in _widths() if (model := _of_width(hidden, parameters, vocab, max_seq_len))]
     return min(candidates, key=lambda model: _distance(model, parameters))
 
 
@@ -34,9 +36,8 @@ def _widths() -> list[int]:
     return [*range(64, 512, 64), *range(512, 1024, 256), *range(1024, 3072, 512), *range(3072, 131_073, 1024)]
 
 
-def _of_width(hidden: int, parameters: float, max_seq_len: int) -> Model | None:
+def _of_width(hidden: int, parameters: float, vocab: int, max_seq_len: int) -> Model | None:
     """The structure of this width with as many layers as the parameters ask for; None outside sensible aspects."""
-    vocab = next(size for limit, size in VOCABULARIES if parameters <= limit)
     tied = parameters < 1e9
     head_dim = 64 if hidden < 2048 else 128
     heads = hidden // head_dim

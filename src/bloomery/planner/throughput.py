@@ -56,7 +56,7 @@ class Throughput:
     """What one size of model reaches. `tokens_per_s` is while training; days follow from it and `goodput`.
 
     `low_tokens_per_s`, `high_tokens_per_s`: the planner's 90 % interval. `data_parallel_limit`: ranks among which the
-    critical batch can be shared at one sequence each.
+    critical batch can be shared at one sequence each. `obstacles`: what the engine cannot run of the layout today.
     """
 
     structure: str
@@ -75,6 +75,7 @@ class Throughput:
     critical_batch_tokens: float
     data_parallel_limit: int
     convention: str
+    obstacles: tuple[str, ...]
 
     def days(self, tokens: float) -> float:
         """Wall-clock days for so many tokens, failures and checkpoints counted; infinite where nothing ever ends."""
@@ -123,6 +124,7 @@ def throughput(machine: Machine, parameters: float, tokens: float, accelerators:
         critical_batch_tokens=critical,
         data_parallel_limit=max(1, int(critical // seq_len)),
         convention=best.estimate.convention,
+        obstacles=best.obstacles,
     )
 
 
