@@ -105,6 +105,8 @@ def _print_head(console: Console, budget: Budget, chosen: Answer) -> None:
     given += [f"{question.accelerators} accelerators"] if question.accelerators else []
     place = f" on {budget.cluster}" if budget.cluster else ""
     console.print(f"[bold]{', '.join(given)}[/]{place}")
+    if question.both and (question.parameters is None or question.tokens is None):
+        console.print(f"{_si(chosen.parameters)} parameters x {_si(chosen.tokens)} tokens")
     if not isnan(chosen.pf_days_6nd):
         multiple = chosen.pf_days_6nd / GPT3_PF_DAYS
         under = "" if question.flops() else f"; under {chosen.title}"

@@ -131,7 +131,7 @@ def _in_time(means: Means, parameters: float, tokens: float) -> Spending:
             f"all {sizes[-1]} accelerators of {means.machine.cluster.name} need {fastest:.3g} days, "
             f"{fastest / deadline:.2f} times the {deadline:g} given"
         )
-    enough = 0.8 * sizes[-1] * fastest / deadline  # fewer are seldom less efficient than that
+    enough = 0.5 * sizes[-1] * fastest / deadline  # from below: a whole cluster is seldom half as efficient as a part
     for size in sizes:
         if size < enough:
             continue

@@ -316,3 +316,7 @@ def test_a_sweep_is_fitted_from_its_file(tmp_path: Path) -> None:
     values = json.loads(bloomery("fit", path, "--resamples", "20", "--json").stdout)
     assert values["runs"] == 35
     assert values["intervals"]["alpha"][0] < 0.3478 < values["intervals"]["alpha"][1]
+
+
+def test_the_third_of_parameters_tokens_and_pf_days_is_told() -> None:
+    assert "175B parameters x 299.5B tokens" in bloomery("--pf-days", "3640", "--parameters", "175B").stdout
