@@ -123,7 +123,7 @@ def fit(
     optima = [{"flops": largest * times, **found.optimal(largest * times)} for times in HORIZONS]
     constants = {name: getattr(found.law, name) for name in ("E", "A", "B", "alpha", "beta")}
     values = {"runs": len(found.runs.loss), "error": found.error, **constants}
-    print_json(plain({**values, "intervals": found.intervals, "optimal": optima}))
+    print_json(plain({**values, "intervals": found.intervals, "undetermined": found.undetermined(), "optimal": optima}))
 
 
 def quantity(text: str | None, where: str) -> float | None:

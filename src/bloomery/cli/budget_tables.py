@@ -90,6 +90,8 @@ def print_fit(fit: LawFit) -> None:
         optima.add_row(f"{flops:.2e}" + ("" if times == 1 else f" ({times:.0f} x)"), *cells)
     console.print()
     console.print(optima)
+    for open_end in fit.undetermined():
+        console.print(f"[yellow]note[/] {open_end}")
     console.print("[dim]the first row is the largest run's 6ND; the others are extrapolated[/]")
 
 

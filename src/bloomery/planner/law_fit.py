@@ -59,6 +59,19 @@ class LawFit:
 
     def optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
         """Parameters, tokens and loss at the optimum for `flops`: (low, fitted, high), 90 %."""
+        with np.errstate(all="ignore"):  # a resample may have a wild law; the percentiles are over it too
+            return self._optimal(flops)
+
+    def undetermined(self) -> tuple[str, ...]:
+        """What these runs leave open: a floor that the fit sets to nothing, an exponent known to no better than 0.2."""
+        low, high = self.intervals["exponent"]
+        floor = 0.01 * float(self.runs.loss.min()) > self.law.E
+        open_ends = ["E, the irreducible loss, is not visible in these runs (fitted as 0)"] if floor else []
+        if high - low > 0.2:
+            open_ends.append(f"a in N ~ C^a lies anywhere from {low:.2f} to {high:.2f}: more runs, or a wider range")
+        return tuple(open_ends)
+
+    def _optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
         found = {}
         for i, name in enumerate(("parameters", "tokens")):
             found[name] = _with_interval(self.law.optimal(flops)[i], [s.optimal(flops)[i] for s in self.samples])

@@ -320,3 +320,10 @@ def test_a_sweep_is_fitted_from_its_file(tmp_path: Path) -> None:
 
 def test_the_third_of_parameters_tokens_and_pf_days_is_told() -> None:
     assert "175B parameters x 299.5B tokens" in bloomery("--pf-days", "3640", "--parameters", "175B").stdout
+
+
+def test_runs_that_do_not_determine_a_law_are_said_to() -> None:
+    sizes, tokens, _ = sweep(0.0)
+    vague = runs_of(sizes, tokens, 20 * tokens**-0.08 * np.exp(0.05 * np.random.default_rng(0).standard_normal(35)))
+    assert fit(vague, resamples=20).undetermined()
+    assert not fit(runs_of(*sweep(0.001)), resamples=20).undetermined()
