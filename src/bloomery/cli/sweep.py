@@ -1,0 +1,80 @@
+"""`bloomery sweep RUN.yaml`: an IsoFLOP grid of small runs on this machine, for `bloomery budget fit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from bloomery.planner.sweep import Point
+    from bloomery.spec.run import Run
+
+
+def sweep(
+    run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Its data, batch, optimizer and cluster.")],
+    flops: Annotated[str, typer.Option(help="Budgets, as in 3e12,1e13: 6 x parameters x tokens of each run.")],
+    sizes: Annotated[str, typer.Option(help="Parameters, as in 600k,1.2M (default: about the optimum).")] = "",
+    out: Annotated[Path, typer.Option(help="Where the rows go; runs that stand in it are not repeated.")] = Path(
+        "sweep.jsonl"
+    ),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+) -> None:
+    """Train an IsoFLOP grid on this machine and write {parameters, tokens, loss} a run; loss is the held-out one."""
+    import json
+    import sys
+
+    from bloomery.cli.budget import quantity
+    from bloomery.cluster.prepare import data_folder
+    from bloomery.ledger.sinks import read_lines
+    from bloomery.planner.sweep import isoflop_grid
+    from bloomery.spec.catalog import read_run
+    from bloomery.spec.errors import InputError
+
+    run = read_run(run_file, set_ or [])
+    if not (data_folder(run) / "train" / "manifest.json").is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data_folder(run)))
+    grid = isoflop_grid(
+        [quantity(text, "--flops") or 0.0 for text in flops.split(",")],
+        sizes=[quantity(text, "--sizes") or 0.0 for text in sizes.split(",") if text],
+        vocab=run.model.vocab,
+        seq_len=run.train.seq_len,
+        global_batch=run.train.global_batch,
+    )
+    done = {str(row.get("run")) for row in read_lines(out)} if out.exists() else set()
+    for number, point in enumerate(grid, start=1):
+        if point.name in done:
+            continue
+        print(
+            f"{number}/{len(grid)} {point.name}: {point.parameters:,} parameters, {point.tokens:,} tokens",
+            file=sys.stderr,
+        )
+        loss = train_point(run, point, out.parent / f"{out.stem}-runs")
+        row = {"run": point.name, "flops": point.flops, "parameters": point.parameters, "tokens": point.tokens}
+        with out.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({**row, "loss": loss}) + "\n")
+    print(f"{out}: {len(grid)} runs; `bloomery budget fit {out}` fits a law to them")
+
+
+def train_point(run: Run, point: Point, folder: Path) -> float:
+    """Train one point by `bloomery train` in a process of its own; its held-out loss."""
+    import subprocess
+    import sys
+
+    from bloomery.cluster.prepare import data_folder
+    from bloomery.ledger.sinks import read_lines
+    from bloomery.spec.files import to_yaml, write_atomically
+
+    values = run.model_dump(mode="json")
+    values |= {"name": point.name, "model": point.model.model_dump(mode="json"), "out": str(folder), "layout": "auto"}
+    values["data"] |= {"folder": str(data_folder(run))}
+    values["train"] |= {"tokens": point.tokens, "steps": None, "checkpoint_every": 10**9}
+    values |= {"compare": {}, "align": []}
+    description = folder / f"{point.name}.yaml"
+    write_atomically(description, to_yaml(values))
+    code = subprocess.run([sys.executable, "-m", "bloomery", "train", str(description)]).returncode
+    if code:
+        raise SystemExit(code)
+    rows = [row for row in read_lines(folder / point.name / "metrics.jsonl") if row.get("heldout_loss") is not None]
+    return float(rows[-1]["heldout_loss"])

@@ -1,0 +1,310 @@
+"""From some of {PF-days, money, days, accelerators, parameters, tokens, target loss} to all of them, under every law.
+
+Parameters, tokens, PF-days and target loss say the *work*; days, money and accelerators the *means*. Two of parameters,
+tokens and PF-days (or one of them and a target loss) fix the work, one alone is completed by the law's optimum. Where
+the work is fixed, days and money are limits; where it is not, they say how much work there can be, at the rate that the
+planner predicts for a model of that size on that cluster, failures counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import isfinite, isnan, nan
+
+from bloomery.perf.flops import PF_DAY
+from bloomery.planner.laws import (
+    INFERENCE_FLOPS,
+    TRAINING_FLOPS,
+    Law,
+    flops_for_loss,
+    flops_for_parameters,
+    flops_for_tokens,
+    inference_aware,
+    law,
+    laws,
+    parameters_for_loss,
+    tokens_for_loss,
+    with_unique_tokens,
+)
+from bloomery.planner.means import Means, Spending, spend, work_within
+from bloomery.planner.throughput import Machine
+from bloomery.spec.errors import InputError, LimitError
+
+TOLERANCE = 0.01
+"""Given quantities may disagree by so much before they contradict: published figures are rounded."""
+NEARLY_FRESH_EPOCHS = 4.0
+"""Repeated so often tokens are still nearly as good as new ones (Muennighoff et al. 2023, section 5)."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is given; None is asked for. `flops_per_parameter_token` of PF-days: 6, or 8 with recomputation counted."""
+
+    pf_days: float | None = None
+    parameters: float | None = None
+    tokens: float | None = None
+    target_loss: float | None = None
+    money: float | None = None
+    days: float | None = None
+    accelerators: int | None = None
+    unique_tokens: float | None = None
+    inference_tokens: float | None = None
+    flops_per_parameter_token: int = 6
+    law: str = "besiroglu"
+
+    @property
+    def work_is_fixed(self) -> bool:
+        """Whether parameters and tokens follow (under each law) without asking what the means allow."""
+        return self.pf_days is not None or self.target_loss is not None or self.both
+
+    @property
+    def both(self) -> bool:
+        """Whether parameters and tokens are both given, or follow from PF-days without a law."""
+        return sum(value is not None for value in (self.parameters, self.tokens, self.pf_days)) >= 2
+
+    def flops(self) -> float | None:
+        """The training FLOP by 6 N D, where parameters, tokens or PF-days say them."""
+        if self.parameters is not None and self.tokens is not None:
+            return TRAINING_FLOPS * self.parameters * self.tokens
+        if self.pf_days is None:
+            return None
+        return self.pf_days * PF_DAY * TRAINING_FLOPS / self.flops_per_parameter_token
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One law's answer. `optimal_*`: what the law would choose with the same FLOP; `interval` is its N's 80 %.
+
+    `spending` is None without a cluster or where `problem` says why there is none. `total_flops` counts inference too.
+    """
+
+    law: str
+    title: str
+    parameters: float
+    tokens: float
+    pf_days_6nd: float
+    pf_days_8nd: float
+    loss: float | None
+    optimal_parameters: float
+    optimal_tokens: float
+    optimal_loss: float | None
+    interval: tuple[float, float] | None
+    epochs: float | None
+    total_flops: float
+    spending: Spending | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The answers of all laws, and what was left out or has to be known to read them."""
+
+    question: Question
+    cluster: str | None
+    price_per_accelerator_hour: float | None
+    answers: tuple[Answer, ...]
+    notes: tuple[str, ...]
+
+
+def budget(question: Question, machine: Machine | None) -> Budget:
+    """Complete the question under every law.
+
+    Raises InputError on contradictory or insufficient input, LimitError where fixed work exceeds days or money.
+    """
+    _check(question, machine)
+    means = None if machine is None else Means(machine, question.money, question.days, question.accelerators)
+    answers = [_answer(question, _knowing(key, question), means) for key in laws()]
+    if question.inference_tokens is not None:
+        answers.append(_inference_answer(question, _knowing(question.law, question), means))
+    _refuse_where_nothing_is_left(question, answers)
+    cluster = None if machine is None else machine.cluster
+    return Budget(
+        question=question,
+        cluster=None if cluster is None else cluster.name,
+        price_per_accelerator_hour=None if cluster is None else cluster.price_per_accelerator_hour,
+        answers=tuple(answers),
+        notes=_notes(question, answers),
+    )
+
+
+def work(question: Question, of: Law) -> tuple[float, float]:
+    """(N, D) that the question fixes under a law; NaN twice where the law has no answer (no loss, or not reached)."""
+    n, d, loss, flops = question.parameters, question.tokens, question.target_loss, question.flops()
+    if n is not None and d is not None:
+        return n, d
+    if flops is not None and (n is not None or d is not None):
+        product = flops / TRAINING_FLOPS
+        return (n, product / n) if n is not None else (product / (d or nan), d or nan)
+    if flops is None and loss is not None:
+        if n is not None:
+            return n, float(tokens_for_loss(of, n, loss))
+        if d is not None:
+            return float(parameters_for_loss(of, d, loss)), d
+        flops = float(flops_for_loss(of, loss))
+    if flops is None:
+        flops = float(flops_for_parameters(of, n) if n is not None else flops_for_tokens(of, d))
+    if isnan(flops):
+        return nan, nan
+    parameters, tokens = of.optimal(flops)
+    return float(parameters), float(tokens)
+
+
+def _knowing(key: str, question: Question) -> Law:
+    return with_unique_tokens(law(key), question.unique_tokens)
+
+
+def _answer(question: Question, of: Law, means: Means | None) -> Answer:
+    """One law: the work, then what it takes; or what the means allow, then the work."""
+    from_means = means is not None and means.limited and not question.work_is_fixed
+    if from_means and means is not None:
+        try:
+            parameters, tokens, spending = work_within(means, of, question.parameters, question.tokens)
+        except (LimitError, InputError) as error:
+            return _unanswered(of, str(error))
+        return _told(question, of, parameters, tokens, spending, "")
+    parameters, tokens = work(question, of)
+    if isnan(parameters) or isnan(tokens):
+        reason = "never reaches this loss" if of.has_loss else "has no loss to aim at"
+        return _unanswered(of, reason)
+    return _spent(question, of, parameters, tokens, means)
+
+
+def _inference_answer(question: Question, of: Law, means: Means | None) -> Answer:
+    """Sardana's point: the loss that `of` reaches, with the least training and inference FLOP together."""
+    base = _answer(question, of, means)
+    named = replace(of, key=f"sardana-{of.key}", title=f"Sardana ({of.title})", exponent_interval=None)
+    if base.loss is None:
+        return _unanswered(named, f"{of.key} has no loss to hold equal")
+    if means is not None and base.spending is not None:  # what it takes, on the same accelerators, without limits
+        means = Means(means.machine, accelerators=base.spending.accelerators)
+    parameters, tokens = inference_aware(of, base.loss, question.inference_tokens or 0.0)
+    return _spent(question, named, parameters, tokens, means)
+
+
+def _spent(question: Question, of: Law, parameters: float, tokens: float, means: Means | None) -> Answer:
+    if means is None:
+        return _told(question, of, parameters, tokens, None, "")
+    try:
+        return _told(question, of, parameters, tokens, spend(means, parameters, tokens), "")
+    except (LimitError, InputError) as error:
+        return _told(question, of, parameters, tokens, None, str(error))
+
+
+def _told(
+    question: Question, of: Law, parameters: float, tokens: float, spending: Spending | None, problem: str
+) -> Answer:
+    product = parameters * tokens
+    flops = TRAINING_FLOPS * product
+    best_n, best_d = of.optimal(flops)
+    on_frontier = abs(parameters / float(best_n) - 1.0) < TOLERANCE
+    loss = of.optimal_loss(flops) if on_frontier else of.loss(parameters, tokens)
+    return Answer(
+        law=of.key,
+        title=of.title,
+        parameters=parameters,
+        tokens=tokens,
+        pf_days_6nd=flops / PF_DAY,
+        pf_days_8nd=8.0 * product / PF_DAY,
+        loss=_finite(loss),
+        optimal_parameters=float(best_n),
+        optimal_tokens=float(best_d),
+        optimal_loss=_finite(of.optimal_loss(flops)),
+        interval=of.optimal_interval(flops),
+        epochs=None if question.unique_tokens is None else tokens / question.unique_tokens,
+        total_flops=flops + INFERENCE_FLOPS * parameters * (question.inference_tokens or 0.0),
+        spending=spending,
+        problem=problem,
+    )
+
+
+def _unanswered(of: Law, reason: str) -> Answer:
+    return Answer(of.key, of.title, nan, nan, nan, nan, None, nan, nan, None, None, None, nan, None, reason)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if isfinite(value) else None
+
+
+def _check(question: Question, machine: Machine | None) -> None:
+    """Refuse what contradicts itself, saying by how much, and what is too little, saying what one more would do."""
+    law(question.law)
+    for name in ("pf_days", "parameters", "tokens", "target_loss", "money", "days", "unique_tokens"):
+        value = getattr(question, name)
+        if value is not None and not (isfinite(value) and value > 0):
+            raise InputError("a positive number is expected", where=f"--{name.replace('_', '-')}", found=value)
+    needs_cluster = [name for name in ("money", "days", "accelerators") if getattr(question, name) is not None]
+    if needs_cluster and machine is None:
+        raise InputError(f"--{needs_cluster[0]} needs --cluster: time and price are a cluster's")
+    fixed = (question.pf_days, question.parameters, question.tokens, question.target_loss)
+    if not any(value is not None for value in (*fixed, question.money, question.days)):
+        raise InputError(
+            "too little is given: one of --pf-days, --parameters, --tokens or --target-loss gives the work by a law's "
+            "optimum; --days or --money with --cluster gives what they buy"
+        )
+    if question.money is not None and machine is not None and machine.cluster.price_per_accelerator_hour is None:
+        raise InputError(f"--money needs a price and cluster {machine.cluster.name} has none: give --price")
+    if machine is not None:
+        _check_machine(question, machine)
+    _check_work(question)
+
+
+def _check_machine(question: Question, machine: Machine) -> None:
+    """Refuse here what would otherwise be refused for each law."""
+    if question.accelerators is not None:
+        machine.cluster.cut(question.accelerators)
+    model, seq_len = machine.model, machine.seq_len
+    if model is not None and seq_len is not None and seq_len > model.max_seq_len:
+        raise InputError(
+            f"longer than {model.name} reads", where="--seq-len", found=seq_len, accepted=f"at most {model.max_seq_len}"
+        )
+
+
+def _check_work(question: Question) -> None:
+    n, d, pf_days, loss = question.parameters, question.tokens, question.pf_days, question.target_loss
+    if n is not None and d is not None and pf_days is not None:
+        convention = question.flops_per_parameter_token
+        computed = convention * n * d / PF_DAY
+        if abs(pf_days / computed - 1.0) > TOLERANCE:
+            other = 14 - convention
+            agrees = abs(pf_days / (other * n * d / PF_DAY) - 1.0) <= TOLERANCE
+            hint = f"; as {other}ND they agree: --convention {other}nd" if agrees else "; leave one of the three out"
+            raise InputError(
+                f"{_si(n)} parameters x {_si(d)} tokens are {computed:,.0f} PF-days as {convention}ND, "
+                f"--pf-days {pf_days:,.0f} is {pf_days / computed:.3g} times that{hint}"
+            )
+    if loss is not None and (question.both or pf_days is not None):
+        of = _knowing(question.law, question)
+        said = "they fix the loss"
+        if of.has_loss:
+            reached = float(of.loss(*work(replace(question, target_loss=None), of)))
+            said = f"{of.title} says {reached:.3f} for it, {reached - loss:+.3f}"
+        raise InputError(f"--target-loss {loss:g} beside work that is given already: {said}; leave one of them out")
+
+
+def _refuse_where_nothing_is_left(question: Question, answers: list[Answer]) -> None:
+    """Where every law meets the same wall, the wall is the answer."""
+    reasons = [answer.problem for answer in answers]
+    if all(reasons):
+        chosen = next(answer for answer in answers if answer.law == question.law)
+        if question.target_loss is not None and isnan(chosen.parameters):
+            raise InputError(f"--target-loss {question.target_loss:g}: {chosen.title} {chosen.problem}")
+        raise LimitError(chosen.problem)
+
+
+def _notes(question: Question, answers: list[Answer]) -> tuple[str, ...]:
+    found = []
+    sizes = [answer.optimal_parameters for answer in answers if not isnan(answer.optimal_parameters)]
+    if len(sizes) > 1 and question.parameters is None:
+        found.append(f"the laws' optimum spreads from {_si(min(sizes))} to {_si(max(sizes))} parameters")
+    if question.unique_tokens is not None:
+        over = [answer.title for answer in answers if (answer.epochs or 0.0) > NEARLY_FRESH_EPOCHS]
+        if over:
+            found.append(f"more than {NEARLY_FRESH_EPOCHS:.0f} epochs, where repeated tokens fade: {', '.join(over)}")
+    return tuple(found)
+
+
+def _si(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g}"
