@@ -89,6 +89,7 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
 
 def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
+    Per operator it drops the share that it repeats; with unfused attention it drops the scores.
 
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
@@ -106,7 +107,8 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
-        return linear + max(4, precision.compute) * model.heads * inside, 0.0 * inside
+        whole = linear + max(4, precision.compute) * model.heads * inside
+        return whole, stack.selective_share * whole
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores

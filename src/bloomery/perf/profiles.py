@@ -31,7 +31,7 @@ class Profile:
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
 MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed"), recompute="full")
 MEGATRON_CORE = Profile(replace(GPU, name="megatron-core"), zero_stage=1, sequence_parallel=True)
-FSDP = Profile(replace(GPU, name="fsdp", selective_share=0.5), zero_stage=3, gated=True)
+FSDP = Profile(replace(GPU, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
 """Selective: per operator, every other matrix product is kept (torchtitan's default)."""
 COMPOSER = Profile(replace(GPU, name="composer"), zero_stage=3)
 NANOTRON = Profile(
