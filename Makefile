@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction
+.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-planner calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -38,6 +38,14 @@ format: setup ## put the code in order
 
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py
+
+# RUNS: CSV files of published runs, MEMORY: layouts that ran out of memory, PEER: NAME=FILE of a peer's predictions.
+bench-planner: setup ## the performance model on runs it has not seen; writes docs/accuracy.md (RUNS="A.csv B.csv" MEMORY=C.csv)
+	$(BIN)/python bench/planner_accuracy.py $(RUNS) $(if $(MEMORY),--memory $(MEMORY)) $(if $(PEER),--peer $(PEER)) \
+		--doc docs/accuracy.md
+
+calibrate: setup ## fit the catalog's calibration to published runs (RUNS="A.csv B.csv")
+	$(BIN)/python bench/calibrate.py $(RUNS) --out src/bloomery/spec/catalog/calibration.yaml
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -64,14 +64,14 @@ def _print(found: Validation) -> None:
     for name, score in found.flagged.items():
         table.add_row(f"[dim]flagged: {name}[/]", *(f"[dim]{cell}[/]" for cell in _cells(score)))
     console.print(table)
-    console.print("errors: shares of the measured step time; bias: predicted over measured, less one", highlight=False)
+    console.print("errors: shares of the measured step; bias: predicted over measured, less one", highlight=False)
     for line in _judgements(found):
         console.print(line, highlight=False)
     for reason, count in found.skipped.items():
         console.print(f"[dim]{count:5d} not modelled: {reason}[/]", highlight=False)
 
 
-FIGURES_WIDTH = 46
+FIGURES_WIDTH = 49
 """Columns that the figures of a line take."""
 
 

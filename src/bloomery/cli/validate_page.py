@@ -40,7 +40,7 @@ def scatter(rows: list[Row]) -> Figure:
     """Log-log: measured seconds across, predicted up; the diagonal and a band around it."""
     by_source: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        by_source[row.source].append(row)
+        by_source["flagged, apart" if row.flagged else row.source].append(row)
     measured = [row.measured_s for row in rows if row.measured_s is not None]
     low, high = (min(measured) / 1.5, max(measured) * 1.5) if measured else (0.1, 10.0)
     traces: list[Figure] = [
@@ -65,11 +65,16 @@ def scatter(rows: list[Row]) -> Figure:
                 "y": [row.predicted_s for row in found],
                 "text": [f"{row.id}: {row.name}<br>{row.ratio - 1:+.1%}" for row in found],
                 "hovertemplate": "%{text}<br>measured %{x:.3g} s, predicted %{y:.3g} s<extra></extra>",
-                "marker": {"color": SERIES[place % len(SERIES)], "size": 6, "opacity": 0.7},
+                "marker": {
+                    "color": MUTED if found[0].flagged else SERIES[place % len(SERIES)],
+                    "symbol": "circle-open" if found[0].flagged else "circle",
+                    "size": 6,
+                    "opacity": 0.7,
+                },
             }
         )
     axis = {"type": "log", "title": {"text": "measured seconds a step"}}
-    upward = {"type": "log", "title": {"text": "predicted seconds a step"}, "scaleanchor": "x"}
+    upward = {"type": "log", "title": {"text": "predicted seconds a step"}}
     layout = chart_layout(680, xaxis=axis, yaxis=upward, legend={"orientation": "h", "y": -0.12, "font": {"size": 11}})
     return {"data": traces, "layout": layout}
 

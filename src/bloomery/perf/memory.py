@@ -15,12 +15,16 @@ from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, SELECTIVE, Case, Ranks
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
 
+FRAGMENTATION = 0.015
+"""Of what is allocated, what a caching device allocator holds beside it and cannot use."""
+
 
 def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
     """Peak bytes by part on `ranks`, shape (n,) each."""
     n = len(case.lay)
     parts = {**_states(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
-    parts["reserved"] = case.accelerator.reserved_bytes
+    fragments = FRAGMENTATION if case.accelerator.kind == "gpu" else 0.0
+    parts["reserved"] = case.accelerator.reserved_bytes + fragments * sum(parts.values())
     return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
 
 
