@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
 
 from bloomery.perf.precision import Precision, precision_of
 from bloomery.perf.stack import Stack, stack_of
+from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.layout import LayoutBatch, stage_split
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
-from bloomery.spec.shard_table import Collective, collectives
+from bloomery.spec.shard_table import Collective, StageShape, stage_collectives
+
+T = TypeVar("T")
 
 FULL, SELECTIVE = 2, 1
 """Indices into `spec.layout.RECOMPUTE`."""
 INTERLEAVED, GPIPE = 1, 2
 """Indices into `spec.layout.SCHEDULES`."""
+
+PART = ("tp", "cp", "ep", "sequence_parallel", "micro_batch", "recompute")
+"""The columns (`Case.over`) that one layer, the embedding and the head depend on."""
+MICRO_BATCH = (*PART, "pp", "dp", "norms_sharded", "stages", "micro_batches")
+"""Those that a micro-batch on a rank depends on."""
+MODEL_STATE = ("tp", "pp", "dp", "cp", "ep", "zero_stage", "stages")
+"""Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,31 @@ class Ranks:
         return self.layers - self.moe_layers
 
     @classmethod
-    def side_by_side(cls, several: Sequence[Ranks]) -> Ranks:
-        """Several ranks of each layout in one array, shape (len(several) x n,)."""
-        return cls(*(np.concatenate([getattr(one, f.name) for one in several]) for f in fields(cls)))
+    def stacked(cls, several: Sequence[Ranks]) -> Ranks:
+        """Several ranks of each layout, shape (len(several), n)."""
+        return cls(*(np.stack([getattr(one, f.name) for one in several]) for f in fields(cls)))
+
+
+class OfLayouts(Generic[T]):
+    """Like `functools.cached_property`, kept for all cases of the same layouts (`Case.under`): for what depends on
+    model, layouts and number formats alone."""
+
+    def __init__(self, compute: Callable[[Case], T]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    @overload
+    def __get__(self, case: None, owner: type[Case]) -> OfLayouts[T]: ...
+
+    @overload
+    def __get__(self, case: Case, owner: type[Case]) -> T: ...
+
+    def __get__(self, case: Case | None, owner: type[Case]) -> OfLayouts[T] | T:
+        if case is None:
+            return self
+        known = case.known
+        if self not in known:
+            known[self] = self.compute(case)
+        return cast(T, known[self])
 
 
 @dataclass(frozen=True)
@@ -108,33 +140,61 @@ class Case:
     def under(self, cluster: Cluster, stack: Stack) -> Case:
         """The same layouts on other hardware of the same precision, or with other software; what only layouts decide
         is kept, so that asking again is cheap."""
-        again = replace(self, cluster=cluster, stack=stack)
-        again.__dict__.update({name: self.__dict__[name] for name in _OF_LAYOUTS if name in self.__dict__})
-        again.__dict__["_collectives"] = self.__dict__.setdefault("_collectives", {})
-        if "trio" in self.__dict__:
-            case, ranks = self.trio
-            again.__dict__["trio"] = (case.under(cluster, stack), ranks)
+        again = Case(self.model, cluster, self.lay, self.global_batch, self.seq_len, self.dtype, stack, self.precision)
+        again.__dict__["known"] = self.known
         return again
 
     @cached_property
-    def trio(self) -> tuple[Case, Ranks]:
-        """The three kinds of rank that a step's time depends on, side by side: first, fullest in the middle, last."""
-        kinds = (self.first, self.fullest, self.last)
-        return self.repeated(len(kinds)), Ranks.side_by_side(kinds)
+    def known(self) -> dict[Any, Any]:
+        """What has been computed of the layouts alone, shared by all cases `under` other constants."""
+        return {}
 
-    def repeated(self, times: int) -> Case:
-        """The same layouts `times` over, shape (times x n,): to ask about several ranks of each at once."""
-        batch = self.global_batch
-        return Case(
-            self.model,
-            self.cluster,
-            self.lay.take(np.tile(np.arange(len(self.lay)), times)),
-            np.tile(batch, times) if np.ndim(batch) else batch,
-            self.seq_len,
-            self.dtype,
-            self.stack,
-            self.precision,
-        )
+    def once(self, name: str, compute: Callable[[], T]) -> T:
+        """What `compute` says of the layouts (and number formats) alone, computed at the first asking."""
+        if name not in self.known:
+            self.known[name] = compute()
+        return cast(T, self.known[name])
+
+    def over(self, *columns: str) -> tuple[Case, np.ndarray]:
+        """The layouts that differ in `columns`, as a case of k of them, and which of them each layout is, shape (n,).
+
+        Columns are `LayoutBatch`'s, and `stages` (layers of the ranks), `micro_batches` and `norms_sharded`. The case
+        knows nothing else of its layouts (`LayoutBatch.only`), except the batch, where it is one number for all.
+        """
+        if columns not in self.known:
+            place, index = distinct([self._codes(name) for name in self._keys(columns)])
+            lay = self.lay.only([name for name in columns if name not in ("stages", "micro_batches")], place)
+            bare = replace(self, lay=lay, global_batch=None if np.ndim(self.global_batch) else self.global_batch)
+            if "stages" in columns:
+                table, row = self._stage_table
+                bare.known[Case._stage_table] = (table, row[place])
+            if "micro_batches" in columns:
+                bare.known[Case.micro_batches] = self.micro_batches[place]
+            self.known[columns] = (bare, index)
+        bare, index = self.known[columns]
+        return bare.under(self.cluster, self.stack), index
+
+    def _keys(self, columns: tuple[str, ...]) -> list[str]:
+        """The columns without micro-batches where the others decide them."""
+        implied = not np.ndim(self.global_batch) and {"dp", "micro_batch"} <= set(columns)
+        return [name for name in columns if name != "micro_batches" or not implied]
+
+    def _codes(self, name: str) -> Codes:
+        """One column of `over`."""
+        if name == "stages":
+            return self._stage_kind
+        of = self if name == "micro_batches" else self.lay
+        return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
+
+    def take(self, index: np.ndarray) -> Case:
+        """The layouts at `index`."""
+        batch = self.global_batch[index] if np.ndim(self.global_batch) else self.global_batch
+        return replace(self, lay=self.lay.take(index), global_batch=batch)
+
+    @property
+    def trio(self) -> tuple[Case, Ranks]:
+        """The case with the three kinds of rank that a step's time depends on, shape (3, n)."""
+        return self, self.kinds
 
     @property
     def accelerator(self) -> Accelerator:
@@ -146,90 +206,98 @@ class Case:
         """The number format of attention and the head, which stay in 16 bit when matrix products are in 8."""
         return "bfloat16" if self.dtype == "float8" else self.dtype
 
-    @cached_property
+    @OfLayouts
     def micro_batches(self) -> np.ndarray:
         """Micro-batches per data-parallel rank and step."""
         return np.maximum(self.global_batch // (self.lay.dp * self.lay.micro_batch), 1)
 
-    @cached_property
+    @OfLayouts
     def tokens(self) -> np.ndarray:
         """Tokens of one micro-batch on one context-parallel rank."""
         return self.lay.micro_batch * self.seq_len / self.lay.cp
 
-    @cached_property
+    @OfLayouts
     def stream_tokens(self) -> np.ndarray:
         """Tokens of the residual stream between blocks: cut by tp under sequence parallelism."""
         return np.where(self.lay.sequence_parallel == 1, self.tokens / self.lay.tp, self.tokens)
 
-    @cached_property
+    @OfLayouts
     def dense_layer(self) -> Held:
         """Parameters of a layer with a plain feed-forward block."""
         return _held(self.model, "dense")
 
-    @cached_property
+    @OfLayouts
     def moe_layer(self) -> Held:
         """Parameters of a mixture-of-experts layer (of a plain one where the model has none)."""
         return _held(self.model, "last")
 
-    @cached_property
+    @OfLayouts
     def embedding(self) -> Held:
         """Parameters before the layers."""
         return _held(self.model, "embedding")
 
-    @cached_property
+    @OfLayouts
     def head(self) -> Held:
         """Parameters after the layers when they share a stage with the embedding."""
         return _held(self.model, "head")
 
-    @cached_property
+    @OfLayouts
     def lone_head(self) -> Held:
         """Parameters after the layers on a stage of their own: a tied head is then a second copy of the embedding."""
         return _held(self.model, "lone head")
 
-    @cached_property
+    @OfLayouts
+    def first(self) -> Ranks:
+        """Pipeline rank 0."""
+        return self.ranks(np.zeros(len(self.lay), dtype=np.int64))
+
+    @OfLayouts
+    def last(self) -> Ranks:
+        """The last pipeline rank."""
+        return self.ranks(self.lay.pp - 1)
+
+    @OfLayouts
+    def fullest(self) -> Ranks:
+        """The earliest of the middle ranks with most layers (rank 0 where there is none in the middle)."""
+        return self.ranks(self._named_rank(0))
+
+    @OfLayouts
+    def heaviest(self) -> Ranks:
+        """The middle rank that holds most activations: layers x micro-batches in flight (rank 0 where none)."""
+        return self.ranks(self._named_rank(1))
+
+    @OfLayouts
+    def kinds(self) -> Ranks:
+        """The ranks that a step's time depends on, shape (3, n): first, fullest in the middle, last."""
+        return Ranks.stacked((self.first, self.fullest, self.last))
+
+    @OfLayouts
+    def holders(self) -> Ranks:
+        """The ranks one of which needs most memory, shape (4, n): first, heaviest and fullest in the middle, last."""
+        return Ranks.stacked((self.first, self.heaviest, self.fullest, self.last))
+
+    @OfLayouts
     def middle_layers(self) -> np.ndarray:
         """Layers on all pipeline ranks but the first and the last, together."""
         ends = self.first.layers + np.where(self.lay.pp > 1, self.last.layers, 0)
         return self.model.layers - ends
 
-    @cached_property
-    def first(self) -> Ranks:
-        """Pipeline rank 0."""
-        return self.ranks(np.zeros(len(self.lay), dtype=np.int64))
-
-    @cached_property
-    def last(self) -> Ranks:
-        """The last pipeline rank."""
-        return self.ranks(self.lay.pp - 1)
-
-    @cached_property
-    def fullest(self) -> Ranks:
-        """The earliest of the middle ranks with most layers (rank 0 where there is none in the middle)."""
-        return self.ranks(self._gather("fullest"))
-
-    @cached_property
-    def heaviest(self) -> Ranks:
-        """The middle rank that holds most activations: layers x micro-batches in flight (rank 0 where none)."""
-        return self.ranks(self._gather("heaviest"))
-
     def collectives_of(self, ranks: Ranks) -> list[Collective]:
-        """The shard table's messages of `ranks`; remembered, since they depend on layouts and number formats alone."""
-        known: dict[int, tuple[Ranks, list[Collective]]] = self.__dict__.setdefault("_collectives", {})
-        if id(ranks) not in known:
-            precision = self.precision
-            rows = collectives(
-                self.model,
-                self.lay,
-                pipeline_rank=ranks.index,
-                global_batch=self.global_batch,
-                seq_len=self.seq_len,
-                stream_bytes=precision.stream,
-                parameter_bytes=precision.parameter,
-                gradient_bytes=precision.gradient,
-                block_bytes=precision.compute,
-            )
-            known[id(ranks)] = (ranks, rows)
-        return known[id(ranks)][1]
+        """The shard table's messages of `ranks` (n,) or (kinds, n) in one step: the plain list that `perf.messages`
+        times part by part."""
+        precision, shape = self.precision, StageShape(ranks.layers, ranks.first, ranks.last)
+        rows = stage_collectives(
+            self.model,
+            self.lay,
+            shape,
+            ranks.index,
+            seq_len=self.seq_len,
+            stream_bytes=precision.stream,
+            block_bytes=precision.compute,
+            parameter_bytes=precision.parameter,
+            gradient_bytes=precision.gradient,
+        )
+        return [row.in_step(self.micro_batches, len(self.lay)) for row in rows]
 
     def ranks(self, index: np.ndarray) -> Ranks:
         """The pipeline ranks `index` (n,) of each layout."""
@@ -237,28 +305,33 @@ class Case:
         layers, moe = table[row, 0, index], table[row, 1, index]
         return Ranks(index, layers, moe, index == 0, index == self.lay.pp - 1)
 
-    def _gather(self, which: str) -> np.ndarray:
+    def _named_rank(self, which: int) -> np.ndarray:
+        """(n,): the fullest (0) or the heaviest (1) of the middle ranks."""
         table, row = self._stage_table
-        return table[row, 2, 0] if which == "fullest" else table[row, 2, min(1, table.shape[2] - 1)]
+        return table[row, 2, which]
 
-    @cached_property
+    @OfLayouts
     def _stage_table(self) -> tuple[np.ndarray, np.ndarray]:
         """(splits, 3, ranks): layers, MoE layers and (fullest, heaviest) of each split; (n,): the row of a layout."""
         lay = self.lay
-        uneven = lay.stage_layers or ()
-        custom = {split for split in uneven if split is not None}
-        number = {split: i + 1 for i, split in enumerate(sorted(custom))}
-        which = np.array([0 if split is None else number[split] for split in uneven] or [0])
-        width = 1 << 20
-        key = (np.broadcast_to(which, (len(lay),)) * width + lay.vpp) * width + lay.pp
-        keys, row = np.unique(key, return_inverse=True)
-        splits = {i: split for split, i in number.items()}
-        most = int(lay.pp.max()) if len(lay) else 1
-        table = np.zeros((len(keys), 3, max(most, 2)), dtype=np.int64)
-        for i, value in enumerate(keys):
-            pp, vpp, split = int(value % width), int(value // width % width), splits.get(int(value // width**2))
-            table[i] = _stages(self.model, pp, split or stage_split(self.model.layers, pp * vpp), table.shape[2])
+        uneven = lay.stage_layers or (None,)
+        number = {split: i for i, split in enumerate(dict.fromkeys(uneven))}
+        which = np.broadcast_to(np.array([number[split] for split in uneven]), (len(lay),))
+        place, row = distinct([self._codes("pp"), self._codes("vpp"), Codes(which, len(number))])
+        most = int(lay.pp.max(initial=2))
+        table = np.zeros((len(place), 3, most), dtype=np.int64)
+        for i, (pp, vpp) in enumerate(zip(lay.pp[place].tolist(), lay.vpp[place].tolist(), strict=True)):
+            split = uneven[place[i]] if lay.stage_layers else None
+            table[i] = _stages(self.model, pp, split or stage_split(self.model.layers, pp * vpp), most)
         return table, row
+
+    @OfLayouts
+    def _stage_kind(self) -> Codes:
+        """The same number for layouts whose pipeline ranks hold the same layers, shape (n,)."""
+        table, row = self._stage_table
+        found = dict.fromkeys(split.tobytes() for split in table)
+        number = {split: i for i, split in enumerate(found)}
+        return Codes(np.array([number[split.tobytes()] for split in table], dtype=np.int64)[row], len(number))
 
 
 @lru_cache(maxsize=4096)
@@ -271,12 +344,6 @@ def _held(model: Model, part: str) -> Held:
     if part == "embedding":
         return Held.of(embedding_parameters(model))
     return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))
-
-
-_OF_LAYOUTS = tuple(
-    name for name, value in vars(Case).items() if isinstance(value, cached_property) and name not in ("trio",)
-)
-"""Derived from model and layouts alone."""
 
 
 def _stages(model: Model, pp: int, split: tuple[int, ...], width: int) -> np.ndarray:

@@ -35,18 +35,16 @@ class Group:
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
     """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp)."""
-    one = np.ones_like(lay.tp)
+    if axis == "tp":
+        return Group(lay.tp, np.ones_like(lay.tp))
+    if axis == "cp":
+        return Group(lay.cp, lay.tp)
+    if axis == "data":
+        return Group(lay.dp * lay.cp, lay.tp)
+    if axis == "world":
+        return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp
-    groups = {
-        "tp": (lay.tp, one),
-        "cp": (lay.cp, lay.tp),
-        "ep": (lay.ep, inner),
-        "dp": (lay.dp, inner),
-        "data": (lay.dp * lay.cp, lay.tp),
-        "pp": (lay.pp, inner * lay.dp),
-        "world": (lay.world_size, one),
-    }
-    return Group(*groups[axis])
+    return Group(lay.pp, inner * lay.dp) if axis == "pp" else Group(lay.ep if axis == "ep" else lay.dp, inner)
 
 
 def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:
@@ -55,7 +53,7 @@ def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:
 
 
 def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any) -> np.ndarray:
-    """Seconds of one operation, shape (n,); 0 where the group has one rank.
+    """Seconds of one operation, shape (n,) or that of `n_bytes`; 0 where the group has one rank.
 
     `n_bytes`: all_reduce and send the tensor, all_gather its output, reduce_scatter its input, all_to_all what one rank
     holds.
@@ -66,19 +64,20 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
         return _all_to_all_s(cluster, group, n_bytes)
     both_ways = 2.0 if op == "all_reduce" else 1.0
     tree = op == "all_reduce" and cluster.accelerator.kind == "gpu"
-    total = np.zeros(len(group.size))
-    below = np.ones(len(group.size))
+    total: Any = 0.0
+    below: Any = 1.0
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         fan = np.maximum(within / below, 1.0)
         hops = both_ways * np.ceil(fan - 1)
         if tree:
             hops = np.minimum(hops, 2 * np.ceil(np.log2(fan)))
-        moved = both_ways * (fan - 1) / fan * (n_bytes / below + tier.half_size_bytes)
-        seconds = hops * tier.latency_s + moved / rank_bandwidth(cluster, tier)
-        total += tier.op_factor.get(op, 1.0) * seconds
+        share, factor = both_ways * (fan - 1) / fan, tier.op_factor.get(op, 1.0)
+        # What does not depend on the message comes first: messages of several kinds of rank share it.
+        slope = factor / rank_bandwidth(cluster, tier) * share
+        total = total + (factor * tier.latency_s * hops + slope * tier.half_size_bytes) + slope / below * n_bytes
         below = np.maximum(below, within)
-    return total
+    return np.asarray(total)
 
 
 def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
@@ -86,21 +85,21 @@ def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
 
     Where several neighbours of a group share a node, only the outermost of them crosses, with their ports to itself.
     """
-    answer = np.zeros(len(group.size))
-    below = np.ones(len(group.size))
+    answer: Any = 0.0
+    below: Any = 1.0
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
         seconds = tier.latency_s + (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
         answer = np.where(within > below, tier.op_factor.get("send", 1.0) * seconds, answer)
         below = np.maximum(below, within)
-    return answer
+    return np.asarray(answer)
 
 
 def _all_to_all_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
     """Every rank sends 1/size of what it holds to each other rank; tiers work side by side, the slowest decides."""
-    slowest = np.zeros(len(group.size))
-    below = np.ones(len(group.size))
+    slowest: Any = 0.0
+    below: Any = 1.0
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         peers = within - below
@@ -108,4 +107,4 @@ def _all_to_all_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
         seconds = peers * tier.latency_s + moved / rank_bandwidth(cluster, tier)
         slowest = np.maximum(slowest, tier.op_factor.get("all_to_all", 1.0) * seconds)
         below = np.maximum(below, within)
-    return slowest
+    return np.asarray(slowest)

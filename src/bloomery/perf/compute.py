@@ -6,63 +6,46 @@ launches are part of the work; a device queue runs them beside it (`estimate` ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import FULL, SELECTIVE, Case, Held, Ranks
+from bloomery.perf.case import FULL, PART, SELECTIVE, Case, Held, Ranks
 from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
+from bloomery.perf.table import Table
 from bloomery.spec.cluster import ComputeFactor
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Table):
     """Seconds of compute for one micro-batch, shape (n,) each; `host_*`: of launches that run beside them, those of
-    recomputation with the backward pass, where it happens."""
+    recomputation with the backward pass, where it happens. `accumulate`: what every micro-batch but a step's first adds
+    to the backward pass."""
 
     forward: Any
     backward: Any
     recompute: Any
     host_forward: Any = 0.0
     host_backward: Any = 0.0
-
-    @property
-    def total(self) -> Any:
-        """The device's three."""
-        return self.forward + self.backward + self.recompute
-
-    def __add__(self, other: Work) -> Work:
-        return Work(
-            self.forward + other.forward,
-            self.backward + other.backward,
-            self.recompute + other.recompute,
-            self.host_forward + other.host_forward,
-            self.host_backward + other.host_backward,
-        )
-
-    def __mul__(self, times: Any) -> Work:
-        return Work(
-            self.forward * times,
-            self.backward * times,
-            self.recompute * times,
-            self.host_forward * times,
-            self.host_backward * times,
-        )
-
-
-NOTHING = Work(0.0, 0.0, 0.0)
+    accumulate: Any = 0.0
 
 
 def stage_work(case: Case, ranks: Ranks) -> Work:
-    """Everything `ranks` compute in one micro-batch (all of their chunks)."""
-    work, factor = NOTHING, case.accelerator.compute_factor.get(case.dtype, ComputeFactor())
+    """All that `ranks` (n,) or (kinds, n) compute in one micro-batch (all of their chunks), averaged over a step's."""
+    parts, index = case.over(*PART)
+    factor = case.accelerator.compute_factor.get(case.dtype, ComputeFactor())
+    ends = _embedding(parts).take(index) * ranks.first + _head(parts).take(index) * ranks.last
+    work = ends * factor.ends
     if case.model.moe is None or case.model.moe.first_dense_layers:
-        work = work + _layer(case, case.dense_layer, moe=False) * ranks.dense_layers
+        layer = _layer(parts, case.dense_layer, moe=False) * factor.layers
+        work = work + layer.take(index) * ranks.dense_layers
     if case.model.moe is not None:
-        work = work + _layer(case, case.moe_layer, moe=True) * ranks.moe_layers
-    return work * factor.layers + (_embedding(case) * ranks.first + _head(case) * ranks.last) * factor.ends
+        layer = _layer(parts, case.moe_layer, moe=True) * factor.layers
+        work = work + layer.take(index) * ranks.moe_layers
+    again = (case.micro_batches - 1) / case.micro_batches
+    return replace(work, backward=work.backward + again * work.accumulate)
 
 
 def _layer(case: Case, held: Held, *, moe: bool) -> Work:
@@ -70,7 +53,7 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     attention_forward, attention_backward = _attention(case)
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
     forward = attention_forward + sum(block[0] for block in blocks)
-    backward = attention_backward + sum(block[1] for block in blocks) + _accumulation(case, held)
+    backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held)
     work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
     selective = attention_again + case.stack.selective_share * work.forward
@@ -78,7 +61,7 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     again = work.forward - _down(case) if case.stack.eager and not moe else work.forward
     recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
     host_backward = work.host_backward + np.where(full, work.host_forward, 0.0)
-    return Work(work.forward, work.backward, recompute, work.host_forward, host_backward)
+    return replace(work, recompute=recompute, host_backward=host_backward, accumulate=_accumulation(case, held))
 
 
 def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:
@@ -203,25 +186,33 @@ def _cast_bytes(case: Case) -> Any:
 
 
 def _accumulation(case: Case, held: Held) -> Any:
-    """Adding a micro-batch's weight gradients to those before it, and autocast's copies of the weights."""
-    n_parameters, precision = held.dense(case.lay) + held.experts(case.lay), case.precision
-    again = (case.micro_batches - 1) / case.micro_batches
-    n_bytes = case.stack.accumulate * precision.gradient * again
-    if precision.compute < precision.parameter:
-        n_bytes = n_bytes + 2 * (precision.parameter + precision.compute)
-    return memory_s(case.accelerator, n_parameters * n_bytes)
+    """Adding a micro-batch's weight gradients to those before it."""
+    return memory_s(case.accelerator, _elements(case, held) * (case.stack.accumulate * case.precision.gradient))
+
+
+def _casts(case: Case, held: Held) -> Any:
+    """Autocast's copies of the weights."""
+    precision = case.precision
+    if precision.compute >= precision.parameter:
+        return 0.0
+    return memory_s(case.accelerator, _elements(case, held) * 2 * (precision.parameter + precision.compute))
+
+
+def _elements(case: Case, held: Held) -> Any:
+    """Of some parameters on one rank."""
+    return held.dense(case.lay) + held.experts(case.lay)
 
 
 def _embedding(case: Case) -> Work:
     """Look-up forward; backward writes the rows' gradients."""
     stream = case.tokens * case.model.hidden * case.precision.stream
     lookup = memory_s(case.accelerator, 2 * stream)
-    backward = memory_s(case.accelerator, 3 * stream) + _accumulation(case, case.embedding)
+    backward = memory_s(case.accelerator, 3 * stream)
     if case.stack.serial_launch:
         # Eager PyTorch makes a dense gradient: zeros for the whole table before rows are added.
         table = case.embedding.dense(case.lay) * case.precision.gradient
         backward = backward + memory_s(case.accelerator, table)
-    return _end(case, lookup, backward)
+    return _end(case, lookup, backward, case.embedding)
 
 
 def _head(case: Case) -> Work:
@@ -239,10 +230,11 @@ def _head(case: Case) -> Work:
     passes_back = stack.logits.backward + large * stack.large_logits.backward
     forward = forward + memory_s(case.accelerator, stack.traffic * (norm.forward * stream + passes * logits))
     backward = backward + memory_s(case.accelerator, stack.traffic * (norm.backward * stream + passes_back * logits))
-    return _end(case, forward, backward + _accumulation(case, case.head))
+    return _end(case, forward, backward, case.head)
 
 
-def _end(case: Case, forward: Any, backward: Any) -> Work:
+def _end(case: Case, forward: Any, backward: Any, held: Held) -> Work:
     """The embedding's or the head's work with its launches (half of `end_kernels` each)."""
     half = Passes(case.stack.end_kernels.forward / 2, case.stack.end_kernels.backward / 2)
-    return _launched(case, forward, backward, half)
+    work = _launched(case, forward, backward + _casts(case, held), half)
+    return replace(work, accumulate=_accumulation(case, held))

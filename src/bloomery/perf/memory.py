@@ -6,11 +6,13 @@ attention and any element width; ZeRO after Rajbhandari et al. 2020 (arXiv 1910.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, SELECTIVE, Case, Ranks
+from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, Case, Ranks
+from bloomery.perf.table import blocks
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
@@ -23,19 +25,41 @@ def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
     """Peak bytes by part on `ranks`, shape (n,) each."""
     n = len(case.lay)
     parts = {**_states(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
-    fragments = FRAGMENTATION if case.accelerator.kind == "gpu" else 0.0
-    parts["reserved"] = case.accelerator.reserved_bytes + fragments * sum(parts.values())
+    parts["reserved"] = case.accelerator.reserved_bytes + _fragments(case) * sum(parts.values())
     return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
+
+
+def _fragments(case: Case) -> float:
+    return FRAGMENTATION if case.accelerator.kind == "gpu" else 0.0
+
+
+def holder_bytes(case: Case) -> np.ndarray:
+    """Peak bytes on each of `Case.holders`, shape (4, n): the parts of `memory_of` for the layouts each tells apart."""
+    # The engine's gradients are whole while micro-batches are still to come.
+    state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
+    flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
+    kept, kept_of = case.over(*MICRO_BATCH)
+    states = sum(_states(state, state.holders).values())
+    times = in_flight(flight, flight.holders)
+    whole = Activations.of(kept, kept.holders)
+    fixed, each = whole.fixed + _logits(kept, kept.holders), whole.each
+    answer = np.empty((len(states), len(case.lay)))
+    for block in blocks(len(case.lay)):
+        i, j, k = state_of[block], flight_of[block], kept_of[block]
+        answer[:, block] = states.take(i, axis=1) + times.take(j, axis=1) * each.take(k, axis=1) + fixed.take(k, axis=1)
+    return answer * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
+
+
+def peak_bytes(case: Case) -> np.ndarray:
+    """Peak bytes on the rank of each layout that needs most, shape (n,)."""
+    return holder_bytes(case).max(axis=0)
 
 
 def worst_memory(case: Case) -> dict[str, np.ndarray]:
     """Peak bytes by part on the rank of each layout that needs most, shape (n,) each."""
-    if not len(case.lay):
-        return {name: np.zeros(0) for name in PARTS}
-    tables = [memory_of(case, ranks) for ranks in (case.first, case.heaviest, case.fullest, case.last)]
-    totals = np.stack([sum(table.values()) for table in tables])
-    worst = totals.argmax(axis=0)
-    return {name: np.choose(worst, [table[name] for table in tables]) for name in PARTS}
+    worst = holder_bytes(case).argmax(axis=0)
+    index = np.take_along_axis(case.holders.index, worst[None], axis=0)[0]
+    return memory_of(case, case.ranks(index))
 
 
 def parameters_on(case: Case, ranks: Ranks) -> tuple[Any, Any]:
@@ -141,18 +165,32 @@ def _eager_outer_bytes(case: Case) -> Any:
     return norms + copies * case.tokens * h * precision.compute + rotary
 
 
-def activation_bytes(case: Case, ranks: Ranks) -> Any:
-    """Bytes of activations at the peak, shape (n,): what every micro-batch in flight keeps, and the working set.
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations on some ranks, (n,) or (kinds, n): `each` micro-batch in flight, and a fixed working set.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time.
     """
-    whole, scores = layer_activation_bytes(case)
-    inputs = case.stream_tokens * case.model.hidden * case.precision.stream
-    recompute = case.lay.recompute
-    kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-    working = np.where(recompute == FULL, whole, np.where(recompute == SELECTIVE, scores, 0.0))
-    ends = ranks.last * case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
-    return in_flight(case, ranks) * ranks.layers * kept + working + ends
+
+    each: Any
+    fixed: Any
+
+    @classmethod
+    def of(cls, case: Case, ranks: Ranks) -> Activations:
+        """Of `ranks`."""
+        whole, scores = layer_activation_bytes(case)
+        inputs = case.stream_tokens * case.model.hidden * case.precision.stream
+        recompute = case.lay.recompute
+        kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
+        working = np.where(recompute == FULL, whole, np.where(recompute == SELECTIVE, scores, 0.0))
+        ends = case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+        return cls(ranks.layers * kept, working + ranks.last * ends)
+
+
+def activation_bytes(case: Case, ranks: Ranks) -> Any:
+    """Bytes of activations at the peak: what every micro-batch in flight keeps, and the working set."""
+    activations = Activations.of(case, ranks)
+    return in_flight(case, ranks) * activations.each + activations.fixed
 
 
 def in_flight(case: Case, ranks: Ranks) -> Any:

@@ -1,105 +1,173 @@
-"""Seconds of communication of one rank in one step, from the shard table's list of messages.
+"""Seconds of communication of one rank, from the shard table's lists of messages: inside a micro-batch, between
+pipeline stages, over data-parallel ranks.
 
 Inside the layers the stack's share of overlap is taken off here; what data parallelism hides is `estimate`'s to say."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import FULL, Case, Ranks
+from bloomery.perf.case import FULL, PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.memory import parameters_on
+from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
-from bloomery.spec.shard_table import Collective
+from bloomery.spec.shard_table import (
+    EMBEDDING,
+    HEAD,
+    LAYER,
+    Collective,
+    StageShape,
+    data_collectives,
+    norm_collectives,
+    pipeline_collectives,
+    tensor_collectives,
+    world_collectives,
+)
 
 FORWARD_SHARE = 1 / 3
 """Of context- and expert-parallel messages, the part in the forward pass (keys and values, without gradients)."""
 
 
 @dataclass(frozen=True)
-class Messages:
-    """Seconds of one rank in one step, shape (n,) each.
+class Inner(Table):
+    """Tensor-, context- and expert-parallel messages of one micro-batch: seconds in each direction (recomputation's
+    with the backward pass), and `calls_*`: how many tensor-parallel collectives."""
 
-    `tensor_*`: tensor, context and expert parallelism, recomputation's with the backward pass; `*_send`: pipeline;
-    `gather`: parameters before use; `reduce`: gradients; `world`: the step's statistics. `calls_*`: how many
-    tensor-parallel collectives.
-    """
-
-    tensor_forward: np.ndarray
-    tensor_backward: np.ndarray
-    forward_send: np.ndarray
-    backward_send: np.ndarray
-    gather: np.ndarray
-    reduce: np.ndarray
-    world: np.ndarray
-    calls_forward: np.ndarray
-    calls_backward: np.ndarray
-
-    @property
-    def tensor(self) -> np.ndarray:
-        """Both directions."""
-        return self.tensor_forward + self.tensor_backward
+    forward: Any
+    backward: Any
+    calls_forward: Any
+    calls_backward: Any
 
 
-def messages(case: Case, ranks: Ranks) -> Messages:
-    """What `ranks` send and receive in one step, in seconds."""
-    seconds = {name: np.zeros(len(case.lay)) for name in Messages.__dataclass_fields__}
+@dataclass(frozen=True)
+class Data(Table):
+    """Data-parallel messages of one step in seconds: gradients reduced; parameters gathered once, and gathered again in
+    each micro-batch."""
+
+    reduce: Any
+    gather: Any
+    gather_each: Any
+
+
+NO_MESSAGES = Inner(0.0, 0.0, 0.0, 0.0)
+
+
+def inner_messages(case: Case, ranks: Ranks) -> Inner:
+    """Of `ranks` (n,) or (kinds, n) in one micro-batch (all of their chunks)."""
+    parts, index = case.over(*PART)
+    context, experts = _context_s(parts), _experts_s(parts)
+    layer, embedding, head = (_part(parts, name) for name in PARTS)
+    total = _norms(case, ranks) + embedding.take(index) * ranks.first + head.take(index) * ranks.last
+    if case.model.moe is None or case.model.moe.first_dense_layers:
+        total = total + (layer + context).take(index) * ranks.dense_layers
+    if case.model.moe is not None:
+        total = total + (layer + context + experts).take(index) * ranks.moe_layers
+    return total
+
+
+PARTS = {"layer": LAYER, "embedding": EMBEDDING, "head": HEAD}
+
+
+def _part(case: Case, name: str) -> Inner:
+    """Tensor-parallel messages of one layer or one end."""
+    widths = {"stream_bytes": case.precision.stream, "block_bytes": case.precision.compute}
+    rows = case.once(
+        f"messages of {name}",
+        lambda: tensor_collectives(case.model, case.lay, PARTS[name], seq_len=case.seq_len, **widths),
+    )
+    return _tensor(case, rows, case.lay.cp)
+
+
+def _tensor(case: Case, rows: Sequence[Collective], cut: Any) -> Inner:
+    """Seconds and calls of tensor-parallel messages of 1/`cut` of the shard table's size."""
+    group = group_of(case.lay, "tp")
+    sums: dict[str, Any] = {"forward": 0.0, "backward": 0.0, "calls_forward": 0.0, "calls_backward": 0.0}
+    timed: dict[tuple[str, int], Any] = {}
+    for row in rows:
+        key = (row.op, id(row.bytes_each))  # most rows share one payload: it is timed once
+        if key not in timed:
+            timed[key] = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / cut)
+        direction = "forward" if row.phase == "forward" else "backward"
+        sums[direction] = sums[direction] + row.count * timed[key]
+        sums[f"calls_{direction}"] = sums[f"calls_{direction}"] + row.count
     exposed = 1.0 - case.stack.inner_overlap
-    for row in case.collectives_of(ranks):
-        group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
-        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / _narrowing(case, row))
-        kind = _kind(row)
-        if kind.startswith("tensor"):
-            seconds[kind.replace("tensor", "calls")] += row.count
-            one = one * exposed
-        seconds[kind] += row.count * one
-    seconds["reduce"] += _context_gradients_s(case, ranks)
-    inner = exposed * (_context_s(case, ranks) + _experts_s(case, ranks))
-    seconds["tensor_forward"] += FORWARD_SHARE * inner
-    seconds["tensor_backward"] += (1 - FORWARD_SHARE) * inner
-    return Messages(**seconds)
+    return Inner(**sums | {name: exposed * sums[name] for name in ("forward", "backward")})
 
 
-def _kind(row: Collective) -> str:
-    """The field of `Messages` a row of the shard table belongs to."""
-    if row.axis == "pp":
-        return "forward_send" if row.phase == "forward" else "backward_send"
-    if row.axis == "dp":
-        return "gather" if row.op == "all_gather" else "reduce"
-    if row.axis == "tp":
-        return "tensor_forward" if row.phase == "forward" else "tensor_backward"
-    return "world"
+def _norms(case: Case, ranks: Ranks) -> Inner:
+    """A micro-batch's share of the sums over norms' gradients, which follow the last one's backward pass."""
+    shape = StageShape(ranks.layers, ranks.first, ranks.last)
+    rows = norm_collectives(case.model, case.lay, shape, gradient_bytes=case.precision.gradient)
+    return _tensor(case, rows, 1) * (1 / case.micro_batches)
 
 
-def _narrowing(case: Case, row: Collective) -> Any:
-    """What the table's sizes, which are our engine's, must be divided by.
-
-    Context parallelism cuts the sequence of every message between blocks. Stacks with scatter-gather send 1/tp of a
-    stage's activation from each tensor-parallel rank (Narayanan et al. 2021, 4.1), as sequence parallelism does.
-    """
-    if row.axis == "tp" and row.phase != "step":
-        return case.lay.cp
-    if row.axis == "pp":
-        once = np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
-        return case.lay.cp * once
-    return 1
-
-
-def _context_s(case: Case, ranks: Ranks) -> Any:
+def _context_s(case: Case) -> Inner:
     """Ring attention: keys and values go around the cp ranks, backward with their gradients (arXiv 2310.01889).
 
-    Exposed in full: hiding it behind attention is a calibration of the stack.
+    Exposed but for the stack's inner overlap: hiding it behind attention is a calibration of the stack.
     """
     if not np.any(case.lay.cp > 1):
-        return 0.0
+        return NO_MESSAGES
     model, cp = case.model, case.lay.cp
     block = case.tokens * 2 * model.kv_width / case.lay.tp * case.precision.compute
     hop = collective_s(case.cluster, "send", group_of(case.lay, "cp"), block)
-    rounds = 3 + (case.lay.recompute == FULL)
-    return case.micro_batches * ranks.layers * rounds * (cp - 1) * hop
+    return _both_ways(case, (3 + (case.lay.recompute == FULL)) * (cp - 1) * hop)
+
+
+def _experts_s(case: Case) -> Inner:
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed."""
+    if case.model.moe is None or not np.any(case.lay.ep > 1):
+        return NO_MESSAGES
+    routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
+    one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
+    return _both_ways(case, (4 + 2 * (case.lay.recompute == FULL)) * np.where(case.lay.ep > 1, one, 0.0))
+
+
+def _both_ways(case: Case, seconds: Any) -> Inner:
+    """Messages of one layer beside tensor parallelism's."""
+    seconds = (1.0 - case.stack.inner_overlap) * seconds
+    return Inner(FORWARD_SHARE * seconds, (1 - FORWARD_SHARE) * seconds, 0.0, 0.0)
+
+
+def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
+    """Seconds (forward, backward) in which `pipeline_rank` sends to its neighbours in one micro-batch, all chunks.
+
+    Context parallelism cuts the sequence. Stacks with scatter-gather send 1/tp of a stage's activation from each
+    tensor-parallel rank (Narayanan et al. 2021, 4.1), as sequence parallelism does.
+    """
+    rows = pipeline_collectives(
+        case.model, case.lay, pipeline_rank, seq_len=case.seq_len, stream_bytes=case.precision.stream
+    )
+    group, seconds = group_of(case.lay, "pp"), {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
+    cut = case.lay.cp * np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
+    for row in rows:
+        seconds[row.phase] = row.count * collective_s(case.cluster, "send", group, row.bytes_each / cut)
+    return seconds["forward"], seconds["backward"]
+
+
+def data_messages(case: Case) -> Data:
+    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks."""
+    ranks, widths = (
+        case.kinds,
+        {
+            "parameter_bytes": case.precision.parameter,
+            "gradient_bytes": case.precision.gradient,
+        },
+    )
+    shape = StageShape(ranks.layers, ranks.first, ranks.last)
+    rows = case.once("data-parallel messages", lambda: data_collectives(case.model, case.lay, shape, **widths))
+    group, nothing = group_of(case.lay, "data"), np.zeros(np.shape(ranks.layers))
+    seconds = {"reduce": nothing + _context_gradients_s(case, ranks), "gather": nothing, "gather_each": nothing}
+    for row in rows:
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
+        kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
+        seconds[kind] = seconds[kind] + row.count * one
+    return Data(**seconds)
 
 
 def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
@@ -112,11 +180,9 @@ def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
     return np.where(alone, collective_s(case.cluster, "all_reduce", group_of(case.lay, "data"), n_bytes), 0.0)
 
 
-def _experts_s(case: Case, ranks: Ranks) -> Any:
-    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed."""
-    if case.model.moe is None or not np.any(case.lay.ep > 1):
-        return 0.0
-    routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
-    one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
-    exchanges = 4 + 2 * (case.lay.recompute == FULL)
-    return case.micro_batches * ranks.moe_layers * exchanges * np.where(case.lay.ep > 1, one, 0.0)
+def statistics_s(case: Case) -> Any:
+    """Seconds of the step's statistics over all ranks, shape (n,)."""
+    rows = world_collectives(case.lay)
+    group = group_of(case.lay, "world")
+    times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
+    return sum(times, np.zeros(len(case.lay)))

@@ -12,8 +12,6 @@ and differs in memory. Averaged over ranks, T = m mean_r t_r + bubble; the bubbl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,47 +19,25 @@ import numpy as np
 from bloomery.perf.case import Case
 
 
-@dataclass(frozen=True)
-class Ends:
-    """One quantity on the three kinds of pipeline rank, (n,) each: the first, the fullest in the middle, the last."""
-
-    first: Any
-    middle: Any
-    last: Any
-
-    def __add__(self, other: Ends) -> Ends:
-        return Ends(self.first + other.first, self.middle + other.middle, self.last + other.last)
-
-    def __sub__(self, other: Ends) -> Ends:
-        return Ends(self.first - other.first, self.middle - other.middle, self.last - other.last)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.first, self.middle, self.last))
-
-    def largest(self) -> Any:
-        """The largest over a layout's ranks."""
-        return np.maximum(np.maximum(self.first, self.middle), self.last)
+def rank_counts(case: Case) -> np.ndarray:
+    """How many pipeline ranks each of `Case.kinds` stands for, shape (3, n): middle ranks are counted in units of the
+    fullest one, work there being proportional to layers."""
+    middle = np.where(case.lay.pp > 2, case.middle_layers / np.maximum(case.fullest.layers, 1), 0.0)
+    return np.stack([np.ones(len(case.lay)), middle, np.where(case.lay.pp > 1, 1.0, 0.0)])
 
 
-def middle_weight(case: Case) -> np.ndarray:
-    """Middle ranks counted in units of the fullest one (work there is proportional to layers), shape (n,)."""
-    return np.where(case.lay.pp > 2, case.middle_layers / np.maximum(case.fullest.layers, 1), 0.0)
+def over_ranks(counts: np.ndarray, values: Any) -> Any:
+    """The sum of a quantity over all pipeline ranks, shape (n,); `values` (3, n) on the kinds of rank."""
+    return counts[0] * values[0] + counts[2] * values[2] + counts[1] * values[1]
 
 
-def over_ranks(case: Case, ends: Ends) -> Any:
-    """The sum of a quantity over all pipeline ranks, shape (n,)."""
-    return ends.first + np.where(case.lay.pp > 1, ends.last, 0.0) + middle_weight(case) * ends.middle
+def pipeline_s(micro_batches: Any, vpp: Any, slowest: Any, together: Any) -> Any:
+    """Seconds from the first forward to the last backward, shape (n,); of one micro-batch, `slowest`: seconds on the
+    slowest rank, `together`: on all of them."""
+    return micro_batches * slowest + np.maximum(together - slowest, 0.0) / vpp
 
 
-def pipeline_s(case: Case, per_micro_batch: Ends) -> np.ndarray:
-    """Seconds from the first forward to the last backward, shape (n,)."""
-    slowest = per_micro_batch.largest()
-    others = np.maximum(over_ranks(case, per_micro_batch) - slowest, 0.0)
-    return np.asarray(case.micro_batches * slowest + others / case.lay.vpp)
-
-
-def drain_s(case: Case, backward: Ends) -> Ends:
-    """How long before the first stage each kind of rank ends its last backward: time that hides its reductions."""
-    mean = over_ranks(case, backward) / case.lay.pp / case.lay.vpp
-    steps = np.where(case.lay.pp > 2, case.fullest.index, 0)
-    return Ends(0.0 * mean, steps * mean, (case.lay.pp - 1) * mean)
+def ends_before_first(case: Case) -> np.ndarray:
+    """How many ranks drain between the last backward of each of `Case.kinds` and that of the first rank, (3, n): in
+    their time a rank's reductions hide."""
+    return np.stack([0 * case.lay.pp, np.where(case.lay.pp > 2, case.fullest.index, 0), case.lay.pp - 1])

@@ -13,9 +13,10 @@ import numpy as np
 
 from bloomery.perf.case import Case, Ranks
 from bloomery.perf.compute import stage_work
-from bloomery.perf.estimate import Estimates, busy_s
+from bloomery.perf.estimate import Estimates
 from bloomery.perf.memory import activation_bytes, memory_of
-from bloomery.perf.messages import messages
+from bloomery.perf.messages import inner_messages, sends
+from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
 from bloomery.spec.layout import stages_of
 
@@ -80,8 +81,8 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     layout = whole.lay.layout(i)
     n = layout.pp * layout.vpp
     ranks, case = _stages(whole, i)
-    work, traffic = stage_work(case, ranks), messages(case, ranks)
-    forward, backward = busy_s(case, work, traffic)
+    work = stage_work(case, ranks)
+    forward, backward = busy_s(case, work, inner_messages(case, ranks))
     share = work.recompute / (work.backward + work.recompute)
     return StageTimes(
         forward_s=_seconds(forward, n),
@@ -111,9 +112,9 @@ def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
 def _transfers(whole: Case, i: int) -> dict[str, float]:
     """Seconds of one transfer forward and one backward."""
     case = _copies(whole, i, 1)
-    count = float(case.micro_batches[0] * case.lay.vpp[0])
-    forward = messages(case, case.first).forward_send[0] / count
-    backward = messages(case, case.last).backward_send[0] / count
+    chunks = float(case.lay.vpp[0])
+    forward = sends(case, 0)[0][0] / chunks
+    backward = sends(case, case.lay.pp - 1)[1][0] / chunks
     return {"forward_send_s": float(forward), "backward_send_s": float(backward)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from heapq import heapify, heapreplace
 from typing import Any, Literal
 
@@ -143,7 +144,7 @@ class LayoutBatch:
     stage_layers: tuple[tuple[int, ...] | None, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.tp)
+        return len(next(iter(vars(self).values())))
 
     @property
     def world_size(self) -> np.ndarray:
@@ -164,6 +165,18 @@ class LayoutBatch:
             recompute=np.array([RECOMPUTE.index(layout.recompute) for layout in layouts]),
             stage_layers=tuple(layout.stage_layers for layout in layouts),
         )
+
+    @cached_property
+    def norms_sharded(self) -> np.ndarray:
+        """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over sequence-parallel ranks, (n,)."""
+        return (self.sequence_parallel == 1) & (self.zero_stage >= 2)
+
+    def only(self, columns: Iterable[str], index: np.ndarray) -> LayoutBatch:
+        """The layouts at `index` as far as `columns` go: asking for another column is an AttributeError, so that what
+        is computed from the rest cannot depend on it."""
+        part = object.__new__(LayoutBatch)
+        part.__dict__.update({name: getattr(self, name)[index] for name in columns})
+        return part
 
     def take(self, index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` (integers or a mask)."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,7 +28,8 @@ LOSS_BYTES = 4
 
 @dataclass(frozen=True)
 class Collective:
-    """What one rank does in one optimizer step. `count` messages of `bytes_each`, arrays of shape (n,).
+    """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
+    step or, where `each` says so, in one micro-batch.
 
     Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input.
     """
@@ -39,15 +40,27 @@ class Collective:
     phase: str
     count: np.ndarray
     bytes_each: np.ndarray
+    each: Literal["step", "micro_batch"] = "step"
+
+    def in_step(self, micro_batches: Any, n: int) -> Collective:
+        """The same in a whole step, shape (n,) at least."""
+        times = micro_batches if self.each == "micro_batch" else 1
+        values = np.broadcast_arrays(self.count * times, self.bytes_each, np.zeros(n, dtype=np.int64))
+        count, bytes_each = (array.astype(np.int64) for array in values[:2])
+        return replace(self, count=count, bytes_each=bytes_each, each="step")
 
 
 @dataclass(frozen=True)
 class StageShape:
-    """What a pipeline rank holds, shape (n,) each: layers in all, whether it has the embedding or the head."""
+    """What a pipeline rank holds: layers in all, whether it has the embedding or the head; arrays or plain numbers."""
 
-    layers: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    layers: Any
+    first: Any
+    last: Any
+
+
+LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
+"""The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
 
 
 def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int) -> StageShape:
@@ -86,80 +99,111 @@ def collectives(
     what enters and leaves attention, feed-forward and head (default: the stream's; 2 under bfloat16 autocast, whose
     stream stays float32), `parameter_bytes` and `gradient_bytes` of what data parallelism gathers and reduces.
     """
+    widths = {
+        "stream_bytes": stream_bytes,
+        "block_bytes": stream_bytes if block_bytes is None else block_bytes,
+        "parameter_bytes": parameter_bytes,
+        "gradient_bytes": gradient_bytes,
+    }
     shape = stage_shape(model, lay, pipeline_rank)
     micro = global_batch // (lay.dp * lay.micro_batch)
-    tokens = lay.micro_batch * seq_len
-    rows = _Rows(len(lay))
-    block_bytes = stream_bytes if block_bytes is None else block_bytes
-    _tensor_parallel(rows, model, lay, shape, micro, tokens, stream_bytes, block_bytes)
-    _pipeline(rows, lay, pipeline_rank, micro, tokens * model.hidden * stream_bytes)
-    _data_parallel(rows, model, lay, shape, micro, parameter_bytes, gradient_bytes)
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
-    return rows.rows
+    rows = stage_collectives(model, lay, shape, pipeline_rank, seq_len=seq_len, **widths)
+    return [row.in_step(micro, len(lay)) for row in rows]
 
 
-class _Rows:
-    """Collects rows that happen at all, every entry broadcast to (n,)."""
-
-    def __init__(self, n: int) -> None:
-        self.n, self.rows = n, list[Collective]()
-
-    def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
-        if not np.any(count):
-            return
-        whole = (np.broadcast_to(np.asarray(value, dtype=np.int64), (self.n,)) for value in (count, bytes_each))
-        self.rows.append(Collective(site, axis, op, phase, *whole))
-
-
-def _tensor_parallel(
-    rows: _Rows,
+def stage_collectives(
     model: Model,
     lay: LayoutBatch,
     shape: StageShape,
-    micro: Any,
-    tokens: Any,
+    pipeline_rank: np.ndarray | int,
+    *,
+    seq_len: int,
     stream_bytes: int,
     block_bytes: int,
-) -> None:
-    """Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
-    with it the input is gathered and the output reduce-scattered (the reverse backward)."""
+    parameter_bytes: int,
+    gradient_bytes: int,
+) -> list[Collective]:
+    """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
+    return [
+        *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
+        *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
+        *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
+        *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *world_collectives(lay),
+    ]
+
+
+class _Rows:
+    """Collects rows that happen at all."""
+
+    def __init__(self, each: Literal["step", "micro_batch"] = "step") -> None:
+        self.each, self.rows = each, list[Collective]()
+
+    def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
+        if np.any(count):
+            self.rows.append(Collective(site, axis, op, phase, np.asarray(count), np.asarray(bytes_each), self.each))
+
+
+def tensor_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int, block_bytes: int
+) -> list[Collective]:
+    """Tensor parallelism in one micro-batch.
+
+    Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
+    with it the input is gathered and the output reduce-scattered (the reverse backward).
+    """
+    rows = _Rows("micro_batch")
+    tokens = lay.micro_batch * seq_len
     payload = tokens * model.hidden * block_bytes
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
     again = lay.recompute == 2
-    blocks = shape.layers * micro
+    layers = shape.layers
     for block in ("attention", "ffn"):
         # A recomputed layer stops before the reduction of its last output: nothing later needs it.
         again_out = again & (block == "attention")
-        rows.add(f"{block}.out", "tp", "all_reduce", "forward", plain * blocks, payload)
-        rows.add(f"{block}.out", "tp", "all_reduce", "recompute", plain * blocks * again_out, payload)
-        rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * blocks, payload)
-        rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * blocks, payload)
-        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * blocks * again, payload)
-        rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * blocks, payload)
-        rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * blocks * again_out, payload)
-        rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * blocks, payload)
-        rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * blocks, payload)
-    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first * micro, stream)
-    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first * micro, stream)
-    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first * micro, stream)
-    rows.add("head.in", "tp", "all_reduce", "backward", plain * shape.last * micro, payload)
-    rows.add("head.in", "tp", "all_gather", "forward", sequence * shape.last * micro, payload)
-    rows.add("head.in", "tp", "reduce_scatter", "backward", sequence * shape.last * micro, payload)
+        rows.add(f"{block}.out", "tp", "all_reduce", "forward", plain * layers, payload)
+        rows.add(f"{block}.out", "tp", "all_reduce", "recompute", plain * layers * again_out, payload)
+        rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * layers, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * layers, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * layers * again, payload)
+        rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * layers, payload)
+        rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * layers * again_out, payload)
+        rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * layers, payload)
+        rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * layers, payload)
+    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first, stream)
+    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first, stream)
+    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first, stream)
+    rows.add("head.in", "tp", "all_reduce", "backward", plain * shape.last, payload)
+    rows.add("head.in", "tp", "all_gather", "forward", sequence * shape.last, payload)
+    rows.add("head.in", "tp", "reduce_scatter", "backward", sequence * shape.last, payload)
     loss_bytes = max(LOSS_BYTES, 8 if stream_bytes == 8 else 0)
-    rows.add("loss.max", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last * micro, tokens * loss_bytes)
-    rows.add("loss.sum", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last * micro, 2 * tokens * loss_bytes)
+    rows.add("loss.max", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last, tokens * loss_bytes)
+    rows.add("loss.sum", "tp", "all_reduce", "forward", (lay.tp > 1) * shape.last, 2 * tokens * loss_bytes)
+    return rows.rows
 
 
-def _pipeline(rows: _Rows, lay: LayoutBatch, pipeline_rank: np.ndarray | int, micro: Any, payload: Any) -> None:
+def pipeline_collectives(
+    model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
+) -> list[Collective]:
     """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
+    rows = _Rows("micro_batch")
+    payload = lay.micro_batch * seq_len * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
     forward = lay.vpp - (rank == lay.pp - 1)
     backward = lay.vpp - (rank == 0)
-    cut = np.where(lay.sequence_parallel == 1, lay.tp, 1)
-    rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward * micro, payload // cut)
-    rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward * micro, payload // cut)
+    each = payload // np.where(lay.sequence_parallel == 1, lay.tp, 1)
+    rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward, each)
+    rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward, each)
+    return rows.rows
+
+
+def world_collectives(lay: LayoutBatch) -> list[Collective]:
+    """The step's statistics."""
+    rows = _Rows()
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
+    return rows.rows
 
 
 def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
@@ -183,62 +227,59 @@ def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]
     return [p for p in layer if not p.expert], [p for p in layer if p.expert]
 
 
-def _data_parallel(
-    rows: _Rows,
-    model: Model,
-    lay: LayoutBatch,
-    shape: StageShape,
-    micro: Any,
-    parameter_bytes: int,
-    gradient_bytes: int,
-) -> None:
-    """Units: each layer, and what a stage holds outside its layers. Replicated: one all-reduce a unit and step.
-    ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each micro-batch's forward and backward."""
+def data_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
+) -> list[Collective]:
+    """Gradients and parameters over data-parallel ranks. Units: each layer, and what a stage holds outside its layers.
+
+    Replicated: one all-reduce a unit and step. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for
+    each micro-batch's forward and backward.
+    """
+    rows = _Rows()
     layer = layer_parameters(model, model.layers - 1)
-    ends = [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
+    ends = _ends(model, shape)
     sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
     common, experts = _apart(layer)
-    unit = (_local(common, lay.tp) + _local(experts, lay.tp) // lay.ep) * gradient_bytes
+    unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
     outside = sum(_local(part, lay.tp) * held for part, held in ends)
-    has_ends = shape.first | shape.last
+    has_ends = np.asarray(shape.first) | shape.last
     rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
-    if np.any(sharded):
-        _fully_sharded(rows, lay, layer, ends, sharded, shape, micro, parameter_bytes, gradient_bytes)
-    held = [p for p in layer if p.tp_dim is None]
+    if not np.any(sharded):
+        return rows.rows
+    gathered = _padded(common, lay.tp, lay.dp)
+    if experts:
+        gathered = gathered + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
+    outside = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
+    third = _Rows("micro_batch")
+    for gathers, where in ((rows, sharded & (lay.zero_stage == 2)), (third, sharded & (lay.zero_stage == 3))):
+        gathers.add("fsdp.layer", "dp", "all_gather", "forward", where * shape.layers, gathered * parameter_bytes)
+        gathers.add("fsdp.ends", "dp", "all_gather", "forward", where * has_ends, outside * parameter_bytes)
+    where = sharded & (lay.zero_stage == 3)
+    third.add("fsdp.layer", "dp", "all_gather", "backward", where * shape.layers, gathered * parameter_bytes)
+    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
+    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", sharded * has_ends, outside * gradient_bytes)
+    return rows.rows + third.rows
+
+
+def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
+    """Under sequence parallelism each rank has seen its own tokens, so gradients of uncut parameters are summed once a
+    step over the tensor-parallel ranks."""
+    rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
-    cut = np.where(lay.zero_stage >= 2, lay.dp, 1)
-    norms = _padded(held, lay.tp, cut) // cut * shape.layers
-    for part, there in ends:
+    cut = np.where(lay.norms_sharded, lay.dp, 1)
+    uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
+    norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
+    for part, there in _ends(model, shape):
         norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
     summed = (lay.sequence_parallel == 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
+    return rows.rows
 
 
-def _fully_sharded(
-    rows: _Rows,
-    lay: LayoutBatch,
-    layer: Sequence[Parameter],
-    ends: Sequence[tuple[Sequence[Parameter], np.ndarray]],
-    sharded: np.ndarray,
-    shape: StageShape,
-    micro: Any,
-    parameter_bytes: int,
-    gradient_bytes: int,
-) -> None:
-    """The gathers and reduce-scatters of ZeRO 2 and 3."""
-    common, experts = _apart(layer)
-    gathered = _padded(common, lay.tp, lay.dp) + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
-    third = lay.zero_stage == 3
-    gathers = sharded * shape.layers * np.where(third, micro, 1)
-    rows.add("fsdp.layer", "dp", "all_gather", "forward", gathers, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "all_gather", "backward", gathers * third, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
-    outside_padded = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
-    ends_held = sharded * (shape.first | shape.last)
-    gathers = ends_held * np.where(third, micro, 1)
-    rows.add("fsdp.ends", "dp", "all_gather", "forward", gathers, outside_padded * parameter_bytes)
-    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", ends_held, outside_padded * gradient_bytes)
+def _ends(model: Model, shape: StageShape) -> list[tuple[Sequence[Parameter], Any]]:
+    """What a stage holds outside its layers, and where it does."""
+    return [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,209 @@
+"""The seconds of a step by component, put together from tables: a micro-batch on each kind of rank, a pipeline message,
+data parallelism. Each table has a row for each value of what it depends on; a layout gathers its rows and adds up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.case import MICRO_BATCH, MODEL_STATE, Case
+from bloomery.perf.compute import Work, stage_work
+from bloomery.perf.flops import model_flops
+from bloomery.perf.kernels import memory_s
+from bloomery.perf.memory import updated_parameters
+from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s
+from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts
+from bloomery.perf.table import Lookup, Table
+
+
+@dataclass(frozen=True)
+class MicroBatch(Table):
+    """Seconds of one micro-batch: on each of `Case.kinds` (3, k); on the slowest rank or all `together` (k,). Averages
+    over ranks, `*_mean`, are of all `count` micro-batches of a step; `drain`: a rank's backward pass, on average."""
+
+    count: Any
+    compute: Any
+    backward: Any
+    drain: Any
+    slowest: Any
+    together: Any
+    ranks: Any
+    compute_mean: Any
+    recompute_mean: Any
+    tensor_mean: Any
+    busy_mean: Any
+
+    @classmethod
+    def of(cls, case: Case) -> MicroBatch:
+        """Of k cases of a layout without its interleaving and ZeRO stage."""
+        work, inner = stage_work(case, case.kinds), inner_messages(case, case.kinds)
+        busy, tensor = sum(busy_s(case, work, inner)), inner.forward + inner.backward
+        counts = rank_counts(case)
+        together, share = over_ranks(counts, busy), case.micro_batches / case.lay.pp
+        return cls(
+            count=case.micro_batches.astype(np.float64),
+            compute=busy - tensor,
+            backward=work.backward,
+            drain=over_ranks(counts, work.backward) / case.lay.pp,
+            slowest=busy.max(axis=0),
+            together=together,
+            ranks=counts.sum(axis=0),
+            compute_mean=share * over_ranks(counts, busy - tensor),
+            recompute_mean=share * over_ranks(counts, work.recompute),
+            tensor_mean=share * over_ranks(counts, tensor),
+            busy_mean=share * together,
+        )
+
+
+@dataclass(frozen=True)
+class Sends(Table):
+    """Pipeline messages of one micro-batch, in seconds: each rank waits for one transfer each way and chunk. The first
+    rank sends forward for all of its chunks, the last one backward; every rank's share is the same."""
+
+    seconds: Any
+    chunks: Any
+
+    @classmethod
+    def of(cls, case: Case) -> Sends:
+        """Of k cases of a layout without its recomputation and ZeRO stage."""
+        return cls(sends(case, 0)[0] + sends(case, case.lay.pp - 1)[1], case.lay.vpp.astype(np.float64))
+
+
+SENDS = ("tp", "pp", "dp", "cp", "sequence_parallel", "micro_batch", "vpp")
+
+
+@dataclass(frozen=True)
+class DataParallel(Table):
+    """What follows the pipeline or runs beside it, in seconds, on each of `Case.kinds` (3, k) or as a whole (k,).
+
+    `bucket`: one layer's share of a rank's gradients; `ends`: how many ranks drain before the first one.
+    """
+
+    reduce: Any
+    gather: Any
+    gather_each: Any
+    bucket: Any
+    ends: Any
+    optimizer: Any
+    other: Any
+    peak_flops_per_s: Any
+
+    @classmethod
+    def of(cls, case: Case) -> DataParallel:
+        """Of k cases of a mesh and its ZeRO stage."""
+        kinds, accelerator = case.kinds, case.accelerator
+        data = data_messages(case)
+        return cls(
+            reduce=data.reduce,
+            gather=data.gather,
+            gather_each=data.gather_each,
+            bucket=1.0 / np.maximum(kinds.layers, 1),
+            ends=ends_before_first(case).astype(np.float64),
+            optimizer=optimizer_s(case, updated_parameters(case, kinds).max(axis=0)),
+            other=statistics_s(case) + case.stack.step_overhead_s,
+            peak_flops_per_s=case.lay.world_size * accelerator.peak(case.dtype),
+        )
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """The tables of a case, and which row of each a layout has."""
+
+    case: Case
+
+    @cached_property
+    def _micro_batch(self) -> Lookup[MicroBatch]:
+        case, index = self.case.over(*MICRO_BATCH)
+        return Lookup(MicroBatch.of(case), index)
+
+    @cached_property
+    def _sends(self) -> Lookup[Sends]:
+        case, index = self.case.over(*SENDS)
+        return Lookup(Sends.of(case), index)
+
+    @cached_property
+    def _data_parallel(self) -> Lookup[DataParallel]:
+        case, index = self.case.over(*MODEL_STATE)
+        return Lookup(DataParallel.of(case), index)
+
+    def components(self, block: slice) -> dict[str, Any]:
+        """Seconds of some layouts' steps by component (`spec.components`), those that can be none left out."""
+        micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
+        batch = self.case.global_batch
+        batch = batch[block] if np.ndim(batch) else batch
+        flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
+        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+        path = pipeline_s(
+            micro.count,
+            send.chunks,
+            slowest=micro.slowest + send.seconds,
+            together=micro.together + micro.ranks * send.seconds,
+        )
+        ideal = flops / data.peak_flops_per_s
+        pp_comm = micro.count * send.seconds
+        return {
+            "ideal": ideal,
+            "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched,
+            "recompute": micro.recompute_mean,
+            "tp_comm": micro.tensor_mean,
+            "pp_comm": pp_comm,
+            "bubble": path - micro.busy_mean - pp_comm,
+            "dp_comm": exposed,
+            "optimizer": data.optimizer,
+            "other": data.other,
+        }
+
+
+def _exposed_and_stretched(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any]:
+    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it).
+
+    Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind all compute of the step;
+    the last bucket (one layer's share) never hides. A later stage also hides in the pipeline's draining.
+    """
+    stack = case.stack
+    gathers = data.gather + micro.count * data.gather_each
+    reduce, gather = data.reduce, gathers
+    if stack.gradient_overlap:
+        room = micro.backward * (stack.gradient_overlap / send.chunks)
+        reduce = np.maximum(data.reduce - room, data.reduce * data.bucket)
+        room = micro.compute * (stack.gather_overlap * micro.count)
+        gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
+    drained = data.ends * (micro.drain / send.chunks)
+    exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)
+    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0)
+
+
+LAUNCH_BLEND = 4
+"""Exponent p of (device^p + host^p)^(1/p): neither side is evenly filled, so both are felt near the crossing."""
+
+
+def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
+    """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
+    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
+    stack, lay = case.stack, case.lay
+    forward = work.forward + inner.forward
+    backward = work.backward + work.recompute + inner.backward
+    if stack.serial_launch:
+        return forward, backward
+    call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
+    crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
+    call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
+    host_forward = work.host_forward + call_s * inner.calls_forward
+    host_backward = work.host_backward + call_s * inner.calls_backward
+    return _longer(forward, host_forward), _longer(backward, host_backward)
+
+
+def _longer(device: Any, host: Any) -> Any:
+    assert LAUNCH_BLEND == 4  # squares and square roots take a tenth of a power's time
+    return np.sqrt(np.sqrt(np.square(np.square(device)) + np.square(np.square(host))))
+
+
+def optimizer_s(case: Case, parameters: Any) -> Any:
+    """AdamW over so many elements, the gradient norm and clipping: all bound by memory."""
+    rate = case.accelerator.optimizer_bytes_per_s
+    n_bytes = (case.precision.adam_bytes + case.precision.clip_bytes) * parameters
+    return n_bytes / rate if rate else memory_s(case.accelerator, n_bytes)
