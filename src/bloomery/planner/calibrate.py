@@ -34,9 +34,9 @@ SPREADS: dict[str, dict[str, float]] = {
         "attention": 0.3,
         "kernel_s": 0.5,
         "launch_s": 0.4,
-        "link_factor": 0.3,
-        "link_latency_s": 0.7,
-        "network_factor": 0.3,
+        "link_factor": 0.1,
+        "link_latency_s": 0.5,
+        "network_factor": 0.1,
         "network_latency_s": 0.4,
     },
     "stacks": {
