@@ -34,8 +34,7 @@ class MemoryRefusal:
 
 def shortage_bytes(estimates: Estimates, cluster: Cluster) -> np.ndarray:
     """Bytes each layout needs beyond the accelerator's memory, shape (n,); negative where it fits."""
-    needed: np.ndarray = np.sum(list(estimates.memory_bytes.values()), axis=0)
-    return needed - cluster.accelerator.memory_bytes
+    return estimates.peak_bytes - cluster.accelerator.memory_bytes
 
 
 def memory_refusals(lay: LayoutBatch, estimates: Estimates, cluster: Cluster) -> list[MemoryRefusal]:

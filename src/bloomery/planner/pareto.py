@@ -146,7 +146,7 @@ def _aims(run: Run, worlds: list[Evaluated]) -> tuple[np.ndarray, np.ndarray]:
     for w, world in enumerate(worlds):
         fits = np.flatnonzero(world.estimates.fits)
         time = world.estimates.step_time_s[fits]
-        memory = np.sum(list(world.estimates.memory_bytes.values()), axis=0)[fits]
+        memory = world.estimates.peak_bytes[fits]
         aims.append(np.stack([time, memory, time * _money_per_second(run, world)], axis=1))
         places.append(np.stack([np.full(len(fits), w), fits], axis=1))
     return np.concatenate(aims), np.concatenate(places)
@@ -182,7 +182,7 @@ def _point(run: Run, world: Evaluated, i: int, alike: int) -> Point:
         layout=layout.describe(),
         layout_values=layout.model_dump(),
         step_time_s=step_s,
-        memory_bytes=float(sum(part[i] for part in world.estimates.memory_bytes.values())),
+        memory_bytes=float(world.estimates.peak_bytes[i]),
         accelerator_hours=future.accelerator_hours or 0.0,
         cost=future.cost,
         days=future.days_with_failures or 0.0,

@@ -125,19 +125,28 @@ def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
     The measure is step time over goodput, the wall time to the target: on given hardware the same order as effective
     efficiency (MFU x goodput), and the right one where cuts of a machine differ in their peaks.
     """
-    world = np.concatenate([np.full(len(e.layouts), w) for w, e in enumerate(worlds)])
-    index = np.concatenate([np.arange(len(e.layouts)) for e in worlds])
     parameters = parameter_count(run.model)
-    share = [max(goodput(e.cluster, parameters)[0], LEAST_GOODPUT) for e in worlds]
-    time = np.concatenate([e.estimates.step_time_s / g for e, g in zip(worlds, share, strict=True)])
-    memory = np.concatenate([sum(e.estimates.memory_bytes.values()) for e in worlds])
-    zero = np.concatenate([e.layouts.zero_stage for e in worlds])
-    fits = np.concatenate([e.estimates.fits for e in worlds])
+    found: list[np.ndarray] = []
+    for w, world in enumerate(worlds):
+        index, mesh = _best_of_meshes(world)
+        lay, share = world.layouts, max(goodput(world.cluster, parameters)[0], LEAST_GOODPUT)
+        time, memory = world.estimates.step_time_s[index] / share, world.estimates.peak_bytes[index]
+        found.append(np.stack([time, memory, lay.zero_stage[index], np.full(len(index), w), index, mesh]))
+    time, memory, zero, of_world, index, mesh = np.concatenate(found, axis=1)
     order = np.lexsort((zero, memory, time))
-    order = order[fits[order]]
-    key = np.concatenate([np.stack([getattr(e.layouts, axis) for axis in MESH], axis=1) for e in worlds])
-    _, first = np.unique(key[order], axis=0, return_index=True)
-    return [(int(world[i]), int(index[i])) for i in order[np.sort(first)]]
+    _, first = np.unique(np.stack([of_world, mesh])[:, order], axis=1, return_index=True)
+    return [(int(of_world[i]), int(index[i])) for i in order[np.sort(first)]]
+
+
+def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the feasible layouts that no other one of their mesh beats in time, the number of their mesh)."""
+    fits = np.flatnonzero(world.estimates.fits)
+    place, mesh = world.estimates.case.over(*MESH)
+    mesh, time = mesh[fits], world.estimates.step_time_s[fits]
+    least = np.full(len(place.lay), np.inf)
+    np.minimum.at(least, mesh, time)
+    best = time == least[mesh]
+    return fits[best], mesh[best]
 
 
 def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
@@ -176,7 +185,7 @@ def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
         layout=layout,
         estimate=world.estimates.one(i),
         outlook=outlook(run, world.cluster, float(world.estimates.step_time_s[i])),
-        memory_bytes=float(sum(part[i] for part in world.estimates.memory_bytes.values())),
+        memory_bytes=float(world.estimates.peak_bytes[i]),
         memory_limit_bytes=world.cluster.accelerator.memory_bytes,
         fits=bool(world.estimates.fits[i]),
         shortage_bytes=max(0.0, short),

@@ -1,0 +1,187 @@
+"""The tables change nothing: a step counted message by message and rank by rank, one layout at a time, is the same."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bloomery.perf.case import FULL, Case, Ranks
+from bloomery.perf.collectives import collective_s, group_of
+from bloomery.perf.compute import stage_work
+from bloomery.perf.estimate import Estimates, estimate
+from bloomery.perf.memory import PARTS, memory_of, parameters_on, updated_parameters
+from bloomery.perf.profiles import NEOX
+from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
+from bloomery.perf.step import optimizer_s
+from bloomery.planner.enumerate import enumerate_layouts
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import MixtureOfExperts, Model
+
+SELENE, SEQ = catalog.cluster("selene-like"), 2048
+MOE = Model(
+    layers=9,
+    hidden=1024,
+    heads=16,
+    vocab=32000,
+    moe=MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=1024, first_dense_layers=1, shared_experts=1),
+)
+SPACES: list[tuple[Any, int, int, Stack]] = [
+    (catalog.model("megatron-1t"), 3072, 3072, GPU),
+    (catalog.model("gpt3-175b"), 1024, 1536, MEGATRON_2022),
+    (catalog.model("llama-2-70b"), 64, 128, NEOX.stack),
+    (MOE, 32, 64, GPU),
+    (MOE, 16, 32, EAGER_CPU),
+]
+
+
+def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple[float, float]:
+    """(seconds, calls) of the shard table's messages that `wanted` chooses, one after the other."""
+    seconds = calls = 0.0
+    scatter = bool(case.lay.sequence_parallel[0] == 0) and case.stack.scatter_gather
+    for row in filter(wanted, case.collectives_of(ranks)):
+        cut = {"tp": 1 if row.phase == "step" else case.lay.cp, "pp": case.lay.cp * (case.lay.tp if scatter else 1)}
+        group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
+        one = collective_s(case.cluster, row.op, group, row.bytes_each / cut.get(row.axis, 1))  # type: ignore[arg-type]
+        seconds += float(row.count[0] * one[0])
+        calls += float(row.count[0])
+    return seconds, calls
+
+
+def context_and_experts_s(case: Case, ranks: Ranks) -> float:
+    """Seconds of ring attention and of expert dispatch in a whole step."""
+    lay, model, again = case.lay, case.model, bool(case.lay.recompute[0] == FULL)
+    block = case.tokens * 2 * model.kv_width / lay.tp * case.precision.compute
+    hop = collective_s(case.cluster, "send", group_of(lay, "cp"), block)
+    total = ranks.layers * (3 + again) * (lay.cp - 1) * hop
+    if model.moe is not None and lay.ep[0] > 1:
+        routed = case.stream_tokens * model.moe.top_k * model.hidden * case.precision.compute
+        one = collective_s(case.cluster, "all_to_all", group_of(lay, "ep"), routed)
+        total = total + ranks.moe_layers * (4 + 2 * again) * one
+    return float((case.micro_batches * total)[0])
+
+
+def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
+    """One rank of one layout."""
+    stack, lay, m = case.stack, case.lay, float(case.micro_batches[0])
+    work = stage_work(case, ranks)
+    shown, inner = 1 - stack.inner_overlap, context_and_experts_s(case, ranks)
+    forward_s, calls = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase == "forward")
+    backward_s, calls_back = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase != "forward")
+    tensor = (shown * (forward_s + inner / 3) / m, shown * (backward_s + 2 * inner / 3) / m)
+    device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
+    if not stack.serial_launch:
+        call_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
+        if lay.pp[0] > 1 and lay.world_size[0] > case.cluster.accelerators_per_node:
+            call_s += stack.pipeline_stall_s * float(lay.tp[0])
+        host = (
+            float(np.max(work.host_forward)) + call_s * calls / m,
+            float(np.max(work.host_backward)) + call_s * calls_back / m,
+        )
+        device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
+    gradients = messages_s(case, ranks, lambda row: row.axis == "dp" and row.op != "all_gather")[0]
+    if lay.dp[0] == 1 and lay.cp[0] > 1:
+        n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
+        gradients += float(collective_s(case.cluster, "all_reduce", group_of(lay, "data"), n_bytes)[0])
+    return {
+        "busy": sum(device),
+        "compute": sum(device) - sum(tensor),
+        "backward": float(np.max(work.backward)),
+        "layers": float(ranks.layers[0]),
+        "reduce": gradients,
+        "gather": messages_s(case, ranks, lambda row: row.axis == "dp" and row.op == "all_gather")[0],
+    }
+
+
+def plain_step_s(case: Case) -> float:
+    """One layout's step from the formulas of `perf.pipeline`, `perf.step` and the paper, without any table."""
+    lay, stack, m = case.lay, case.stack, float(case.micro_batches[0])
+    pp, vpp = int(lay.pp[0]), int(lay.vpp[0])
+    ranks = [case.first, case.fullest, case.last]
+    first, middle, last = found = [rank_s(case, one) for one in ranks]
+    send_s = messages_s(case, case.first, lambda row: row.axis == "pp" and row.phase == "forward")[0] / m
+    send_s += messages_s(case, case.last, lambda row: row.axis == "pp" and row.phase == "backward")[0] / m
+
+    def over(name: str, more: float = 0.0) -> float:
+        weight = float(case.middle_layers[0]) / middle["layers"] if pp > 2 else 0.0
+        return first[name] + more + (last[name] + more if pp > 1 else 0.0) + weight * (middle[name] + more)
+
+    slowest = max(one["busy"] for one in found) + send_s
+    path = m * slowest + max(over("busy", send_s) - slowest, 0.0) / vpp
+    exposed, beside = [], []
+    drain = over("backward") / pp / vpp
+    for one, behind in zip(found, (0, int(case.fullest.index[0]) if pp > 2 else 0, pp - 1), strict=True):
+        reduce, gather = one["reduce"], one["gather"]
+        if stack.gradient_overlap:
+            reduce = max(reduce - stack.gradient_overlap * one["backward"] / vpp, reduce / one["layers"])
+            gather = max(gather - stack.gather_overlap * m * one["compute"], gather / one["layers"] / 2)
+        exposed.append(max(reduce - behind * drain, 0.0) + gather)
+        beside.append(one["reduce"] + one["gather"] - reduce - gather)
+    optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
+    world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
+    return path + max(exposed) + stack.interference * max(beside) + optimizer + world + stack.step_overhead_s
+
+
+def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estimates:
+    """n layouts drawn from a whole space, some of them with an uneven split or GPipe."""
+    space = enumerate_layouts(model, ranks, global_batch=batch, seq_len=SEQ, runnable_only=False).layouts
+    rng = np.random.default_rng(0)
+    layouts = [space.layout(int(i)) for i in rng.choice(len(space), n, replace=False)]
+    more: list[Layout] = []
+    for layout in layouts[::3]:
+        stages = layout.pp * layout.vpp
+        split = tuple(int(x) for x in 1 + rng.multinomial(model.layers - stages, np.ones(stages) / stages))
+        more += [layout.model_copy(update={"stage_layers": split}), layout.model_copy(update={"schedule": "gpipe"})]
+    lay = LayoutBatch.of([*layouts, *more])
+    return estimate(model, SELENE.cut(ranks), lay, global_batch=batch, seq_len=SEQ, dtype="float16", stack=stack)
+
+
+@pytest.mark.parametrize(("model", "ranks", "batch", "stack"), SPACES)
+def test_the_step_is_that_of_counting_one_message_after_the_other(
+    model: Model, ranks: int, batch: int, stack: Stack
+) -> None:
+    found = sample(model, ranks, batch, stack, 24)
+    plain = [plain_step_s(found.case.take(np.array([i]))) for i in range(len(found))]
+    np.testing.assert_allclose(found.step_time_s, plain, rtol=1e-12)
+    np.testing.assert_allclose(sum(found.components.values()), plain, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("model", "ranks", "batch", "stack"), SPACES)
+def test_the_peak_is_that_of_the_fullest_of_the_ranks(model: Model, ranks: int, batch: int, stack: Stack) -> None:
+    found = sample(model, ranks, batch, stack, 24)
+    case, parts = found.case, found.memory_bytes
+    holders = [memory_of(case, one) for one in (case.first, case.heaviest, case.fullest, case.last)]
+    peak = np.max([sum(table.values()) for table in holders], axis=0)
+    np.testing.assert_allclose(found.peak_bytes, peak, rtol=1e-12)
+    np.testing.assert_allclose(sum(parts[part] for part in PARTS), peak, rtol=1e-12)
+
+
+def test_one_layout_out_of_many_has_the_very_bits_it_has_alone() -> None:
+    found = sample(catalog.model("megatron-1t"), 3072, 3072, GPU, 40)
+    for i in range(len(found)):
+        alone = Estimates(found.case.take(np.array([i])))
+        assert alone.step_time_s[0] == found.step_time_s[i]
+        assert alone.peak_bytes[0] == found.peak_bytes[i]
+        assert {k: v[0] for k, v in alone.components.items()} == {k: v[i] for k, v in found.components.items()}
+
+
+def test_a_case_of_some_columns_knows_no_others() -> None:
+    case = sample(catalog.model("megatron-1t"), 3072, 3072, GPU, 10).case
+    part, index = case.over("tp", "pp", "stages")
+    assert np.array_equal(part.lay.tp[index], case.lay.tp)
+    assert np.array_equal(part.first.layers[index], case.first.layers)
+    for name in ("dp", "zero_stage", "micro_batch"):
+        with pytest.raises(AttributeError):
+            getattr(part.lay, name)
+    with pytest.raises(AttributeError):
+        _ = part.micro_batches
+
+
+def test_each_micro_batch_has_its_share_under_batches_of_their_own() -> None:
+    together = sample(catalog.model("gpt3-175b"), 1024, 1536, GPU, 12).case
+    batches = 1536 * (1 + np.arange(len(together.lay)) % 3)
+    found = Estimates(replace(together, global_batch=batches))
+    plain = [plain_step_s(found.case.take(np.array([i]))) for i in range(len(found))]
+    np.testing.assert_allclose(found.step_time_s, plain, rtol=1e-12)
