@@ -136,7 +136,8 @@ def test_the_bubble_of_even_stages_is_the_papers_fraction() -> None:
     plain, inter = predict([Layout(tp=8, pp=8), Layout(tp=8, pp=8, vpp=3)], model=model).components["bubble"]
     whole = predict([Layout(tp=8, pp=8)], model=model)
     busy = sum(whole.components[name] for name in ("ideal", "kernel", "recompute", "tp_comm", "pp_comm"))[0]
-    assert plain / busy == pytest.approx(7 / 64, rel=0.05)
+    # What is left of the ends (a norm, their kernels' own time) makes the last stage a little slower.
+    assert plain / busy == pytest.approx(7 / 64, rel=0.08)
     assert inter == pytest.approx(plain / 3, rel=0.1)
 
 

@@ -115,7 +115,8 @@ def steps(name: str) -> list[Step]:
 @pytest.mark.parametrize("name", ["yuan-1.0", "gpt3-175b", "llama3-8b", "demo"])
 def test_planned_steps_agree_with_the_closed_form_and_the_peak(name: str) -> None:
     for step in steps(name):
-        assert step.end_s == pytest.approx(step.step_time_s, rel=0.02)
+        # Uneven ends and long sends: the closed form lets every rank wait for each of them, the simulation does not.
+        assert step.end_s == pytest.approx(step.step_time_s, rel=0.03)
         for curve, parts in zip(step.memory, step.memory_parts, strict=True):
             assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
             assert curve[-1][1] == pytest.approx(curve[0][1])
