@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction
+.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-search
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -38,6 +38,10 @@ format: setup ## put the code in order
 
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py
+
+bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHON=PYTHON: beside calculon's)
+	$(BIN)/python bench/search_speed.py $(if $(CALCULON),--calculon "$(CALCULON)" --cross-check) \
+	  $(if $(CALCULON_PYTHON),--calculon-python "$(CALCULON_PYTHON)")
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
