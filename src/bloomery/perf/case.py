@@ -25,11 +25,12 @@ FULL, SELECTIVE = 2, 1
 INTERLEAVED, GPIPE = 1, 2
 """Indices into `spec.layout.SCHEDULES`."""
 
+MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = ("tp", "cp", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
-MICRO_BATCH = (*PART, "pp", "dp", "norms_sharded", "stages", "micro_batches")
+MICRO_BATCH = (*MESH, "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
-MODEL_STATE = ("tp", "pp", "dp", "cp", "ep", "zero_stage", "stages")
+MODEL_STATE = (*MESH, "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
 
 
@@ -175,14 +176,21 @@ class Case:
         return bare.under(self.cluster, self.stack), index
 
     def _keys(self, columns: tuple[str, ...]) -> list[str]:
-        """The columns without micro-batches where the others decide them."""
-        implied = not np.ndim(self.global_batch) and {"dp", "micro_batch"} <= set(columns)
-        return [name for name in columns if name != "micro_batches" or not implied]
+        """The columns without micro-batches where the others decide them, and the mesh as one."""
+        implied = (
+            {"micro_batches"} if not np.ndim(self.global_batch) and {"dp", "micro_batch"} <= set(columns) else set()
+        )
+        if columns != MESH and set(MESH) <= set(columns):
+            return ["mesh", *(name for name in columns if name not in {*MESH, *implied})]
+        return [name for name in columns if name not in implied]
 
     def _codes(self, name: str) -> Codes:
         """One column of `over`."""
         if name == "stages":
             return self._stage_kind
+        if name == "mesh":
+            part, index = self.over(*MESH)
+            return Codes(index, len(part.lay))
         of = self if name == "micro_batches" else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
 
@@ -349,11 +357,11 @@ def _held(model: Model, part: str) -> Held:
 def _stages(model: Model, pp: int, split: tuple[int, ...], width: int) -> np.ndarray:
     """(3, width): layers of each rank, MoE layers of each rank, and in the last row the fullest and heaviest rank."""
     answer = np.zeros((3, width), dtype=np.int64)
-    starts = np.cumsum([0, *split])
+    starts = np.cumsum([0, *split]).tolist()
     dense = model.moe.first_dense_layers if model.moe else model.layers
     for stage, count in enumerate(split):
         answer[0, stage % pp] += count
-        answer[1, stage % pp] += max(0, int(starts[stage + 1]) - max(int(starts[stage]), dense))
+        answer[1, stage % pp] += max(0, starts[stage + 1] - max(starts[stage], dense))
     if pp > 2:
         middle = answer[0, 1 : pp - 1]
         answer[2, 0] = 1 + int(middle.argmax())

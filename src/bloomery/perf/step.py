@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import MICRO_BATCH, MODEL_STATE, Case
+from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.compute import Work, stage_work
 from bloomery.perf.flops import model_flops
 from bloomery.perf.kernels import memory_s
@@ -73,7 +73,7 @@ class Sends(Table):
         return cls(sends(case, 0)[0] + sends(case, case.lay.pp - 1)[1], case.lay.vpp.astype(np.float64))
 
 
-SENDS = ("tp", "pp", "dp", "cp", "sequence_parallel", "micro_batch", "vpp")
+SENDS = (*MESH, "sequence_parallel", "micro_batch", "vpp")
 
 
 @dataclass(frozen=True)

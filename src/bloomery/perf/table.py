@@ -67,10 +67,11 @@ class Codes:
         if top >= max(SPARE * len(values), LEAST):
             found, code = np.unique(values, return_inverse=True)
             return cls(code, len(found))
-        seen = np.zeros(top + 1, dtype=bool)
-        seen[values] = True
-        rank = np.cumsum(seen) - 1
-        return cls(rank[values], int(rank[-1]) + 1)
+        seen = np.zeros(top + 1, dtype=np.int64)
+        seen[values] = 1
+        rank = np.cumsum(seen)
+        rank -= 1
+        return cls(rank.take(values), int(rank[-1]) + 1)
 
 
 def distinct(columns: Sequence[Codes]) -> tuple[np.ndarray, np.ndarray]:

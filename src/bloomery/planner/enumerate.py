@@ -9,12 +9,14 @@ judged here. GPipe is left out: it takes 1F1B's time and never less memory.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 from math import gcd, isqrt
 from typing import Any
 
 import numpy as np
 
+from bloomery.perf.case import MESH
 from bloomery.spec.layout import (
     RECOMPUTE,
     SCHEDULES,
@@ -30,7 +32,6 @@ MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving")
 OPTIONS = ("vpp", "zero_stage", "sequence_parallel", "micro_batch", "recompute")
 CUTTING, SAVING = ("vpp", "micro_batch"), ("zero_stage", "sequence_parallel", "recompute")
 MILDEST = np.array([1, 0, 0, 1, 0], dtype=np.int64)  # of OPTIONS: no interleaving, ZeRO or recomputation
-MESH = ("tp", "pp", "dp", "cp", "ep")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,11 @@ class Enumeration:
     refusals: tuple[Refusal, ...]
 
 
-def divisors(n: int) -> list[int]:
+@cache
+def divisors(n: int) -> tuple[int, ...]:
     """All divisors of n, ascending."""
     small = [k for k in range(1, isqrt(n) + 1) if n % k == 0]
-    return small + [n // k for k in reversed(small) if k * k != n]
+    return (*small, *(n // k for k in reversed(small) if k * k != n))
 
 
 def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
@@ -68,7 +70,7 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     for tp in divisors(world_size):
         for pp in divisors(world_size // tp):
             rest = world_size // (tp * pp)
-            for cp in [1] if runnable_only else divisors(rest):
+            for cp in (1,) if runnable_only else divisors(rest):
                 dp = rest // cp
                 shared = gcd(dp, model.moe.experts) if model.moe and not runnable_only else 1
                 rows += [(tp, pp, dp, cp, ep) for ep in divisors(shared)]

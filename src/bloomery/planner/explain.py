@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates
-from bloomery.planner.enumerate import MESH, OPTIONS
+from bloomery.planner.enumerate import OPTIONS
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import RECOMPUTE, LayoutBatch
 

@@ -13,8 +13,9 @@ from typing import NoReturn
 
 import numpy as np
 
+from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
-from bloomery.planner.enumerate import MESH, Refusal, enumerate_layouts
+from bloomery.planner.enumerate import Refusal, enumerate_layouts
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row

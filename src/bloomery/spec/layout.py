@@ -99,7 +99,8 @@ def stage_split(layers: int, stages: int) -> tuple[int, ...]:
     """
     base, extra = divmod(layers, stages)
     middle_out = sorted(range(stages), key=lambda stage: (abs(stage - (stages - 1) / 2), stage))
-    return tuple(base + (stage in middle_out[:extra]) for stage in range(stages))
+    more = set(middle_out[:extra])
+    return tuple(base + (stage in more) for stage in range(stages))
 
 
 def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
