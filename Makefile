@@ -39,13 +39,16 @@ format: setup ## put the code in order
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py
 
-# RUNS: CSV files of published runs, MEMORY: layouts that ran out of memory, PEER: NAME=FILE of a peer's predictions.
+# RUNS: CSV files of published runs; MEMORY: layouts that ran out of memory; CALCULON: a checkout of the peer, to stand beside.
 bench-planner: setup ## the performance model on runs it has not seen; writes docs/accuracy.md (RUNS="A.csv B.csv" MEMORY=C.csv)
-	$(BIN)/python bench/planner_accuracy.py $(RUNS) $(if $(MEMORY),--memory $(MEMORY)) $(if $(PEER),--peer $(PEER)) \
-		--doc docs/accuracy.md
+	$(if $(CALCULON),mkdir -p build && $(BIN)/python bench/peers/calculon_rows.py --calculon "$(CALCULON)" \
+	  $(if $(CALCULON_PYTHON),--calculon-python "$(CALCULON_PYTHON)") $(RUNS) > build/calculon.json)
+	$(BIN)/python bench/planner_accuracy.py $(RUNS) $(if $(MEMORY),--memory $(MEMORY)) \
+	  $(if $(CALCULON),--peer calculon=build/calculon.json) --doc docs/accuracy.md
 
 calibrate: setup ## fit the catalog's calibration to published runs (RUNS="A.csv B.csv")
 	$(BIN)/python bench/calibrate.py $(RUNS) --out src/bloomery/spec/catalog/calibration.yaml
+
 bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHON=PYTHON: beside calculon's)
 	$(BIN)/python bench/search_speed.py $(if $(CALCULON),--calculon "$(CALCULON)" --cross-check) \
 	  $(if $(CALCULON_PYTHON),--calculon-python "$(CALCULON_PYTHON)")
