@@ -20,7 +20,7 @@ import psutil
 from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
 from bloomery.cluster.supervisor import threads_per_rank
 from bloomery.ledger.environment import describe
-from bloomery.spec.cluster import Accelerator, Cluster, Cut, Storage, Tier
+from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 
@@ -56,7 +56,7 @@ def probe(*, quick: bool, folder: Path, progress: Progress = lambda _: None) -> 
         storage=measure_storage(folder),
         failures_per_1000_node_days=0.0,
         pue=1.0,
-        source="bloomery probe",
+        source=PROBED,
         provenance={
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
             "cpu": str(environment.get("cpu", "")),
@@ -155,7 +155,7 @@ def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
         gemm=surfaces,
         attention=attention,
         optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"][-1]["optimizer"]) for r in results),
-        source="bloomery probe",
+        source=PROBED,
     )
     reference_s: dict[Any, Any] = {dtype: _reference_s(results, dtype) for dtype in first["reference"]}
     return calibrated(parts, reference_s)

@@ -20,15 +20,15 @@ from bloomery.perf.result import Estimate, Node
 from bloomery.perf.stack import Stack
 from bloomery.perf.step import StepTimes
 from bloomery.perf.table import blocks
-from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.spec.calibration import Interval, calibration
+from bloomery.spec.cluster import PROBED, Cluster, Dtype
 from bloomery.spec.components import COMPONENTS
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
 
-PRIOR_INTERVAL = (0.80, 1.45)
-"""90 % interval of measured / predicted from data-sheet priors; models of this kind err on the fast side."""
-PROBED_INTERVAL = (0.85, 1.30)
-"""The same where the accelerator's constants were measured."""
+PROBED_INTERVAL = Interval(low=0.85, high=1.30)
+"""90 % interval of measured / predicted where the accelerator's constants were measured here; elsewhere it is the
+calibration's, for software that no run named."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def estimate_case(case: Case) -> Estimates:
 def _one(estimates: Estimates) -> Estimate:
     case = estimates.case
     step_s = float(estimates.step_time_s[0])
-    low, high = PROBED_INTERVAL if case.accelerator.gemm else PRIOR_INTERVAL
+    interval = PROBED_INTERVAL if case.accelerator.source == PROBED else calibration().interval("prior")
     peak = case.accelerator.peak(case.dtype)
     capacity = step_s * float(case.lay.world_size[0]) * peak
     causal = model_flops(case.model, global_batch=case.global_batch, seq_len=case.seq_len, causal=True)
@@ -154,8 +154,8 @@ def _one(estimates: Estimates) -> Estimate:
         stack=case.stack.name,
         dtype=case.dtype,
         step_time_s=step_s,
-        low_s=low * step_s,
-        high_s=high * step_s,
+        low_s=interval.low * step_s,
+        high_s=interval.high * step_s,
         children=tuple(Node(name, float(values[0])) for name, values in estimates.components.items()),
         model_flops=estimates.model_flops,
         hardware_flops=float(estimates.hardware_flops[0]),

@@ -14,6 +14,10 @@ CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_a
 OPERATIONS: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 
+PROBED = "bloomery probe"
+"""The source of an accelerator or cluster that was measured."""
+
+
 class GemmEfficiency(Noun):
     """Share of peak a matrix product (m, k) x (k, n) reaches: ceiling * prod_x x / (x + x_half), x in m, n, k.
 
