@@ -99,16 +99,8 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
             matrices = sum(p.size // layout.tp for p in held if p.kind == "matrix")
             assert one.account.weight_copies_bytes == 2 * matrices
         agrees = without_activations(one)
-        if layout.recompute == "full":
-            # PyTorch stops recomputing before a layer's last product, whose result nothing needs: `perf` counts it.
-            (flops,) = [line for line in one.lines if line.name == "FLOPs"]
-            down = 2 * SEQ_LEN * model.hidden * model.ffn_hidden * one.account.layers / layout.tp
-            sequences = one.account.micro_batches * layout.micro_batch
-            assert flops.executed == flops.predicted - sequences * down
-            agrees.pop("FLOPs")
-            kept = one.account.working_bytes
-        else:
-            kept = one.account.layer_activation_bytes / one.account.layers
+        full = layout.recompute == "full"
+        kept = one.account.working_bytes if full else one.account.layer_activation_bytes / one.account.layers
         assert all(agrees.values()), agrees
         assert kept == pytest.approx(kept_bytes(model, layout, SEQ_LEN, case.dtype), rel=1e-9)
 
@@ -124,12 +116,7 @@ def test_yuan_on_2128_ranks(recompute: str) -> None:
     for one in found.classes:
         assert one.messages_agree, one.messages
         agrees = without_activations(one)
-        if recompute == "full":
-            flops = next(line for line in one.lines if line.name == "FLOPs")
-            assert flops.predicted / flops.executed == pytest.approx(1.09, abs=0.015)
-            agrees.pop("FLOPs")
-        else:
-            assert one.agrees
+        assert one.agrees or recompute == "full"
         assert all(agrees.values()), agrees
 
 

@@ -188,10 +188,14 @@ def _totals(executed: Counter[Message], planned: Counter[Message]) -> tuple[Mess
 
 
 def rank_flops(case: Case, account: RankAccount) -> float:
-    """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage."""
+    """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage.
+
+    The engine's recomputation stops before a layer's last product, whose result nothing needs.
+    """
     forward = forward_flops(case.model, case.seq_len)
-    again = case.lay.recompute[0] == FULL
-    share = account.layers / case.model.layers * forward.layers * (3 + again)
+    down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
+    again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
+    share = account.layers / case.model.layers * (3 * forward.layers + again)
     head = 3 * forward.head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
     sequences = account.micro_batches * int(case.lay.micro_batch[0])
     return float(sequences * (share + head) / case.lay.tp[0])
@@ -205,12 +209,13 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     one_layer = float(np.ravel(layer_activation_bytes(case)[0])[0])
     kept = account.layer_activation_bytes / account.layers
     peak = held_layers * kept + account.working_bytes
+    gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE if case.lay.zero_stage[0] >= 2 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
-        Line("gradients between steps", "bytes", account.gradient_bytes, memory["gradients"], state),
+        Line("gradients at the peak", "bytes", gradients, memory["gradients"], state),
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
@@ -241,17 +246,5 @@ def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
         "steps, which no plan counts"
         for one in classes
         if one.account.receive_buffers_bytes
-    ]
-    notes += [
-        f"{one.name}: FSDP keeps {one.account.whole_gradient_bytes / 1e9:.3g} GB of gradients whole until the last "
-        "micro-batch, of which the plan counts this rank's share"
-        for one in classes
-        if one.account.whole_gradient_bytes
-    ]
-    notes += [
-        f"{one.name}: autocast keeps {one.account.weight_copies_bytes / 1e9:.3g} GB of bfloat16 copies of the weights, "
-        "which no plan counts"
-        for one in classes
-        if one.account.weight_copies_bytes
     ]
     return notes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import median
 
 from pydantic import Field
 
@@ -118,12 +118,12 @@ class Calibration(Noun):
         return self.intervals.get(kind, PRIOR_INTERVAL)
 
     def stack(self, name: str) -> StackConstants:
-        """The constants of a stack; of one that no run named, the geometric mean of those that were fitted."""
+        """The constants of a stack; of one that no run named, the median of those that were fitted."""
         if name in self.stacks:
             return self.stacks[name]
         fitted = list(self.stacks.values()) or [StackConstants()]
         return StackConstants(
-            **{name: geometric_mean([getattr(one, name) for one in fitted]) for name in StackConstants.model_fields}
+            **{name: median([getattr(one, name) for one in fitted]) for name in StackConstants.model_fields}
         )
 
 
