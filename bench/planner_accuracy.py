@@ -3,10 +3,10 @@
     python bench/planner_accuracy.py RUNS.csv [RUNS.csv ...] [--memory OOM.csv] [--peer NAME=PREDICTIONS.json]
                                      [--doc docs/accuracy.md] [--intervals CALIBRATION.yaml]
 
-Left out: each source in turn; the constants of its hardware are fitted to the other sources, its software keeps the
-priors unless another source used it. Ablation: a term is switched off, everything else fitted again. A peer's file maps
-row ids to seconds (`bench/peers/`); it is scored on exactly the rows it has. `--doc` writes the page, `--intervals` the
-measured 90 % intervals into a calibration.
+Left out: each source in turn; the constants of its hardware are fitted to the other sources, its software is taken for
+the median of the others unless another source used it. Ablation: a term is switched off, everything else fitted again.
+A peer's file maps row ids to seconds (`bench/peers/`); it is scored on exactly the rows it has. `--doc` writes the
+page, `--intervals` the measured 90 % intervals into a calibration.
 """
 
 from __future__ import annotations
@@ -157,7 +157,8 @@ def page(
         "",
         head + f"| the catalog's calibration, fitted on these runs | {_overall(validation)} |",
         f"| unseen models ({FOLDS} parts by model name, each predicted from the others) | {models.cells()} |",
-        f"| unseen sources (each predicted from the others; its software keeps the priors) | {unseen.cells()} |",
+        "| unseen sources (each predicted from the others; its software is taken for the median of theirs) | "
+        f"{unseen.cells()} |",
         "",
     ]
     if order:

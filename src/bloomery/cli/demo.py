@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-TRAINING_S = 110.0
+TRAINING_S = 90.0
 """Pre-training the demo may be planned to take: the budget of tokens is cut to it on slow machines."""
 
 
