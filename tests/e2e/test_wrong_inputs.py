@@ -147,9 +147,9 @@ def test_training_again_under_another_description_is_refused_and_changes_nothing
     for verb in (["data", "build"], ["train"]):
         assert bloomery(*verb, path, cwd=tmp_path).returncode == 0
     run_dir = tmp_path / "runs" / "tiny"
-    before = {file: file.read_bytes() for file in run_dir.glob("*.*")}
+    before = {file: file.read_bytes() for file in run_dir.glob("[!.]*.*")}
     refused(bloomery("train", path, "--set", "model.layers=3", cwd=tmp_path), "another model", "--fresh")
-    assert {file: file.read_bytes() for file in run_dir.glob("*.*")} == before
+    assert {file: file.read_bytes() for file in run_dir.glob("[!.]*.*")} == before
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
