@@ -75,15 +75,16 @@ def left_out(runs: Sequence[Published], table: Calibration) -> dict[str, np.ndar
             if run.source != source and table.architecture_of(run.cluster.accelerator.name) in hardware
         ]
         started = time.monotonic()
-        held = forgotten(table, test, Questions.of(rest)) if rest else Calibration(generations=table.generations)
+        held = forgotten(table, Questions.of(rest)) if rest else Calibration(generations=table.generations)
         found[source] = test.predict_s(held) / test.measured_s
         score = Errors.of(found[source])
         print(f"left out {source[:48]:48} {score.cells()}  ({time.monotonic() - started:.0f} s)", flush=True)
     return found
 
 
-def forgotten(table: Calibration, test: Questions, rest: Questions) -> Calibration:
-    """The calibration without what `test` taught it: its software's constants go, its hardware's are fitted again."""
+def forgotten(table: Calibration, rest: Questions) -> Calibration:
+    """The calibration as `rest` alone teaches it: constants of software that it does not have go, the others are fitted
+    again."""
     known = {group.stack for group in rest.groups}
     stacks = {name: constants for name, constants in table.stacks.items() if name in known}
     return fit(rest, table.model_copy(update={"stacks": stacks}), rounds=HELD_OUT_ROUNDS)
@@ -105,24 +106,28 @@ def _owns(constant: Constant, term: str) -> bool:
     return term != "a stack's own constants" or constant.section == "stacks"
 
 
-def unseen_models(runs: Sequence[Published], table: Calibration) -> np.ndarray:
-    """Predicted over measured of every run from a fit that saw no run of its model, shape (n,)."""
+def unseen_models(runs: Sequence[Published], table: Calibration) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted over measured of every run from a fit that saw no run of its model, shape (n,); and whether that fit
+    had seen its software."""
     names = sorted({run.model.name for run in runs})
     fold = {name: place % FOLDS for place, name in enumerate(names)}
-    ratios = np.full(len(runs), np.nan)
+    ratios, known = np.full(len(runs), np.nan), np.zeros(len(runs), dtype=bool)
     for k in range(FOLDS):
         inside = [i for i, run in enumerate(runs) if fold[run.model.name] == k]
         rest = Questions.of([run for run in runs if fold[run.model.name] != k])
-        held = fit(rest, table, rounds=HELD_OUT_ROUNDS)
         test = Questions.of([runs[i] for i in inside])
+        held = forgotten(table, rest)
         ratios[inside] = test.predict_s(held) / test.measured_s
+        known[inside] = [run.profile.stack.name in held.stacks for run in test.runs]
         print(f"unseen models, part {k + 1} of {FOLDS}: {Errors.of(ratios[inside]).cells()}", flush=True)
-    return ratios
+    return ratios, known
 
 
 def intervals(models: np.ndarray, sources: dict[str, np.ndarray], runs: Sequence[Published]) -> dict[str, Interval]:
-    """5th and 95th percentile of measured over predicted, every source with the same weight."""
-    by_source = [models[[run.source == source for run in runs]] for source in sources]
+    """5th and 95th percentile of measured over predicted, every source with the same weight. `models`: NaN where the
+    software was not known."""
+    whole = [models[[run.source == source for run in runs]] for source in sources]
+    by_source = [seen for one in whole if len(seen := one[np.isfinite(one)])]
 
     def interval(ratios: Sequence[np.ndarray]) -> Interval:
         even = 1.0 / np.concatenate([np.quantile(one, np.linspace(0.005, 0.995, 100)) for one in ratios])
@@ -135,6 +140,7 @@ def intervals(models: np.ndarray, sources: dict[str, np.ndarray], runs: Sequence
 def page(
     validation: Validation,
     models: Errors,
+    known: Errors,
     sources: dict[str, np.ndarray],
     terms: dict[str, Errors],
     peers: dict[str, tuple[Errors, Errors]],
@@ -157,6 +163,7 @@ def page(
         "",
         head + f"| the catalog's calibration, fitted on these runs | {_overall(validation)} |",
         f"| unseen models ({FOLDS} parts by model name, each predicted from the others) | {models.cells()} |",
+        f"| of these, models whose software other models used | {known.cells()} |",
         "| unseen sources (each predicted from the others; its software is taken for the median of theirs) | "
         f"{unseen.cells()} |",
         "",
@@ -225,10 +232,12 @@ def main() -> None:
     for name, (theirs, ours) in peers.items():
         print(f"{name}: {theirs.cells()}\nours on the same rows: {ours.cells()}; ratio {theirs.mean / ours.mean:.2f}")
     sources = left_out(runs, table)
-    models = unseen_models(runs, table)
-    print(f"unseen models: {Errors.of(models).cells()}", flush=True)
+    models, seen = unseen_models(runs, table)
+    every = Errors.of(models)
+    known = Errors.of(models[seen]) if seen.any() else every
+    print(f"unseen models: {every.cells()}; of known software: {known.cells()}", flush=True)
     print(f"unseen sources: {Errors.of(np.concatenate(list(sources.values()))).cells()}", flush=True)
-    measured_intervals = intervals(models, sources, runs)
+    measured_intervals = intervals(np.where(seen, models, np.nan), sources, runs)
     print(f"90 % intervals of measured over predicted: {measured_intervals}", flush=True)
     if options.intervals:
         write_atomically(
@@ -238,7 +247,7 @@ def main() -> None:
     if options.doc:
         files = " ".join(path.name for path in [*options.runs, *([options.memory] if options.memory else [])])
         command = f"make bench-planner RUNS=... MEMORY=...   # {files}"
-        write_atomically(options.doc, page(scored, Errors.of(models), sources, terms, peers, command))
+        write_atomically(options.doc, page(scored, every, known, sources, terms, peers, command))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def validate(
 ) -> None:
     """Score the performance model on published runs: errors by source, order of layouts, memory.
 
-    The columns are those of the catalog of published runs (`docs/accuracy.md`); blank means that the source is silent.
+    Columns: id, source, accelerator, n_gpus, tp, pp, dp, layers, hidden, heads, seq_len, and what else of layout, batch
+    and iteration_time_s the source says; blank means that it is silent.
     """
     from bloomery.cli.console import print_json
     from bloomery.ledger.page_parts import finite

@@ -20,7 +20,7 @@ stack departs from its precision's.
 `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
 tensor-, context- and expert-parallel messages that runs beside compute.
 
-Two profiles stand here; measured ones are calibrated copies (`perf.profiles`).
+Three profiles stand here; measured ones are calibrated copies (`perf.profiles`).
 """
 
 from __future__ import annotations
