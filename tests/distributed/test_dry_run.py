@@ -69,7 +69,7 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     norms 2 Th S, RMSNorm as much again for its normalised input, and 1 (RMSNorm) or 2 statistics a token;
     inputs of projections Th c for each block, whole under sequence parallelism too, since they are gathered and kept;
     autocast without tensor parallelism converts them once for each projection; queries, keys, values, output;
-    log-sum-exp; the sines and cosines of rotary positions, twice; the feed-forward's width, 2 or 4 times.
+    log-sum-exp; the feed-forward's width, 2 or 4 times. Rotary tables are shared by all layers and counted in none.
     """
     stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (4, 2)}[dtype]
     tokens, tp = layout.micro_batch * seq_len, layout.tp
@@ -79,8 +79,7 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     copies = 3 + (2 if model.gated else 1) if tp == 1 and compute < stream else 2
     inputs = copies * tokens * model.hidden * compute
     attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + max(4, compute) * model.heads)
-    rotary = 4 * seq_len * model.head_dim * compute if model.position == "rope" else 0
-    return norms + inputs + attention + rotary + tokens / tp * model.ffn_hidden * compute * (4 if model.gated else 2)
+    return norms + inputs + attention + tokens / tp * model.ffn_hidden * compute * (4 if model.gated else 2)
 
 
 def without_activations(one: RankClass) -> dict[str, bool]:

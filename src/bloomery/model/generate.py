@@ -1,8 +1,7 @@
 """Sampling from a plain model, one token at a time, with keys and values kept so that each token costs one position.
 
-The cache lives here and not in `transformer.py`: training never needs it. The same projections, norms and rotation are
-called; a test holds the cached logits against the plain forward.
-Shape suffixes as in `transformer.py`; n new positions, s all positions so far.
+The modules are those of training, given what they have seen so far; a test holds the cached logits against the plain
+forward. Shape suffixes as in `transformer.py`; n new positions.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bloomery.model.transformer import Attention, Layer, Transformer, rotate
+from bloomery.model.attention import KeyValues
+from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 
 
@@ -37,20 +36,11 @@ class Sampling:
 
 
 class Cache:
-    """Keys and values of the positions seen so far, by layer: (batch, kv heads, s, head_dim)."""
+    """What each layer has seen of the first `length` positions."""
 
     def __init__(self, layers: int) -> None:
-        self.keys: list[Tensor | None] = [None] * layers
-        self.values: list[Tensor | None] = [None] * layers
+        self.layers = [KeyValues() for _ in range(layers)]
         self.length = 0
-
-    def extend(self, layer: int, k_bhnk: Tensor, v_bhnk: Tensor) -> tuple[Tensor, Tensor]:
-        """Append new positions of one layer; returns all of them."""
-        before_k, before_v = self.keys[layer], self.values[layer]
-        if before_k is not None and before_v is not None:
-            k_bhnk, v_bhnk = torch.cat((before_k, k_bhnk), dim=2), torch.cat((before_v, v_bhnk), dim=2)
-        self.keys[layer], self.values[layer] = k_bhnk, v_bhnk
-        return k_bhnk, v_bhnk
 
 
 def generate(
@@ -92,38 +82,9 @@ def generate(
 
 def forward_cached(module: Transformer, tokens_bn: Tensor, cache: Cache) -> Tensor:
     """Logits (batch, n, vocab) of n new tokens, whose keys and values join the cache."""
-    start = cache.length
-    assert module.embedding is not None and module.norm is not None and module.head is not None
-    x_bnd = module.embedding(tokens_bn)
-    if module.position is not None:
-        x_bnd = x_bnd + module.position(torch.arange(start, start + tokens_bn.shape[1], device=tokens_bn.device))
-    for number, layer in enumerate(module.blocks()):
-        x_bnd = _layer(layer, x_bnd, cache, number, start)
-    cache.length = start + tokens_bn.shape[1]
-    return module.head(module.norm(x_bnd))
-
-
-def _layer(layer: Layer, x_bnd: Tensor, cache: Cache, number: int, start: int) -> Tensor:
-    attention, y_bnd = layer.attention, layer.attention_norm(x_bnd)
-    q_bhnk, k_bhnk, v_bhnk = (_heads(attention, project(y_bnd)) for project in (attention.q, attention.k, attention.v))
-    if attention.rope_theta is not None:
-        q_bhnk, k_bhnk = (_rotate_from(part, attention.rope_theta, start) for part in (q_bhnk, k_bhnk))
-    k_bhsk, v_bhsk = cache.extend(number, k_bhnk, v_bhnk)
-    n, s = q_bhnk.shape[2], k_bhsk.shape[2]
-    mask_ns = torch.ones(n, s, dtype=torch.bool, device=x_bnd.device).tril(s - n)
-    grouped = q_bhnk.shape[1] != k_bhsk.shape[1]
-    y_bhnk = F.scaled_dot_product_attention(q_bhnk, k_bhsk, v_bhsk, attn_mask=mask_ns, enable_gqa=grouped)
-    x_bnd = x_bnd + attention.o(y_bhnk.transpose(1, 2).flatten(2))
-    return x_bnd + layer.ffn(layer.ffn_norm(x_bnd))
-
-
-def _heads(attention: Attention, x_bnd: Tensor) -> Tensor:
-    return x_bnd.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-
-def _rotate_from(x_bhnk: Tensor, theta: float, start: int) -> Tensor:
-    """Rotary positions start..start+n-1, by the one formula of `rotate`."""
-    return rotate(F.pad(x_bhnk, (0, 0, start, 0)), theta)[:, :, start:]
+    logits_bnv: Tensor = module(tokens_bn, start=cache.length, past=cache.layers)
+    cache.length += tokens_bn.shape[1]
+    return logits_bnv
 
 
 def draw(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -86,7 +86,10 @@ class SavedTally:
     def over(self, stages: Iterable[Transformer]) -> Iterator[None]:
         """Count what is saved in this block while these stages run."""
 
-        def enter(*_: Any) -> None:
+        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # All layers share the view's tensors: the first to save them would be charged for all.
+            for tensor in inputs[1].rotary or ():
+                self._pack(tensor)
             self._inside += 1
 
         def leave(*_: Any) -> None:

@@ -70,6 +70,7 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
             x_bsd = x_bsd.to(torch.get_autocast_dtype(x_bsd.device.type))
         return (enter_block(x_bsd, axis), *inputs[1:])
 
+    stage.sequence_cut = axis.size if axis.sequence_parallel else 1
     if stage.embedding is not None:
         stage.embedding = VocabularyEmbedding(stage.embedding, axis)
     if stage.position is not None and axis.sequence_parallel:

@@ -155,14 +155,13 @@ def _eager_outer_bytes(case: Case) -> Any:
 
     RMSNorm keeps its normalised input beside its input (and a figure a token; LayerNorm two figures); blocks keep their
     gathered input whole under sequence parallelism; autocast without tensor parallelism keeps a copy for each
-    projection; each layer its rotary tables.
+    projection. All layers share one pair of rotary tables.
     """
     model, precision, h = case.model, case.precision, case.model.hidden
     norm = 2 * h + 1 if model.norm == "rmsnorm" else h + 2
     norms = 2 * case.stream_tokens * precision.stream * norm
     copies = np.where((case.lay.tp == 1) & (precision.compute < precision.stream), 5 if model.gated else 4, 2)
-    rotary = 4 * case.seq_len * model.head_dim * precision.compute if model.position == "rope" else 0
-    return norms + copies * case.tokens * h * precision.compute + rotary
+    return norms + copies * case.tokens * h * precision.compute
 
 
 @dataclass(frozen=True)

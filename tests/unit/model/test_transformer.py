@@ -7,7 +7,8 @@ import torch
 
 from bloomery.model.init import initial_value
 from bloomery.model.names import to_hugging_face
-from bloomery.model.transformer import Transformer, prefix_mask, rotate
+from bloomery.model.transformer import Transformer
+from bloomery.model.view import View, rotary_tables, rotate, visible
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import all_parameters, parameter_count
@@ -38,22 +39,33 @@ def test_the_future_never_changes_the_past(model: Model) -> None:
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_after_it() -> None:
-    mask = prefix_mask(5, 3, torch.device("cpu"))
+    mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), 5)[0, 0]
     assert mask[:3, :3].all()
     assert not mask[:3, 3:].any()
     assert mask[3].tolist() == [True, True, True, True, False]
 
 
+def test_documents_do_not_see_each_other() -> None:
+    mask = visible(View(torch.arange(4), documents_bs=torch.tensor([[0, 0, 1, 1]])), 4)[0, 0]
+    assert mask.tolist() == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, True, True],
+    ]
+
+
 def test_causal_and_prefix_agree_when_the_prefix_is_one_token() -> None:
     module = Transformer(LLAMA).double()
     tokens = torch.arange(12)[None]
-    torch.testing.assert_close(module(tokens), module(tokens, 1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(module(tokens), module(tokens, prefix_b=torch.tensor([1])), rtol=1e-12, atol=1e-12)
 
 
 def test_rotation_keeps_length_and_depends_only_on_distance() -> None:
     q, k = torch.randn(1, 1, 1, 8, dtype=torch.float64), torch.randn(1, 1, 1, 8, dtype=torch.float64)
-    rotated_q = rotate(q.expand(1, 1, 10, 8), 10_000.0)
-    rotated_k = rotate(k.expand(1, 1, 10, 8), 10_000.0)
+    tables = rotary_tables(torch.arange(10), 8, 10_000.0, torch.float64)
+    rotated_q = rotate(q.expand(1, 1, 10, 8), *tables)
+    rotated_k = rotate(k.expand(1, 1, 10, 8), *tables)
     torch.testing.assert_close(rotated_q.norm(dim=-1), q.norm(dim=-1).expand(1, 1, 10))
     scores = rotated_q @ rotated_k.transpose(-1, -2)
     torch.testing.assert_close(

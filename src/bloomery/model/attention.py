@@ -1,0 +1,64 @@
+"""Attention blocks as plain modules: projections around `view.attend`, which context parallelism replaces from outside.
+
+Shape suffixes: b batch, s sequence, d hidden, h heads, k head_dim. Head counts are read from the tensors, so a block
+whose projections were cut by tensor parallelism computes its share with the same code.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, cat, nn
+
+from bloomery.model.view import View, attend
+from bloomery.spec.model import Model
+
+
+class Attend(Protocol):
+    """`view.attend`, or what stands in its place when the sequence lies on several ranks."""
+
+    def __call__(
+        self, q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None
+    ) -> Tensor:
+        """Attention of queries over keys as `view` allows."""
+
+
+class KeyValues:
+    """Keys and values of the positions one layer has seen: (batch, kv heads, s, head_dim). For generation."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def extend(self, k_bhnk: Tensor, v_bhnk: Tensor) -> tuple[Tensor, Tensor]:
+        """Append new positions; returns all of them."""
+        if self.keys is not None and self.values is not None:
+            k_bhnk, v_bhnk = cat((self.keys, k_bhnk), dim=2), cat((self.values, v_bhnk), dim=2)
+        self.keys, self.values = k_bhnk, v_bhnk
+        return k_bhnk, v_bhnk
+
+
+class Attention(nn.Module):
+    """Grouped-query attention."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        bias = model.bias or model.qkv_bias
+        self.head_dim = model.head_dim
+        self.q = nn.Linear(model.hidden, model.query_width, bias=bias)
+        self.k = nn.Linear(model.hidden, model.kv_width, bias=bias)
+        self.v = nn.Linear(model.hidden, model.kv_width, bias=bias)
+        self.o: nn.Module = nn.Linear(model.query_width, model.hidden, bias=model.bias)
+        self.attend: Attend = attend
+
+    def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
+        """x: (batch, seq, hidden). With `past`, keys and values of earlier positions are read too and these join."""
+        q_bhsk, k_bhsk, v_bhsk = (self._heads(project(x_bsd)) for project in (self.q, self.k, self.v))
+        q_bhsk, k_bhsk = view.rotated(q_bhsk), view.rotated(k_bhsk)
+        if past is not None:
+            k_bhsk, v_bhsk = past.extend(k_bhsk, v_bhsk)
+        y_bhsk = self.attend(q_bhsk, k_bhsk, v_bhsk, view)
+        return self.o(y_bhsk.transpose(1, 2).flatten(2))
+
+    def _heads(self, x_bsd: Tensor) -> Tensor:
+        return x_bsd.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

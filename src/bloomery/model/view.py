@@ -1,0 +1,78 @@
+"""What the tokens of a batch see of each other: where they stand, and the rule that says which keys a query may read.
+
+One object goes through all layers, so what is made once a forward pass (rotary tables, a mask) is made once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class View:
+    """Positions of the tokens at hand, and what narrows or widens plain causal attention.
+
+    A query at position i reads a key at position j when both are of one document and j <= i or j < prefix: with
+    `documents_bs` (batch, s) of a packed batch, `prefix_b` (batch,) tokens that see each other whole (prefix language
+    model); None: one document, no prefix. `rotary`: cos and sin (s, width), or None for learned positions.
+    """
+
+    positions_s: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+    documents_bs: Tensor | None = None
+    prefix_b: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """True for nothing but causal attention: kernels have a name for it and need no mask."""
+        return self.documents_bs is None and self.prefix_b is None
+
+    def rotated(self, x_bhsk: Tensor) -> Tensor:
+        """The queries or keys of these positions, turned (unchanged for learned positions)."""
+        return x_bhsk if self.rotary is None else rotate(x_bhsk, *self.rotary)
+
+
+def rotary_tables(positions_s: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cos and sin of rotary positions (Su et al. 2021, arXiv 2104.09864), shape (s, width) each, made in float64."""
+    inverse = theta ** (-torch.arange(0, width, 2, device=positions_s.device, dtype=torch.float64) / width)
+    angle_sk = torch.outer(positions_s.double(), inverse).repeat(1, 2)
+    return angle_sk.cos().to(dtype), angle_sk.sin().to(dtype)
+
+
+def rotate(x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor) -> Tensor:
+    """Rotary positions, halves convention as in Hugging Face's Llama."""
+    first, second = x_bhsk.chunk(2, dim=-1)
+    return x_bhsk * cos_sk + torch.cat((-second, first), dim=-1) * sin_sk
+
+
+def visible(view: View, keys: int) -> Tensor:
+    """True where a query may read a key, broadcastable to (batch, 1, queries, keys).
+
+    `keys`: how many positions there are; more than the queries' when earlier ones come from a cache.
+    """
+    query_s = view.positions_s
+    key_s = query_s if keys == len(query_s) else torch.arange(keys, device=query_s.device)
+    allowed = (key_s <= query_s[:, None])[None, None]
+    if view.prefix_b is not None:
+        allowed = allowed | (key_s < view.prefix_b[:, None])[:, None, None, :]
+    if view.documents_bs is not None:
+        allowed = allowed & (view.documents_bs[:, :, None] == view.documents_bs[:, None, :])[:, None]
+    return allowed
+
+
+def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
+    """Attention of queries over keys as `view` allows: (batch, heads, s, width of the values).
+
+    Grouped queries: fewer key than query heads. `scale`: 1 / sqrt(width) unless given.
+    """
+    queries, keys = q_bhsk.shape[2], k_bhsk.shape[2]
+    grouped = q_bhsk.shape[1] != k_bhsk.shape[1]
+    causal = view.plain and queries == keys
+    mask = None if causal or (view.plain and queries == 1) else visible(view, keys)
+    return F.scaled_dot_product_attention(
+        q_bhsk, k_bhsk, v_bhsk, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale
+    )
