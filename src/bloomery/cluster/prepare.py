@@ -13,6 +13,7 @@ from typing import Any
 from bloomery.cluster.supervisor import run_lock
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
+from bloomery.ledger.trackers import check_trackers
 from bloomery.perf.estimate import estimate
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
@@ -37,6 +38,10 @@ WRITTEN = (
     "checkpoints",
     "align",
     "tensorboard",
+    "wandb",
+    "swanlab",
+    "mlflow.db",
+    "profile",
 )
 """What a run writes to its folder, its token shards apart: what --fresh removes."""
 
@@ -108,6 +113,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
 
 def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tuple[Path, Job]:
     """Write the run folder. Raises InputError for anything that would stop the run later."""
+    check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     folder, data = run_folder(run), data_folder(run)
@@ -154,6 +160,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
             "optimizer": stage.optimizer,
             "global_batch": stage.global_batch,
             "initial": str(initial),
+            "profile": "",
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
@@ -232,7 +239,8 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         keep_checkpoints=train.keep_checkpoints,
         evaluate_every=train.evaluate_every,
         log_every=train.log_every,
-        tensorboard=train.tensorboard,
+        metrics=train.metrics,
+        profile=train.profile,
         model_flops=expected["model_flops"],
         peak_flops_per_s=expected["peak_flops_per_s"],
         mfu_convention=expected["convention"],

@@ -43,7 +43,8 @@ class Job(Noun):
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
-    tensorboard: bool = True
+    metrics: tuple[str, ...] = ()
+    profile: str = ""
     model_flops: float = 0.0
     peak_flops_per_s: float = 0.0
     mfu_convention: str = ""

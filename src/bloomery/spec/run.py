@@ -22,6 +22,23 @@ def _folder_name(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
+def step_window(text: str) -> tuple[int, int]:
+    """First and last step of a window written `10:12` (both counted, from 1). Raises ValueError for anything else."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError("two steps are expected, as in 10:12")
+    return int(first), int(last)
+
+
+def _step_window(text: str) -> str:
+    if text:
+        step_window(text)
+    return text
+
+
+StepWindow = Annotated[str, AfterValidator(_step_window)]
+
+
 class Data(Noun):
     """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
 
@@ -63,7 +80,10 @@ class Train(Noun):
     keep_checkpoints: int = Field(default=2, ge=1)
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
-    tensorboard: bool = True
+    metrics: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "prometheus"], ...] = Field(
+        default=("tensorboard",), description="where figures go besides the run's own files"
+    )
+    profile: StepWindow = Field(default="", description="steps to profile, as in 10:12")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Train:

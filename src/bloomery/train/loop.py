@@ -21,6 +21,7 @@ from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches, open_dataset
 from bloomery.train.guard import Guard
+from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
 
@@ -38,6 +39,7 @@ class Session:
     batches: Batches
     guard: Guard
     recorder: Recorder
+    profile: ProfileWindow
     stop_requested: bool = False
 
 
@@ -56,6 +58,7 @@ def run(job: Job, folder: Path, mesh: Mesh) -> int:
                 return STOPPED_BY_SIGNAL
         _finish(session)
     finally:
+        session.profile.close(job.steps)
         session.batches.close()
         session.recorder.close()
     return 0
@@ -64,6 +67,7 @@ def run(job: Job, folder: Path, mesh: Mesh) -> int:
 def _step(session: Session, step: int) -> bool:
     """One optimizer step. Returns True when the run was asked to stop after it."""
     job, engine, clock = session.job, session.engine, session.clock
+    session.profile.before(step + 1)
     with clock.bucket("data"):
         tokens, targets, n_targets = session.batches.get(step)
     loss_part = engine.forward_backward(tokens, targets, n_targets)
@@ -81,6 +85,10 @@ def _step(session: Session, step: int) -> bool:
     if verdict != "ok":
         _incident(session, step, verdict, statistics)
     done = step + 1
+    with clock.bucket("profile"):
+        profiled = session.profile.after(done)
+        if profiled:
+            session.recorder.event("profiled", **profiled)
     if done % job.checkpoint_every == 0 and done < job.steps:
         _save(session, done)
     if job.evaluate_every and done % job.evaluate_every == 0 and done < job.steps:
@@ -113,7 +121,16 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
     )
     dataset = open_dataset(job.kind, Path(job.data), seq_len=job.seq_len, seed=job.seed)
     session = Session(
-        job, folder, mesh, clock, engine, optimizer, Batches(dataset, mesh, job.global_batch), Guard(), recorder
+        job,
+        folder,
+        mesh,
+        clock,
+        engine,
+        optimizer,
+        Batches(dataset, mesh, job.global_batch),
+        Guard(),
+        recorder,
+        ProfileWindow(job.profile, folder, mesh.rank),
     )
 
     def request_stop(*_: Any) -> None:
