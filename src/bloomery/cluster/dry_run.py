@@ -169,7 +169,8 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
+    whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     answer = Counter[Message]()
     for (axis, op, size), count in counted.items():
         answer[("world" if axis in whole else axis, op, size)] += count
@@ -211,7 +212,7 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     peak = held_layers * kept + account.working_bytes
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
-    state = CLOSE if case.lay.zero_stage[0] >= 2 else EXACT
+    state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),

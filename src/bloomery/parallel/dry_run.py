@@ -49,7 +49,7 @@ class RankAccount:
     steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
     `working_bytes`: what one recomputed layer keeps for its own backward pass. `weight_copies_bytes`: autocast's copies
     of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
-    `whole_gradient_bytes`: what FSDP keeps uncut between the micro-batches of a step.
+    `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step are added up.
     `executed`: the (layers, micro-batches) of the steps that were really run.
     """
 
@@ -170,8 +170,8 @@ def _step(
             part = engine.forward_backward(tokens_bs, targets_bs, local * seq_len * mesh.layout.dp)
         engine.reduce_gradients()
         engine.summed_statistics(part)
-        gradients = sum(_bytes(p.grad) for p in engine.parameters().values() if p.grad is not None)
-        optimizer.step()
+        gradients = sum(_bytes(p.grad) for p in engine.updated().values() if p.grad is not None)
+        engine.update(optimizer)
         optimizer.zero_grad()
     parameters = engine.parameters().values()
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
