@@ -158,7 +158,7 @@ def tensor_collectives(
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
-    again = lay.recompute == 2
+    again, gathered_again = lay.recompute == 2, lay.recompute >= 1
     layers = shape.layers
     for block in ("attention", "ffn"):
         # A recomputed layer stops before the reduction of its last output: nothing later needs it.
@@ -167,7 +167,7 @@ def tensor_collectives(
         rows.add(f"{block}.out", "tp", "all_reduce", "recompute", plain * layers * again_out, payload)
         rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * layers, payload)
         rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * layers, payload)
-        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * layers * again, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * layers * gathered_again, payload)
         rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * layers, payload)
         rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * layers * again_out, payload)
         rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * layers, payload)

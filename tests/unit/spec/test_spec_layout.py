@@ -67,7 +67,7 @@ def test_stages_hold_consecutive_layers() -> None:
         ("dp=3", "must divide global_batch 64"),
         ("sp=true", "sequence parallel needs tp > 1"),
         ("zero=3", "ZeRO needs dp"),
-        ("dp=6,replicas=4,zero=2", "dp_replicas must divide dp"),
+        ("dp=8,replicas=3,zero=2", "dp_replicas must divide dp"),
         ("dp=4,replicas=4,zero=2", "leave two ranks or more"),
         ("dp=4,replicas=2,zero=1", "dp_replicas needs ZeRO 2 or 3"),
         ("pp=1,vpp=2", "interleaving needs pp > 1"),
