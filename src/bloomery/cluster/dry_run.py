@@ -14,7 +14,7 @@ import numpy as np
 
 from bloomery.parallel.dry_run import Message, RankAccount, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
-from bloomery.perf.case import FULL, Case
+from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import forward_flops
 from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on
 from bloomery.perf.precision import precision_of
@@ -207,7 +207,8 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
     dense, _ = parameters_on(case, ranks)
-    one_layer = float(np.ravel(layer_activation_bytes(case)[0])[0])
+    one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
+    recompute = case.lay.recompute[0]
     kept = account.layer_activation_bytes / account.layers
     peak = held_layers * kept + account.working_bytes
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
@@ -220,7 +221,8 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
-    if not account.working_bytes:
+    if recompute != FULL:
+        one_layer -= dropped if recompute == SELECTIVE else 0.0
         found.append(Line("activations of a layer", "bytes", kept, one_layer, CLOSE))
     found.append(Line("activations in flight", "bytes", peak, _predicted_peak(case, account, memory), CLOSE))
     return found

@@ -102,14 +102,22 @@ class _MadeAgain(torch.autograd.Function):
 def made_again(function: Callable[..., Tensor], *inputs: Tensor, weights: tuple[nn.Parameter, ...] = ()) -> Tensor:
     """`function(*inputs)`, whose value and inner graph are made again in the backward pass.
 
-    `weights`: the parameters that the function reads beside its inputs. It must give the same value at each call.
+    `weights`: the parameters that the function reads beside its inputs. It must give the same value at each call, and
+    memory of its own.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
     recipe = _Recipe(function, weights, inputs[0].device.type)
     value: Tensor = _MadeAgain.apply(recipe, len(inputs), *inputs, *weights)
-    value.recipe = recipe  # type: ignore[attr-defined]
+    base = _base(value)
+    assert all(base is not _base(tensor) for tensor in inputs), "a view of an input is not made again"
+    base.recipe = recipe  # type: ignore[attr-defined]
     return value
+
+
+def _base(tensor: Tensor) -> Tensor:
+    """What a view is a view of."""
+    return tensor if tensor._base is None else tensor._base
 
 
 @dataclass(frozen=True)
@@ -139,8 +147,7 @@ def _recipes_saved() -> AbstractContextManager[Any]:
     pack_outside, unpack_outside = torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, _same)
 
     def pack(tensor: Tensor) -> Any:
-        base = tensor if tensor._base is None else tensor._base
-        recipe = getattr(base, "recipe", None)
+        recipe = getattr(_base(tensor), "recipe", None)
         if recipe is None:
             return pack_outside(tensor)
         return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import FULL, PART, Case, Ranks
+from bloomery.perf.case import FULL, PART, SELECTIVE, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.memory import parameters_on
 from bloomery.perf.table import Table
@@ -76,9 +76,13 @@ PARTS = {"layer": LAYER, "embedding": EMBEDDING, "head": HEAD}
 def _part(case: Case, name: str) -> Inner:
     """Tensor-parallel messages of one layer or one end."""
     widths = {"stream_bytes": case.precision.stream, "block_bytes": case.precision.compute}
+    lay, ours = case.lay, case.stack.selective_share is None
+    if not ours:
+        # Others keep what selective recomputation in our engine gathers again, or hide it.
+        lay = lay.having(recompute=np.where(lay.recompute == SELECTIVE, 0, lay.recompute))
     rows = case.once(
-        f"messages of {name}",
-        lambda: tensor_collectives(case.model, case.lay, PARTS[name], seq_len=case.seq_len, **widths),
+        f"messages of {name}, ours {ours}",
+        lambda: tensor_collectives(case.model, lay, PARTS[name], seq_len=case.seq_len, **widths),
     )
     return _tensor(case, rows, case.lay.cp)
 
