@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.spec.model import Model
 
 
+def swiglu(gate_bsf: Tensor, up_bsf: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate_bsf) * up_bsf
+
+
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x), or down(gelu(up x))."""
+    """down(silu(gate x) * up x), or down(gelu(up x)). `activate` may be replaced from outside by what keeps less."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -18,8 +25,9 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
         self.gated = model.gated
+        self.activate: Callable[..., Tensor] = swiglu if model.gated else F.gelu
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        y_bsf = F.silu(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else F.gelu(self.up(x_bsd))
-        return self.down(y_bsf)
+        inputs = (self.gate(x_bsd), self.up(x_bsd)) if self.gated else (self.up(x_bsd),)
+        return self.down(self.activate(*inputs))

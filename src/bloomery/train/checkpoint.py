@@ -102,7 +102,8 @@ def _commit(partial: Path, target: Path, engine: Engine, state: dict[str, Any]) 
 
 
 def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> Commit:
-    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout."""
+    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
+    all ranks together."""
     commit = read_commit(folder, verify=False)
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
@@ -115,6 +116,7 @@ def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) 
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(item.parameter)
                 item.local(state[moment]).copy_(reader.read(f"{moment}.{shard.name}", shard.shape, shard.offsets))
+    engine.gather_updated()
     return commit
 
 

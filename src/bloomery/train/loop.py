@@ -80,7 +80,7 @@ def _step(session: Session, step: int) -> bool:
             engine.clip(job.optimizer.clip, statistics.grad_norm)
             for group in session.optimizer.param_groups:
                 group["lr"] = rate
-            session.optimizer.step()
+            engine.update(session.optimizer)
         session.optimizer.zero_grad()
     if verdict != "ok":
         _incident(session, step, verdict, statistics)
