@@ -47,6 +47,12 @@ def test_the_exported_config_keeps_every_field_of_the_imported_one(
     assert {key: after[key] for key in before} == before
 
 
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
 def edited(folder: Path, **changes: object) -> Path:
     """The directory with some keys of its config changed."""
     path = folder / "config.json"
@@ -62,7 +68,7 @@ def edited(folder: Path, **changes: object) -> Path:
         ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "short_factor": 2.0}}, "short_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}, "q_norm"),
-        ({"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1}, "some layers"),
+        ({"architectures": ["Qwen3ForCausalLM"], **WINDOWED}, "some layers"),
         ({"num_hidden_layers": 1}, "no place for"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
