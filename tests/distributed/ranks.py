@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 
@@ -33,6 +34,16 @@ MODELS = {
     "tied": Model(
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN, tie_embeddings=True,
         qkv_bias=True,
+    ),
+    "qk-norm": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, head_dim=12, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        qk_norm=True, sliding_window=3, activation="relu2",
+    ),
+    "latent": Model(
+        layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        mla=LatentAttention(
+            q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
     ),
 }  # fmt: skip
 

@@ -38,6 +38,14 @@ def table() -> list[Case]:
         Case("gpt", "tp=2,pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
         Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2"),
         Case("tied", "tp=2,dp=2,micro_batch=2"),
+        Case("qk-norm", "tp=2,micro_batch=4"),
+        Case("qk-norm", "tp=2,dp=2,zero=2,micro_batch=2"),
+        Case("qk-norm", "tp=2,pp=2,sp=true,micro_batch=2,recompute=full"),
+        Case("latent", "tp=2,micro_batch=4"),
+        Case("latent", "tp=2,dp=2,zero=3,micro_batch=2"),
+        Case("latent", "tp=2,pp=2,sp=true,micro_batch=2"),
+        Case("latent", "tp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
+        Case("latent", "pp=2,dp=2,vpp=2,micro_batch=1"),
     ]
     return cases
 

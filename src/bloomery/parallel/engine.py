@@ -137,12 +137,13 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated tensors under SP, then whole data-parallel gradients."""
-        if self.axis is not None and self.layout.sequence_parallel:
+        """Sum what the backward pass left partial: what tp ranks hold alike, then whole data-parallel gradients."""
+        if self.axis is not None:
+            every, table = self.layout.sequence_parallel, self.table
             replicated = [
                 _plain(parameter.grad)
                 for name, parameter in self.parameters().items()
-                if self.table[name].tp_dim is None and parameter.grad is not None
+                if table[name].tp_dim is None and (every or table[name].tp_partial) and parameter.grad is not None
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")

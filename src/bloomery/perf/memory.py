@@ -128,7 +128,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
     outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
-    attention = inside * (2 * model.query_width + 2 * model.kv_width) * precision.compute
+    attention = _attention_widths(case) * precision.compute
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
@@ -146,6 +146,21 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _attention_widths(case: Case) -> Any:
+    """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
+
+    Our engine pads the values of latent attention; its RMSNorm keeps a normalised input beside the input.
+    """
+    model, inside = case.model, case.tokens / case.lay.tp
+    if model.mla is not None:
+        latents = case.tokens * (2 * (model.mla.q_lora_rank + model.mla.kv_lora_rank) + model.rotary_width)
+        values = model.kv_width if case.stack.eager else model.value_width
+        return latents + inside * (model.query_width + model.kv_width + values + model.output_width)
+    normed = model.query_width + model.kv_width if model.qk_norm else 0
+    normed = normed * (2 if case.stack.eager else 1)
+    return inside * (2 * model.query_width + 2 * model.kv_width + normed)
 
 
 def _outer_bytes(case: Case) -> Any:
