@@ -222,6 +222,9 @@ def _head(case: Case) -> Work:
         case.accelerator, case.wide_dtype, case.tokens, model.hidden, model.vocab / tp, element_bytes=width
     )
     forward, backward = product
+    if stack.eager:
+        # The engine makes the gradients of the loss with the loss, chunk by chunk.
+        forward, backward = forward + backward, 0.0 * backward
     stream = case.stream_tokens * model.hidden * case.precision.stream
     logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
     norm = stack.norm(model)
