@@ -1,9 +1,9 @@
-"""The final projection: logits for whoever samples, or the summed cross entropy of targets without ever making them all.
+"""The final projection: logits for whoever samples, or the summed cross entropy of targets, without all logits at once.
 
 Logits of all tokens are the largest tensor of a step (tokens x vocabulary, several times over with softmax and
-gradient). Here they exist for a few rows at a time: loss and both gradients are made from those rows while they are in
-cache, and the rows are forgotten (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024, arXiv 2410.10989). It costs no
-product more than the plain way, since all three are made in the forward pass.
+gradient). Here a few rows exist at a time: loss and both gradients are made from them while they are in cache, and they
+are forgotten (Wijmans et al. 2024, arXiv 2411.09009; Hsu et al. 2024, arXiv 2410.10989). It costs no product more than
+the plain way, since all three are made in the forward pass.
 
 Shape suffixes: n tokens, c tokens of one chunk, d hidden, v vocabulary (this rank's part of it under tensor
 parallelism).

@@ -103,7 +103,7 @@ class Engine:
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
             inputs = (tokens_bs,) if first else ()
-            known = {"targets_bs": targets_bs} if last else {}
+            known: dict[str, Any] = {"targets_bs": targets_bs} if last else {}
             target, seen = (targets_bs, losses) if last else (None, None)
             self.schedule.step(*inputs, target=target, losses=seen, return_outputs=False, **known)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
@@ -203,7 +203,7 @@ class Engine:
             else:
                 losses: list[Tensor] = []
                 inputs = (tokens_bs,) if 0 in self.stages else ()
-                known = {"targets_bs": targets_bs} if last_stage else {}
+                known: dict[str, Any] = {"targets_bs": targets_bs} if last_stage else {}
                 target, seen = (targets_bs, losses) if last_stage else (None, None)
                 self.schedule.eval(*inputs, target=target, losses=seen, return_outputs=False, **known)
                 total += sum(losses)

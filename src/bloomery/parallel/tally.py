@@ -37,7 +37,7 @@ _FORMULAS: dict[Any, Any] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""PyTorch's own formulas, and those of what PyTorch does not count: products added in place, fused attention of CPUs."""
+"""PyTorch's own formulas, and those it lacks: products added in place, fused attention of CPUs."""
 
 
 class FlopTally(TorchDispatchMode):
