@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from bloomery.data.shards import TokenDataset
 from bloomery.model.transformer import Transformer
@@ -63,6 +62,5 @@ def heldout_perplexity(
 def summed_loss(module: Transformer, inputs_bs: torch.Tensor, targets_bs: torch.Tensor) -> tuple[float, int]:
     """Sum of cross entropies in nats over the targets that count (not -100), and how many they are."""
     with torch.inference_mode():
-        logits_bsv = module(inputs_bs).float()
-        loss = F.cross_entropy(logits_bsv.flatten(0, 1), targets_bs.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = module(inputs_bs, targets_bs=targets_bs)
     return float(loss), int((targets_bs != IGNORED).sum())

@@ -20,7 +20,6 @@ from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
-from bloomery.parallel.tensor import loss_sum
 from bloomery.parallel.update_shards import UpdateShards, rows_of
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
@@ -91,13 +90,14 @@ class Engine:
             micro_batches=micro_batches,
             seq_len=seq_len,
             stream_dtype=_DTYPES[dtype],
-            logits_dtype=torch.bfloat16 if dtype == "bfloat16" else _DTYPES[dtype],
-            loss=self._loss,
+            loss_dtype=_DTYPES[dtype],
+            loss=self._mean,
             measure=self.measure,
         )
 
-    def _loss(self, logits_bsv: Tensor, targets_bs: Tensor) -> Tensor:
-        return loss_sum(logits_bsv, targets_bs, self.axis) / self.n_targets
+    def _mean(self, loss_sum: Tensor, _: Tensor) -> Tensor:
+        """The last stage's output, with the targets that the schedule hands over once more."""
+        return loss_sum / self.n_targets
 
     def forward_backward(self, tokens_bs: Tensor, targets_bs: Tensor, n_targets: int) -> Tensor:
         """Run every micro-batch of this data-parallel rank; gradients accumulate.
@@ -112,9 +112,9 @@ class Engine:
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
             inputs = (tokens_bs,) if first else ()
+            known: dict[str, Any] = {"targets_bs": targets_bs} if last else {}
             target, seen = (targets_bs, losses) if last else (None, None)
-            # Outputs not returned are not kept: the logits of all micro-batches would be.
-            self.schedule.step(*inputs, target=target, losses=seen, return_outputs=False)
+            self.schedule.step(*inputs, target=target, losses=seen, return_outputs=False, **known)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
     def _accumulate(self, tokens_bs: Tensor, targets_bs: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Engine:
                 stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
             with self.measure("compute"):
                 with self._autocast():
-                    loss = self._loss(stage(tokens), targets)
+                    loss = stage(tokens, targets_bs=targets) / self.n_targets
                 loss.backward()
             total += loss.detach()
         return total
@@ -156,7 +156,7 @@ class Engine:
                     sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """The optimizer's step over what this rank updates; afterwards every rank has the parameters it computes with."""
+        """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
         optimizer.step()
         self.gather_updated()
 
@@ -221,12 +221,13 @@ class Engine:
                 for tokens, targets in zip(
                     tokens_bs.split(self.layout.micro_batch), targets_bs.split(self.layout.micro_batch), strict=True
                 ):
-                    total += self._loss(self.stages[0](tokens), targets)
+                    total += self.stages[0](tokens, targets_bs=targets)
             else:
                 losses: list[Tensor] = []
                 inputs = (tokens_bs,) if 0 in self.stages else ()
-                target = targets_bs if last_stage else None
-                self.schedule.eval(*inputs, target=target, losses=losses if last_stage else None)
+                known: dict[str, Any] = {"targets_bs": targets_bs} if last_stage else {}
+                target, seen = (targets_bs, losses) if last_stage else (None, None)
+                self.schedule.eval(*inputs, target=target, losses=seen, return_outputs=False, **known)
                 total += sum(losses)
         for stage in self.stages.values():
             free_gathered(stage)

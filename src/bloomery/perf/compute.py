@@ -109,8 +109,8 @@ def _projections(case: Case) -> tuple[Any, Any]:
         return _summed([*pairs, _linear(case, case.tokens, h, mla.q_lora_rank)] if mla.q_lora_rank else pairs)
     if not case.stack.serial_launch:
         return _summed([_linear(case, case.tokens, h, (model.query_width + 2 * model.kv_width) / tp), out])
-    query, key = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
-    return _summed([query, key, key, out])
+    q, k = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
+    return _summed([q, k, k, out])
 
 
 def _feed_forward(case: Case) -> tuple[Any, Any]:
@@ -258,6 +258,9 @@ def _head(case: Case) -> Work:
         case.accelerator, case.wide_dtype, case.tokens, model.hidden, model.vocab / tp, element_bytes=width
     )
     forward, backward = product
+    if stack.eager:
+        # The engine makes the gradients of the loss with the loss, chunk by chunk.
+        forward, backward = forward + backward, 0.0 * backward
     stream = case.stream_tokens * model.hidden * case.precision.stream
     logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
     norm = stack.norm(model)

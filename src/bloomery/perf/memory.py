@@ -13,6 +13,7 @@ import numpy as np
 
 from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, Case, Ranks
 from bloomery.perf.table import blocks
+from bloomery.spec.loss import loss_rows
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
@@ -230,5 +231,17 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
 
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
+    if case.stack.eager:
+        return ranks.last * _logits_of_a_chunk(case)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
+
+
+def _logits_of_a_chunk(case: Case) -> Any:
+    """What our engine's loss works on: logits of some rows (all of them where the vocabulary is cut) in float32 at
+    least, a narrow copy for the products, and the head's gradient before it is scaled."""
+    rows = np.where(case.lay.tp > 1, case.tokens, np.minimum(case.tokens, loss_rows("cpu")))
+    compute = case.precision.compute
+    each = max(4, compute) + (compute if compute < 4 else 0)
+    vocab = case.model.vocab / case.lay.tp
+    return vocab * (rows * each + case.model.hidden * case.precision.gradient)
