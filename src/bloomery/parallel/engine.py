@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,34 @@ from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.update_shards import UpdateShards, rows_of
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
+from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter
 from bloomery.spec.shard_table import Shard, tensor_shard
 
 
+class Votes(NamedTuple):
+    """What a rank has to say in a step, and after the message the number of ranks that say so.
+
+    `stop`: asked to stop. `saved`: the checkpoint being written is written here. `save_failed`: it cannot be.
+    """
+
+    stop: int = 0
+    saved: int = 0
+    save_failed: int = 0
+
+
+NO_VOTES = Votes()
+
+
 @dataclass(frozen=True)
 class StepStatistics:
-    """What every rank agrees on after a step's backward, in one message."""
+    """What every rank agrees on after a step's backward, in one message. `groups`: norms by `spec.modules.GROUPS`."""
 
     loss: float
     grad_norm: float
     nonfinite: int
-    stop: int
+    votes: Votes
+    groups: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -165,24 +181,32 @@ class Engine:
         if self.update_shards is not None:
             self.update_shards.gather()
 
-    def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
-        """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
+    def statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> StepStatistics:
+        """Loss, global gradient norm and `votes`, in one all-reduce over the world; `nonfinite` counts ranks with a
+        non-finite loss or gradient."""
+        loss, bad, *rest = self.summed_statistics(loss_part, votes).tolist()
+        counts, squares = rest[: len(Votes._fields)], rest[len(Votes._fields) :]
+        groups = tuple(square**0.5 for square in squares)
+        return StepStatistics(loss, sum(squares) ** 0.5, int(bad), Votes(*map(int, counts)), groups)
 
-        `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
-        """
-        loss_value, square_sum, bad, stops = self.summed_statistics(loss_part, stop).tolist()
-        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
-
-    def summed_statistics(self, loss_part: Tensor, stop: bool = False) -> Tensor:
-        """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, shape (4,), not yet read."""
+    def square_norms(self) -> tuple[list[str], Tensor]:
+        """Names of what this rank updates and its squared gradient norms, divided by how many ranks hold the same."""
         named = {name: _plain(p.grad) for name, p in self.updated().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
-        squares = (norms.square() / replicas).sum()
+        return list(named), norms.square() / replicas
+
+    def summed_statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> Tensor:
+        """(loss, non-finite ranks, votes, squared gradient norms by group) over the world, float64, not yet read."""
+        names, each = self.square_norms()
+        index = torch.tensor([GROUPS.index(group_of(name)) for name in names], device=each.device)
+        groups = torch.zeros(len(GROUPS), dtype=torch.float64, device=each.device).index_add_(0, index, each)
+        squares = groups.sum()
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
-        vector = torch.stack((loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))))
+        said = torch.tensor(votes, dtype=torch.float64, device=squares.device)
+        vector = torch.cat((torch.stack((loss.to(squares.device), nonfinite)), said, groups))
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)

@@ -10,6 +10,7 @@ from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import GuardSettings, Supervision
 
 
 def _folder_name(name: str) -> str:
@@ -78,6 +79,9 @@ class Train(Noun):
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
+    guard: GuardSettings = GuardSettings()
+    supervision: Supervision = Supervision()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
     metrics: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "prometheus"], ...] = Field(

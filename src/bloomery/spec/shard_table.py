@@ -20,6 +20,7 @@ import numpy as np
 
 from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
+from bloomery.spec.modules import GROUPS
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
 
 LOSS_BYTES = 4
@@ -199,10 +200,14 @@ def pipeline_collectives(
     return rows.rows
 
 
+N_STATISTICS = 5 + len(GROUPS)
+"""Numbers that all ranks add up in a step: loss, four counts of ranks, squared gradient norms by group of modules."""
+
+
 def world_collectives(lay: LayoutBatch) -> list[Collective]:
     """The step's statistics."""
     rows = _Rows()
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 8 * N_STATISTICS)
     return rows.rows
 
 
