@@ -176,14 +176,6 @@ class Engine:
         if factor < 1:
             torch._foreach_mul_([_plain(p.grad) for p in self.parameters().values() if p.grad is not None], factor)
 
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices and embeddings decay; norms and biases do not."""
-        named = self.parameters()
-        decays = [p for name, p in named.items() if self.table[name].kind in ("matrix", "embedding")]
-        rest = [p for name, p in named.items() if self.table[name].kind in ("norm", "bias")]
-        groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
-
     @torch.no_grad()
     def evaluate(self, tokens_bs: Tensor, targets_bs: Tensor) -> tuple[float, int]:
         """Summed loss and count of targets over the world. The local batch must be that of training.

@@ -35,12 +35,19 @@ class Data(Noun):
 
 
 class Optimizer(Noun):
-    """AdamW and its learning-rate schedule. `warmup` and `decay` are shares of the steps."""
+    """The optimizer and its learning-rate schedule. `warmup` and `decay` are shares of the steps.
 
-    name: Literal["adamw"] = "adamw"
+    `muon` moves the layers' matrices by Muon and the rest by AdamW; `lr` is one scale for both. The factors multiply
+    it for what AdamW moves.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     min_lr: float = Field(default=1e-4, ge=0)
+    embedding_lr_factor: float = Field(default=1.0, gt=0)
+    head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)

@@ -1,6 +1,6 @@
 """Checkpoints by the commit protocol: shards, fsync, hashes, commit file, rename, fsync of the directory.
 
-A checkpoint holds every parameter and both AdamW moments as rectangles, and loads under any layout. It exists when its
+A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when its
 folder has its final name; whatever a crash leaves behind has another one and is never read.
 """
 
@@ -30,11 +30,10 @@ from bloomery.spec.commit import (
     sha256_of,
     write_commit,
 )
+from bloomery.train.optimizers import Optimizers
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-def save(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
+def save(folder: Path, engine: Engine, optimizers: Optimizers, state: dict[str, Any], keep: int) -> Path:
     """Write checkpoint `state["step"]` below `folder`, all ranks together; keep the newest `keep`.
 
     `state`: step, cursor, run_hash, data_hash, guard. Returns the folder.
@@ -46,7 +45,7 @@ def save(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     _barrier(engine)
-    tensors, index = _collect(engine, optimizer, f"rank_{rank:05d}.safetensors")
+    tensors, index = _collect(engine, optimizers, f"rank_{rank:05d}.safetensors")
     if tensors:
         file = partial / f"rank_{rank:05d}.safetensors"
         save_file(tensors, file)
@@ -63,17 +62,17 @@ def save(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: 
 
 
 def _collect(
-    engine: Engine, optimizer: torch.optim.Optimizer, file: str
+    engine: Engine, optimizers: Optimizers, file: str
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What this rank writes: tensors by key, and each one's rectangle."""
     tensors, index = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for item in engine.shards():
         if not item.owner or 0 in item.shard.shape:
             continue
-        moments = optimizer.state.get(item.parameter, {})
+        moments = optimizers.moments(item.parameter)
         named = {
             item.shard.name: item.local(),
-            **{f"{m}.{item.shard.name}": item.local(moments[m]) for m in MOMENTS if m in moments},
+            **{f"{moment}.{item.shard.name}": item.local(value) for moment, value in moments.items()},
         }
         for key, value in named.items():
             tensors[key] = value.detach().cpu().contiguous()
@@ -101,20 +100,20 @@ def _commit(partial: Path, target: Path, engine: Engine, state: dict[str, Any]) 
     _sync(target.parent)
 
 
-def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> Commit:
+def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     """Fill this rank's parameters (and moments) from a verified checkpoint of any layout."""
     commit = read_commit(folder, verify=False)
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
             shard = item.shard
             item.local().copy_(reader.read(shard.name, shard.shape, shard.offsets))
-            if optimizer is None or f"exp_avg.{shard.name}" not in commit.tensors:
+            if optimizers is None:
                 continue
-            state = optimizer.state[item.parameter]
-            state["step"] = torch.tensor(float(commit.step))
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(item.parameter)
-                item.local(state[moment]).copy_(reader.read(f"{moment}.{shard.name}", shard.shape, shard.offsets))
+            names = optimizers.moment_names(item.parameter)
+            # An imported model has none: it starts its optimizer anew.
+            if all(f"{name}.{shard.name}" in commit.tensors for name in names):
+                for name, moment in optimizers.start_moments(item.parameter, commit.step).items():
+                    item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
     return commit
 
 

@@ -21,6 +21,7 @@ from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches, open_dataset
 from bloomery.train.guard import Guard
+from bloomery.train.optimizers import Optimizers, build_optimizers
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
 
@@ -34,7 +35,7 @@ class Session:
     mesh: Mesh
     clock: Clock
     engine: Engine
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     batches: Batches
     guard: Guard
     recorder: Recorder
@@ -74,10 +75,9 @@ def _step(session: Session, step: int) -> bool:
         rate = learning_rate(job.optimizer, step, job.steps)
         if verdict == "ok":
             engine.clip(job.optimizer.clip, statistics.grad_norm)
-            for group in session.optimizer.param_groups:
-                group["lr"] = rate
-            session.optimizer.step()
-        session.optimizer.zero_grad()
+            session.optimizers.set_rate(rate)
+            session.optimizers.step()
+        session.optimizers.zero_grad()
     if verdict != "ok":
         _incident(session, step, verdict, statistics)
     done = step + 1
@@ -103,17 +103,10 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         seed=job.seed,
         measure=clock.bucket,
     )
-    settings = job.optimizer
-    optimizer = torch.optim.AdamW(
-        engine.optimizer_groups(settings.weight_decay),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizers = build_optimizers(engine, job.optimizer)
     dataset = open_dataset(job.kind, Path(job.data), seq_len=job.seq_len, seed=job.seed)
     session = Session(
-        job, folder, mesh, clock, engine, optimizer, Batches(dataset, mesh, job.global_batch), Guard(), recorder
+        job, folder, mesh, clock, engine, optimizers, Batches(dataset, mesh, job.global_batch), Guard(), recorder
     )
 
     def request_stop(*_: Any) -> None:
@@ -131,7 +124,7 @@ def _resume(session: Session) -> int:
         if job.initial:
             checkpoint.load(Path(job.initial), session.engine, None)
         return 0
-    commit = checkpoint.load(folder / "checkpoints" / f"step_{found:06d}", session.engine, session.optimizer)
+    commit = checkpoint.load(folder / "checkpoints" / f"step_{found:06d}", session.engine, session.optimizers)
     if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
         what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
         raise BloomeryError(f"{folder}: the checkpoint was made with another {what}; use --fresh or another name")
@@ -165,7 +158,7 @@ def _save(session: Session, step: int) -> None:
         "guard": session.guard.state(),
     }
     with session.clock.bucket("checkpoint"):
-        checkpoint.save(session.folder / "checkpoints", session.engine, session.optimizer, state, job.keep_checkpoints)
+        checkpoint.save(session.folder / "checkpoints", session.engine, session.optimizers, state, job.keep_checkpoints)
 
 
 def _incident(session: Session, step: int, verdict: str, statistics: StepStatistics) -> None:
