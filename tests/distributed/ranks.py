@@ -131,8 +131,8 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
     wide = 8 if case.dtype == "float64" else 4
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide, block_bytes=2 if case.dtype == "bfloat16" else wide,
-        optimizer=case.optimizer,
+        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide,
+        block_bytes=2 if case.dtype == "bfloat16" else wide, optimizer=case.optimizer,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:

@@ -2,13 +2,13 @@
 
 A unit is what one layer holds. FSDP cuts rows over dp after tensor parallelism has cut rows or columns, so the dp axis
 is gathered first: one message an axis and unit, whatever the number of matrices. `spec.shard_table` plans the same.
+The ledger books these messages with the optimizer step they belong to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,11 +33,11 @@ def gather_whole(engine: Engine, unit: Sequence[LocalShard], local: Sequence[Ten
     if layout.dp > 1 and layout.zero_stage >= 2:
         rows = [_tensor_rows(engine, item) for item in unit]
         padded = [_padded(part, -(-n // layout.dp)) for part, n in zip(parts, rows, strict=True)]
-        gathered = _gather(padded, layout.dp, mesh.group("dp"), engine.measure, "dp_comm")
+        gathered = _gather(padded, layout.dp, mesh.group("dp"))
         parts = [torch.cat(pieces)[:n] for pieces, n in zip(gathered, rows, strict=True)]
     cut = [i for i, item in enumerate(unit) if engine.table[item.shard.name].tp_dim is not None]
     if layout.tp > 1 and cut:
-        gathered = _gather([parts[i] for i in cut], layout.tp, mesh.group("tp"), engine.measure, "tp_comm")
+        gathered = _gather([parts[i] for i in cut], layout.tp, mesh.group("tp"))
         for i, pieces in zip(cut, gathered, strict=True):
             parts[i] = torch.cat(pieces, dim=engine.table[unit[i].shard.name].tp_dim or 0)
     return parts
@@ -53,13 +53,10 @@ def _padded(part: Tensor, rows: int) -> Tensor:
     return part if part.shape[0] == rows else torch.cat((part, part.new_zeros(rows - part.shape[0], part.shape[1])))
 
 
-def _gather(
-    parts: Sequence[Tensor], size: int, group: dist.ProcessGroup, measure: Callable[[str], Any], bucket: str
-) -> list[list[Tensor]]:
+def _gather(parts: Sequence[Tensor], size: int, group: dist.ProcessGroup) -> list[list[Tensor]]:
     """Each of `parts` from all `size` ranks of the group, in one message."""
     flat = torch.cat([part.flatten() for part in parts])
     whole = flat.new_empty(size * flat.numel())
-    with measure(bucket):
-        dist.all_gather_into_tensor(whole, flat, group=group)
+    dist.all_gather_into_tensor(whole, flat, group=group)
     by_rank = [chunk.split([part.numel() for part in parts]) for chunk in whole.chunk(size)]
     return [[found[i].view_as(part) for found in by_rank] for i, part in enumerate(parts)]

@@ -1,7 +1,7 @@
 """Checkpoints by the commit protocol: shards, fsync, hashes, commit file, rename, fsync of the directory.
 
-A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when its
-folder has its final name; whatever a crash leaves behind has another one and is never read.
+A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when
+its folder has its final name; whatever a crash leaves behind has another one and is never read.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def save(folder: Path, engine: Engine, optimizers: Optimizers, state: dict[str, 
     return target
 
 
-def _collect(
-    engine: Engine, optimizers: Optimizers, file: str
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def _collect(engine: Engine, optimizers: Optimizers, file: str) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What this rank writes: tensors by key, and each one's rectangle."""
     tensors, index = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for item in engine.shards():

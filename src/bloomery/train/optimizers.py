@@ -3,7 +3,7 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves a matrix along the nearest semi-orthogonal one to its
 momentum, so every direction is learned at one rate. The update is scaled to the root mean square of AdamW's, 0.2
 (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate serves both.
-The orthogonalisation is five Newton-Schulz steps with the coefficients of Polar Express (Amsel et al. 2025, 2505.16932).
+The orthogonalisation takes five Newton-Schulz steps with coefficients of Polar Express (Amsel et al. 2025, 2505.16932).
 A matrix is orthogonalised whole whatever the layout: `parallel.whole_matrices` gathers it.
 """
 
@@ -162,8 +162,7 @@ def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
         decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
         by_setting[decay, lr_factor(settings, entry)].append(parameter)
     return [
-        {"params": found, "weight_decay": decay, "lr_factor": factor}
-        for (decay, factor), found in by_setting.items()
+        {"params": found, "weight_decay": decay, "lr_factor": factor} for (decay, factor), found in by_setting.items()
     ]
 
 
