@@ -44,6 +44,7 @@ class Model(Noun):
     qkv_bias: bool = False
     tie_embeddings: bool = False
     mask: Literal["causal", "prefix"] = "causal"
+    init: Literal["gpt2", "zero_output"] = Field(default="gpt2", description="how projections into the stream start")
     moe: MixtureOfExperts | None = None
     source: str = ""
 
