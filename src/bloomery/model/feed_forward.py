@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.spec.model import Model
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+    "swiglu": F.silu,
+}
+"""What each `Model.activation` does to the up projection, or to the gate where there is one."""
+
+
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x), or down(gelu(up x))."""
+    """down(activation(gate x) * up x) of gated models, else down(activation(up x))."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -17,9 +34,9 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
-        self.gated = model.gated
+        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        y_bsf = F.silu(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else F.gelu(self.up(x_bsd))
+        y_bsf = self.activation(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else self.activation(self.up(x_bsd))
         return self.down(y_bsf)

@@ -1,8 +1,8 @@
 """Initial weights as a pure function of (seed, parameter name): the same bits under every layout.
 
 Matrices and embeddings are normal with standard deviation 0.02, the projections that write into the residual stream
-0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3) or, under `zero_output`, zero: every layer starts as the
-identity (Goyal et al. 2017, 1706.02677, section 5.1; Zhang et al. 2019, 1901.09321). Norms start at one, biases at zero.
+0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3) or, under `zero_output`, zero, so that every layer starts
+as the identity (Zhang et al. 2019, arXiv 1901.09321). Norms start at one, biases at zero.
 """
 
 from __future__ import annotations

@@ -128,17 +128,18 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated data parallelism, replicated tensors under SP."""
+        """Sum what the backward pass left partial: replicated data parallelism, tensors that tp ranks hold alike."""
         if self.layout.dp > 1 and self.layout.zero_stage < 2:
             for stage in self.stages.values():
                 for unit in units(stage):
                     gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
                     sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
-        if self.axis is not None and self.layout.sequence_parallel:
+        if self.axis is not None:
+            every, table = self.layout.sequence_parallel, self.table
             replicated = [
                 _plain(parameter.grad)
                 for name, parameter in self.parameters().items()
-                if self.table[name].tp_dim is None and parameter.grad is not None
+                if table[name].tp_dim is None and (every or table[name].tp_partial) and parameter.grad is not None
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")

@@ -199,8 +199,16 @@ class Case:
         if name == "mesh":
             part, index = self.over(*MESH)
             return Codes(index, len(part.lay))
+        if name == "norms_sharded" and not self._partial:
+            # Without sequence parallelism nothing is summed, however it is cut.
+            return self.once(name, lambda: Codes.of(self.lay.norms_sharded & (self.lay.sequence_parallel == 1)))
         of = self if name == "micro_batches" else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
+
+    @cached_property
+    def _partial(self) -> bool:
+        """Whether some replicated parameters see one tensor-parallel rank's heads only."""
+        return any(p.tp_partial for p in layer_parameters(self.model, self.model.layers - 1))
 
     def take(self, index: np.ndarray) -> Case:
         """The layouts at `index`."""

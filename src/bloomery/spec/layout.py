@@ -169,8 +169,8 @@ class LayoutBatch:
 
     @cached_property
     def norms_sharded(self) -> np.ndarray:
-        """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over sequence-parallel ranks, (n,)."""
-        return (self.sequence_parallel == 1) & (self.zero_stage >= 2)
+        """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over tensor-parallel ranks, (n,)."""
+        return (self.tp > 1) & (self.zero_stage >= 2)
 
     def only(self, columns: Iterable[str], index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` as far as `columns` go: asking for another column is an AttributeError, so that what

@@ -272,8 +272,9 @@ def data_collectives(
 
 
 def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
-    """Under sequence parallelism each rank has seen its own tokens, so gradients of uncut parameters are summed once a
-    step over the tensor-parallel ranks."""
+    """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
+    parallelism, where each rank has seen its own tokens; else of those inside attention, where it has seen its heads.
+    """
     rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.norms_sharded, lay.dp, 1)
@@ -281,7 +282,9 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
     for part, there in _ends(model, shape):
         norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
-    summed = (lay.sequence_parallel == 1) & (norms > 0)
+    partial = _padded([p for p in uncut if p.tp_partial], lay.tp, cut) // cut * shape.layers
+    norms = np.where(lay.sequence_parallel == 1, norms, partial)
+    summed = (lay.tp > 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
     return rows.rows
 
