@@ -212,9 +212,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    print(
-        f"{'reference':10} {'lr':>7} {'seed':>4} {'bits/byte':>10} {'its s':>8} {'our s':>8} {'our steps':>9} {'ratio':>6}"
-    )
+    print("reference       lr seed  bits/byte    its s    our s our steps  ratio")
     for row in result["rows"]:
         print(
             f"{row['reference']:10} {row['lr']:7.0e} {row['seed']:4} {row['target']:10.4f} {row['reference_s']:8.1f} "
