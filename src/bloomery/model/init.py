@@ -1,8 +1,9 @@
 """Initial weights as a pure function of (seed, parameter name): the same bits under every layout.
 
 Matrices and embeddings are normal with standard deviation 0.02, the projections that write into the residual stream
-0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3) or, under `zero_output`, zero, so that every layer starts
-as the identity (Zhang et al. 2019, arXiv 1901.09321). Norms start at one, biases at zero.
+0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3). Under `zero_output` those and an untied head are zero:
+every layer starts as the identity (Zhang et al. 2019, arXiv 1901.09321) and every token as likely as any other (Yang et
+al. 2022, 2203.03466, appendix D.2). Norms start at one, biases at zero.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dt
     if parameter.kind == "norm":
         return torch.ones(parameter.shape, dtype=dtype)
     writes_residual = parameter.name.endswith((".o.weight", ".down.weight"))
-    if writes_residual and model.init == "zero_output":
+    if model.init == "zero_output" and (writes_residual or parameter.name == "head.weight"):
         return torch.zeros(parameter.shape, dtype=dtype)
     # PyTorch's CPU generator reads 32 bits of the seed: run and name are hashed into them together.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{parameter.name}".encode()))

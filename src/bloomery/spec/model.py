@@ -51,7 +51,9 @@ class Model(Noun):
     qkv_bias: bool = False
     tie_embeddings: bool = False
     mask: Literal["causal", "prefix"] = "causal"
-    init: Literal["gpt2", "zero_output"] = Field(default="gpt2", description="how projections into the stream start")
+    init: Literal["gpt2", "zero_output"] = Field(
+        default="gpt2", description="zero_output: projections into the stream and an untied head start at zero"
+    )
     qk_norm: bool = False
     sliding_window: int | None = Field(default=None, ge=1)
     mla: LatentAttention | None = None

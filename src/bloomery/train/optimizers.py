@@ -63,7 +63,9 @@ class Muon(torch.optim.Optimizer):
         self.engine, self.momentum = engine, settings.momentum
         self.units = list(matrix_units(engine))
         matrices = [item.parameter for unit in self.units for item in unit]
-        super().__init__(matrices, {"lr": settings.lr, "weight_decay": settings.weight_decay})
+        factor = lr_factor(settings, engine.table[self.units[0][0].shard.name], engine.model.hidden)
+        group = {"params": matrices, "lr_factor": factor}
+        super().__init__([group], {"lr": settings.lr, "weight_decay": settings.weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -149,7 +151,9 @@ def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
     groups = _adamw_groups(engine, settings)
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
-    return Optimizers(parts)
+    optimizers = Optimizers(parts)
+    optimizers.set_rate(settings.lr)
+    return optimizers
 
 
 def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
@@ -160,14 +164,24 @@ def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
         if settings.name == "muon" and is_hidden_matrix(entry):
             continue
         decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
-        by_setting[decay, lr_factor(settings, entry)].append(parameter)
+        by_setting[decay, lr_factor(settings, entry, engine.model.hidden)].append(parameter)
     return [
         {"params": found, "weight_decay": decay, "lr_factor": factor} for (decay, factor), found in by_setting.items()
     ]
 
 
-def lr_factor(settings: Optimizer, parameter: Parameter) -> float:
-    """The learning rate of a parameter under AdamW, as a multiple of the schedule's."""
+def lr_factor(settings: Optimizer, parameter: Parameter, hidden: int) -> float:
+    """The learning rate of a parameter as a multiple of the schedule's.
+
+    `mup` keeps what one step does to activations the same at every width (Yang et al. 2022, arXiv 2203.03466, table 3):
+    under AdamW, matrices that read a hidden state take 1 / width. Muon's update of root mean square 0.2 has a spectral
+    norm that grows as the root of the width, and that norm is what must stay (Yang et al. 2023, 2310.17813).
+    """
+    shrink = settings.base_hidden / hidden if settings.scaling == "mup" else 1.0
     if parameter.kind == "embedding":
         return settings.embedding_lr_factor
-    return settings.head_lr_factor if parameter.name == "head.weight" else 1.0
+    if parameter.name == "head.weight":
+        return settings.head_lr_factor * shrink
+    if settings.name == "muon" and is_hidden_matrix(parameter):
+        return shrink**0.5
+    return shrink if parameter.kind == "matrix" else 1.0

@@ -22,10 +22,10 @@ MUON = Optimizer(name="muon", lr=0.02, embedding_lr_factor=3.0, head_lr_factor=0
 STATE = {"cursor": 0, "run_hash": "a", "data_hash": "b", "guard": {}}
 
 
-def engine() -> Engine:
-    """The tiny model on one process."""
+def engine(model: Model = MODEL) -> Engine:
+    """A tiny model on one process."""
     return build(
-        MODEL, Layout(micro_batch=4), Mesh(Layout(micro_batch=4), torch.device("cpu"), 0, None), seq_len=8,
+        model, Layout(micro_batch=4), Mesh(Layout(micro_batch=4), torch.device("cpu"), 0, None), seq_len=8,
         global_batch=4, dtype="float32", seed=0, measure=lambda _: contextlib.nullcontext(),
     )  # fmt: skip
 
@@ -119,3 +119,31 @@ def test_a_checkpoint_holds_one_moment_of_a_matrix_and_two_of_the_rest(tmp_path:
         "momentum_buffer.layers.0.attention.q.weight",
     }
     assert {"exp_avg.head.weight", "exp_avg_sq.head.weight", "exp_avg.layers.0.ffn_norm.weight"} <= held
+
+
+def moved_logits(name: str, scaling: str, hidden: int) -> float:
+    """Root mean square by which three steps move the logits of a model of this width."""
+    model = Model(
+        layers=1, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="zero_output"
+    )  # fmt: skip
+    part = engine(model)
+    text = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = part.stages[0](text[:, :-1])
+    settings = Optimizer(name=name, lr=1e-3, scaling=scaling, base_hidden=32, weight_decay=0.0)  # type: ignore[arg-type]
+    optimizers = build_optimizers(part, settings)
+    for _ in range(3):
+        part.forward_backward(text[:, :-1], text[:, 1:], 32)
+        optimizers.step()
+        optimizers.zero_grad()
+    with torch.no_grad():
+        return float((part.stages[0](text[:, :-1]) - before).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_under_mup_a_step_moves_the_logits_as_far_at_every_width(name: str) -> None:
+    """The coordinate check of 2203.03466, appendix D.1: 8 times as wide, the same learning rate."""
+    plain = moved_logits(name, "none", 256) / moved_logits(name, "none", 32)
+    scaled = moved_logits(name, "mup", 256) / moved_logits(name, "mup", 32)
+    assert plain > 4
+    assert 0.5 < scaled < 2
