@@ -38,7 +38,7 @@ RUN: dict[str, Any] = {
         "norm": "rmsnorm",
         "position": "rope",
         "qk_norm": True,
-        "init": "zero_output",
+        "init": "unit_stream",
     },
     "cluster": "this-machine",
     "layout": {"micro_batch": BATCH},
@@ -56,6 +56,7 @@ RUN: dict[str, Any] = {
             "schedule": "wsd",
             "warmup": 0.02,
             "decay": 0.5,
+            "embedding_lr_factor": 10.0,
             "head_lr_factor": 0.5,
         },
     },
@@ -64,13 +65,15 @@ RUN: dict[str, Any] = {
 """Our recipe: `docs/recipe.md` says why each choice is in it."""
 
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
-    "AdamW instead of Muon": {"optimizer": {"name": "adamw", "lr": 4e-3, "head_lr_factor": 1.0}},
+    "AdamW instead of Muon": {
+        "optimizer": {"name": "adamw", "lr": 4e-3, "embedding_lr_factor": 50.0, "head_lr_factor": 1.0}
+    },
     "cosine to a tenth instead of WSD to zero": {"optimizer": {"schedule": "cosine", "min_lr": 2e-3}},
     "GELU instead of squared ReLU": {"model": {"activation": "gelu"}},
     "no norm of queries and keys": {"model": {"qk_norm": False}},
-    "GPT-2's start instead of zero outputs": {"model": {"init": "gpt2"}},
+    "GPT-2's start": {"model": {"init": "gpt2"}, "optimizer": {"embedding_lr_factor": 1.0}},
     "learned positions instead of rotary": {"model": {"position": "learned"}},
-    "tied embeddings": {"model": {"tie_embeddings": True}},
+    "embedding at the matrices' learning rate": {"optimizer": {"embedding_lr_factor": 1.0}},
     "head at the matrices' learning rate": {"optimizer": {"head_lr_factor": 1.0}},
 }
 
@@ -92,7 +95,7 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         text = sorted(str(path.resolve()) for path in corpus.glob("*.jsonl.gz")) or [str(corpus.resolve())]
         self.settings = {
-            "folder": str(self.data), "vocab": SHAPE["vocab"], "max_bytes": 64_000_000, "min_characters": 40,
+            "folder": str(self.data), "vocab": SHAPE["vocab"], "max_bytes": 16_000_000, "min_characters": 40,
             "holdout": 0.02, "text": text,
         }  # fmt: skip
         self._bloomery("data", "build", self._write("data", RUN, 1, 0))

@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_one_moment_of_a_matrix_and_two_of_the_rest(tmp_path:
 def moved_logits(name: str, scaling: str, hidden: int) -> float:
     """Root mean square by which three steps move the logits of a model of this width."""
     model = Model(
-        layers=1, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="zero_output"
+        layers=1, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="unit_stream"
     )  # fmt: skip
     part = engine(model)
     text = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(1))
