@@ -129,7 +129,7 @@ class Run(Noun):
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
         optimizer = self.train.optimizer
-        if optimizer.scaling == "mup" and (self.model.init != "unit_stream":
+        if optimizer.scaling == "mup" and self.model.init != "unit_stream":
             # A head that starts at one size moves the logits the more the wider it is.
             raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
         if optimizer.name == "muon" and self.model.moe:
