@@ -97,7 +97,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
                 engine.clip(1.0, statistics.grad_norm)
-                optimizer.step()
+                engine.update(optimizer)
                 optimizer.zero_grad()
             executed += seen
             losses.append(statistics.loss)
@@ -143,7 +143,8 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
+    whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (axis, op, size), count in counted.items():
         merged[("world" if axis in whole else axis, op, size)] += count

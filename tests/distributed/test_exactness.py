@@ -42,7 +42,8 @@ def table() -> list[Case]:
     cases += [
         Case("llama", layout, optimizer="muon")
         for layout in (
-            "tp=2,micro_batch=4", "dp=2,micro_batch=4", "dp=2,zero=2,micro_batch=4", "dp=2,zero=3,micro_batch=4",
+            "tp=2,micro_batch=4", "dp=2,micro_batch=4", "dp=2,zero=1,micro_batch=4", "dp=2,zero=2,micro_batch=4",
+            "dp=2,zero=3,micro_batch=4", "dp=4,zero=2,replicas=2,micro_batch=2",
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
         )
     ]  # fmt: skip

@@ -184,7 +184,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
         between = now(device)
         norm = engine.statistics(loss).grad_norm
         engine.clip(norm / 2, norm)
-        optimizer.step()
+        engine.update(optimizer)
         optimizer.zero_grad()
         found["compute"].append(between - started)
         found["optimizer"].append(now(device) - between)

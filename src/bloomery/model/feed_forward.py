@@ -20,13 +20,20 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": squared_relu,
-    "swiglu": F.silu,
 }
-"""What each `Model.activation` does to the up projection, or to the gate where there is one."""
+"""What each ungated `Model.activation` does to the up projection."""
+
+
+def swiglu(gate_bsf: Tensor, up_bsf: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate_bsf) * up_bsf
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate x) * up x) of gated models, else down(activation(up x))."""
+    """down(silu(gate x) * up x) of gated models, else down(activation(up x)).
+
+    `activate` may be replaced from outside by what keeps less.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -34,9 +41,10 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
-        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
+        self.gated = model.gated
+        self.activate: Callable[..., Tensor] = swiglu if model.gated else ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        y_bsf = self.activation(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else self.activation(self.up(x_bsd))
-        return self.down(y_bsf)
+        inputs = (self.gate(x_bsd), self.up(x_bsd)) if self.gated else (self.up(x_bsd),)
+        return self.down(self.activate(*inputs))

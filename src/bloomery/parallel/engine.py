@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.tensor import loss_sum
+from bloomery.parallel.update_shards import UpdateShards, rows_of
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter
@@ -39,7 +40,8 @@ class StepStatistics:
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One parameter's rectangle on this rank. `owner`: this rank, of all with the same rectangle, writes it."""
+    """One parameter's rectangle on this rank. `parameter`: what the optimizer knows of it (under ZeRO 1 this rank's
+    rows). `owner`: this rank, of all with the same rectangle, writes it."""
 
     shard: Shard
     parameter: nn.Parameter
@@ -49,6 +51,13 @@ class LocalShard:
         """The plain local tensor of the parameter, or of an optimizer moment laid out like it."""
         tensor = self.parameter if tensor is None else tensor
         return _plain(tensor).detach()
+
+
+class Steps(Protocol):
+    """An optimizer, or several that step as one."""
+
+    def step(self) -> Any:
+        """Move the parameters."""
 
 
 class Engine:
@@ -62,10 +71,17 @@ class Engine:
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
+        self.update_shards: UpdateShards | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
         return {name: parameter for stage in self.stages.values() for name, parameter in stage.named_parameters()}
+
+    def updated(self) -> dict[str, nn.Parameter]:
+        """What this rank's optimizer updates, by global name: its parameters, under ZeRO 1 its rows of them."""
+        if self.update_shards is None:
+            return self.parameters()
+        return {name: self.update_shards.own(parameter) for name, parameter in self.parameters().items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -128,12 +144,7 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated data parallelism, tensors that tp ranks hold alike."""
-        if self.layout.dp > 1 and self.layout.zero_stage < 2:
-            for stage in self.stages.values():
-                for unit in units(stage):
-                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+        """Sum what backward left partial: tensors that tp ranks hold alike, then whole data-parallel gradients."""
         if self.axis is not None:
             every, table = self.layout.sequence_parallel, self.table
             replicated = [
@@ -143,6 +154,23 @@ class Engine:
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+        if self.update_shards is not None:
+            self.update_shards.reduce()
+        elif self.layout.dp > 1 and self.layout.zero_stage == 0:
+            for stage in self.stages.values():
+                for unit in units(stage):
+                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+
+    def update(self, optimizer: Steps) -> None:
+        """The optimizer's step over what this rank updates; afterwards every rank has the parameters it computes with."""
+        optimizer.step()
+        self.gather_updated()
+
+    def gather_updated(self) -> None:
+        """Bring together what each rank updated (or loaded) alone: under ZeRO 1 the rows of whole parameters."""
+        if self.update_shards is not None:
+            self.update_shards.gather()
 
     def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
         """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
@@ -154,7 +182,7 @@ class Engine:
 
     def summed_statistics(self, loss_part: Tensor, stop: bool = False) -> Tensor:
         """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, shape (4,), not yet read."""
-        named = {name: _plain(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+        named = {name: _plain(p.grad) for name, p in self.updated().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
         squares = (norms.square() / replicas).sum()
@@ -169,13 +197,13 @@ class Engine:
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
-        return tp * (self.layout.dp if self.layout.zero_stage < 2 else 1)
+        return tp * (self.layout.dp if self.layout.zero_stage == 0 else self.layout.dp_replicas)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
         factor = max_norm / (grad_norm + 1e-6)
         if factor < 1:
-            torch._foreach_mul_([_plain(p.grad) for p in self.parameters().values() if p.grad is not None], factor)
+            torch._foreach_mul_([_plain(p.grad) for p in self.updated().values() if p.grad is not None], factor)
 
     @torch.no_grad()
     def evaluate(self, tokens_bs: Tensor, targets_bs: Tensor) -> tuple[float, int]:
@@ -211,13 +239,12 @@ class Engine:
     def shards(self) -> Iterator[LocalShard]:
         """The rectangles of this rank: what a checkpoint writes and reads, for parameters and moments alike."""
         mesh, layout = self.mesh, self.layout
-        for name, parameter in self.parameters().items():
+        for name, parameter in self.updated().items():
             shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
             owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
-            if isinstance(parameter, DTensor):
-                rows = -(-shard.shape[0] // layout.dp)
-                start = min(mesh.dp_rank * rows, shard.shape[0])
-                n = min(rows, shard.shape[0] - start)
+            if layout.zero_stage >= 1:
+                start, n = rows_of(shard.shape[0], layout.shards, mesh.shard_rank)
+                owner = owner and mesh.replica == 0
                 offsets = (shard.offsets[0] + start, *shard.offsets[1:])
                 shard = Shard(name, shard.global_shape, (n, *shard.shape[1:]), offsets)
             else:
@@ -252,6 +279,9 @@ def build(
     stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed, measure=measure)
     engine = Engine(model, mesh, stages, axis)
     engine.table, engine.measure = table, measure
+    if layout.zero_stage == 1:
+        every_unit = [unit for stage in stages.values() for unit in units(stage)]
+        engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)
     return engine

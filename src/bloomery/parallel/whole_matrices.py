@@ -1,6 +1,6 @@
 """Whole matrices out of the ranks' rectangles, for an optimizer that looks at a matrix as one thing (Muon).
 
-A unit is what one layer holds. FSDP cuts rows over dp after tensor parallelism has cut rows or columns, so the dp axis
+A unit is what one layer holds. ZeRO cuts rows over dp after tensor parallelism has cut rows or columns, so the dp axis
 is gathered first: one message an axis and unit, whatever the number of matrices. `spec.shard_table` plans the same.
 The ledger books these messages with the optimizer step they belong to.
 """
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bloomery.parallel.engine import Engine, LocalShard
+from bloomery.parallel.update_shards import rows_of
 from bloomery.spec.parameters import is_hidden_matrix
 
 
@@ -30,10 +31,10 @@ def gather_whole(engine: Engine, unit: Sequence[LocalShard], local: Sequence[Ten
     """The whole (out, in) matrices of a unit, `local` being this rank's rectangles of them, in the unit's order."""
     layout, mesh = engine.layout, engine.mesh
     parts = list(local)
-    if layout.dp > 1 and layout.zero_stage >= 2:
+    if layout.zero_stage >= 1:
         rows = [_tensor_rows(engine, item) for item in unit]
-        padded = [_padded(part, -(-n // layout.dp)) for part, n in zip(parts, rows, strict=True)]
-        gathered = _gather(padded, layout.dp, mesh.group("dp"))
+        padded = [_padded(part, rows_of(n, layout.shards, 0)[1]) for part, n in zip(parts, rows, strict=True)]
+        gathered = _gather(padded, layout.shards, mesh.group("dp"))
         parts = [torch.cat(pieces)[:n] for pieces, n in zip(gathered, rows, strict=True)]
     cut = [i for i, item in enumerate(unit) if engine.table[item.shard.name].tp_dim is not None]
     if layout.tp > 1 and cut:
@@ -44,12 +45,12 @@ def gather_whole(engine: Engine, unit: Sequence[LocalShard], local: Sequence[Ten
 
 
 def _tensor_rows(engine: Engine, item: LocalShard) -> int:
-    """Rows of the rectangle that tensor parallelism leaves, before FSDP cuts it."""
+    """Rows of the rectangle that tensor parallelism leaves, before ZeRO cuts it."""
     return engine.table[item.shard.name].local_shape(engine.layout.tp)[0]
 
 
 def _padded(part: Tensor, rows: int) -> Tensor:
-    """`part` (n, columns) with zero rows up to `rows`: every rank's message has one size, as FSDP's."""
+    """`part` (n, columns) with zero rows up to `rows`: every rank's message has one size."""
     return part if part.shape[0] == rows else torch.cat((part, part.new_zeros(rows - part.shape[0], part.shape[1])))
 
 

@@ -56,7 +56,8 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held)
     work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
-    selective = attention_again + case.stack.selective_share * work.forward
+    share = case.stack.selective_share
+    selective = _outputs_again(case, moe) if share is None else attention_again + share * work.forward
     full = case.lay.recompute == FULL
     again = work.forward - _down(case) if case.stack.eager and not moe else work.forward
     recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
@@ -175,6 +176,16 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     forward = seconds(norm.forward, residual.forward, projections.forward, activation.forward, rotary.forward)
     backward = seconds(norm.backward, residual.backward, projections.backward, activation.backward, rotary.backward)
     return forward, backward
+
+
+def _outputs_again(case: Case, moe: bool) -> Any:
+    """Seconds of norms and activation functions forward: what our engine's selective recomputation repeats."""
+    model, stack, width = case.model, case.stack, case.model.ffn_hidden
+    if moe and model.moe is not None:
+        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+    norms = 2 * stack.norm(model).forward * case.stream_tokens * model.hidden * case.precision.stream
+    inside = stack.activation(model).forward * width * case.tokens * case.precision.compute / case.lay.tp
+    return memory_s(case.accelerator, stack.traffic * (norms + inside))
 
 
 def _cast_bytes(case: Case) -> Any:

@@ -79,7 +79,7 @@ def updated_parameters(case: Case, ranks: Ranks) -> Any:
 
 def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
     """Elements after ZeRO cuts them over data-parallel (and context-parallel) ranks; experts over dp / ep of them."""
-    data = case.lay.dp * case.lay.cp
+    data = case.lay.shards * case.lay.cp
     return np.where(where, dense / data + experts / np.maximum(data / case.lay.ep, 1), dense + experts)
 
 
@@ -122,7 +122,8 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
 
 def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
-    Per operator it drops the share that it repeats; with unfused attention it drops the scores.
+    Our engine drops outputs of norms and activation functions; per operator a stack drops the share that it repeats;
+    with unfused attention it drops the scores.
 
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
@@ -131,7 +132,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
-    outer = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
+    outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
     attention = inside * (2 * model.query_width + 2 * model.kv_width) * precision.compute
     width = model.ffn_hidden
     if model.moe is not None:
@@ -141,7 +142,12 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
         whole = linear + max(4, precision.compute) * model.heads * inside
-        return whole, stack.selective_share * whole
+        if stack.selective_share is not None:
+            return whole, stack.selective_share * whole
+        # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
+        outputs = operators - 2 * case.stream_tokens * model.hidden * precision.stream
+        widths = stack.saved_widths(model) - (2 if model.gated else 1)
+        return whole, stack.kept * (outputs + widths * inside * width * precision.compute)
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores

@@ -99,7 +99,8 @@ def _commit(partial: Path, target: Path, engine: Engine, state: dict[str, Any]) 
 
 
 def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
-    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout."""
+    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
+    all ranks together."""
     commit = read_commit(folder, verify=False)
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
@@ -112,6 +113,7 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
             if all(f"{name}.{shard.name}" in commit.tensors for name in names):
                 for name, moment in optimizers.start_moments(item.parameter, commit.step).items():
                     item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
+    engine.gather_updated()
     return commit
 
 

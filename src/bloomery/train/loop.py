@@ -76,7 +76,7 @@ def _step(session: Session, step: int) -> bool:
         if verdict == "ok":
             engine.clip(job.optimizer.clip, statistics.grad_norm)
             session.optimizers.set_rate(rate)
-            session.optimizers.step()
+            engine.update(session.optimizers)
         session.optimizers.zero_grad()
     if verdict != "ok":
         _incident(session, step, verdict, statistics)

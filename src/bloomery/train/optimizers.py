@@ -159,7 +159,7 @@ def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
 def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
     """What AdamW moves. Matrices and embeddings decay; norms and biases do not."""
     by_setting = defaultdict[tuple[float, float], list[nn.Parameter]](list)
-    for name, parameter in engine.parameters().items():
+    for name, parameter in engine.updated().items():
         entry = engine.table[name]
         if settings.name == "muon" and is_hidden_matrix(entry):
             continue
