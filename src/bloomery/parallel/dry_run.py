@@ -149,7 +149,7 @@ def _steps(
             measure=measure,
         )
         stages.extend(engine.stages.values())
-        optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), fused=True)
+        optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
         answer = []
         for length in lengths:
             most = 0

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -66,6 +66,13 @@ class LocalShard:
         """The plain local tensor of the parameter, or of an optimizer moment laid out like it."""
         tensor = self.parameter if tensor is None else tensor
         return _plain(tensor).detach()
+
+
+class Steps(Protocol):
+    """An optimizer, or several that step as one."""
+
+    def step(self) -> Any:
+        """Move the parameters."""
 
 
 class Engine:
@@ -171,7 +178,7 @@ class Engine:
                     gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
                     sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
 
-    def update(self, optimizer: torch.optim.Optimizer) -> None:
+    def update(self, optimizer: Steps) -> None:
         """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
         optimizer.step()
         self.gather_updated()
@@ -221,14 +228,6 @@ class Engine:
         factor = max_norm / (grad_norm + 1e-6)
         if factor < 1:
             torch._foreach_mul_([_plain(p.grad) for p in self.updated().values() if p.grad is not None], factor)
-
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices and embeddings decay; norms and biases do not."""
-        named = self.updated()
-        decays = [p for name, p in named.items() if self.table[name].kind in ("matrix", "embedding")]
-        rest = [p for name, p in named.items() if self.table[name].kind in ("norm", "bias")]
-        groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
 
     @torch.no_grad()
     def evaluate(self, tokens_bs: Tensor, targets_bs: Tensor) -> tuple[float, int]:

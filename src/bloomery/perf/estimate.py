@@ -124,6 +124,7 @@ def estimate(
     seq_len: int,
     dtype: Dtype = "bfloat16",
     stack: Stack | None = None,
+    optimizer: str = "adamw",
 ) -> Estimates:
     """Predict step time, its components and memory of `layouts` (they must keep `spec.layout.layout_problems`).
 
@@ -131,7 +132,16 @@ def estimate(
     accelerator has no peak for `dtype`.
     """
     return estimate_case(
-        Case.of(model, cluster, layouts, global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=stack)
+        Case.of(
+            model,
+            cluster,
+            layouts,
+            global_batch=global_batch,
+            seq_len=seq_len,
+            dtype=dtype,
+            stack=stack,
+            optimizer=optimizer,
+        )
     )
 
 

@@ -108,10 +108,15 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
         if precision.compute < precision.parameter:
             # Autocast keeps narrow copies of the weights through a step.
             buffers = buffers + precision.compute * (dense + experts)
+    states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
+    if case.optimizer == "muon":
+        # One moment instead of two: that of the second is not kept for the layers' matrices.
+        matrices = ranks.layers * case.hidden_matrices.dense(lay)
+        states = states - precision.norm * _cut(case, matrices, 0.0, lay.zero_stage >= 1)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
         "gradients": precision.gradient * _cut(case, dense, experts, sharded),
-        "optimizer": precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1),
+        "optimizer": states,
         "buffers": buffers,
     }
 

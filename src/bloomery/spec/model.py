@@ -51,6 +51,7 @@ class Model(Noun):
     qkv_bias: bool = False
     tie_embeddings: bool = False
     mask: Literal["causal", "prefix"] = "causal"
+    init: Literal["gpt2", "unit_stream"] = Field(default="gpt2", description="how weights start, see `model.init`")
     qk_norm: bool = False
     sliding_window: int | None = Field(default=None, ge=1)
     mla: LatentAttention | None = None
@@ -80,6 +81,8 @@ class Model(Noun):
             raise ValueError("rope_scaling needs position rope")
         if self.mla is not None:
             self._check_latent(self.mla)
+        if self.init == "unit_stream" and self.tie_embeddings:
+            raise ValueError("init unit_stream needs an untied head: it starts embeddings at one and the head at zero")
         if self.moe and self.moe.top_k > self.moe.experts:
             raise ValueError(f"moe.top_k {self.moe.top_k} exceeds moe.experts {self.moe.experts}")
         return self

@@ -98,6 +98,12 @@ def _feed_forward(model: Model, name: str, width: int, expert: bool = False) -> 
     return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, expert)
 
 
+def is_hidden_matrix(parameter: Parameter) -> bool:
+    """True for what maps hidden states to hidden states: Muon's. A router's rows are classes, like a head's."""
+    name = parameter.name
+    return parameter.kind == "matrix" and name.startswith("layers.") and not name.endswith(".router.weight")
+
+
 @lru_cache(maxsize=4096)
 def layer_parameters(model: Model, layer: int) -> tuple[Parameter, ...]:
     """The parameters of layer `layer`, in the modules' order."""

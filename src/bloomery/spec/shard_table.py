@@ -21,7 +21,13 @@ import numpy as np
 from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
-from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+from bloomery.spec.parameters import (
+    Parameter,
+    embedding_parameters,
+    head_parameters,
+    is_hidden_matrix,
+    layer_parameters,
+)
 
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
@@ -93,6 +99,7 @@ def collectives(
     parameter_bytes: int,
     gradient_bytes: int,
     block_bytes: int | None = None,
+    optimizer: str = "adamw",
 ) -> list[Collective]:
     """Every message of one rank in one optimizer step; what happens under none of the layouts is left out.
 
@@ -108,7 +115,7 @@ def collectives(
     }
     shape = stage_shape(model, lay, pipeline_rank)
     micro = global_batch // (lay.dp * lay.micro_batch)
-    rows = stage_collectives(model, lay, shape, pipeline_rank, seq_len=seq_len, **widths)
+    rows = stage_collectives(model, lay, shape, pipeline_rank, seq_len=seq_len, optimizer=optimizer, **widths)
     return [row.in_step(micro, len(lay)) for row in rows]
 
 
@@ -123,6 +130,7 @@ def stage_collectives(
     block_bytes: int,
     parameter_bytes: int,
     gradient_bytes: int,
+    optimizer: str = "adamw",
 ) -> list[Collective]:
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     return [
@@ -130,6 +138,7 @@ def stage_collectives(
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),
         *world_collectives(lay),
     ]
 
@@ -287,6 +296,19 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     norms = np.where(lay.sequence_parallel == 1, norms, partial)
     summed = (lay.tp > 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
+    return rows.rows
+
+
+def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
+    """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
+    tensor parallelism cut it over."""
+    rows = _Rows()
+    layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
+    sharded, cut = (lay.dp > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
+    rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
+    rows.add("matrices.rows", "dp", "all_gather", "step", sharded * shape.layers, rows_bytes)
+    whole_bytes = sum(p.size for p in cut) * parameter_bytes
+    rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * shape.layers, whole_bytes)
     return rows.rows
 
 

@@ -1,7 +1,7 @@
 """Checkpoints by the commit protocol: shards, fsync, hashes, commit file, rename, fsync of the directory.
 
-A checkpoint holds every parameter and both AdamW moments as rectangles, and loads under any layout. It exists when its
-folder has its final name; whatever a crash leaves behind has another one and is never read.
+A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when
+its folder has its final name; whatever a crash leaves behind has another one and is never read.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from bloomery.spec.commit import (
 )
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
+from bloomery.train.optimizers import Optimizers
 from bloomery.train.shard_file import write_shard
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -72,17 +71,17 @@ def shard_name(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
 
-def collect(engine: Engine, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What this rank writes: tensors by key, and each one's rectangle."""
     file = shard_name(engine.mesh.rank)
     tensors, index = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for item in engine.shards():
         if not item.owner or 0 in item.shard.shape:
             continue
-        moments = optimizer.state.get(item.parameter, {})
+        moments = optimizers.moments(item.parameter)
         named = {
             item.shard.name: item.local(),
-            **{f"{m}.{item.shard.name}": item.local(moments[m]) for m in MOMENTS if m in moments},
+            **{f"{moment}.{item.shard.name}": item.local(value) for moment, value in moments.items()},
         }
         for key, value in named.items():
             tensors[key] = value.detach().contiguous()
@@ -148,7 +147,7 @@ def set_aside(path: Path, why: str) -> Path:
     return target
 
 
-def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> Commit:
+def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
     all ranks together."""
     commit = read_commit(folder, verify=False)
@@ -156,13 +155,13 @@ def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) 
         for item in engine.shards():
             shard = item.shard
             item.local().copy_(reader.read(shard.name, shard.shape, shard.offsets))
-            if optimizer is None or f"exp_avg.{shard.name}" not in commit.tensors:
+            if optimizers is None:
                 continue
-            state = optimizer.state[item.parameter]
-            state["step"] = torch.tensor(float(commit.step))
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(item.parameter)
-                item.local(state[moment]).copy_(reader.read(f"{moment}.{shard.name}", shard.shape, shard.offsets))
+            names = optimizers.moment_names(item.parameter)
+            # An imported model has none: it starts its optimizer anew.
+            if all(f"{name}.{shard.name}" in commit.tensors for name in names):
+                for name, moment in optimizers.start_moments(item.parameter, commit.step).items():
+                    item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
     engine.gather_updated()
     return commit
 

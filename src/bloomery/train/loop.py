@@ -7,8 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bloomery.data.shards import TokenDataset
 from bloomery.ledger.clock import Clock
 from bloomery.parallel.engine import build
@@ -19,6 +17,7 @@ from bloomery.train.batches import Batches, open_dataset
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
 from bloomery.train.incident import settle
+from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
@@ -63,12 +62,11 @@ def _step(session: Session, step: int) -> int:
         rate = learning_rate(job.optimizer, step, job.steps)
         if judgement.verdict in ("ok", "clip"):
             engine.clip(min(job.optimizer.clip, judgement.limit), statistics.grad_norm)
-            for group in session.optimizer.param_groups:
-                group["lr"] = rate
-            engine.update(session.optimizer)
+            session.optimizers.set_rate(rate)
+            engine.update(session.optimizers)
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
-        session.optimizer.zero_grad()
+        session.optimizers.zero_grad()
     with clock.bucket("profile"):
         profiled = session.profile.after(step + 1)
         if profiled:
@@ -95,14 +93,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         seed=job.seed,
         measure=clock.bucket,
     )
-    settings = job.optimizer
-    optimizer = torch.optim.AdamW(
-        engine.optimizer_groups(settings.weight_decay),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizers = build_optimizers(engine, job.optimizer)
     dataset = open_dataset(job.kind, Path(job.data), seq_len=job.seq_len, seed=job.seed)
     session = Session(
         job,
@@ -110,11 +101,11 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         mesh,
         clock,
         engine,
-        optimizer,
+        optimizers,
         Batches(dataset, mesh, job.global_batch),
         Guard(job.guard),
         recorder,
-        Writer(folder / "checkpoints", engine, optimizer, Keep(job.keep_checkpoints, job.keep_every)),
+        Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
         ProfileWindow(job.profile, folder, mesh.rank),
         fence=read_fence(folder),
     )

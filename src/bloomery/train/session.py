@@ -17,6 +17,7 @@ from bloomery.spec.job import Job
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches
 from bloomery.train.guard import Guard
+from bloomery.train.optimizers import Optimizers
 from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
 from bloomery.train.writer import Writer
@@ -37,7 +38,7 @@ class Session:
     mesh: Mesh
     clock: Clock
     engine: Engine
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     batches: Batches
     guard: Guard
     recorder: Recorder
@@ -70,7 +71,7 @@ def resume(session: Session) -> int:
         if job.initial:
             checkpoint.load(Path(job.initial), session.engine, None)
         return 0
-    commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizer)
+    commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
     if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
         what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
         raise BloomeryError(
@@ -166,8 +167,8 @@ def rewind(session: Session, step: int) -> int:
         first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)
         # Each time it did not help, twice as many samples are passed over.
         samples = (first, first + (stop - first) * 2 ** (number - 1))
-        session.optimizer.state.clear()
-        commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizer)
+        session.optimizers.forget()
+        commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
         session.guard = Guard.from_state(commit.guard, session.job.guard)
         session.guard.went_back(earlier, step, samples)
         batches.passed_over = session.guard.passed_over

@@ -22,6 +22,7 @@ from torch import Tensor
 from bloomery.parallel.engine import Engine, Votes
 from bloomery.spec.errors import BloomeryError
 from bloomery.train import checkpoint
+from bloomery.train.optimizers import Optimizers
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Save:
 class Writer:
     """This rank's part in saving. One save at a time: the next waits for the one before."""
 
-    def __init__(self, folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, keep: checkpoint.Keep) -> None:
-        self.folder, self.engine, self.optimizer, self.keep = folder, engine, optimizer, keep
+    def __init__(self, folder: Path, engine: Engine, optimizers: Optimizers, keep: checkpoint.Keep) -> None:
+        self.folder, self.engine, self.optimizers, self.keep = folder, engine, optimizers, keep
         self.failures_in_a_row = 0
         self.errors: list[str] = []
         self._save: Save | None = None
@@ -54,7 +55,7 @@ class Writer:
         self._saves += 1
         # A name that no earlier start can have left anything under: nobody has to wait until it is cleared.
         partial = self.folder / f"writing_{state['step']:06d}_{state['fence']}_{self._saves}"
-        tensors, index = checkpoint.collect(self.engine, self.optimizer)
+        tensors, index = checkpoint.collect(self.engine, self.optimizers)
         snapshot = {key: self._copy(key, value) for key, value in tensors.items()}
         job = self._pool.submit(self._timed, checkpoint.write_part, partial, self.engine.mesh.rank, snapshot, index)
         self._save = Save(state["step"], partial, state, job)
