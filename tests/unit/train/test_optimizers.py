@@ -16,10 +16,11 @@ from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train import checkpoint
 from bloomery.train.optimizers import ADAMW_RMS, Optimizers, build_optimizers, orthogonal
+from bloomery.train.writer import Writer
 
 MODEL = Model(layers=2, hidden=16, heads=2, ffn_hidden=48, vocab=32, max_seq_len=8)
 MUON = Optimizer(name="muon", lr=0.02, embedding_lr_factor=3.0, head_lr_factor=0.5)
-STATE = {"cursor": 0, "run_hash": "a", "data_hash": "b", "guard": {}}
+STATE = {"cursor": 0, "run_hash": "a", "data_hash": "b", "guard": {}, "fence": 0}
 
 
 def engine(model: Model = MODEL) -> Engine:
@@ -94,13 +95,21 @@ def test_embedding_and_head_have_their_own_learning_rates() -> None:
     assert found["layers.1.ffn.up.weight"] == found["norm.weight"] == pytest.approx(0.1)
 
 
+def saved(folder: Path, part: Engine, optimizers: Optimizers, step: int) -> Path:
+    writer = Writer(folder, part, optimizers, checkpoint.Keep())
+    writer.start({**STATE, "step": step})
+    assert writer.wait()
+    writer.close()
+    return folder / f"step_{step:06d}"
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_going_on_from_a_checkpoint_is_bitwise_going_on(name: str, tmp_path: Path) -> None:
     settings = MUON.model_copy(update={"name": name})
     whole = engine()
     optimizers = build_optimizers(whole, settings)
     steps(whole, optimizers, 0, 2)
-    folder = checkpoint.save(tmp_path, whole, optimizers, {**STATE, "step": 2}, keep=1)
+    folder = saved(tmp_path, whole, optimizers, 2)
     expected = steps(whole, optimizers, 2, 5)
     again = engine()
     restored = build_optimizers(again, settings)
@@ -112,7 +121,7 @@ def test_a_checkpoint_holds_one_moment_of_a_matrix_and_two_of_the_rest(tmp_path:
     part = engine()
     optimizers = build_optimizers(part, MUON)
     steps(part, optimizers, 0, 1)
-    folder = checkpoint.save(tmp_path, part, optimizers, {**STATE, "step": 1}, keep=1)
+    folder = saved(tmp_path, part, optimizers, 1)
     held = set(checkpoint.read_commit(folder).tensors)
     assert {key for key in held if key.endswith("layers.0.attention.q.weight")} == {
         "layers.0.attention.q.weight",
