@@ -136,10 +136,12 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Cou
 
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
-    """An axis that spans every rank shares the world's process group: both are called world then."""
+    """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
+    lies on the pipeline's axis, and of two ranks it is its group."""
     whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
-    for (axis, op, size), count in counted.items():
+    for (name, op, size), count in counted.items():
+        axis = "pp" if name == "ends" else name
         merged[("world" if axis in whole else axis, op, size)] += count
     return merged
 

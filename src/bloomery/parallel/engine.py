@@ -23,7 +23,7 @@ from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.tensor import loss_sum
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import Parameter
+from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard, tensor_shard
 
 
@@ -65,7 +65,13 @@ class Engine:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
-        return {name: parameter for stage in self.stages.values() for name, parameter in stage.named_parameters()}
+        named = (pair for stage in self.stages.values() for pair in stage.named_parameters())
+        return {owning_name(self.model, name): parameter for name, parameter in named}
+
+    @property
+    def _tied_apart(self) -> bool:
+        """Whether the first and the last pipeline rank each hold a tied embedding."""
+        return self.model.tie_embeddings and self.layout.pp > 1 and not self.layout.v_shaped
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -101,7 +107,7 @@ class Engine:
             return self._accumulate(tokens_bs, targets_bs)
         losses: list[Tensor] = []
         with self.measure("pp_comm"), self._autocast():
-            first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
+            first, last = 0 in self.stages, self.layout.n_stages - 1 in self.stages
             inputs = (tokens_bs,) if first else ()
             target, seen = (targets_bs, losses) if last else (None, None)
             # Outputs not returned are not kept: the logits of all micro-batches would be.
@@ -128,12 +134,12 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated data parallelism, replicated tensors under SP."""
+        """Sum what the backward pass left partial: replicated data parallelism, replicated tensors under SP,
+        a tied embedding on both ends of a pipeline."""
         if self.layout.dp > 1 and self.layout.zero_stage < 2:
-            for stage in self.stages.values():
-                for unit in units(stage):
-                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+            for unit in units(list(self.stages.values())):
+                gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+                sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
         if self.axis is not None and self.layout.sequence_parallel:
             replicated = [
                 _plain(parameter.grad)
@@ -142,6 +148,11 @@ class Engine:
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+        if self._tied_apart and "embedding.weight" in self.parameters():
+            gradient = self.parameters()["embedding.weight"].grad
+            assert gradient is not None
+            with self.measure("pp_comm"):
+                dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
 
     def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
         """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
@@ -157,7 +168,7 @@ class Engine:
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
         squares = (norms.square() / replicas).sum()
-        last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
+        last_stage = self.layout.n_stages - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
         vector = torch.stack((loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))))
@@ -168,7 +179,8 @@ class Engine:
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
-        return tp * (self.layout.dp if self.layout.zero_stage < 2 else 1)
+        ends = 2 if self._tied_apart and name == "embedding.weight" else 1
+        return ends * tp * (self.layout.dp if self.layout.zero_stage < 2 else 1)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
@@ -193,7 +205,7 @@ class Engine:
         """
         self.n_targets = 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
+        last_stage = self.layout.n_stages - 1 in self.stages
         with self._autocast():
             if self.schedule is None:
                 for tokens, targets in zip(
@@ -221,6 +233,8 @@ class Engine:
         for name, parameter in self.parameters().items():
             shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
             owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
+            if self._tied_apart and name == "embedding.weight":
+                owner = owner and 0 in self.stages
             if isinstance(parameter, DTensor):
                 rows = -(-shard.shape[0] // layout.dp)
                 start = min(mesh.dp_rank * rows, shard.shape[0])

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bloomery.spec.layout import Layout, LayoutBatch, stages_of
+from bloomery.spec.layout import Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
 
@@ -70,15 +70,16 @@ def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int)
     stages = lay.pp * lay.vpp
     base, extra = model.layers // stages, model.layers % stages
     for chunk in range(int(lay.vpp.max())):
-        stage = chunk * lay.pp + rank
+        stage = stage_on(chunk, rank, lay.pp, lay.v_shaped)
         # The remainder goes to the stages nearest the middle, ties to the earlier one: as `stage_split`.
         place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
         layers += np.where(chunk < lay.vpp, base + (place < extra), 0)
     if lay.stage_layers:
         for i, uneven in enumerate(lay.stage_layers):
             if uneven is not None:
-                layers[i] = sum(uneven[int(rank[i]) :: int(lay.pp[i])])
-    return StageShape(layers, rank == 0, rank == lay.pp - 1)
+                here = stage_on(np.arange(lay.vpp[i]), rank[i], lay.pp[i], lay.v_shaped[i])
+                layers[i] = sum(uneven[stage] for stage in here.tolist())
+    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1))
 
 
 def collectives(
@@ -129,6 +130,7 @@ def stage_collectives(
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *tied_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *world_collectives(lay),
     ]
 
@@ -187,15 +189,31 @@ def tensor_collectives(
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
-    """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
+    """One send per micro-batch and stage boundary each way; only what this rank sends is counted.
+
+    On a V the first and the last stage lie on rank 0, and the two stages at its tip on the last rank.
+    """
     rows = _Rows("micro_batch")
     payload = lay.micro_batch * seq_len * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
-    forward = lay.vpp - (rank == lay.pp - 1)
-    backward = lay.vpp - (rank == 0)
+    first, last = rank == 0, rank == lay.pp - 1
+    forward = lay.vpp - last - (first & lay.v_shaped)
+    backward = lay.vpp - first - (last & lay.v_shaped)
     each = payload // np.where(lay.sequence_parallel == 1, lay.tp, 1)
     rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward, each)
     rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward, each)
+    return rows.rows
+
+
+def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
+    """The gradient of a tied embedding is summed once a step between the first and the last stage, which both hold it
+    (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
+    rows = _Rows()
+    if model.tie_embeddings:
+        cut = np.where((lay.dp > 1) & (lay.zero_stage >= 2), lay.dp, 1)
+        embedding = _padded([embedding_parameters(model)[0]], lay.tp, cut) // cut
+        apart = (lay.pp > 1) & (np.asarray(shape.first) != shape.last)
+        rows.add("tied_embedding", "ends", "all_reduce", "step", apart, embedding * gradient_bytes)
     return rows.rows
 
 
@@ -237,28 +255,30 @@ def data_collectives(
     """
     rows = _Rows()
     layer = layer_parameters(model, model.layers - 1)
-    ends = _ends(model, shape)
+    ends = _end_units(model, lay, shape)
     sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
     common, experts = _apart(layer)
     unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    outside = sum(_local(part, lay.tp) * held for part, held in ends)
-    has_ends = np.asarray(shape.first) | shape.last
-    rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
+    for parts, there in ends:
+        outside = sum(_local(part, lay.tp) * held for part, held in parts) * gradient_bytes
+        rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * there, outside)
     if not np.any(sharded):
         return rows.rows
     gathered = _padded(common, lay.tp, lay.dp)
     if experts:
         gathered = gathered + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
+    outside = [(sum(_padded(part, lay.tp, lay.dp) * held for part, held in parts), there) for parts, there in ends]
     third = _Rows("micro_batch")
     for gathers, where in ((rows, sharded & (lay.zero_stage == 2)), (third, sharded & (lay.zero_stage == 3))):
         gathers.add("fsdp.layer", "dp", "all_gather", "forward", where * shape.layers, gathered * parameter_bytes)
-        gathers.add("fsdp.ends", "dp", "all_gather", "forward", where * has_ends, outside * parameter_bytes)
+        for size, there in outside:
+            gathers.add("fsdp.ends", "dp", "all_gather", "forward", where * there, size * parameter_bytes)
     where = sharded & (lay.zero_stage == 3)
     third.add("fsdp.layer", "dp", "all_gather", "backward", where * shape.layers, gathered * parameter_bytes)
     rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
-    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", sharded * has_ends, outside * gradient_bytes)
+    for size, there in outside:
+        rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", sharded * there, size * gradient_bytes)
     return rows.rows + third.rows
 
 
@@ -282,6 +302,21 @@ def _ends(model: Model, shape: StageShape) -> list[tuple[Sequence[Parameter], An
     return [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
 
 
+def _end_units(
+    model: Model, lay: LayoutBatch, shape: StageShape
+) -> list[tuple[list[tuple[Sequence[Parameter], Any]], Any]]:
+    """What stages hold outside their layers, one unit a stage, and where there is one. A single stage has both ends in
+    one unit; a last stage on another rank than the first has its own copy of a tied embedding."""
+    alone = (lay.pp == 1) & np.asarray(shape.last)
+    first: list[tuple[Sequence[Parameter], Any]]
+    first = [(embedding_parameters(model), np.asarray(shape.first)), (head_parameters(model), alone)]
+    last_only = np.asarray(shape.last) & ~alone
+    last: list[tuple[Sequence[Parameter], Any]] = [(head_parameters(model), last_only)]
+    if model.tie_embeddings:
+        last.append((embedding_parameters(model)[:1], last_only & ~np.asarray(shape.first)))
+    return [(first, np.asarray(shape.first)), (last, last_only)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """The rectangle of one parameter on one rank: `shape` at `offsets` of `global_shape`."""
@@ -293,9 +328,9 @@ class Shard:
 
 
 def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterator[Parameter]:
-    """The parameters a pipeline rank holds, global shapes, in stage order."""
+    """The parameters a pipeline rank holds, global shapes, in stage order; a tied embedding lies at both ends."""
     for stage, layers in enumerate(stages_of(model, layout)):
-        if stage % layout.pp != pipeline_rank:
+        if layout.rank_of(stage) != pipeline_rank:
             continue
         if layers.start == 0:
             yield from embedding_parameters(model)
@@ -303,6 +338,8 @@ def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterat
             yield from layer_parameters(model, layer)
         if layers.stop == model.layers:
             yield from head_parameters(model)
+            if model.tie_embeddings and layout.rank_of(0) != pipeline_rank:
+                yield embedding_parameters(model)[0]
 
 
 def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:
