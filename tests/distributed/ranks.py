@@ -35,6 +35,8 @@ MODELS = {
         qkv_bias=True,
     ),
 }  # fmt: skip
+MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
+MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Case:
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
-        layout = self.layout.replace(",", "-").replace("=", "")
+        layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.dtype}"
 
 

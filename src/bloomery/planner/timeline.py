@@ -120,16 +120,15 @@ def simulate(layout: Layout, micro_batches: int, times: StageTimes) -> Timeline:
 def _run(slots: list[Slot], what: tuple[int, Turn], begin: float, times: StageTimes, sends: bool) -> float:
     """Append the slots of one turn with its send; return when they end."""
     rank, (work, stage, i) = what
-    # The first stage sends no gradient on: PyTorch takes its backward pass whole, in the weights' turn.
-    weights_s = times.backward_s[stage] if stage == 0 else times.weights_s[stage]
     if work == "forward":
         parts = [("forward", times.forward_s[stage])]
     elif work == "backward":
         parts = [("recompute", times.recompute_s[stage]), ("backward", times.backward_s[stage])]
-    elif work == "backward input":
-        parts = [("backward", times.backward_s[stage] - weights_s)]
     else:
-        parts = [("backward weight", weights_s)]
+        # The first stage sends no gradient on: PyTorch takes its backward pass whole, in the weights' turn.
+        weights_s = times.backward_s[stage] if stage == 0 else times.weights_s[stage]
+        inputs_s = times.backward_s[stage] - weights_s
+        parts = [("backward", inputs_s)] if work == "backward input" else [("backward weight", weights_s)]
     if sends:
         forward = work == "forward"
         parts.append(("send forward", times.forward_send_s) if forward else ("send backward", times.backward_send_s))
