@@ -47,6 +47,8 @@ MODELS = {
         ),
     ),
 }  # fmt: skip
+MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
+MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 
 OPTIMIZERS = {"adamw": Optimizer(lr=1e-2), "muon": Optimizer(name="muon", lr=1e-2)}
 
@@ -64,7 +66,7 @@ class Case:
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
-        layout = self.layout.replace(",", "-").replace("=", "")
+        layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.optimizer}-{self.dtype}"
 
 
@@ -153,11 +155,13 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
 
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
-    """An axis that spans every rank shares the world's process group: both are called world then."""
+    """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
+    lies on the pipeline's axis, and of two ranks it is its group."""
     sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
-    for (axis, op, size), count in counted.items():
+    for (name, op, size), count in counted.items():
+        axis = "pp" if name == "ends" else name
         merged[("world" if axis in whole else axis, op, size)] += count
     return merged
 

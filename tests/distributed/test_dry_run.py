@@ -28,8 +28,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.shard_table import stage_parameters
 
 CLUSTER = catalog.cluster("selene-like")
-YUAN = catalog.model("yuan-1.0-245b").model_copy(update={"tie_embeddings": False})
-"""The engine has no tied embeddings across stages."""
+YUAN = catalog.model("yuan-1.0-245b")
 LLAMA = catalog.model("llama-3-405b")
 YUAN_LAYOUT = Layout(tp=8, pp=38, dp=7, micro_batch=1)
 LLAMA_LAYOUT = Layout(tp=8, pp=16, dp=128, sequence_parallel=True, zero_stage=2, micro_batch=1)
@@ -149,7 +148,13 @@ def test_predicted_activations_are_within_one_percent(name: str, layout: str) ->
 
 
 @pytest.mark.parametrize(
-    "text", ["dp=2,zero=3,micro_batch=1", "tp=2,pp=2,dp=2,zero=2,sp=true", "pp=2,dp=2,vpp=2,micro_batch=1"]
+    "text",
+    [
+        "dp=2,zero=3,micro_batch=1",
+        "tp=2,pp=2,dp=2,zero=2,sp=true",
+        "pp=2,dp=2,vpp=2,micro_batch=1",
+        "pp=2,dp=2,schedule=zbv",
+    ],
 )
 def test_small_steps_carried_on_equal_the_whole_step(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout.parse(text)
@@ -159,7 +164,7 @@ def test_small_steps_carried_on_equal_the_whole_step(text: str, monkeypatch: pyt
         monkeypatch.setattr(execution, "WHOLE_STEP", whole)
         monkeypatch.setattr(execution, "WHOLE_STAGE", whole)
         account = execution.dry_run(
-            model, layout, layout.world_size - 1, seq_len=8, global_batch=4 * layout.dp, dtype="float64"
+            model, layout, layout.world_size - 1, seq_len=8, global_batch=6 * layout.dp, dtype="float64"
         )
         accounts.append(replace(account, executed=()))
     assert accounts[0] == accounts[1]

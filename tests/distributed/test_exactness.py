@@ -55,13 +55,57 @@ def table() -> list[Case]:
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
         )
     ]  # fmt: skip
-    return cases
+    return [*cases, *on_a_v(), *uneven(), *tied_across_stages()]
+
+
+def on_a_v() -> list[Case]:
+    """Two chunks a rank, rank 0 at both ends, the backward pass in two parts (whole where layers are recomputed)."""
+    return [
+        Case("deep", "pp=4,micro_batch=1,schedule=zbv"),
+        Case("deep", "pp=4,micro_batch=1,schedule=dualpipev"),
+        Case("gpt", "pp=2,dp=2,micro_batch=1,schedule=zbv"),
+        Case("llama", "pp=2,dp=2,zero=2,micro_batch=1,schedule=dualpipev"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,schedule=zbv", masked=True),
+        Case("gpt", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=1,schedule=zbv"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,schedule=zbv,recompute=full"),
+        Case("llama", "pp=2,micro_batch=1,schedule=dualpipev,recompute=full"),
+    ]
+
+
+def uneven() -> list[Case]:
+    """Stages of different depth under every schedule that has one."""
+    return [
+        Case("llama", "pp=2,dp=2,zero=2,micro_batch=2,stage_layers=3+1"),
+        Case("deep", "pp=2,vpp=2,micro_batch=2,stage_layers=1+3+2+2"),
+        Case("deep", "pp=3,vpp=2,micro_batch=1,stage_layers=2+1+1+1+1+2,schedule=zbv"),
+        Case("deep", "pp=2,dp=2,zero=2,micro_batch=1,stage_layers=1+3+2+2,schedule=dualpipev"),
+    ]
+
+
+def tied_across_stages() -> list[Case]:
+    """One embedding on both ends of a pipeline, or used twice on the rank that has both ends of a V."""
+    return [
+        Case("tied", "pp=2,micro_batch=2"),
+        Case("tied", "pp=2,vpp=2,dp=2,micro_batch=1"),
+        Case("tied", "pp=4,dp=2,zero=2,micro_batch=1"),
+        Case("tied", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2"),
+        Case("tied-gpt", "tp=2,pp=2,sp=true,micro_batch=2"),
+        Case("tied-gpt", "pp=2,dp=2,micro_batch=2"),
+        Case("tied-gpt", "pp=2,micro_batch=2,schedule=zbv"),
+        Case("tied", "tp=2,pp=2,dp=2,sp=true,micro_batch=1,schedule=dualpipev"),
+    ]
 
 
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
-    for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
+    for layout in (
+        "tp=2,micro_batch=2",
+        "tp=2,pp=2,sp=true,micro_batch=2",
+        "dp=2,zero=2",
+        "pp=2,micro_batch=2",
+        "pp=2,micro_batch=2,schedule=zbv",
+    )
 ]
 REFERENCES = {
     (c.model, c.masked, c.optimizer): Case(c.model, "micro_batch=8", c.masked, optimizer=c.optimizer) for c in CASES

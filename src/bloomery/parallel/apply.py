@@ -23,7 +23,7 @@ from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import Parameter, all_parameters
+from bloomery.spec.parameters import Parameter, all_parameters, owning_name
 from bloomery.spec.shard_table import tensor_shard
 
 
@@ -34,12 +34,11 @@ def lay_out(
     layout = mesh.layout
     table = {parameter.name: parameter for parameter in all_parameters(model)}
     stages: dict[int, Transformer] = {}
-    for index, layers in enumerate(stages_of(model, layout)):
-        if index % layout.pp != mesh.pp_rank:
-            continue
+    ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
+    for index in layout.stages_on(mesh.pp_rank):
         with torch.device("meta"):
-            stage = Transformer(model, layers)
-        fill(stage, model, table, mesh, dtype=dtype, seed=seed)
+            stage = Transformer(model, ranges[index])
+        fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
         if layout.recompute == "full":
@@ -53,18 +52,26 @@ def lay_out(
 
 
 def fill(
-    stage: Transformer, model: Model, table: dict[str, Parameter], mesh: Mesh, *, dtype: torch.dtype, seed: int
+    stage: Transformer,
+    model: Model,
+    table: dict[str, Parameter],
+    mesh: Mesh,
+    filled: dict[str, nn.Parameter],
+    *,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Put this rank's rectangle of every initial parameter into a stage built on the meta device.
 
+    `filled`: what the rank's stages have so far, by name; a tied head takes its embedding from it.
     Raises KeyError when a module's parameter is not in the table: nothing is skipped silently.
     """
-    filled: dict[int, nn.Parameter] = {}
     for module_name, module in stage.named_modules():
-        for name, empty in list(module.named_parameters(recurse=False)):
-            if id(empty) not in filled:
-                parameter = table[f"{module_name}.{name}"]
+        for own, _ in list(module.named_parameters(recurse=False)):
+            name = owning_name(model, f"{module_name}.{own}")
+            if name not in filled:
+                parameter = table[name]
                 whole = initial_value(model, parameter, seed, dtype)
                 local = rectangle(whole, tensor_shard(parameter, mesh.layout.tp, mesh.tp_rank))
-                filled[id(empty)] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
-            setattr(module, name, filled[id(empty)])
+                filled[name] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
+            setattr(module, own, filled[name])

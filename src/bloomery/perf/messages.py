@@ -26,6 +26,7 @@ from bloomery.spec.shard_table import (
     norm_collectives,
     pipeline_collectives,
     tensor_collectives,
+    tied_collectives,
     world_collectives,
 )
 
@@ -192,6 +193,15 @@ def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
         return 0.0
     n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
     return np.where(alone, collective_s(case.cluster, "all_reduce", group_of(case.lay, "data"), n_bytes), 0.0)
+
+
+def tied_s(case: Case) -> Any:
+    """Seconds in which a tied embedding's gradient is summed between the pipeline's ends, once a step, shape (n,)."""
+    ends = StageShape(case.first.layers, case.first.first, case.first.last)
+    rows = tied_collectives(case.model, case.lay, ends, gradient_bytes=case.precision.gradient)
+    group = group_of(case.lay, "ends")
+    times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
+    return sum(times, np.zeros(len(case.lay)))
 
 
 def statistics_s(case: Case) -> Any:

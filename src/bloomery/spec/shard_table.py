@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bloomery.spec.layout import Layout, LayoutBatch, stages_of
+from bloomery.spec.layout import Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
 from bloomery.spec.parameters import (
@@ -77,15 +77,16 @@ def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int)
     stages = lay.pp * lay.vpp
     base, extra = model.layers // stages, model.layers % stages
     for chunk in range(int(lay.vpp.max())):
-        stage = chunk * lay.pp + rank
+        stage = stage_on(chunk, rank, lay.pp, lay.v_shaped)
         # The remainder goes to the stages nearest the middle, ties to the earlier one: as `stage_split`.
         place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
         layers += np.where(chunk < lay.vpp, base + (place < extra), 0)
     if lay.stage_layers:
         for i, uneven in enumerate(lay.stage_layers):
             if uneven is not None:
-                layers[i] = sum(uneven[int(rank[i]) :: int(lay.pp[i])])
-    return StageShape(layers, rank == 0, rank == lay.pp - 1)
+                here = stage_on(np.arange(lay.vpp[i]), rank[i], lay.pp[i], lay.v_shaped[i])
+                layers[i] = sum(uneven[stage] for stage in here.tolist())
+    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1))
 
 
 def collectives(
@@ -138,6 +139,7 @@ def stage_collectives(
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *tied_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),
         *world_collectives(lay),
     ]
@@ -197,15 +199,31 @@ def tensor_collectives(
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
-    """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
+    """One send per micro-batch and stage boundary each way; only what this rank sends is counted.
+
+    On a V the first and the last stage lie on rank 0, and the two stages at its tip on the last rank.
+    """
     rows = _Rows("micro_batch")
     payload = lay.micro_batch * seq_len * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
-    forward = lay.vpp - (rank == lay.pp - 1)
-    backward = lay.vpp - (rank == 0)
+    first, last = rank == 0, rank == lay.pp - 1
+    forward = lay.vpp - last - (first & lay.v_shaped)
+    backward = lay.vpp - first - (last & lay.v_shaped)
     each = payload // np.where(lay.sequence_parallel == 1, lay.tp, 1)
     rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward, each)
     rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward, each)
+    return rows.rows
+
+
+def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
+    """The gradient of a tied embedding is summed once a step between the first and the last stage, which both hold it
+    (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
+    rows = _Rows()
+    if model.tie_embeddings:
+        cut = np.where((lay.dp > 1) & (lay.zero_stage >= 2), lay.shards, 1)
+        embedding = _padded([embedding_parameters(model)[0]], lay.tp, cut) // cut
+        apart = (lay.pp > 1) & (np.asarray(shape.first) != shape.last)
+        rows.add("tied_embedding", "ends", "all_reduce", "step", apart, embedding * gradient_bytes)
     return rows.rows
 
 
@@ -252,22 +270,22 @@ def data_collectives(
     """
     rows, third = _Rows(), _Rows("micro_batch")
     common, experts = _apart(layer_parameters(model, model.layers - 1))
-    ends = _ends(model, shape)
-    has_ends = np.asarray(shape.first) | shape.last
+    ends = _end_units(model, lay, shape)
     replicated = (lay.dp > 1) & (lay.zero_stage == 0)
     unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
-    outside = sum(_local(part, lay.tp) * held for part, held in ends)
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
+    for parts, there in ends:
+        outside = sum(_local(part, lay.tp) * held for part, held in parts) * gradient_bytes
+        rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * there, outside)
     cut = (lay.dp > 1) & (lay.zero_stage >= 1)
     if not np.any(cut):
         return rows.rows
     layer = _padded(common, lay.tp, lay.shards)
     if experts:
         layer = layer + _padded(experts, lay.tp, np.maximum(lay.shards // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, lay.shards) * held for part, held in ends)
     across = cut & (lay.dp_replicas > 1)
-    for name, count, elements in (("layer", shape.layers, layer), ("ends", has_ends, outside)):
+    apart = [(sum(_padded(part, lay.tp, lay.shards) * held for part, held in parts), there) for parts, there in ends]
+    for name, count, elements in (("layer", shape.layers, layer), *(("ends", there, size) for size, there in apart)):
         gathered, reduced = elements * parameter_bytes, elements * gradient_bytes
         site = f"zero.{name}"
         rows.add(site, "dp", "reduce_scatter", "backward", cut * count, reduced)
@@ -317,6 +335,21 @@ def _ends(model: Model, shape: StageShape) -> list[tuple[Sequence[Parameter], An
     return [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
 
 
+def _end_units(
+    model: Model, lay: LayoutBatch, shape: StageShape
+) -> list[tuple[list[tuple[Sequence[Parameter], Any]], Any]]:
+    """What stages hold outside their layers, one unit a stage, and where there is one. A single stage has both ends in
+    one unit; a last stage on another rank than the first has its own copy of a tied embedding."""
+    alone = (lay.pp == 1) & np.asarray(shape.last)
+    first: list[tuple[Sequence[Parameter], Any]]
+    first = [(embedding_parameters(model), np.asarray(shape.first)), (head_parameters(model), alone)]
+    last_only = np.asarray(shape.last) & ~alone
+    last: list[tuple[Sequence[Parameter], Any]] = [(head_parameters(model), last_only)]
+    if model.tie_embeddings:
+        last.append((embedding_parameters(model)[:1], last_only & ~np.asarray(shape.first)))
+    return [(first, np.asarray(shape.first)), (last, last_only)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """The rectangle of one parameter on one rank: `shape` at `offsets` of `global_shape`."""
@@ -328,9 +361,9 @@ class Shard:
 
 
 def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterator[Parameter]:
-    """The parameters a pipeline rank holds, global shapes, in stage order."""
+    """The parameters a pipeline rank holds, global shapes, in stage order; a tied embedding lies at both ends."""
     for stage, layers in enumerate(stages_of(model, layout)):
-        if stage % layout.pp != pipeline_rank:
+        if layout.rank_of(stage) != pipeline_rank:
             continue
         if layers.start == 0:
             yield from embedding_parameters(model)
@@ -338,6 +371,8 @@ def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterat
             yield from layer_parameters(model, layer)
         if layers.stop == model.layers:
             yield from head_parameters(model)
+            if model.tie_embeddings and layout.rank_of(0) != pipeline_rank:
+                yield embedding_parameters(model)[0]
 
 
 def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:

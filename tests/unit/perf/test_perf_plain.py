@@ -120,8 +120,9 @@ def plain_step_s(case: Case) -> float:
         exposed.append(max(reduce - behind * drain, 0.0) + gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
+    tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0]
     world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
-    return path + max(exposed) + stack.interference * max(beside) + optimizer + world + stack.step_overhead_s
+    return path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + stack.step_overhead_s
 
 
 def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estimates:
