@@ -1,4 +1,4 @@
-"""A checkpoint written under any layout loads under any other: not a bit of parameters and moments changes, and training
+"""A checkpoint written under any layout loads under any other: no bit of parameters and moments changes, and training
 goes on as it would have. Dimensions divide by few of the layouts, so ranks hold short and empty shards."""
 
 from __future__ import annotations

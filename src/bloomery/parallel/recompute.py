@@ -143,7 +143,7 @@ def _keeping_recipes(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 def _recipes_saved() -> AbstractContextManager[Any]:
-    # Only the innermost hooks are called, so those outside (which may count or move what is saved) are called from here.
+    # Only the innermost hooks are called: those outside, which may count or move what is saved, are called from here.
     pack_outside, unpack_outside = torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, _same)
 
     def pack(tensor: Tensor) -> Any:
@@ -152,7 +152,9 @@ def _recipes_saved() -> AbstractContextManager[Any]:
             return pack_outside(tensor)
         return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
-    return saved_tensors_hooks(pack, lambda saved: saved.tensor() if isinstance(saved, _View) else unpack_outside(saved))
+    return saved_tensors_hooks(
+        pack, lambda saved: saved.tensor() if isinstance(saved, _View) else unpack_outside(saved)
+    )
 
 
 def _same(tensor: Tensor) -> Tensor:

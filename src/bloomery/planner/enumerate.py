@@ -139,7 +139,9 @@ def _product(
     start = (np.cumsum(saves_of) - saves_of)[cuts[0]]
     save = np.arange(times.sum()) + np.repeat(start - (np.cumsum(times) - times), times)
     rows = _batch(mesh[cuts[0]], cuts[1])
-    outer: dict[str, Any] = {name: np.repeat(getattr(rows, name), times) for name in (*MESH, *CUTTING, "dp_replicas", "schedule")}
+    outer: dict[str, Any] = {
+        name: np.repeat(getattr(rows, name), times) for name in (*MESH, *CUTTING, "dp_replicas", "schedule")
+    }
     inner = {name: saves[1][:, OPTIONS.index(name)][save] for name in SAVING}
     return LayoutBatch(**outer, **inner)
 
