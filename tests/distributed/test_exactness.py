@@ -46,6 +46,18 @@ def table() -> list[Case]:
         Case("latent", "tp=2,pp=2,sp=true,micro_batch=2"),
         Case("latent", "tp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("latent", "pp=2,dp=2,vpp=2,micro_batch=1"),
+        Case("llama", "dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,zero=1"),
+        Case("llama", "pp=2,dp=2,zero=1,micro_batch=2"),
+        Case("gpt", "tp=2,dp=2,zero=1,sp=true,micro_batch=2"),
+        Case("tied", "tp=2,dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,replicas=2,zero=2"),
+        Case("llama", "dp=4,replicas=2,zero=3,recompute=full"),
+        Case("gpt", "tp=2,dp=4,replicas=2,zero=3,sp=true"),
+        Case("llama", "tp=2,sp=true,recompute=selective,micro_batch=2"),
+        Case("gpt", "tp=2,recompute=selective,micro_batch=2"),
+        Case("llama", "dp=2,zero=3,recompute=selective,micro_batch=2"),
+        Case("llama", "tp=2,pp=2,sp=true,recompute=selective,micro_batch=2"),
     ]
     cases += [
         Case("llama", layout, optimizer="muon")
@@ -103,8 +115,10 @@ BFLOAT16 = [
         "tp=2,micro_batch=2",
         "tp=2,pp=2,sp=true,micro_batch=2",
         "dp=2,zero=2",
+        "dp=2,zero=1",
         "pp=2,micro_batch=2",
         "pp=2,micro_batch=2,schedule=zbv",
+        "tp=2,sp=true,recompute=selective",
     )
 ]
 REFERENCES = {
