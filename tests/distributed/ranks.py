@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
 RECORDED = 2
@@ -34,7 +36,19 @@ MODELS = {
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN, tie_embeddings=True,
         qkv_bias=True,
     ),
+    "qk-norm": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, head_dim=12, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        qk_norm=True, sliding_window=3, activation="relu2",
+    ),
+    "latent": Model(
+        layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        mla=LatentAttention(
+            q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+    ),
 }  # fmt: skip
+
+OPTIMIZERS = {"adamw": Optimizer(lr=1e-2), "muon": Optimizer(name="muon", lr=1e-2)}
 
 
 @dataclass(frozen=True)
@@ -45,12 +59,13 @@ class Case:
     layout: str
     masked: bool = False
     dtype: str = "float64"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "")
-        return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.dtype}"
+        return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.optimizer}-{self.dtype}"
 
 
 def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -65,12 +80,13 @@ def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
-    """Five AdamW steps in float64; what was seen, with the messages of the third step, planned and executed."""
+    """Five steps in float64; what was seen, with the messages of the third step, planned and executed."""
     import torch
 
     from bloomery.parallel import mesh as meshes
     from bloomery.parallel.engine import build
     from bloomery.parallel.recorder import record
+    from bloomery.train.optimizers import build_optimizers
 
     model, layout = MODELS[case.model], Layout.parse(case.layout)
     mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
@@ -79,7 +95,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
-        optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
+        optimizer = build_optimizers(engine, OPTIMIZERS[case.optimizer])
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
         held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
@@ -92,7 +108,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
                 engine.clip(1.0, statistics.grad_norm)
-                optimizer.step()
+                engine.update(optimizer)
                 optimizer.zero_grad()
             executed += seen
             losses.append(statistics.loss)
@@ -113,20 +129,21 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         ]
         return {
             "rank": rank, "losses": losses, "norms": norms, "held_out": held_out, "shards": shards,
-            "planned": planned(model, layout, mesh.pp_rank, case.dtype), "executed": by_axis(executed, layout),
+            "planned": planned(model, layout, mesh.pp_rank, case), "executed": by_axis(executed, layout),
         }  # fmt: skip
     finally:
         meshes.stop(mesh)
 
 
-def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Counter[tuple[str, str, int]]:
+def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Counter[tuple[str, str, int]]:
     """What the shard table says this rank sends in one step: (axis, op, bytes) and how often."""
     from bloomery.spec.shard_table import collectives
 
-    wide = 8 if dtype == "float64" else 4
+    wide = 8 if case.dtype == "float64" else 4
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide, block_bytes=2 if dtype == "bfloat16" else wide,
+        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide,
+        block_bytes=2 if case.dtype == "bfloat16" else wide, optimizer=case.optimizer,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:
@@ -137,7 +154,8 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Cou
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
+    whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (axis, op, size), count in counted.items():
         merged[("world" if axis in whole else axis, op, size)] += count

@@ -78,7 +78,8 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
     batch = LayoutBatch.of([layout])
     settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
     known = dtype if dtype in cluster.accelerator.peak_flops_per_s else "float32"
-    one = estimate(run.model, cluster, batch, **settings, dtype=known).one(0)  # type: ignore[arg-type]
+    optimizer = run.train.optimizer.name
+    one = estimate(run.model, cluster, batch, **settings, dtype=known, optimizer=optimizer).one(0)  # type: ignore[arg-type]
     wide = 8 if dtype == "float64" else 4
     messages = collectives(
         run.model,
@@ -89,6 +90,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         parameter_bytes=wide,
         gradient_bytes=wide,
         block_bytes=2 if dtype == "bfloat16" else wide,
+        optimizer=optimizer,
     )
     rows = [
         {
@@ -237,6 +239,9 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         heldout="",
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        guard=train.guard,
+        supervision=train.supervision,
         evaluate_every=train.evaluate_every,
         log_every=train.log_every,
         metrics=train.metrics,

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from bloomery.model.attention import Attention, KeyValues
 from bloomery.model.feed_forward import FeedForward
 from bloomery.model.head import Head
-from bloomery.model.view import View, rotary_tables
+from bloomery.model.latent import LatentAttention
+from bloomery.model.rotary import rotary_tables
+from bloomery.model.view import View
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
@@ -31,7 +33,8 @@ class Layer(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.attention_norm, self.attention = norm(model), Attention(model)
+        attention = Attention if model.mla is None else LatentAttention
+        self.attention_norm, self.attention = norm(model), attention(model)
         self.ffn_norm, self.ffn = norm(model), FeedForward(model)
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
@@ -68,7 +71,7 @@ class Transformer(nn.Module):
         self.norm = norm(model) if last else None
         self.head = Head(model.hidden, model.vocab) if last else None
         if self.head is not None and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:
-            self.head.weight = self.embedding.weight
+            self.head.weight = self.embedding.get_parameter("weight")
 
     def forward(
         self,
@@ -99,13 +102,14 @@ class Transformer(nn.Module):
         model = self.model
         tokens = x.shape[1] * (1 if self.embedding is not None else self.sequence_cut)
         positions_s = self.positions(tokens, x.device) + start
+        window = model.sliding_window if start + tokens > (model.sliding_window or start + tokens) else None
         if model.position == "learned":
-            return View(positions_s, None, documents_bs, prefix_b)
+            return View(positions_s, None, documents_bs, prefix_b, window)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else next(self.parameters()).dtype
-        tables = rotary_tables(positions_s, model.head_dim, model.rope_theta, dtype)
-        return View(positions_s, tables, documents_bs, prefix_b)
+        tables = rotary_tables(positions_s, model.rotary_width, model.rope_theta, dtype, model.rope_scaling)
+        return View(positions_s, tables, documents_bs, prefix_b, window)
 
     def blocks(self) -> list[Layer]:
         """The layers in order."""

@@ -1,6 +1,7 @@
 """The device mesh: who talks to whom. The only file that starts and stops process groups.
 
-Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours.
+Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours. With replicas dp is two axes:
+`replica`, and inside it `dp`, over whose neighbours ZeRO cuts.
 """
 
 from __future__ import annotations
@@ -44,18 +45,33 @@ class Mesh:
         return self.rank // self.layout.tp % self.layout.dp
 
     @property
+    def shard_rank(self) -> int:
+        """Position among the data-parallel ranks that ZeRO cuts over."""
+        return self.dp_rank % self.layout.shards
+
+    @property
+    def replica(self) -> int:
+        """Which of the data-parallel replicas this rank is in."""
+        return self.dp_rank // self.layout.shards
+
+    @property
     def pp_rank(self) -> int:
         """Position on the pipeline axis."""
         return self.rank // (self.layout.tp * self.layout.dp)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of `tp`, `dp`, `pp` or `world`."""
+        """The process group of `tp`, `dp`, `replica` (where there are some), `pp` or `world`."""
         assert self.device_mesh is not None, "one process has no groups"
         if axis == "world":
             world = dist.group.WORLD
             assert world is not None
             return world
         return self.device_mesh.get_group(axis)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that have a group."""
+        return () if self.device_mesh is None else ("world", *(self.device_mesh.mesh_dim_names or ()))
 
 
 def start(layout: Layout, device: torch.device, init_method: str | None = None, timeout_s: float = 600.0) -> Mesh:
@@ -99,8 +115,10 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
 
 
 def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    axes = ("pp", "dp", "tp")
-    device_mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=axes)
+    axes = {"pp": layout.pp, "replica": layout.dp_replicas, "dp": layout.shards, "tp": layout.tp}
+    if layout.dp_replicas == 1:
+        del axes["replica"]
+    device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     return Mesh(layout, device, rank, device_mesh)
 
 

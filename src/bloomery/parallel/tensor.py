@@ -6,14 +6,15 @@ Row-cut projections (o, down) and the vocabulary-cut embedding are replaced, for
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
+from bloomery.parallel.recompute import made_again, narrowed
 
 
 class RowLinear(nn.Module):
@@ -60,15 +61,20 @@ class SequencePosition(nn.Module):
         return F.embedding(positions_s.chunk(self.axis.size)[self.axis.rank], self.weight)
 
 
-def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
-    """Replace and hook the modules of `stage`, whose parameters are already local rectangles."""
+def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: bool = True) -> None:
+    """Replace and hook the modules of `stage`, whose parameters are already local rectangles.
+
+    Without `keep_inputs` a layer's blocks gather what they read under sequence parallelism again in the backward pass.
+    """
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_bsd: Tensor = inputs[0]
-        if torch.is_autocast_enabled(x_bsd.device.type):
-            # The projections would cast anyway: before the message it halves the bytes.
-            x_bsd = x_bsd.to(torch.get_autocast_dtype(x_bsd.device.type))
-        return (enter_block(x_bsd, axis), *inputs[1:])
+        # The projections would cast anyway: before the message it halves the bytes.
+        return (enter_block(narrowed(inputs[0]), axis), *inputs[1:])
+
+    def enter_again(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (made_again(partial(enter_block, axis=axis), narrowed(inputs[0])), *inputs[1:])
+
+    enter_layer = enter if keep_inputs or not axis.sequence_parallel else enter_again
 
     stage.sequence_cut = axis.size if axis.sequence_parallel else 1
     if stage.embedding is not None:
@@ -76,9 +82,9 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
     if stage.position is not None and axis.sequence_parallel:
         stage.position = SequencePosition(stage.position, axis)
     for layer in stage.blocks():
-        layer.attention.register_forward_pre_hook(enter)
+        layer.attention.register_forward_pre_hook(enter_layer)
         layer.attention.o = RowLinear(layer.attention.o, axis)
-        layer.ffn.register_forward_pre_hook(enter)
+        layer.ffn.register_forward_pre_hook(enter_layer)
         layer.ffn.down = RowLinear(layer.ffn.down, axis)
     if stage.head is not None:
         stage.head.register_forward_pre_hook(enter)

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at once: the loss is made chunk by chunk. The engine cuts by it, `perf` counts by it."""
+"""How many rows of logits exist at once: the loss is made in chunks. The engine cuts by it, `perf` counts by it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -74,8 +75,11 @@ class Recorder:
             self._metrics.write(row)
             self._trackers.write(row)
 
-    def lap(self, step: int, buckets: dict[str, float]) -> None:
-        """Append this rank's seconds since the last lap; a step that took much longer than usual says why."""
+    def lap(self, step: int, buckets: dict[str, float], writing_s: float = 0.0) -> None:
+        """Append this rank's seconds since the last lap; a step that took much longer than usual says why.
+
+        `writing_s`: a checkpoint was written beside them.
+        """
         slow = self._slow_steps.judge(buckets) if step > 0 else None
         if slow is not None:
             self.event("slow_step", step=step, **asdict(slow))
@@ -86,6 +90,7 @@ class Recorder:
                 "step": step,
                 "wall_s": wall,
                 "buckets": buckets,
+                **({"writing_s": writing_s} if writing_s else {}),
                 "peak_memory_bytes": self._peak_bytes(),
             }
         )
@@ -93,6 +98,11 @@ class Recorder:
     def event(self, kind: str, **values: Any) -> None:
         """Append an incident."""
         self._events.write({"time": time.time(), "event": kind, "rank": self.mesh.rank, **values})
+
+    def alarm(self, kind: str, reason: str) -> None:
+        """An incident that somebody at the terminal must see now."""
+        self.event(kind, reason=reason)
+        print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
 
     def _peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built."""
