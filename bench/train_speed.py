@@ -111,7 +111,12 @@ def peer(work: Workload, python: Path, script: str, compiled: bool, samples: Pat
         "batch": work.batch, "steps": work.steps, "threads": work.threads, "dtype": work.dtype, "compiled": compiled,
         **OPTIMIZER,
     }  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(work.threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(work.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment.pop("PYTHONPATH", None)
     command = [str(python), str(HERE / "peers" / script), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -164,7 +169,9 @@ def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, var
 
 def show(title: str, answer: dict[str, Any]) -> None:
     """The table of one model and precision."""
-    print(f"\n{title}\n{'trainer':16} {'compiled':>8} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}   tokens/s by round")
+    print(
+        f"\n{title}\n{'trainer':16} {'compiled':>8} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}   tokens/s by round"
+    )
     for row in answer["rows"]:
         rounds = " ".join(f"{value:.0f}" for value in row["rounds_tokens_per_s"])
         print(

@@ -1,4 +1,4 @@
-"""litgpt's GPT with its own pieces of pre-training: Fabric, its chunked loss, fused AdamW. Runs in litgpt's environment."""
+"""litgpt's GPT with its own pieces: Fabric, its loss, fused AdamW. Runs in litgpt's environment."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from train_settings import read_settings, resident_bytes, timed_loop
 def main() -> None:
     """Train as told."""
     s, base = read_settings(), resident_bytes()
-    fabric = L.Fabric(
-        accelerator="cpu", devices=1, precision="bf16-mixed" if s.dtype == "bfloat16" else "32-true"
-    )
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if s.dtype == "bfloat16" else "32-true")
     config = Config(
         block_size=s.seq_len, n_layer=s.layers, n_embd=s.hidden, n_head=s.heads, n_query_groups=s.kv_heads,
         intermediate_size=s.ffn_hidden, padded_vocab_size=s.vocab, vocab_size=s.vocab, rotary_percentage=1.0,

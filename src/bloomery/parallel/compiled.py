@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ from bloomery.parallel.collectives import Measure
 
 CACHE = Path("~/.cache/bloomery/inductor")
 """Compiled kernels of earlier runs; `TORCHINDUCTOR_CACHE_DIR` names another place."""
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device here, or None."""
+    if device.type != "cpu":
+        return None if find_spec("triton") else "no triton here"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler here"
+    return None
 
 
 def compile_layers(stage: Transformer) -> None:
