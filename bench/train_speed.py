@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory of `bloomery train` beside other trainers: same cores, model, samples and precision.
+"""Tokens per second and peak memory of `bloomery train` beside other trainers on the same cores, model and samples.
 
 Ours is the product's own path (the console program, its worker, engine and loop), read from the run's ledger. Peers run
 through `bench/peers/*`, each in the environment it is given and each compiled and not: its faster variant counts. Runs

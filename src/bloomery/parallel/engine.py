@@ -297,7 +297,10 @@ def build(
     measure: Measure,
     compiled: bool = False,
 ) -> Engine:
-    """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use. Raises InputError for what the engine cannot run, before any memory is taken."""
+    """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
+
+    Raises InputError for what the engine cannot run, before any memory is taken.
+    """
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=mesh.world_size, run=True)
     axis = None
     if layout.tp > 1:
