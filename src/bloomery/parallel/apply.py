@@ -3,10 +3,11 @@
 1. Stage cut: only the layers of this pipeline rank are ever built (on the meta device, no memory).
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
-3. Full recomputation wraps whole layers, so their tensor-parallel messages are inside and are repeated with them;
+3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
+4. Full recomputation wraps whole layers, so their tensor-parallel messages are inside and are repeated with them;
    selective wraps single operators of finished layers.
-4. FSDP wraps layers last: it gathers exactly what the layer computes with.
-5. The pipeline schedule (in `engine.build`) drives finished stages.
+5. FSDP wraps layers last: it gathers exactly what the layer computes with.
+6. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import nn
 from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
+from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
@@ -28,12 +30,21 @@ from bloomery.spec.shard_table import tensor_shard
 
 
 def lay_out(
-    model: Model, mesh: Mesh, axis: TensorAxis | None, *, dtype: torch.dtype, seed: int, measure: Measure
+    model: Model,
+    mesh: Mesh,
+    axis: TensorAxis | None,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    measure: Measure,
+    compiled: bool,
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
     """This rank's stages by index, ready to compute, and the parameter table by name."""
     layout = mesh.layout
     table = {parameter.name: parameter for parameter in all_parameters(model)}
     stages: dict[int, Transformer] = {}
+    if compiled:
+        book_compilation(measure)
     ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
     for index in layout.stages_on(mesh.pp_rank):
         with torch.device("meta"):
@@ -41,6 +52,8 @@ def lay_out(
         fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
+        if compiled:
+            compile_layers(stage)
         if layout.recompute == "full":
             recompute_layers(stage)
         elif layout.recompute == "selective":

@@ -309,13 +309,17 @@ def build(
     dtype: str,
     seed: int,
     measure: Measure,
+    compiled: bool = False,
 ) -> Engine:
-    """Lay `model` over `mesh`. Raises InputError for what the engine cannot run, before any memory is taken."""
+    """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
+
+    Raises InputError for what the engine cannot run, before any memory is taken.
+    """
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=mesh.world_size, run=True)
     axis = None
     if layout.tp > 1:
         axis = TensorAxis(mesh.group("tp"), layout.tp, mesh.tp_rank, layout.sequence_parallel, measure)
-    stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed, measure=measure)
+    stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled)
     engine = Engine(model, mesh, stages, axis)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
