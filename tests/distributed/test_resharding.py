@@ -17,6 +17,7 @@ from ranks import GLOBAL_BATCH, SEQ_LEN, batch, run_ranks
 
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
 
 UNEVEN = Model(layers=4, hidden=24, heads=4, kv_heads=2, ffn_hidden=66, vocab=66, max_seq_len=SEQ_LEN)
 """Under tensor parallelism ffn and vocabulary have 33 rows, keys and values 6."""
@@ -30,6 +31,7 @@ LAYOUTS = (
     "tp=2,pp=2,micro_batch=2",
     "tp=2,dp=2,zero=1,sp=true,micro_batch=2",
     "pp=2,vpp=2,dp=2,zero=2,micro_batch=2",
+    "pp=2,schedule=zbv,micro_batch=1",
 )
 STEPS = 2
 """Steps before the checkpoint, and after it: the second of those reads what the loaded moments made of the first."""
@@ -40,20 +42,19 @@ class Training:
     """An engine with its optimizer; `rate`: each writer has its own, so that no two checkpoints are alike."""
 
     engine: Any
-    optimizer: Any
+    optimizers: Any
 
     @classmethod
     def under(cls, layout: Layout, mesh: Any) -> Training:
         """Initial weights, laid over `mesh`."""
-        import torch
-
         from bloomery.parallel.engine import build
+        from bloomery.train.optimizers import build_optimizers
 
         engine = build(
             UNEVEN, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64", seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
-        return cls(engine, torch.optim.AdamW(engine.optimizer_groups(0.1)))
+        return cls(engine, build_optimizers(engine, Optimizer(weight_decay=0.1)))
 
     def steps(self, first: int, count: int, rate: float) -> list[float]:
         """Train so many steps; their losses."""
@@ -62,15 +63,14 @@ class Training:
         mesh, losses = self.engine.mesh, []
         share = GLOBAL_BATCH // mesh.layout.dp
         mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        self.optimizers.set_rate(rate)
         for step in range(first, first + count):
             tokens, targets = (torch.from_numpy(values[mine]) for values in batch(step, masked=False))
             part = self.engine.forward_backward(tokens, targets, GLOBAL_BATCH * SEQ_LEN)
             self.engine.reduce_gradients()
             losses.append(self.engine.statistics(part).loss)
-            self.engine.update(self.optimizer)
-            self.optimizer.zero_grad()
+            self.engine.update(self.optimizers)
+            self.optimizers.zero_grad()
         return losses
 
     def digest(self) -> str:
@@ -81,7 +81,7 @@ class Training:
             (f"{kind}.{item.shard.name}", item.shard.global_shape, item.shard.offsets, item.local(value).numpy())
             for item in self.engine.shards()
             if item.owner
-            for kind, value in (("", None), *((m, self.optimizer.state[item.parameter][m]) for m in MOMENTS))
+            for kind, value in (("", None), *self.optimizers.moments(item.parameter).items())
         ]
         every = [mine]
         if self.engine.mesh.world_size > 1:
@@ -95,9 +95,6 @@ class Training:
         return hashlib.sha256(b"".join(whole[name].tobytes() for name in sorted(whole))).hexdigest()
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
 def rate_of(number: int) -> float:
     """The learning rate of the writer with this layout."""
     return 1e-3 * (1 + number)
@@ -108,14 +105,18 @@ def write(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
     import torch
 
     from bloomery.parallel import mesh as meshes
-    from bloomery.train import checkpoint
+    from bloomery.train.checkpoint import Keep
+    from bloomery.train.writer import Writer
 
     for number in numbers:
         mesh = meshes.start(Layout.parse(LAYOUTS[number]), torch.device("cpu"), rendezvous(folder, world_size, number))
         training = Training.under(mesh.layout, mesh)
         training.steps(0, STEPS, rate_of(number))
-        state = {"step": STEPS, "cursor": 0, "run_hash": "", "data_hash": "", "guard": {}}
-        checkpoint.save(folder / str(number), training.engine, training.optimizer, state, keep=1)
+        state = {"step": STEPS, "cursor": 0, "run_hash": "", "data_hash": "", "guard": {}, "fence": 0}
+        writer = Writer(folder / str(number), training.engine, training.optimizers, Keep())
+        writer.start(state)
+        assert writer.wait()
+        writer.close()
         note = {"digest": training.digest(), "losses": training.steps(STEPS, 2, rate_of(number))}
         if rank == 0:
             (folder / f"wrote.{number}.json").write_text(json.dumps(note))
@@ -134,7 +135,7 @@ def read(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         mesh = meshes.start(layout, torch.device("cpu"), rendezvous(folder, world_size, number + len(LAYOUTS)))
         training, notes = Training.under(layout, mesh), []
         for other in range(len(LAYOUTS)):
-            checkpoint.load(folder / str(other) / f"step_{STEPS:06d}", training.engine, training.optimizer)
+            checkpoint.load(folder / str(other) / f"step_{STEPS:06d}", training.engine, training.optimizers)
             notes.append({"digest": training.digest(), "losses": training.steps(STEPS, 2, rate_of(other))})
         if rank == 0:
             (folder / f"read.{number}.json").write_text(json.dumps(notes))
