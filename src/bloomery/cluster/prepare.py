@@ -232,6 +232,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         keep_checkpoints=train.keep_checkpoints,
         evaluate_every=train.evaluate_every,
         log_every=train.log_every,
+        document_mask=train.document_mask,
         tensorboard=train.tensorboard,
         model_flops=expected["model_flops"],
         peak_flops_per_s=expected["peak_flops_per_s"],

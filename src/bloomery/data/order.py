@@ -7,6 +7,8 @@ Each epoch is a permutation of the samples, computed element by element in O(1) 
 from __future__ import annotations
 
 ROUNDS = 6
+PREFIX = 0x7072656669780000
+"""Sets the draws of prefixes apart from those of the order."""
 _MASK = (1 << 64) - 1
 
 
@@ -29,6 +31,12 @@ def permuted(position: int, n: int, key: int) -> int:
         value = left << half | right
         if value < n:
             return value
+
+
+def prefix_at(i: int, seq_len: int, seed: int) -> int:
+    """How many first tokens of global index i see each other whole: uniform in 1 .. seq_len - 1, as prefix language
+    models are trained on running text (Raffel et al. 2020, arXiv 1910.10683, section 3.2)."""
+    return 1 + _mix(_mix((seed << 32 ^ PREFIX) & _MASK) ^ i) % (seq_len - 1)
 
 
 def sample_at(i: int, n: int, seed: int) -> int:

@@ -81,7 +81,8 @@ class Transformer(nn.Module):
         """x: tokens (batch, seq) on the first stage, else hidden states (batch, seq, hidden).
 
         Returns logits (batch, seq, vocab) on the last stage, else hidden states. `documents_bs`: the document of each
-        token, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other whole.
+        token of the whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see
+        each other whole.
         For generation, `past` holds what each layer has seen of the `start` positions before x.
         """
         view = self.view(x, start, documents_bs, prefix_b)

@@ -3,7 +3,8 @@
 1. Stage cut: only the layers of this pipeline rank are ever built (on the meta device, no memory).
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
-3. Recomputation wraps whole layers, so their tensor-parallel messages are inside and are repeated with them.
+   Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
+3. Recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated.
 4. FSDP wraps layers last: it gathers exactly what the layer computes with.
 5. The pipeline schedule (in `engine.build`) drives finished stages.
 """
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
+from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.tensor import apply_tensor_parallel
@@ -29,7 +31,14 @@ from bloomery.spec.shard_table import tensor_shard
 
 
 def lay_out(
-    model: Model, mesh: Mesh, axis: TensorAxis | None, *, dtype: torch.dtype, seed: int, measure: Measure
+    model: Model,
+    mesh: Mesh,
+    axis: TensorAxis | None,
+    context: ContextAxis | None,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    measure: Measure,
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
     """This rank's stages by index, ready to compute, and the parameter table by name."""
     layout = mesh.layout
@@ -43,9 +52,11 @@ def lay_out(
         fill(stage, model, table, mesh, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis)
+        if context is not None:
+            apply_context_parallel(stage, context)
         if layout.recompute == "full":
             recompute_layers(stage)
-        if layout.dp > 1 and layout.zero_stage >= 2:
+        if layout.data_ranks > 1 and layout.zero_stage >= 2:
             shard_over_data(stage, mesh, measure)
         stages[index] = stage
     return stages, table

@@ -1,6 +1,7 @@
 """Data parallelism: ZeRO 2 and 3 by FSDP2, or replicated parameters with one all-reduce a unit.
 
-Gradients are SUMMED over the axis: the loss is already divided by the targets of the global batch.
+The axis is `data`: context-parallel ranks hold the same parameters as data-parallel ones and see other tokens too.
+Gradients are SUMMED over it: the loss is already divided by the targets of the global batch.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
 
 def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward."""
-    assert mesh.device_mesh is not None
-    axis = mesh.device_mesh["dp"]
+    axis = mesh.data_mesh
+    assert axis is not None
     for layer in stage.blocks():
         fully_shard(layer, mesh=axis, reshard_after_forward=mesh.layout.zero_stage == 3)
     fully_shard(stage, mesh=axis, reshard_after_forward=False)

@@ -1,6 +1,7 @@
 """The device mesh: who talks to whom. The only file that starts and stops process groups.
 
-Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours.
+Order, outermost first: pp, dp, cp, tp; ranks of one tensor-parallel group are neighbours. `data` joins dp and cp: the
+ranks that hold the same parameters and see other tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Mesh:
     device: torch.device
     rank: int
     device_mesh: DeviceMesh | None
+    data_mesh: DeviceMesh | None = None
 
     @property
     def world_size(self) -> int:
@@ -41,20 +43,32 @@ class Mesh:
     @property
     def dp_rank(self) -> int:
         """Position on the data-parallel axis."""
-        return self.rank // self.layout.tp % self.layout.dp
+        return self.data_rank // self.layout.cp
+
+    @property
+    def cp_rank(self) -> int:
+        """Position on the context-parallel axis."""
+        return self.data_rank % self.layout.cp
+
+    @property
+    def data_rank(self) -> int:
+        """Position on the data- and context-parallel axes joined."""
+        return self.rank // self.layout.tp % self.layout.data_ranks
 
     @property
     def pp_rank(self) -> int:
         """Position on the pipeline axis."""
-        return self.rank // (self.layout.tp * self.layout.dp)
+        return self.rank // (self.layout.tp * self.layout.data_ranks)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of `tp`, `dp`, `pp` or `world`."""
-        assert self.device_mesh is not None, "one process has no groups"
+        """The process group of `tp`, `cp`, `dp`, `data`, `pp` or `world`."""
+        assert self.device_mesh is not None and self.data_mesh is not None, "one process has no groups"
         if axis == "world":
             world = dist.group.WORLD
             assert world is not None
             return world
+        if axis == "data":
+            return self.data_mesh.get_group()
         return self.device_mesh.get_group(axis)
 
 
@@ -99,9 +113,11 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
 
 
 def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    axes = ("pp", "dp", "tp")
-    device_mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=axes)
-    return Mesh(layout, device, rank, device_mesh)
+    axes = ("pp", "dp", "cp", "tp")
+    shape = (layout.pp, layout.dp, layout.cp, layout.tp)
+    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
+    data_mesh = device_mesh["dp", "cp"]._flatten("data") if layout.cp > 1 else device_mesh["dp"]
+    return Mesh(layout, device, rank, device_mesh, data_mesh)
 
 
 def stop(mesh: Mesh) -> None:

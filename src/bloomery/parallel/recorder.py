@@ -58,7 +58,8 @@ def record(mesh: Mesh) -> Iterator[Counter[tuple[str, str, int]]]:
     """Count (axis, op, payload bytes) of this rank's messages inside the block."""
     axes: dict[str, str] = {}
     if mesh.device_mesh is not None:
-        axes = {str(mesh.group(axis).group_name): axis for axis in ("world", "pp", "dp", "tp")}
+        groups = {"world": "world", "pp": "pp", "cp": "cp", "dp": "data", "tp": "tp"}
+        axes = {str(mesh.group(group).group_name): axis for axis, group in groups.items()}
     recorder = _Recorder(axes)
     with recorder:
         yield recorder.seen

@@ -26,9 +26,11 @@ INTERLEAVED, GPIPE = 1, 2
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "ep", "sequence_parallel", "micro_batch", "recompute")
+PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
-MICRO_BATCH = (*MESH, "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages", "micro_batches")
+MICRO_BATCH = (
+    *MESH, "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages", "micro_batches"
+)  # fmt: skip
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""

@@ -17,7 +17,7 @@ JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
 """Exit code after SIGTERM: the step was finished and saved, the same command goes on (EX_TEMPFAIL)."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "dtype")
+FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -36,6 +36,7 @@ class Job(Noun):
     data: str
     heldout: str
     kind: str = "tokens"
+    document_mask: bool = False
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100

@@ -64,6 +64,9 @@ class Train(Noun):
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
     tensorboard: bool = True
+    document_mask: bool = Field(
+        default=False, description="tokens see their own document only, not others packed into the same sequence"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Train:

@@ -5,7 +5,8 @@ A test holds `collectives` against what the engine really sends, in count and by
 
 The arithmetic of `collectives` works on arrays of layouts: one layout is the case n = 1.
 Source of the volumes: tensor parallel Shoeybi et al. 2019 (arXiv 1909.08053), sequence parallel Korthikanti et al. 2022
-(2205.05198), pipeline Narayanan et al. 2021 (2104.04473), ZeRO Rajbhandari et al. 2020 (1910.02054).
+(2205.05198), ring attention Liu et al. 2023 (2310.01889), keys and values gathered Llama 3 (2407.21783), pipeline
+Narayanan et al. 2021 (2104.04473), ZeRO Rajbhandari et al. 2020 (1910.02054).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bloomery.spec.layout import Layout, LayoutBatch, stages_of
+from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
 
@@ -31,7 +32,8 @@ class Collective:
     """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
     step or, where `each` says so, in one micro-batch.
 
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input.
+    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input. Axes: tp, cp, pp, world,
+    and `dp` for all ranks that hold the same parameters, context-parallel ones among them.
     """
 
     site: str
@@ -126,6 +128,7 @@ def stage_collectives(
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     return [
         *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
+        *context_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
@@ -153,7 +156,7 @@ def tensor_collectives(
     with it the input is gathered and the output reduce-scattered (the reverse backward).
     """
     rows = _Rows("micro_batch")
-    tokens = lay.micro_batch * seq_len
+    tokens = lay.micro_batch * seq_len // lay.cp
     payload = tokens * model.hidden * block_bytes
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
@@ -184,12 +187,40 @@ def tensor_collectives(
     return rows.rows
 
 
+def context_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+) -> list[Collective]:
+    """Context parallelism in one micro-batch: keys and values of a layer in one message.
+
+    Ring: they pass on to the next rank cp - 1 times, backward again and with them, once they have left their own rank,
+    their gradients. All-gather: gathered at once, backward again, and the gradients reduce-scattered.
+    """
+    rows = _Rows("micro_batch")
+    block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * block_bytes
+    hops = (lay.cp - 1) * (lay.cp_method == CP_METHODS.index("ring")) * shape.layers
+    again = lay.recompute == 2
+    site, gradients = "attention.keys_values", "attention.keys_values_gradients"
+    rows.add(site, "cp", "send", "forward", hops, block)
+    rows.add(site, "cp", "send", "recompute", hops * again, block)
+    rows.add(site, "cp", "send", "backward", hops, block)
+    rows.add(gradients, "cp", "send", "backward", hops, block)
+    gathers = (lay.cp > 1) & (lay.cp_method == CP_METHODS.index("all_gather"))
+    if not np.any(gathers):
+        return rows.rows
+    whole, gathered = block * lay.cp, gathers * shape.layers
+    rows.add(site, "cp", "all_gather", "forward", gathered, whole)
+    rows.add(site, "cp", "all_gather", "recompute", gathered * again, whole)
+    rows.add(site, "cp", "all_gather", "backward", gathered, whole)
+    rows.add(gradients, "cp", "reduce_scatter", "backward", gathered, whole)
+    return rows.rows
+
+
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
     """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
     rows = _Rows("micro_batch")
-    payload = lay.micro_batch * seq_len * model.hidden * stream_bytes
+    payload = lay.micro_batch * seq_len // lay.cp * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
     forward = lay.vpp - (rank == lay.pp - 1)
     backward = lay.vpp - (rank == 0)
@@ -230,7 +261,8 @@ def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]
 def data_collectives(
     model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
 ) -> list[Collective]:
-    """Gradients and parameters over data-parallel ranks. Units: each layer, and what a stage holds outside its layers.
+    """Gradients and parameters over ranks that hold the same ones (dp x cp). Units: each layer, and what a stage holds
+    outside its layers.
 
     Replicated: one all-reduce a unit and step. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for
     each micro-batch's forward and backward.
@@ -238,7 +270,8 @@ def data_collectives(
     rows = _Rows()
     layer = layer_parameters(model, model.layers - 1)
     ends = _ends(model, shape)
-    sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
+    ranks = lay.data_ranks
+    sharded, replicated = (ranks > 1) & (lay.zero_stage >= 2), (ranks > 1) & (lay.zero_stage < 2)
     common, experts = _apart(layer)
     unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
@@ -247,10 +280,10 @@ def data_collectives(
     rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
     if not np.any(sharded):
         return rows.rows
-    gathered = _padded(common, lay.tp, lay.dp)
+    gathered = _padded(common, lay.tp, ranks)
     if experts:
-        gathered = gathered + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
+        gathered = gathered + _padded(experts, lay.tp, np.maximum(ranks // lay.ep, 1)) // lay.ep
+    outside = sum(_padded(part, lay.tp, ranks) * held for part, held in ends)
     third = _Rows("micro_batch")
     for gathers, where in ((rows, sharded & (lay.zero_stage == 2)), (third, sharded & (lay.zero_stage == 3))):
         gathers.add("fsdp.layer", "dp", "all_gather", "forward", where * shape.layers, gathered * parameter_bytes)
@@ -267,7 +300,7 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     step over the tensor-parallel ranks."""
     rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
-    cut = np.where(lay.norms_sharded, lay.dp, 1)
+    cut = np.where(lay.norms_sharded, lay.data_ranks, 1)
     uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
     norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
     for part, there in _ends(model, shape):

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from bloomery.data.shards import TokenDataset
 from bloomery.ledger.clock import Clock
 from bloomery.parallel.engine import Engine, StepStatistics, build
 from bloomery.parallel.mesh import Mesh
@@ -19,7 +18,7 @@ from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.train import checkpoint
-from bloomery.train.batches import Batches, open_dataset
+from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.guard import Guard
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
@@ -65,8 +64,8 @@ def _step(session: Session, step: int) -> bool:
     """One optimizer step. Returns True when the run was asked to stop after it."""
     job, engine, clock = session.job, session.engine, session.clock
     with clock.bucket("data"):
-        tokens, targets, n_targets = session.batches.get(step)
-    loss_part = engine.forward_backward(tokens, targets, n_targets)
+        batch = session.batches.get(step)
+    loss_part = engine.forward_backward(batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
         statistics = engine.statistics(loss_part, session.stop_requested)
@@ -111,10 +110,8 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         eps=settings.eps,
         fused=True,
     )
-    dataset = open_dataset(job.kind, Path(job.data), seq_len=job.seq_len, seed=job.seed)
-    session = Session(
-        job, folder, mesh, clock, engine, optimizer, Batches(dataset, mesh, job.global_batch), Guard(), recorder
-    )
+    batches = Batches(open_dataset(job), mesh, job.global_batch)
+    session = Session(job, folder, mesh, clock, engine, optimizer, batches, Guard(), recorder)
 
     def request_stop(*_: Any) -> None:
         session.stop_requested = True
@@ -186,13 +183,12 @@ def evaluate(session: Session, step: int) -> None:
     """Held-out loss and bits per byte with the weights as they are."""
     job = session.job
     with session.clock.bucket("evaluate"):
-        heldout = TokenDataset(Path(job.heldout), seq_len=job.seq_len, seed=0)
+        heldout = open_tokens(job, job.heldout, seed=0)
         batches = Batches(heldout, session.mesh, job.global_batch)
         rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
         total, count = 0.0, 0
         for number in range(rounds):
-            tokens, targets, _ = batches.get(number)
-            loss, n = session.engine.evaluate(tokens, targets)
+            loss, n = session.engine.evaluate(batches.get(number))
             total, count = total + loss, count + n
         batches.close()
         mean = total / count

@@ -69,10 +69,10 @@ def test_sample_a_billion_needs_no_walk() -> None:
 def test_samples_are_the_same_for_every_world_size(corpus: Path, tmp_path: Path) -> None:
     build(settings(corpus), tmp_path / "out")
     dataset = TokenDataset(tmp_path / "out" / "train", seq_len=16, seed=0)
-    whole = dataset.batch(range(24))[0]
+    whole = dataset.batch(range(24)).inputs
     for world in (2, 3, 4):
         share = 24 // world
-        parts = [dataset.batch(range(rank * share, (rank + 1) * share))[0] for rank in range(world)]
+        parts = [dataset.batch(range(rank * share, (rank + 1) * share)).inputs for rank in range(world)]
         assert np.array_equal(np.concatenate(parts), whole)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from bloomery.data.order import sample_at
 from bloomery.data.shards import write_tokens
+from bloomery.data.samples import Samples
 from bloomery.evaluate.perplexity import heldout_perplexity, summed_loss
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
@@ -65,10 +66,10 @@ def test_the_loss_is_the_mean_over_tokens_as_by_hand(tmp_path: Path) -> None:
 def test_targets_without_loss_do_not_count() -> None:
     module = random_model()
     inputs = torch.arange(8)[None]
-    whole, count = summed_loss(module, inputs, inputs)
+    whole, count = summed_loss(module, Samples(inputs, inputs))
     masked = inputs.clone()
     masked[0, :5] = -100
-    part, rest = summed_loss(module, inputs, masked)
+    part, rest = summed_loss(module, Samples(inputs, masked))
     assert (count, rest) == (8, 3)
     assert 0 < part < whole
 

@@ -39,14 +39,14 @@ def test_the_future_never_changes_the_past(model: Model) -> None:
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_after_it() -> None:
-    mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), 5)[0, 0]
+    mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), torch.arange(5))[0, 0]
     assert mask[:3, :3].all()
     assert not mask[:3, 3:].any()
     assert mask[3].tolist() == [True, True, True, True, False]
 
 
 def test_documents_do_not_see_each_other() -> None:
-    mask = visible(View(torch.arange(4), documents_bs=torch.tensor([[0, 0, 1, 1]])), 4)[0, 0]
+    mask = visible(View(torch.arange(4), documents_bs=torch.tensor([[0, 0, 1, 1]])), torch.arange(4))[0, 0]
     assert mask.tolist() == [
         [True, False, False, False],
         [True, True, False, False],

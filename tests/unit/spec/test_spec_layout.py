@@ -66,6 +66,7 @@ def test_stages_hold_consecutive_layers() -> None:
         ("pp=64", "must not exceed 32 layers"),
         ("dp=3", "must divide global_batch 64"),
         ("sp=true", "sequence parallel needs tp > 1"),
+        ("cp=2048", "2\\*cp must divide seq_len 2048"),
         ("zero=3", "ZeRO needs dp"),
         ("pp=1,vpp=2", "interleaving needs pp > 1"),
         ("dp=4,ep=2", "ep must divide 1 experts"),
@@ -79,7 +80,6 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "model", "words"),
     [
-        ("cp=2", "llama-3-8b", "context parallelism"),
         ("dp=2,zero=1", "llama-3-8b", "stages 0, 2 and 3"),
         ("recompute=selective", "llama-3-8b", "whole layers or nothing"),
         ("dp=2", "mixtral-8x7b", "mixture-of-experts"),
