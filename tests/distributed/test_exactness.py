@@ -39,15 +39,46 @@ def table() -> list[Case]:
         Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2"),
         Case("tied", "tp=2,dp=2,micro_batch=2"),
     ]
-    return cases
+    return cases + context_cases()
+
+
+def context_cases() -> list[Case]:
+    """Context parallelism by both methods beside every other axis, and masks under every axis."""
+    ring = (
+        "cp=2,micro_batch=4",
+        "cp=4,micro_batch=4,recompute=full",
+        "cp=2,zero=3,micro_batch=4",
+        "cp=2,dp=2,micro_batch=2",
+        "cp=2,dp=2,zero=3,micro_batch=2",
+        "cp=2,tp=2,sp=true,micro_batch=4",
+        "cp=2,pp=2,vpp=2,micro_batch=2",
+        "cp=2,tp=2,dp=2,zero=2,sp=true,micro_batch=2",
+    )
+    gathered = ("cp=4,micro_batch=4", "cp=2,dp=2,zero=2,micro_batch=2,recompute=full", "cp=2,pp=2,micro_batch=2")
+    return [
+        *(Case("llama", layout) for layout in ring),
+        *(Case("llama", f"{layout},cp_method=all_gather") for layout in gathered),
+        Case("gpt", "cp=2,tp=2,sp=true,micro_batch=4"),
+        Case("tied", "cp=2,dp=2,micro_batch=2"),
+        Case("llama", "cp=2,pp=2,micro_batch=2", masked=True),
+        Case("llama", "cp=2,micro_batch=4", mask="prefix"),
+        Case("llama", "dp=2,zero=2,micro_batch=2", mask="prefix"),
+        Case("llama", "cp=2,micro_batch=4,cp_method=all_gather", mask="documents"),
+        Case("llama", "cp=4,micro_batch=4", mask="documents"),
+        Case("llama", "tp=2,sp=true,micro_batch=4", mask="both"),
+        Case("llama", "pp=2,micro_batch=2", mask="both"),
+        Case("llama", "cp=2,dp=2,micro_batch=2", mask="both"),
+        Case("llama", "cp=2,tp=2,sp=true,micro_batch=4,recompute=full", mask="both"),
+        Case("llama", "cp=2,pp=2,micro_batch=2,cp_method=all_gather", mask="both"),
+    ]
 
 
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
     for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
-]
-REFERENCES = {(c.model, c.masked): Case(c.model, "micro_batch=8", c.masked) for c in CASES}
+] + [Case("llama", f"cp=2,micro_batch=2,cp_method={method}", dtype="bfloat16") for method in ("ring", "all_gather")]
+REFERENCES = {(c.model, c.masked, c.mask): Case(c.model, "micro_batch=8", c.masked, mask=c.mask) for c in CASES}
 
 
 def world_size(case: Case) -> int:
@@ -67,7 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, folder: Path) -> None:
-    reference = REFERENCES[(case.model, case.masked)]
+    reference = REFERENCES[(case.model, case.masked, case.mask)]
     (alone,) = results(reference, 1, folder)
     for rank in results(case, world_size(case), folder):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-9)

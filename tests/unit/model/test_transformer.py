@@ -55,6 +55,15 @@ def test_documents_do_not_see_each_other() -> None:
     ]
 
 
+def test_a_packed_document_has_the_logits_it_has_alone() -> None:
+    module = Transformer(LLAMA).double()
+    tokens = torch.randint(0, 32, (1, 12), generator=torch.Generator().manual_seed(0))
+    packed = module(tokens, (torch.arange(12) >= 5).long()[None])
+    torch.testing.assert_close(packed[:, :5], module(tokens[:, :5]), rtol=1e-10, atol=1e-10)
+    # Rotary positions are relative: where a document starts makes no difference to it.
+    torch.testing.assert_close(packed[:, 5:], module(tokens[:, 5:]), rtol=1e-10, atol=1e-10)
+
+
 def test_causal_and_prefix_agree_when_the_prefix_is_one_token() -> None:
     module = Transformer(LLAMA).double()
     tokens = torch.arange(12)[None]
