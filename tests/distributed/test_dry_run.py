@@ -54,10 +54,17 @@ def chosen() -> list[Case]:
         "tp=1,pp=2,dp=2,zero=0,sp=false,micro_batch=2,schedule=gpipe",
         "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=1,vpp=2",
     )
+    context = (
+        "cp=2,micro_batch=4",
+        "cp=4,micro_batch=4,recompute=full",
+        "cp=2,dp=2,zero=2,micro_batch=2,recompute=full,cp_method=all_gather",
+        "cp=2,pp=2,vpp=2,micro_batch=2",
+        "cp=2,tp=2,dp=2,zero=2,sp=true,micro_batch=2",
+    )
     plain = [case for case in CASES if "cp=" not in case.layout and case.mask == "causal"]
     return [
         *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
-        *(case for case in CASES if "cp=" in case.layout and not case.masked and case.mask in ("causal", "prefix")),
+        *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
         *(case for case in plain if case.model != "llama" and "vpp" not in case.layout),
         *(case for case in plain if "recompute" in case.layout or "pp=4" in case.layout),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
