@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-planner bench-search calibrate
+.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-planner bench-search bench-time-to-loss calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -52,6 +52,9 @@ calibrate: setup ## fit the catalog's calibration to published runs (RUNS="A.csv
 bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHON=PYTHON: beside calculon's)
 	$(BIN)/python bench/search_speed.py $(if $(CALCULON),--calculon "$(CALCULON)" --cross-check) \
 	  $(if $(CALCULON_PYTHON),--calculon-python "$(CALCULON_PYTHON)")
+
+bench-time-to-loss: setup ## our recipe beside the reference's: seconds to its loss (CORPUS=DIR; QUICK=1: only that it runs)
+	$(BIN)/python bench/time_to_loss.py --corpus "$(CORPUS)" --ablate $(if $(QUICK),--quick)
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

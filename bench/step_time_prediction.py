@@ -29,7 +29,7 @@ model: {model}
 cluster: {cluster}
 layout: {{}}
 data: {{folder: {data}, max_bytes: 2000000}}
-train: {{seq_len: 256, global_batch: 16, steps: {steps}, dtype: {dtype}, checkpoint_every: 1000, tensorboard: false}}
+train: {{seq_len: 256, global_batch: 16, steps: {steps}, dtype: {dtype}, checkpoint_every: 1000, metrics: []}}
 out: {out}
 """
 WARM_UP = 4

@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
 RECORDED = 2
@@ -34,7 +36,19 @@ MODELS = {
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN, tie_embeddings=True,
         qkv_bias=True,
     ),
+    "qk-norm": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, head_dim=12, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        qk_norm=True, sliding_window=3, activation="relu2",
+    ),
+    "latent": Model(
+        layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        mla=LatentAttention(
+            q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+    ),
 }  # fmt: skip
+
+OPTIMIZERS = {"adamw": Optimizer(lr=1e-2), "muon": Optimizer(name="muon", lr=1e-2)}
 
 
 @dataclass(frozen=True)
@@ -46,13 +60,15 @@ class Case:
     masked: bool = False
     dtype: str = "float64"
     mask: Literal["causal", "prefix", "documents", "both"] = "causal"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "")
         mask = "" if self.mask == "causal" else f"-{self.mask}"
-        return f"{self.model}-{layout}{'-masked' if self.masked else ''}{mask}-{self.dtype}"
+        masked = "-masked" if self.masked else ""
+        return f"{self.model}-{layout}{masked}{mask}-{self.optimizer}-{self.dtype}"
 
     @property
     def structure(self) -> Model:
@@ -95,12 +111,13 @@ def local_batch(case: Case, step: int, mine: slice) -> Any:
 
 
 def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
-    """Five AdamW steps in float64; what was seen, with the messages of the third step, planned and executed."""
+    """Five steps in float64; what was seen, with the messages of the third step, planned and executed."""
     import torch
 
     from bloomery.parallel import mesh as meshes
     from bloomery.parallel.engine import build
     from bloomery.parallel.recorder import record
+    from bloomery.train.optimizers import build_optimizers
 
     model, layout = case.structure, Layout.parse(case.layout)
     mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
@@ -109,7 +126,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
-        optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
+        optimizer = build_optimizers(engine, OPTIMIZERS[case.optimizer])
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
         held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
@@ -120,7 +137,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
                 engine.clip(1.0, statistics.grad_norm)
-                optimizer.step()
+                engine.update(optimizer)
                 optimizer.zero_grad()
             executed += messages
             losses.append(statistics.loss)
@@ -141,20 +158,21 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         ]
         return {
             "rank": rank, "losses": losses, "norms": norms, "held_out": held_out, "shards": shards,
-            "planned": planned(model, layout, mesh.pp_rank, case.dtype), "executed": by_axis(executed, layout),
+            "planned": planned(model, layout, mesh.pp_rank, case), "executed": by_axis(executed, layout),
         }  # fmt: skip
     finally:
         meshes.stop(mesh)
 
 
-def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Counter[tuple[str, str, int]]:
+def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Counter[tuple[str, str, int]]:
     """What the shard table says this rank sends in one step: (axis, op, bytes) and how often."""
     from bloomery.spec.shard_table import collectives
 
-    wide = 8 if dtype == "float64" else 4
+    wide = 8 if case.dtype == "float64" else 4
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide, block_bytes=2 if dtype == "bfloat16" else wide,
+        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide,
+        block_bytes=2 if case.dtype == "bfloat16" else wide, optimizer=case.optimizer,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:
@@ -165,7 +183,7 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Cou
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.data_ranks, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (axis, op, size), count in counted.items():

@@ -38,7 +38,23 @@ def table() -> list[Case]:
         Case("gpt", "tp=2,pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
         Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2"),
         Case("tied", "tp=2,dp=2,micro_batch=2"),
+        Case("qk-norm", "tp=2,micro_batch=4"),
+        Case("qk-norm", "tp=2,dp=2,zero=2,micro_batch=2"),
+        Case("qk-norm", "tp=2,pp=2,sp=true,micro_batch=2,recompute=full"),
+        Case("latent", "tp=2,micro_batch=4"),
+        Case("latent", "tp=2,dp=2,zero=3,micro_batch=2"),
+        Case("latent", "tp=2,pp=2,sp=true,micro_batch=2"),
+        Case("latent", "tp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
+        Case("latent", "pp=2,dp=2,vpp=2,micro_batch=1"),
     ]
+    cases += [
+        Case("llama", layout, optimizer="muon")
+        for layout in (
+            "tp=2,micro_batch=4", "dp=2,micro_batch=4", "dp=2,zero=1,micro_batch=4", "dp=2,zero=2,micro_batch=4",
+            "dp=2,zero=3,micro_batch=4", "dp=4,zero=2,replicas=2,micro_batch=2",
+            "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
+        )
+    ]  # fmt: skip
     return cases + context_cases()
 
 
@@ -61,6 +77,12 @@ def context_cases() -> list[Case]:
         Case("gpt", "cp=2,tp=2,sp=true,micro_batch=4"),
         Case("tied", "cp=2,dp=2,micro_batch=2"),
         Case("llama", "cp=2,pp=2,micro_batch=2", masked=True),
+        Case("llama", "cp=2,dp=2,zero=1,micro_batch=2"),
+        Case("llama", "cp=2,dp=4,zero=2,replicas=2,micro_batch=2"),
+        Case("llama", "cp=2,tp=2,sp=true,micro_batch=4,recompute=selective"),
+        Case("llama", "cp=2,dp=2,zero=2,micro_batch=2", optimizer="muon"),
+        Case("latent", "cp=2,tp=2,sp=true,micro_batch=4"),
+        Case("qk-norm", "cp=2,tp=2,micro_batch=4"),
         Case("llama", "cp=2,micro_batch=4", mask="prefix"),
         Case("llama", "dp=2,zero=2,micro_batch=2", mask="prefix"),
         Case("llama", "cp=2,micro_batch=4,cp_method=all_gather", mask="documents"),
@@ -78,7 +100,12 @@ BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
     for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
 ] + [Case("llama", f"cp=2,micro_batch=2,cp_method={method}", dtype="bfloat16") for method in ("ring", "all_gather")]
-REFERENCES = {(c.model, c.masked, c.mask): Case(c.model, "micro_batch=8", c.masked, mask=c.mask) for c in CASES}
+REFERENCES = {
+    (c.model, c.masked, c.mask, c.optimizer): Case(
+        c.model, "micro_batch=8", c.masked, mask=c.mask, optimizer=c.optimizer
+    )
+    for c in CASES
+}
 
 
 def world_size(case: Case) -> int:
@@ -98,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, folder: Path) -> None:
-    reference = REFERENCES[(case.model, case.masked, case.mask)]
+    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer)]
     (alone,) = results(reference, 1, folder)
     for rank in results(case, world_size(case), folder):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-9)

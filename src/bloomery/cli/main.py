@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "serve": ("serve:serve", "An OpenAI-compatible HTTP server for a trained model."),
     "export": ("export:export", "Write a Hugging Face directory."),
     "import": ("export:import_", "Read a Hugging Face directory into a run folder."),
+    "watch": ("watch:watch", "Follow runs from another terminal: step, loss, rate, time left."),
     "runs": ("runs:runs", "What has been run here, best first."),
     "catalog": ("catalog:catalog", "Models, accelerators, clusters, failure rates by name."),
     "demo": ("demo:demo", "The whole chain on this machine in minutes, on real text."),

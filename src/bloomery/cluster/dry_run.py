@@ -14,7 +14,7 @@ import numpy as np
 
 from bloomery.parallel.dry_run import Message, RankAccount, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
-from bloomery.perf.case import FULL, Case
+from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on
 from bloomery.perf.precision import precision_of
@@ -169,7 +169,7 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.data_ranks, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     answer = Counter[Message]()
     for (axis, op, size), count in counted.items():
@@ -209,12 +209,13 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
     dense, _ = parameters_on(case, ranks)
-    one_layer = float(np.ravel(layer_activation_bytes(case)[0])[0])
+    one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
+    recompute = case.lay.recompute[0]
     kept = account.layer_activation_bytes / account.layers
     peak = held_layers * kept + account.working_bytes
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
-    state = CLOSE if case.lay.zero_stage[0] >= 2 else EXACT
+    state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
@@ -222,7 +223,8 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
-    if not account.working_bytes:
+    if recompute != FULL:
+        one_layer -= dropped if recompute == SELECTIVE else 0.0
         found.append(Line("activations of a layer", "bytes", kept, one_layer, CLOSE))
     found.append(Line("activations in flight", "bytes", peak, _predicted_peak(case, account, memory), CLOSE))
     return found

@@ -13,6 +13,7 @@ from typing import Any
 from bloomery.cluster.supervisor import run_lock
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
+from bloomery.ledger.trackers import check_trackers
 from bloomery.perf.estimate import estimate
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
@@ -37,6 +38,10 @@ WRITTEN = (
     "checkpoints",
     "align",
     "tensorboard",
+    "wandb",
+    "swanlab",
+    "mlflow.db",
+    "profile",
 )
 """What a run writes to its folder, its token shards apart: what --fresh removes."""
 
@@ -73,7 +78,8 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
     batch = LayoutBatch.of([layout])
     settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
     known = dtype if dtype in cluster.accelerator.peak_flops_per_s else "float32"
-    one = estimate(run.model, cluster, batch, **settings, dtype=known).one(0)  # type: ignore[arg-type]
+    optimizer = run.train.optimizer.name
+    one = estimate(run.model, cluster, batch, **settings, dtype=known, optimizer=optimizer).one(0)  # type: ignore[arg-type]
     wide = 8 if dtype == "float64" else 4
     messages = collectives(
         run.model,
@@ -84,6 +90,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         parameter_bytes=wide,
         gradient_bytes=wide,
         block_bytes=2 if dtype == "bfloat16" else wide,
+        optimizer=optimizer,
     )
     rows = [
         {
@@ -108,6 +115,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
 
 def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tuple[Path, Job]:
     """Write the run folder. Raises InputError for anything that would stop the run later."""
+    check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     folder, data = run_folder(run), data_folder(run)
@@ -154,6 +162,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
             "optimizer": stage.optimizer,
             "global_batch": stage.global_batch,
             "initial": str(initial),
+            "profile": "",
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
@@ -230,10 +239,14 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         heldout="",
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
+        keep_every=train.keep_every,
+        guard=train.guard,
+        supervision=train.supervision,
         evaluate_every=train.evaluate_every,
         log_every=train.log_every,
         document_mask=train.document_mask,
-        tensorboard=train.tensorboard,
+        metrics=train.metrics,
+        profile=train.profile,
         model_flops=expected["model_flops"],
         peak_flops_per_s=expected["peak_flops_per_s"],
         mfu_convention=expected["convention"],

@@ -175,7 +175,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
     settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_BATCH}
     engine = build(model, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
-    optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(engine.parameters().values(), lr=1e-4, fused=True)
     shape = (REFERENCE_BATCH, REFERENCE_SEQ_LEN)
     tokens = torch.randint(0, model.vocab, shape, device=device)
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
@@ -185,7 +185,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
         between = now(device)
         norm = engine.statistics(loss).grad_norm
         engine.clip(norm / 2, norm)
-        optimizer.step()
+        engine.update(optimizer)
         optimizer.zero_grad()
         found["compute"].append(between - started)
         found["optimizer"].append(now(device) - between)

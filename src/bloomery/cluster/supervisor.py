@@ -91,6 +91,7 @@ def _start(command: Sequence[str], rank: int, world_size: int, scratch: Path) ->
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "BLOOMERY_RENDEZVOUS": f"file://{scratch / 'rendezvous'}",
         "PYTHONWARNINGS": "ignore",
+        "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
     }
     return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
 

@@ -6,6 +6,11 @@ Each epoch is a permutation of the samples, computed element by element in O(1) 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
+Range = tuple[int, int]
+"""Global sample indices first .. stop - 1."""
+
 ROUNDS = 6
 PREFIX = 0x7072656669780000
 """Sets the draws of prefixes apart from those of the order."""
@@ -43,3 +48,31 @@ def sample_at(i: int, n: int, seed: int) -> int:
     """Which of n samples global index i takes; every epoch of n indices visits each sample once."""
     epoch, position = divmod(i, n)
     return permuted(position, n, _mix((seed << 32 ^ epoch) & _MASK))
+
+
+def joined(ranges: Iterable[Range]) -> list[Range]:
+    """The same indices as sorted ranges that do not touch.
+
+    >>> joined([(8, 12), (0, 4), (10, 16)])
+    [(0, 4), (8, 16)]
+    """
+    found = list[Range]()
+    for first, stop in sorted(ranges):
+        if found and first <= found[-1][1]:
+            found[-1] = (found[-1][0], max(stop, found[-1][1]))
+        else:
+            found.append((first, stop))
+    return found
+
+
+def past(position: int, passed_over: Sequence[Range]) -> int:
+    """The global index taken at `position` when some ranges (as `joined` gives them) are never taken.
+
+    >>> [past(position, [(2, 4)]) for position in range(4)]
+    [0, 1, 4, 5]
+    """
+    index = position
+    for first, stop in passed_over:
+        if index >= first:
+            index += stop - first
+    return index

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import TokenDataset
@@ -69,6 +68,5 @@ def summed_loss(module: Transformer, samples: Samples) -> tuple[float, int]:
     )
     assert targets_bs is not None
     with torch.inference_mode():
-        logits_bsv = module(inputs_bs, documents_bs, prefix_b).float()
-        loss = F.cross_entropy(logits_bsv.flatten(0, 1), targets_bs.flatten(), ignore_index=IGNORED, reduction="sum")
+        loss = module(inputs_bs, documents_bs, prefix_b, targets_bs=targets_bs)
     return float(loss), int((targets_bs != IGNORED).sum())

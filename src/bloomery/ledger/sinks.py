@@ -1,4 +1,4 @@
-"""Where figures go: JSON Lines that survive a crash, and TensorBoard."""
+"""JSON Lines that survive a crash: what every run leaves. Where else figures go: `trackers`."""
 
 from __future__ import annotations
 
@@ -37,30 +37,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         if isinstance(record, dict):
             records.append(record)
     return records
-
-
-class TensorBoard:
-    """Scalars for TensorBoard; its import is paid only when asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-        self._writer: Any = EventFileWriter(str(folder))
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append the numbers among `values` as scalars of `step`."""
-        import time
-
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [
-            Summary.Value(tag=name, simple_value=float(value))
-            for name, value in values.items()
-            if isinstance(value, int | float) and name != "step"
-        ]
-        self._writer.add_event(Event(step=step, wall_time=time.time(), summary=Summary(value=scalars)))
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()

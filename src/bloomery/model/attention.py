@@ -24,7 +24,7 @@ class Attend(Protocol):
 
 
 class KeyValues:
-    """Keys and values of the positions one layer has seen: (batch, kv heads, s, head_dim). For generation."""
+    """Keys and values of the positions one layer has seen: (batch, kv heads, s, width each). For generation."""
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
@@ -44,16 +44,21 @@ class Attention(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         bias = model.bias or model.qkv_bias
-        self.head_dim = model.head_dim
+        self.head_dim, self.qk_norm = model.head_dim, model.qk_norm
         self.q = nn.Linear(model.hidden, model.query_width, bias=bias)
         self.k = nn.Linear(model.hidden, model.kv_width, bias=bias)
         self.v = nn.Linear(model.hidden, model.kv_width, bias=bias)
+        if model.qk_norm:
+            self.q_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
+            self.k_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
         self.o: nn.Module = nn.Linear(model.query_width, model.hidden, bias=model.bias)
         self.attend: Attend = attend
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden). With `past`, keys and values of earlier positions are read too and these join."""
         q_bhsk, k_bhsk, v_bhsk = (self._heads(project(x_bsd)) for project in (self.q, self.k, self.v))
+        if self.qk_norm:
+            q_bhsk, k_bhsk = self.q_norm(q_bhsk), self.k_norm(k_bhsk)
         q_bhsk, k_bhsk = view.rotated(q_bhsk), view.rotated(k_bhsk)
         if past is not None:
             k_bhsk, v_bhsk = past.extend(k_bhsk, v_bhsk)

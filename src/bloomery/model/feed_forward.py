@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.spec.model import Model
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+def swiglu(gate_bsf: Tensor, up_bsf: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate_bsf) * up_bsf
+
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": squared_relu,
+    "swiglu": swiglu,
+}
+"""What each `Model.activation` does to the up projection, or to gate and up of gated models."""
+
+
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x), or down(gelu(up x))."""
+    """down(activate(gate x, up x)) of gated models, else down(activate(up x)).
+
+    `activate` may be replaced from outside by what keeps less.
+    """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -18,8 +43,9 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
         self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
         self.gated = model.gated
+        self.activate = ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        y_bsf = F.silu(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else F.gelu(self.up(x_bsd))
-        return self.down(y_bsf)
+        inputs = (self.gate(x_bsd), self.up(x_bsd)) if self.gated else (self.up(x_bsd),)
+        return self.down(self.activate(*inputs))

@@ -1,7 +1,10 @@
 """Initial weights as a pure function of (seed, parameter name): the same bits under every layout.
 
 Matrices and embeddings are normal with standard deviation 0.02, the projections that write into the residual stream
-0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3); norms start at one, biases at zero.
+0.02 / sqrt(2 layers) (Radford et al. 2019, GPT-2 section 2.3). Under `unit_stream` token embeddings start at
+deviation one, those projections and the head at zero: every layer starts as the identity (Zhang et al. 2019, arXiv
+1901.09321), every token as likely as any other (Yang et al. 2022, 2203.03466, appendix D.2), and what a layer writes is
+small beside the stream at any width. Norms start at one, biases at zero.
 """
 
 from __future__ import annotations
@@ -24,10 +27,15 @@ def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dt
         return torch.zeros(parameter.shape, dtype=dtype)
     if parameter.kind == "norm":
         return torch.ones(parameter.shape, dtype=dtype)
+    writes_residual = parameter.name.endswith((".o.weight", ".down.weight"))
+    unit = model.init == "unit_stream"
+    if unit and (writes_residual or parameter.name == "head.weight"):
+        return torch.zeros(parameter.shape, dtype=dtype)
     # PyTorch's CPU generator reads 32 bits of the seed: run and name are hashed into them together.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{parameter.name}".encode()))
-    writes_residual = parameter.name.endswith((".o.weight", ".down.weight"))
     deviation = STANDARD_DEVIATION / (2 * model.layers) ** 0.5 if writes_residual else STANDARD_DEVIATION
+    if unit and parameter.name == "embedding.weight":
+        deviation = 1.0
     return (torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * deviation).to(dtype)
 
 

@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from bloomery.model.attention import Attention, KeyValues
 from bloomery.model.feed_forward import FeedForward
-from bloomery.model.view import View, rotary_tables
+from bloomery.model.head import Head
+from bloomery.model.latent import LatentAttention
+from bloomery.model.rotary import rotary_tables
+from bloomery.model.view import View
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
@@ -30,7 +33,8 @@ class Layer(nn.Module):
 
     def __init__(self, model: Model) -> None:
         super().__init__()
-        self.attention_norm, self.attention = norm(model), Attention(model)
+        attention = Attention if model.mla is None else LatentAttention
+        self.attention_norm, self.attention = norm(model), attention(model)
         self.ffn_norm, self.ffn = norm(model), FeedForward(model)
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
@@ -65,9 +69,9 @@ class Transformer(nn.Module):
         self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
         self.layers = nn.ModuleDict({str(layer): Layer(model) for layer in layers})
         self.norm = norm(model) if last else None
-        self.head = nn.Linear(model.hidden, model.vocab, bias=False) if last else None
-        if isinstance(self.head, nn.Linear) and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.head = Head(model.hidden, model.vocab) if last else None
+        if self.head is not None and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:
+            self.head.weight = self.embedding.get_parameter("weight")
 
     def forward(
         self,
@@ -75,14 +79,16 @@ class Transformer(nn.Module):
         documents_bs: Tensor | None = None,
         prefix_b: Tensor | None = None,
         *,
+        targets_bs: Tensor | None = None,
         start: int = 0,
         past: Sequence[KeyValues] | None = None,
     ) -> Tensor:
         """x: tokens (batch, seq) on the first stage, else hidden states (batch, seq, hidden).
 
-        Returns logits (batch, seq, vocab) on the last stage, else hidden states. `documents_bs`: the document of each
-        token of the whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see
-        each other whole.
+        Returns hidden states; on the last stage logits (batch, seq, vocab) or, given `targets_bs`, the sum of their
+        cross entropies, for which no stage but the last has a use. `documents_bs`: the document of each token of the
+        whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other
+        whole.
         For generation, `past` holds what each layer has seen of the `start` positions before x.
         """
         view = self.view(x, start, documents_bs, prefix_b)
@@ -90,20 +96,21 @@ class Transformer(nn.Module):
             x = self.embed(x, view.positions_s)
         for number, layer in enumerate(self.blocks()):
             x = layer(x, view, None if past is None else past[number])
-        return x if self.norm is None or self.head is None else self.head(self.norm(x))
+        return x if self.norm is None or self.head is None else self.head(self.norm(x), targets_bs)
 
     def view(self, x: Tensor, start: int, documents_bs: Tensor | None, prefix_b: Tensor | None) -> View:
         """Where the tokens of `x` stand and what they see."""
         model = self.model
         tokens = x.shape[1] * (1 if self.embedding is not None else self.sequence_cut)
         positions_s = self.positions(tokens, x.device) + start
+        window = model.sliding_window if start + tokens > (model.sliding_window or start + tokens) else None
         if model.position == "learned":
-            return View(positions_s, None, documents_bs, prefix_b)
+            return View(positions_s, None, documents_bs, prefix_b, window)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else next(self.parameters()).dtype
-        tables = rotary_tables(positions_s, model.head_dim, model.rope_theta, dtype)
-        return View(positions_s, tables, documents_bs, prefix_b)
+        tables = rotary_tables(positions_s, model.rotary_width, model.rope_theta, dtype, model.rope_scaling)
+        return View(positions_s, tables, documents_bs, prefix_b, window)
 
     def blocks(self) -> list[Layer]:
         """The layers in order."""

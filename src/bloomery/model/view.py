@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bloomery.model.rotary import rotate
+
 
 @dataclass(frozen=True)
 class View:
@@ -19,19 +21,21 @@ class View:
 
     A query at position i reads a key at position j when both are of one document and j <= i or j < prefix: with
     `documents_bs` (batch, whole sequence) of a packed batch, `prefix_b` (batch,) tokens that see each other whole
-    (prefix language model); None: one document, no prefix. `positions_s` may be part of the sequence, documents are
-    always those of all of it. `rotary`: cos and sin (s, width), or None for learned positions.
+    (prefix language model); None: one document, no prefix. With `window`, j > i - window too (sliding window; a prefix
+    is seen whole). `positions_s` may be part of the sequence, documents are always those of all of it. `rotary`: cos
+    and sin (s, width), or None for learned positions.
     """
 
     positions_s: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
     documents_bs: Tensor | None = None
     prefix_b: Tensor | None = None
+    window: int | None = None
 
     @property
     def plain(self) -> bool:
         """True for nothing but causal attention: kernels have a name for it and need no mask."""
-        return self.documents_bs is None and self.prefix_b is None
+        return self.documents_bs is None and self.prefix_b is None and self.window is None
 
     @cached_property
     def _biases(self) -> dict[torch.dtype, Tensor]:
@@ -54,23 +58,12 @@ class View:
         return x_bhsk if self.rotary is None else rotate(x_bhsk, *self.rotary)
 
 
-def rotary_tables(positions_s: Tensor, width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cos and sin of rotary positions (Su et al. 2021, arXiv 2104.09864), shape (s, width) each, made in float64."""
-    inverse = theta ** (-torch.arange(0, width, 2, device=positions_s.device, dtype=torch.float64) / width)
-    angle_sk = torch.outer(positions_s.double(), inverse).repeat(1, 2)
-    return angle_sk.cos().to(dtype), angle_sk.sin().to(dtype)
-
-
-def rotate(x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor) -> Tensor:
-    """Rotary positions, halves convention as in Hugging Face's Llama."""
-    first, second = x_bhsk.chunk(2, dim=-1)
-    return x_bhsk * cos_sk + torch.cat((-second, first), dim=-1) * sin_sk
-
-
 def visible(view: View, key_s: Tensor) -> Tensor:
     """True where a query may read a key at the positions `key_s`, broadcastable to (batch, 1, queries, keys)."""
     query_s = view.positions_s
     allowed = (key_s <= query_s[:, None])[None, None]
+    if view.window is not None:
+        allowed = allowed & (key_s > query_s[:, None] - view.window)
     if view.prefix_b is not None:
         allowed = allowed | (key_s < view.prefix_b[:, None])[:, None, None, :]
     if view.documents_bs is not None:

@@ -4,18 +4,16 @@
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
    Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
-3. Recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated.
+3. Full recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated;
+   selective wraps single operators of finished layers.
 4. FSDP wraps layers last: it gathers exactly what the layer computes with.
 5. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
@@ -23,6 +21,7 @@ from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
+from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
@@ -51,11 +50,13 @@ def lay_out(
             stage = Transformer(model, layers)
         fill(stage, model, table, mesh, dtype=dtype, seed=seed)
         if axis is not None:
-            apply_tensor_parallel(stage, axis)
+            apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
         if layout.recompute == "full":
             recompute_layers(stage)
+        elif layout.recompute == "selective":
+            recompute_outputs(stage)
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             shard_over_data(stage, mesh, measure)
         stages[index] = stage
@@ -78,9 +79,3 @@ def fill(
                 local = rectangle(whole, tensor_shard(parameter, mesh.layout.tp, mesh.tp_rank))
                 filled[id(empty)] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
             setattr(module, name, filled[id(empty)])
-
-
-def recompute_layers(stage: Transformer) -> None:
-    """Keep only each layer's input; its activations are computed again in the backward pass (Chen et al. 2016)."""
-    for layer in stage.blocks():
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]

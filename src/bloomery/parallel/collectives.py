@@ -36,6 +36,14 @@ class TensorAxis:
             dist.all_reduce(x, op, group=self.group)
         return x
 
+    def largest(self, x: Tensor) -> Tensor:
+        """Element-wise maximum over the ranks."""
+        return self.all_reduce(x, dist.ReduceOp.MAX)
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Element-wise sum over the ranks."""
+        return self.all_reduce(x)
+
     def gather_sequence(self, x_bsd: Tensor) -> Tensor:
         """(b, s/tp, d) of each rank to (b, s, d)."""
         x_sbd = x_bsd.transpose(0, 1).contiguous()

@@ -1,4 +1,5 @@
-"""Data parallelism: ZeRO 2 and 3 by FSDP2, or replicated parameters with one all-reduce a unit.
+"""Data parallelism: ZeRO 2 and 3 by FSDP2 (inside each replica, where there are several), or replicated parameters
+with one all-reduce a unit. ZeRO 1 is `update_shards`.
 
 The axis is `data`: context-parallel ranks hold the same parameters as data-parallel ones and see other tokens too.
 Gradients are SUMMED over it: the loss is already divided by the targets of the global batch.
@@ -7,6 +8,7 @@ Gradients are SUMMED over it: the loss is already divided by the targets of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,9 +56,13 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
 
 
 def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
-    """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward."""
-    axis = mesh.data_mesh
-    assert axis is not None
+    """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
+
+    With replicas each rank's cut gradients are also summed over them, booked like the rest; a two-dimensional mesh
+    would have FSDP send that message itself, unbooked.
+    """
+    assert mesh.device_mesh is not None
+    axis = mesh.device_mesh["dp"]
     for layer in stage.blocks():
         fully_shard(layer, mesh=axis, reshard_after_forward=mesh.layout.zero_stage == 3)
     fully_shard(stage, mesh=axis, reshard_after_forward=False)
@@ -64,9 +70,17 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.layout.dp_replicas > 1:
+                module.set_all_reduce_hook(partial(_sum_over_replicas, mesh.group("replica"), measure))
             if mesh.device.type == "cpu":
                 module.set_custom_all_gather(MeasuredAllGather(measure))
                 module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
+
+
+def _sum_over_replicas(group: dist.ProcessGroup, measure: Measure, gradients: Tensor) -> None:
+    """Sum a unit's cut gradients, flat, over the replicas, in place."""
+    with measure("dp_comm"):
+        dist.all_reduce(gradients, group=group)
 
 
 def free_gathered(stage: Transformer) -> None:
@@ -77,7 +91,10 @@ def free_gathered(stage: Transformer) -> None:
 
 
 def whole_gradient_bytes(stage: Transformer) -> int:
-    """Bytes of gradients not yet cut over ranks: FSDP adds up whole ones until the step's last micro-batch."""
+    """Bytes of gradients not yet cut over ranks: FSDP too adds up whole ones until the step's last micro-batch."""
+    if not isinstance(stage, FSDPModule):
+        plain = [parameter.grad for parameter in stage.parameters() if parameter.grad is not None]
+        return sum(gradient.numel() * gradient.element_size() for gradient in plain)
     states = [module._get_fsdp_state() for module in stage.modules() if isinstance(module, FSDPModule)]
     groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
     held = [parameter for group in groups for parameter in group.fsdp_params]

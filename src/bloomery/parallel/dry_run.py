@@ -48,9 +48,9 @@ class RankAccount:
 
     `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
     steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
-    `working_bytes`: what one recomputed layer keeps for its own backward pass. `weight_copies_bytes`: autocast's copies
-    of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
-    `whole_gradient_bytes`: what FSDP keeps uncut between the micro-batches of a step.
+    `working_bytes`: what a recomputed layer makes again for its own backward pass. `weight_copies_bytes`: autocast's
+    copies of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
+    `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step are added up.
     `executed`: the (layers, micro-batches) of the steps that were really run.
     """
 
@@ -112,12 +112,16 @@ def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
 
 
 def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
-    """What one layer saves without recomputation, where a backward pass recomputes it; else 0."""
-    if layout.recompute != "full":
+    """What one layer makes again in its backward pass: all it would save (full), or what it did not (selective)."""
+
+    def kept(recompute: str) -> int:
+        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute}), 1)
+        (step,) = _steps(part, cut, rank, [1], **settings)
+        return int(step["layer_activation_bytes"]) // layout.vpp
+
+    if layout.recompute == "none":
         return 0
-    part, cut = shallow(model, layout.model_copy(update={"recompute": "none"}), 1)
-    (step,) = _steps(part, cut, rank, [1], **settings)
-    return int(step["layer_activation_bytes"]) // layout.vpp
+    return kept("none") - (kept("selective") if layout.recompute == "selective" else 0)
 
 
 def _steps(
@@ -146,7 +150,7 @@ def _steps(
             measure=measure,
         )
         stages.extend(engine.stages.values())
-        optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), fused=True)
+        optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
         answer = []
         for length in lengths:
             most = 0
@@ -173,8 +177,8 @@ def _step(
             part = engine.forward_backward(batch)
         engine.reduce_gradients()
         engine.summed_statistics(part)
-        gradients = sum(_bytes(p.grad) for p in engine.parameters().values() if p.grad is not None)
-        optimizer.step()
+        gradients = sum(_bytes(p.grad) for p in engine.updated().values() if p.grad is not None)
+        engine.update(optimizer)
         optimizer.zero_grad()
     parameters = engine.parameters().values()
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,27 +22,44 @@ from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
-from bloomery.parallel.tensor import loss_sum
+from bloomery.parallel.update_shards import UpdateShards, rows_of
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
+from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter
 from bloomery.spec.shard_table import Shard, tensor_shard
 
 
+class Votes(NamedTuple):
+    """What a rank has to say in a step, and after the message the number of ranks that say so.
+
+    `stop`: asked to stop. `saved`: the checkpoint being written is written here. `save_failed`: it cannot be.
+    """
+
+    stop: int = 0
+    saved: int = 0
+    save_failed: int = 0
+
+
+NO_VOTES = Votes()
+
+
 @dataclass(frozen=True)
 class StepStatistics:
-    """What every rank agrees on after a step's backward, in one message."""
+    """What every rank agrees on after a step's backward, in one message. `groups`: norms by `spec.modules.GROUPS`."""
 
     loss: float
     grad_norm: float
     nonfinite: int
-    stop: int
+    votes: Votes
+    groups: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class LocalShard:
-    """One parameter's rectangle on this rank. `owner`: this rank, of all with the same rectangle, writes it."""
+    """One parameter's rectangle on this rank. `parameter`: what the optimizer knows of it (under ZeRO 1 this rank's
+    rows). `owner`: this rank, of all with the same rectangle, writes it."""
 
     shard: Shard
     parameter: nn.Parameter
@@ -52,6 +69,13 @@ class LocalShard:
         """The plain local tensor of the parameter, or of an optimizer moment laid out like it."""
         tensor = self.parameter if tensor is None else tensor
         return _plain(tensor).detach()
+
+
+class Steps(Protocol):
+    """An optimizer, or several that step as one."""
+
+    def step(self) -> Any:
+        """Move the parameters."""
 
 
 class Engine:
@@ -72,10 +96,17 @@ class Engine:
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
+        self.update_shards: UpdateShards | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
         return {name: parameter for stage in self.stages.values() for name, parameter in stage.named_parameters()}
+
+    def updated(self) -> dict[str, nn.Parameter]:
+        """What this rank's optimizer updates, by global name: its parameters, under ZeRO 1 its rows of them."""
+        if self.update_shards is None:
+            return self.parameters()
+        return {name: self.update_shards.own(parameter) for name, parameter in self.parameters().items()}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -92,13 +123,14 @@ class Engine:
             micro_batches=micro_batches,
             seq_len=seq_len,
             stream_dtype=_DTYPES[dtype],
-            logits_dtype=torch.bfloat16 if dtype == "bfloat16" else _DTYPES[dtype],
-            loss=self._loss,
+            loss_dtype=_DTYPES[dtype],
+            loss=self._mean,
             measure=self.measure,
         )
 
-    def _loss(self, logits_bsv: Tensor, targets_bs: Tensor) -> Tensor:
-        return loss_sum(logits_bsv, targets_bs, self.axis) / self.n_targets
+    def _mean(self, loss_sum: Tensor, _: Tensor) -> Tensor:
+        """The last stage's output, with the targets that the schedule hands over once more."""
+        return loss_sum / self.n_targets
 
     def _own(self, batch: Batch) -> Batch:
         """This rank's tokens and targets of its data-parallel rank's sequences; documents are told of whole ones."""
@@ -123,9 +155,9 @@ class Engine:
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
             inputs = (batch.tokens_bs,) if first else ()
+            known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last else batch.seen
             target, found = (batch.targets_bs, losses) if last else (None, None)
-            # Outputs not returned are not kept: the logits of all micro-batches would be.
-            self.schedule.step(*inputs, target=target, losses=found, return_outputs=False, **batch.seen)
+            self.schedule.step(*inputs, target=target, losses=found, return_outputs=False, **known)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
     def _accumulate(self, batch: Batch) -> Tensor:
@@ -140,45 +172,66 @@ class Engine:
                 stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
             with self.measure("compute"):
                 with self._autocast():
-                    loss = self._loss(stage(micro.tokens_bs, **micro.seen), micro.targets_bs)
+                    loss = stage(micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
                 loss.backward()
             total += loss.detach()
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated data parallelism, replicated tensors under SP."""
-        if self.layout.data_ranks > 1 and self.layout.zero_stage < 2:
-            for stage in self.stages.values():
-                for unit in units(stage):
-                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                    sum_flat(gradients, self.mesh.group("data"), self.measure, "dp_comm")
-        if self.axis is not None and self.layout.sequence_parallel:
+        """Sum what the backward pass left partial: what tp ranks hold alike, then whole data-parallel gradients."""
+        if self.axis is not None:
+            every, table = self.layout.sequence_parallel, self.table
             replicated = [
                 _plain(parameter.grad)
                 for name, parameter in self.parameters().items()
-                if self.table[name].tp_dim is None and parameter.grad is not None
+                if table[name].tp_dim is None and (every or table[name].tp_partial) and parameter.grad is not None
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+        if self.update_shards is not None:
+            self.update_shards.reduce()
+        elif self.layout.data_ranks > 1 and self.layout.zero_stage == 0:
+            for stage in self.stages.values():
+                for unit in units(stage):
+                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
 
-    def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
-        """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
+    def update(self, optimizer: Steps) -> None:
+        """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
+        optimizer.step()
+        self.gather_updated()
 
-        `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
-        """
-        loss_value, square_sum, bad, stops = self.summed_statistics(loss_part, stop).tolist()
-        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
+    def gather_updated(self) -> None:
+        """Bring together what each rank updated (or loaded) alone: under ZeRO 1 the rows of whole parameters."""
+        if self.update_shards is not None:
+            self.update_shards.gather()
 
-    def summed_statistics(self, loss_part: Tensor, stop: bool = False) -> Tensor:
-        """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, shape (4,), not yet read."""
-        named = {name: _plain(p.grad) for name, p in self.parameters().items() if p.grad is not None}
+    def statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> StepStatistics:
+        """Loss, global gradient norm and `votes`, in one all-reduce over the world; `nonfinite` counts ranks with a
+        non-finite loss or gradient."""
+        loss, bad, *rest = self.summed_statistics(loss_part, votes).tolist()
+        counts, squares = rest[: len(Votes._fields)], rest[len(Votes._fields) :]
+        groups = tuple(square**0.5 for square in squares)
+        return StepStatistics(loss, sum(squares) ** 0.5, int(bad), Votes(*map(int, counts)), groups)
+
+    def square_norms(self) -> tuple[list[str], Tensor]:
+        """Names of what this rank updates and its squared gradient norms, divided by how many ranks hold the same."""
+        named = {name: _plain(p.grad) for name, p in self.updated().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
-        squares = (norms.square() / replicas).sum()
+        return list(named), norms.square() / replicas
+
+    def summed_statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> Tensor:
+        """(loss, non-finite ranks, votes, squared gradient norms by group) over the world, float64, not yet read."""
+        names, each = self.square_norms()
+        index = torch.tensor([GROUPS.index(group_of(name)) for name in names], device=each.device)
+        groups = torch.zeros(len(GROUPS), dtype=torch.float64, device=each.device).index_add_(0, index, each)
+        squares = groups.sum()
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
-        vector = torch.stack((loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))))
+        said = torch.tensor(votes, dtype=torch.float64, device=squares.device)
+        vector = torch.cat((torch.stack((loss.to(squares.device), nonfinite)), said, groups))
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)
@@ -186,21 +239,13 @@ class Engine:
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
-        return tp * (self.layout.data_ranks if self.layout.zero_stage < 2 else 1)
+        return tp * (self.layout.data_ranks if self.layout.zero_stage == 0 else self.layout.dp_replicas)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
         factor = max_norm / (grad_norm + 1e-6)
         if factor < 1:
-            torch._foreach_mul_([_plain(p.grad) for p in self.parameters().values() if p.grad is not None], factor)
-
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Matrices and embeddings decay; norms and biases do not."""
-        named = self.parameters()
-        decays = [p for name, p in named.items() if self.table[name].kind in ("matrix", "embedding")]
-        rest = [p for name, p in named.items() if self.table[name].kind in ("norm", "bias")]
-        groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+            torch._foreach_mul_([_plain(p.grad) for p in self.updated().values() if p.grad is not None], factor)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -215,12 +260,13 @@ class Engine:
         with self._autocast():
             if self.schedule is None:
                 for micro in batch.split(self.layout.micro_batch):
-                    total += self._loss(self.stages[0](micro.tokens_bs, **micro.seen), micro.targets_bs)
+                    total += self.stages[0](micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs)
             else:
                 losses: list[Tensor] = []
                 inputs = (batch.tokens_bs,) if 0 in self.stages else ()
+                known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last_stage else batch.seen
                 target, found = (batch.targets_bs, losses) if last_stage else (None, None)
-                self.schedule.eval(*inputs, target=target, losses=found, **batch.seen)
+                self.schedule.eval(*inputs, target=target, losses=found, return_outputs=False, **known)
                 total += sum(losses)
         for stage in self.stages.values():
             free_gathered(stage)
@@ -234,13 +280,12 @@ class Engine:
     def shards(self) -> Iterator[LocalShard]:
         """The rectangles of this rank: what a checkpoint writes and reads, for parameters and moments alike."""
         mesh, layout = self.mesh, self.layout
-        for name, parameter in self.parameters().items():
+        for name, parameter in self.updated().items():
             shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
             owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
-            if isinstance(parameter, DTensor):
-                rows = -(-shard.shape[0] // layout.data_ranks)
-                start = min(mesh.data_rank * rows, shard.shape[0])
-                n = min(rows, shard.shape[0] - start)
+            if layout.zero_stage >= 1:
+                start, n = rows_of(shard.shape[0], layout.shards, mesh.shard_rank)
+                owner = owner and mesh.replica == 0
                 offsets = (shard.offsets[0] + start, *shard.offsets[1:])
                 shard = Shard(name, shard.global_shape, (n, *shard.shape[1:]), offsets)
             else:
@@ -278,6 +323,9 @@ def build(
     stages, table = lay_out(model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure)
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
+    if layout.zero_stage == 1:
+        every_unit = [unit for stage in stages.values() for unit in units(stage)]
+        engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)
     return engine

@@ -1,7 +1,8 @@
 """The device mesh: who talks to whom. The only file that starts and stops process groups.
 
-Order, outermost first: pp, dp, cp, tp; ranks of one tensor-parallel group are neighbours. `data` joins dp and cp: the
-ranks that hold the same parameters and see other tokens.
+Order, outermost first: pp, dp, cp, tp; ranks of one tensor-parallel group are neighbours. The group called `dp`, as the
+axis of its messages, joins dp and cp: ranks that hold the same parameters and see other tokens. With replicas it is two
+axes: `replica`, and inside it `dp`, over whose ranks ZeRO cuts.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Mesh:
     device: torch.device
     rank: int
     device_mesh: DeviceMesh | None
-    data_mesh: DeviceMesh | None = None
+    context_mesh: DeviceMesh | None = None
 
     @property
     def world_size(self) -> int:
@@ -56,20 +57,39 @@ class Mesh:
         return self.rank // self.layout.tp % self.layout.data_ranks
 
     @property
+    def shard_rank(self) -> int:
+        """Position among the data- and context-parallel ranks that ZeRO cuts over."""
+        return self.data_rank % self.layout.shards
+
+    @property
+    def replica(self) -> int:
+        """Which of the data-parallel replicas this rank is in."""
+        return self.data_rank // self.layout.shards
+
+    @property
     def pp_rank(self) -> int:
         """Position on the pipeline axis."""
         return self.rank // (self.layout.tp * self.layout.data_ranks)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of `tp`, `cp`, `dp`, `data`, `pp` or `world`."""
-        assert self.device_mesh is not None and self.data_mesh is not None, "one process has no groups"
+        """The process group of one of `axes`."""
+        assert self.device_mesh is not None, "one process has no groups"
         if axis == "world":
             world = dist.group.WORLD
             assert world is not None
             return world
-        if axis == "data":
-            return self.data_mesh.get_group()
+        if axis == "cp":
+            assert self.context_mesh is not None, "no context parallelism"
+            return self.context_mesh.get_group()
         return self.device_mesh.get_group(axis)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that have a group."""
+        if self.device_mesh is None:
+            return ()
+        context = () if self.context_mesh is None else ("cp",)
+        return ("world", *(self.device_mesh.mesh_dim_names or ()), *context)
 
 
 def start(layout: Layout, device: torch.device, init_method: str | None = None, timeout_s: float = 600.0) -> Mesh:
@@ -113,11 +133,14 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
 
 
 def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    axes = ("pp", "dp", "cp", "tp")
-    shape = (layout.pp, layout.dp, layout.cp, layout.tp)
-    device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=axes)
-    data_mesh = device_mesh["dp", "cp"]._flatten("data") if layout.cp > 1 else device_mesh["dp"]
-    return Mesh(layout, device, rank, device_mesh, data_mesh)
+    axes = {"pp": layout.pp, "replica": layout.dp_replicas, "dp": layout.shards, "tp": layout.tp}
+    if layout.dp_replicas == 1:
+        del axes["replica"]
+    device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    if layout.cp == 1:
+        return Mesh(layout, device, rank, device_mesh)
+    apart = device_mesh["dp"]._unflatten(0, (layout.shards // layout.cp, layout.cp), ("batch", "cp"))
+    return Mesh(layout, device, rank, device_mesh, apart["cp"])
 
 
 def stop(mesh: Mesh) -> None:

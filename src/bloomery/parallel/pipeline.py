@@ -94,7 +94,7 @@ def build_schedule(
     micro_batches: int,
     seq_len: int,
     stream_dtype: torch.dtype,
-    logits_dtype: torch.dtype,
+    loss_dtype: torch.dtype,
     loss: Callable[[Tensor, Tensor], Tensor],
     measure: Measure,
 ) -> Schedule:
@@ -110,16 +110,14 @@ def build_schedule(
         stream = torch.empty(
             layout.micro_batch, rows, model.hidden, dtype=stream_dtype, device="meta", requires_grad=True
         )
-        logits = torch.empty(
-            layout.micro_batch, own_len, model.vocab // layout.tp, dtype=logits_dtype, device="meta", requires_grad=True
-        )
+        loss_sum = torch.empty((), dtype=loss_dtype, device="meta", requires_grad=True)
         stage = MeasuredStage(
             module,
             index,
             n_stages,
             mesh.device,
             input_args=tokens if index == 0 else stream,
-            output_args=logits if index == n_stages - 1 else stream,
+            output_args=loss_sum if index == n_stages - 1 else stream,
             group=mesh.group("pp"),
         )
         stage.measure = measure

@@ -56,10 +56,6 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def record(mesh: Mesh) -> Iterator[Counter[tuple[str, str, int]]]:
     """Count (axis, op, payload bytes) of this rank's messages inside the block."""
-    axes: dict[str, str] = {}
-    if mesh.device_mesh is not None:
-        groups = {"world": "world", "pp": "pp", "cp": "cp", "dp": "data", "tp": "tp"}
-        axes = {str(mesh.group(group).group_name): axis for axis, group in groups.items()}
-    recorder = _Recorder(axes)
+    recorder = _Recorder({str(mesh.group(axis).group_name): axis for axis in mesh.axes})
     with recorder:
         yield recorder.seen

@@ -33,10 +33,11 @@ def _attention_backward(_: Tensor, query_bhsk: Tensor, key_bhsk: Tensor, *__: An
 
 _FORMULAS: dict[Any, Any] = {
     **flop_registry,
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""PyTorch's own formulas, and the fused attention of CPUs, which PyTorch does not count."""
+"""PyTorch's own formulas, and those it lacks: products added in place, fused attention of CPUs."""
 
 
 class FlopTally(TorchDispatchMode):

@@ -6,14 +6,15 @@ Row-cut projections (o, down) and the vocabulary-cut embedding are replaced, for
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
+from bloomery.parallel.recompute import made_again, narrowed
 
 
 class RowLinear(nn.Module):
@@ -60,15 +61,20 @@ class SequencePosition(nn.Module):
         return F.embedding(positions_s.chunk(self.axis.size)[self.axis.rank], self.weight)
 
 
-def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
-    """Replace and hook the modules of `stage`, whose parameters are already local rectangles."""
+def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: bool = True) -> None:
+    """Replace and hook the modules of `stage`, whose parameters are already local rectangles.
+
+    Without `keep_inputs` a layer's blocks gather what they read under sequence parallelism again in the backward pass.
+    """
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x_bsd: Tensor = inputs[0]
-        if torch.is_autocast_enabled(x_bsd.device.type):
-            # The projections would cast anyway: before the message it halves the bytes.
-            x_bsd = x_bsd.to(torch.get_autocast_dtype(x_bsd.device.type))
-        return (enter_block(x_bsd, axis), *inputs[1:])
+        # The projections would cast anyway: before the message it halves the bytes.
+        return (enter_block(narrowed(inputs[0]), axis), *inputs[1:])
+
+    def enter_again(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (made_again(partial(enter_block, axis=axis), narrowed(inputs[0])), *inputs[1:])
+
+    enter_layer = enter if keep_inputs or not axis.sequence_parallel else enter_again
 
     stage.sequence_cut = axis.size if axis.sequence_parallel else 1
     if stage.embedding is not None:
@@ -76,47 +82,10 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis) -> None:
     if stage.position is not None and axis.sequence_parallel:
         stage.position = SequencePosition(stage.position, axis)
     for layer in stage.blocks():
-        layer.attention.register_forward_pre_hook(enter)
+        layer.attention.register_forward_pre_hook(enter_layer)
         layer.attention.o = RowLinear(layer.attention.o, axis)
-        layer.ffn.register_forward_pre_hook(enter)
+        layer.ffn.register_forward_pre_hook(enter_layer)
         layer.ffn.down = RowLinear(layer.ffn.down, axis)
     if stage.head is not None:
         stage.head.register_forward_pre_hook(enter)
-
-
-class _VocabularyLoss(torch.autograd.Function):
-    """Cross entropy of logits cut over the vocabulary (Shoeybi et al. 2019, section 3): two small all-reduces."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_nv: Tensor, targets_n: Tensor, axis: TensorAxis) -> Tensor:
-        largest_n = axis.all_reduce(logits_nv.amax(-1), torch.distributed.ReduceOp.MAX)
-        shifted_nv = logits_nv - largest_n[:, None]
-        width = logits_nv.shape[1]
-        local_n = targets_n - axis.rank * width
-        mine_n = (local_n >= 0) & (local_n < width)
-        index_n1 = local_n.clamp(0, width - 1)[:, None]
-        target_n = shifted_nv.gather(1, index_n1)[:, 0] * mine_n
-        exp_nv = shifted_nv.exp_()
-        total_n, target_n = axis.all_reduce(torch.stack((exp_nv.sum(-1), target_n)))
-        kept_n = targets_n >= 0
-        ctx.save_for_backward(exp_nv, total_n, index_n1, mine_n & kept_n, kept_n)
-        return ((total_n.log() - target_n) * kept_n).sum()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        exp_nv, total_n, index_n1, mine_n, kept_n = ctx.saved_tensors
-        gradient_nv = exp_nv * (kept_n / total_n)[:, None]
-        gradient_nv.scatter_add_(1, index_n1, -mine_n.to(gradient_nv.dtype)[:, None])
-        return gradient_nv * gradient, None, None
-
-
-def loss_sum(logits_bsv: Tensor, targets_bs: Tensor, axis: TensorAxis | None) -> Tensor:
-    """Summed cross entropy over targets >= 0 (-100 counts nothing), in float32 or wider.
-
-    logits: (batch, seq, vocab / tp); targets: (batch, seq) over the whole vocabulary.
-    """
-    logits_nv = logits_bsv.flatten(0, 1)
-    logits_nv = logits_nv if logits_nv.dtype == torch.float64 else logits_nv.float()
-    if axis is None:
-        return F.cross_entropy(logits_nv, targets_bs.flatten(), ignore_index=-100, reduction="sum")
-    return _VocabularyLoss.apply(logits_nv, targets_bs.flatten(), axis)
+        stage.head.axis = axis

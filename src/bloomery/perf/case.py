@@ -15,7 +15,13 @@ from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.layout import LayoutBatch, stage_split
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+from bloomery.spec.parameters import (
+    Parameter,
+    embedding_parameters,
+    head_parameters,
+    is_hidden_matrix,
+    layer_parameters,
+)
 from bloomery.spec.shard_table import Collective, StageShape, stage_collectives
 
 T = TypeVar("T")
@@ -29,10 +35,11 @@ MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (
-    *MESH, "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages", "micro_batches"
+    *MESH, "dp_replicas", "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages",
+    "micro_batches",
 )  # fmt: skip
 """Those that a micro-batch on a rank depends on."""
-MODEL_STATE = (*MESH, "zero_stage", "stages")
+MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
 
 
@@ -119,6 +126,7 @@ class Case:
     dtype: Dtype
     stack: Stack
     precision: Precision
+    optimizer: str = "adamw"
 
     @classmethod
     def of(
@@ -131,6 +139,7 @@ class Case:
         seq_len: int,
         dtype: Dtype,
         stack: Stack | None = None,
+        optimizer: str = "adamw",
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
@@ -138,12 +147,12 @@ class Case:
         precision = precision_of(accelerator, dtype)
         if stack.gradient_bytes is not None:
             precision = replace(precision, gradient=stack.gradient_bytes)
-        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision)
+        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)
 
     def under(self, cluster: Cluster, stack: Stack) -> Case:
         """The same layouts on other hardware of the same precision, or with other software; what only layouts decide
         is kept, so that asking again is cheap."""
-        again = Case(self.model, cluster, self.lay, self.global_batch, self.seq_len, self.dtype, stack, self.precision)
+        again = replace(self, cluster=cluster, stack=stack)
         again.__dict__["known"] = self.known
         return again
 
@@ -193,8 +202,16 @@ class Case:
         if name == "mesh":
             part, index = self.over(*MESH)
             return Codes(index, len(part.lay))
+        if name == "norms_sharded" and not self._partial:
+            # Without sequence parallelism nothing is summed, however it is cut.
+            return self.once(name, lambda: Codes.of(self.lay.norms_sharded & (self.lay.sequence_parallel == 1)))
         of = self if name == "micro_batches" else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
+
+    @cached_property
+    def _partial(self) -> bool:
+        """Whether some replicated parameters see one tensor-parallel rank's heads only."""
+        return any(p.tp_partial for p in layer_parameters(self.model, self.model.layers - 1))
 
     def take(self, index: np.ndarray) -> Case:
         """The layouts at `index`."""
@@ -245,6 +262,11 @@ class Case:
     def embedding(self) -> Held:
         """Parameters before the layers."""
         return _held(self.model, "embedding")
+
+    @OfLayouts
+    def hidden_matrices(self) -> Held:
+        """The matrices of one layer, those that Muon moves."""
+        return _held(self.model, "hidden matrices")
 
     @OfLayouts
     def head(self) -> Held:
@@ -306,6 +328,7 @@ class Case:
             block_bytes=precision.compute,
             parameter_bytes=precision.parameter,
             gradient_bytes=precision.gradient,
+            optimizer=self.optimizer,
         )
         return [row.in_step(self.micro_batches, len(self.lay)) for row in rows]
 
@@ -351,6 +374,8 @@ def _held(model: Model, part: str) -> Held:
         return Held.of(layer_parameters(model.model_copy(update={"moe": None}) if model.moe else model, 0))
     if part == "last":
         return Held.of(layer_parameters(model, model.layers - 1))
+    if part == "hidden matrices":
+        return Held.of([p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)])
     if part == "embedding":
         return Held.of(embedding_parameters(model))
     return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))

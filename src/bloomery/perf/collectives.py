@@ -34,13 +34,16 @@ class Group:
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
-    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp)."""
+    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp, inside
+    one replica), replica (the same place in each)."""
     if axis == "tp":
         return Group(lay.tp, np.ones_like(lay.tp))
     if axis == "cp":
         return Group(lay.cp, lay.tp)
     if axis == "data":
-        return Group(lay.dp * lay.cp, lay.tp)
+        return Group(lay.shards, lay.tp)
+    if axis == "replica":
+        return Group(lay.dp_replicas, lay.tp * lay.shards)
     if axis == "world":
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import FULL, PART, SELECTIVE, Case, Held, Ranks
+from bloomery.perf.flops import window_share
 from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.perf.table import Table
@@ -56,7 +57,8 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held)
     work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
-    selective = attention_again + case.stack.selective_share * work.forward
+    share = case.stack.selective_share
+    selective = _outputs_again(case, moe) if share is None else attention_again + share * work.forward
     full = case.lay.recompute == FULL
     again = work.forward - _down(case) if case.stack.eager and not moe else work.forward
     recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
@@ -93,13 +95,22 @@ def _summed(pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
 
 
 def _projections(case: Case) -> tuple[Any, Any]:
-    """Query, key, value and output. Fused stacks multiply query, key and value at once; eager ones one by one."""
+    """Query, key, value and output. Fused stacks multiply query, key and value at once; eager ones one by one.
+
+    Latent attention multiplies down to its latents on every tensor-parallel rank alike, and up to its own heads.
+    """
     model, tp, h = case.model, case.lay.tp, case.model.hidden
-    out = _linear(case, case.tokens, model.query_width / tp, h)
+    out = _linear(case, case.tokens, model.output_width / tp, h)
+    if model.mla is not None:
+        mla, query = model.mla, model.query_width / tp
+        down, up = mla.kv_lora_rank + mla.qk_rope_head_dim, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
+        pairs = [_linear(case, case.tokens, h, down), _linear(case, case.tokens, mla.kv_lora_rank, up), out]
+        pairs.append(_linear(case, case.tokens, mla.q_lora_rank or h, query))
+        return _summed([*pairs, _linear(case, case.tokens, h, mla.q_lora_rank)] if mla.q_lora_rank else pairs)
     if not case.stack.serial_launch:
         return _summed([_linear(case, case.tokens, h, (model.query_width + 2 * model.kv_width) / tp), out])
-    query, key = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
-    return _summed([query, key, key, out])
+    q, k = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
+    return _summed([q, k, k, out])
 
 
 def _feed_forward(case: Case) -> tuple[Any, Any]:
@@ -134,8 +145,11 @@ def _experts(case: Case) -> tuple[Any, Any]:
 def _attention(case: Case) -> tuple[Any, Any]:
     model, lay, stack = case.model, case.lay, case.stack
     if stack.flash_attention:
-        width = model.query_width / (lay.tp * lay.cp)
-        causal = model.mask == "causal"
+        # The engine's masks skip nothing, and it pads values to the width of keys.
+        width = model.query_width if stack.eager else (model.query_width + model.output_width) / 2
+        seen = window_share(model, case.seq_len)
+        width = width * (1.0 if stack.eager else seen) / (lay.tp * lay.cp)
+        causal = model.mask == "causal" and not (stack.eager and seen < 1)
         forward, backward = flash_attention_s(
             case.accelerator, case.wide_dtype, case.seq_len, width, lay.micro_batch, causal=causal
         )
@@ -144,7 +158,7 @@ def _attention(case: Case) -> tuple[Any, Any]:
         case.accelerator,
         case.wide_dtype,
         case.seq_len,
-        model.head_dim,
+        (model.head_dim, model.value_head_dim),
         model.heads * lay.micro_batch / (lay.tp * lay.cp),
         element_bytes=case.precision.compute,
         softmax_passes=(stack.traffic * stack.softmax.forward, stack.traffic * stack.softmax.backward),
@@ -163,18 +177,40 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
         # Dispatch and combination each read and write every routed copy of a token.
         dispatch = 4 * model.moe.top_k * case.tokens * model.hidden * precision.compute
-    turned = (model.query_width + model.kv_width) if model.position == "rope" else 0
+    heads = model.heads + (1 if model.mla else model.kv_heads)
+    turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)
+
+    inner = _inner_norm_bytes(case)
 
     def seconds(norm: float, residual: float, projections: float, activation: float, rotary: float) -> Any:
         n_bytes = 2 * (norm + residual) * stream + projections * whole + dispatch
-        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + _cast_bytes(case)
+        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + norm * inner + _cast_bytes(case)
         return memory_s(case.accelerator, stack.traffic * n_bytes)
 
     residual, projections, rotary = stack.residual, stack.projections, stack.rotary
     forward = seconds(norm.forward, residual.forward, projections.forward, activation.forward, rotary.forward)
     backward = seconds(norm.backward, residual.backward, projections.backward, activation.backward, rotary.backward)
     return forward, backward
+
+
+def _outputs_again(case: Case, moe: bool) -> Any:
+    """Seconds of norms and activation functions forward: what our engine's selective recomputation repeats."""
+    model, stack, width = case.model, case.stack, case.model.ffn_hidden
+    if moe and model.moe is not None:
+        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+    norms = 2 * stack.norm(model).forward * case.stream_tokens * model.hidden * case.precision.stream
+    inside = stack.activation(model).forward * width * case.tokens * case.precision.compute / case.lay.tp
+    return memory_s(case.accelerator, stack.traffic * (norms + inside))
+
+
+def _inner_norm_bytes(case: Case) -> Any:
+    """What the norms inside attention go over once: queries and keys, or the latents, whole on every rank."""
+    model, precision = case.model, case.precision
+    if model.mla is not None:
+        return case.tokens * precision.compute * (model.mla.q_lora_rank + model.mla.kv_lora_rank)
+    normed = model.query_width + model.kv_width if model.qk_norm else 0
+    return case.tokens * precision.compute / case.lay.tp * normed
 
 
 def _cast_bytes(case: Case) -> Any:
@@ -222,6 +258,9 @@ def _head(case: Case) -> Work:
         case.accelerator, case.wide_dtype, case.tokens, model.hidden, model.vocab / tp, element_bytes=width
     )
     forward, backward = product
+    if stack.eager:
+        # The engine makes the gradients of the loss with the loss, chunk by chunk.
+        forward, backward = forward + backward, 0.0 * backward
     stream = case.stream_tokens * model.hidden * case.precision.stream
     logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
     norm = stack.norm(model)

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from bloomery.perf.case import Case
+from bloomery.perf.case import SELECTIVE, Case
 from bloomery.perf.flops import CONVENTION, model_flops, recomputed_flops
 from bloomery.perf.memory import PARTS, memory_of, peak_bytes, worst_memory
 from bloomery.perf.result import Estimate, Node
@@ -84,8 +84,10 @@ class Estimates:
     @cached_property
     def hardware_flops(self) -> np.ndarray:
         """FLOPs of a step with recomputation, full attention."""
-        case = self.case
-        again = recomputed_flops(case.model, case.lay.recompute, global_batch=case.global_batch, seq_len=case.seq_len)
+        case, recompute = self.case, self.case.lay.recompute
+        if case.stack.selective_share is None:
+            recompute = np.where(recompute == SELECTIVE, 0, recompute)  # it repeats no products
+        again = recomputed_flops(case.model, recompute, global_batch=case.global_batch, seq_len=case.seq_len)
         return self.model_flops + again
 
     @cached_property
@@ -122,6 +124,7 @@ def estimate(
     seq_len: int,
     dtype: Dtype = "bfloat16",
     stack: Stack | None = None,
+    optimizer: str = "adamw",
 ) -> Estimates:
     """Predict step time, its components and memory of `layouts` (they must keep `spec.layout.layout_problems`).
 
@@ -129,7 +132,16 @@ def estimate(
     accelerator has no peak for `dtype`.
     """
     return estimate_case(
-        Case.of(model, cluster, layouts, global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=stack)
+        Case.of(
+            model,
+            cluster,
+            layouts,
+            global_batch=global_batch,
+            seq_len=seq_len,
+            dtype=dtype,
+            stack=stack,
+            optimizer=optimizer,
+        )
     )
 
 

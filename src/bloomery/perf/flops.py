@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import parameter_count
+from bloomery.spec.parameters import attention_parameters, parameter_count
 
 PF_DAY = 8.64e19
 """FLOP in one PF-day: 1e15 FLOP/s for 86400 s."""
@@ -50,11 +50,13 @@ def forward_flops(model: Model, seq_len: int, *, causal: bool = False) -> Forwar
     """FLOPs of one forward pass over one sequence of `seq_len` tokens.
 
     Per layer and sequence: 2s(h(a+2g)d + adh) projections, 4 s^2 a d attention (half when `causal`), 2shf x 2 or 3
-    feed-forward; 2shV head (Narayanan et al. 2021, arXiv 2104.04473, appendix).
+    feed-forward; 2shV head (Narayanan et al. 2021, arXiv 2104.04473, appendix). Latent attention: 2s for each element
+    of its matrices, keys and values expanded, as in training. A sliding window leaves `window_share` of the attention.
     """
     s, h = seq_len, model.hidden
-    projections = 2 * s * h * (2 * model.query_width + 2 * model.kv_width)
-    attention = 4 * s * s * model.query_width * (0.5 if causal else 1.0)
+    projections = 2 * s * sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix")
+    attention = 2 * s * s * (model.query_width + model.output_width) * (0.5 if causal else 1.0)
+    attention *= window_share(model, seq_len)
     matrices = 3 if model.gated else 2
     dense_layers, routed_layers, width, router = model.layers, 0, 0, 0
     if model.moe is not None:
@@ -79,6 +81,13 @@ def context_attention_share(model: Model, cp: int) -> float:
     block it skips the half that its queries cannot see, unless a prefix lets them. MFU counts the square all the same.
     """
     return 1.0 if model.mask == "prefix" else (cp + 1) / (2 * cp)
+
+
+def window_share(model: Model, seq_len: int) -> float:
+    """Of the pairs that causal attention sees in a sequence, those within the model's sliding window."""
+    if model.sliding_window is None or model.sliding_window >= seq_len:
+        return 1.0
+    return 1.0 - (1.0 - model.sliding_window / seq_len) ** 2
 
 
 def backward_flops(model: Model, seq_len: int, *, causal: bool = False) -> float:

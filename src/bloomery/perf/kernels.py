@@ -63,7 +63,7 @@ def unfused_attention_s(
     accelerator: Accelerator,
     dtype: Dtype,
     seq_len: int,
-    head_dim: int,
+    head_dims: tuple[int, int],
     heads: Any,
     *,
     element_bytes: int,
@@ -71,13 +71,14 @@ def unfused_attention_s(
 ) -> tuple[Any, Any]:
     """Seconds (forward, backward) of attention that writes its scores: two batched products and passes over the scores.
 
-    `heads`: heads x sequences on one rank. The whole square is computed, masked or not.
+    `head_dims`: of queries and keys, of values; `heads`: heads x sequences on one rank. The whole square is computed,
+    masked or not.
     """
 
     def product(n: int, k: int) -> Any:
         return gemm_s(accelerator, dtype, seq_len, n, k, element_bytes=element_bytes, batch=heads)
 
     scores_bytes = heads * float(seq_len) ** 2 * element_bytes
-    products = product(seq_len, head_dim) + product(head_dim, seq_len)
+    products = product(seq_len, head_dims[0]) + product(head_dims[1], seq_len)
     forward = products + memory_s(accelerator, softmax_passes[0] * scores_bytes)
     return forward, 2 * products + memory_s(accelerator, softmax_passes[1] * scores_bytes)

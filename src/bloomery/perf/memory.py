@@ -13,6 +13,7 @@ import numpy as np
 
 from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, Case, Ranks
 from bloomery.perf.table import blocks
+from bloomery.spec.loss import loss_rows
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
@@ -79,7 +80,7 @@ def updated_parameters(case: Case, ranks: Ranks) -> Any:
 
 def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
     """Elements after ZeRO cuts them over data-parallel (and context-parallel) ranks; experts over dp / ep of them."""
-    data = case.lay.dp * case.lay.cp
+    data = case.lay.shards
     return np.where(where, dense / data + experts / np.maximum(data / case.lay.ep, 1), dense + experts)
 
 
@@ -107,17 +108,23 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
         if precision.compute < precision.parameter:
             # Autocast keeps narrow copies of the weights through a step.
             buffers = buffers + precision.compute * (dense + experts)
+    states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
+    if case.optimizer == "muon":
+        # One moment instead of two: that of the second is not kept for the layers' matrices.
+        matrices = ranks.layers * case.hidden_matrices.dense(lay)
+        states = states - precision.norm * _cut(case, matrices, 0.0, lay.zero_stage >= 1)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
         "gradients": precision.gradient * _cut(case, dense, experts, sharded),
-        "optimizer": precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1),
+        "optimizer": states,
         "buffers": buffers,
     }
 
 
 def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
-    Per operator it drops the share that it repeats; with unfused attention it drops the scores.
+    Our engine drops outputs of norms and activation functions; per operator a stack drops the share that it repeats;
+    with unfused attention it drops the scores.
 
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
@@ -126,8 +133,8 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
-    outer = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
-    attention = inside * (2 * model.query_width + 2 * model.kv_width) * precision.compute
+    outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
+    attention = _attention_widths(case) * precision.compute
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
@@ -136,10 +143,30 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
         whole = linear + max(4, precision.compute) * model.heads * inside
-        return whole, stack.selective_share * whole
+        if stack.selective_share is not None:
+            return whole, stack.selective_share * whole
+        # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
+        outputs = operators - 2 * case.stream_tokens * model.hidden * precision.stream
+        widths = stack.saved_widths(model) - (2 if model.gated else 1)
+        return whole, stack.kept * (outputs + widths * inside * width * precision.compute)
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _attention_widths(case: Case) -> Any:
+    """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
+
+    Our engine pads the values of latent attention; its RMSNorm keeps a normalised input beside the input.
+    """
+    model, inside = case.model, case.tokens / case.lay.tp
+    if model.mla is not None:
+        latents = case.tokens * (2 * (model.mla.q_lora_rank + model.mla.kv_lora_rank) + model.rotary_width)
+        values = model.kv_width if case.stack.eager else model.value_width
+        return latents + inside * (model.query_width + model.kv_width + values + model.output_width)
+    normed = model.query_width + model.kv_width if model.qk_norm else 0
+    normed = normed * (2 if case.stack.eager else 1)
+    return inside * (2 * model.query_width + 2 * model.kv_width + normed)
 
 
 def _outer_bytes(case: Case) -> Any:
@@ -209,5 +236,17 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
 
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
+    if case.stack.eager:
+        return ranks.last * _logits_of_a_chunk(case)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
+
+
+def _logits_of_a_chunk(case: Case) -> Any:
+    """What our engine's loss works on: logits of some rows (all of them where the vocabulary is cut) in float32 at
+    least, a narrow copy for the products, and the head's gradient before it is scaled."""
+    rows = np.where(case.lay.tp > 1, case.tokens, np.minimum(case.tokens, loss_rows("cpu")))
+    compute = case.precision.compute
+    each = max(4, compute) + (compute if compute < 4 else 0)
+    vocab = case.model.vocab / case.lay.tp
+    return vocab * (rows * each + case.model.hidden * case.precision.gradient)

@@ -28,18 +28,21 @@ class Profile:
     balanced: bool = False
 
 
+PUBLISHED = replace(GPU, selective_share=0.0)
+"""Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept."""
+
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
 MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed"), recompute="full")
-MEGATRON_CORE = Profile(replace(GPU, name="megatron-core"), zero_stage=1, sequence_parallel=True)
-FSDP = Profile(replace(GPU, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
+MEGATRON_CORE = Profile(replace(PUBLISHED, name="megatron-core"), zero_stage=1, sequence_parallel=True)
+FSDP = Profile(replace(PUBLISHED, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
 """Selective: per operator, every other matrix product is kept (torchtitan's default)."""
-COMPOSER = Profile(replace(GPU, name="composer"), zero_stage=3)
+COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)
 NANOTRON = Profile(
-    replace(GPU, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True
+    replace(PUBLISHED, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True
 )
 NEOX = Profile(
     replace(
-        GPU,
+        PUBLISHED,
         name="neox",
         gradient_overlap=0.0,
         gradient_bytes=2,
@@ -53,8 +56,8 @@ NEOX = Profile(
 """Eager norms and rotary positions keep float32 copies; gradients are accumulated in 16 bit."""
 NEOX_RMS = replace(NEOX, stack=replace(NEOX.stack, name="neox-rms", kept=1.5))
 """With a fused norm."""
-INTERNEVO = Profile(replace(GPU, name="internevo"), zero_stage=1, gated=True)
-XLA = Profile(replace(GPU, name="xla"), zero_stage=0)
+INTERNEVO = Profile(replace(PUBLISHED, name="internevo"), zero_stage=1, gated=True)
+XLA = Profile(replace(PUBLISHED, name="xla"), zero_stage=0)
 
 KNOWN = (
     (r"aleph alpha|efficient parallelization layouts", NEOX),

@@ -16,7 +16,8 @@ pipeline messages cross nodes.
 copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
 stack departs from its precision's.
 
-`selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention.
+`selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention; None: the
+outputs of norms and activation functions, as our engine does (`parallel.recompute`).
 `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
 tensor-, context- and expert-parallel messages that runs beside compute.
 
@@ -62,7 +63,7 @@ class Stack:
     accumulate: float
     kernels: Passes
     expert_kernels: Passes
-    selective_share: float
+    selective_share: float | None
     collective_kernels: float
     end_kernels: Passes
     large_logits: Passes
@@ -118,7 +119,7 @@ GPU = Stack(
     accumulate=0.0,
     kernels=Passes(120, 180),
     expert_kernels=Passes(100, 100),
-    selective_share=0.0,
+    selective_share=None,
     collective_kernels=6.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
@@ -194,14 +195,14 @@ EAGER_CPU = Stack(
     swiglu=Passes(6, 11),
     rotary=Passes(10, 14),
     softmax=Passes(6, 8),
-    logits=Passes(8, 8),
+    logits=Passes(9, 0),
     accumulate=3.0,
     kernels=Passes(150, 200),
     expert_kernels=Passes(100, 100),
-    selective_share=0.0,
+    selective_share=None,
     collective_kernels=0.0,
     end_kernels=Passes(100, 150),
-    large_logits=Passes(5, 8),
+    large_logits=Passes(0, 0),
     gradient_overlap=0.0,
     gather_overlap=0.0,
     interference=0.0,
@@ -214,7 +215,7 @@ EAGER_CPU = Stack(
     gradient_bytes=None,
     eager=True,
     kept=1.0,
-    logits_bytes=12.0,
+    logits_bytes=6.0,
     logits_gathered=False,
     saved_width=(2, 4),
     step_overhead_s=2e-3,

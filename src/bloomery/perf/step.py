@@ -16,6 +16,7 @@ from bloomery.perf.flops import model_flops
 from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s
+from bloomery.perf.muon import muon_s
 from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts
 from bloomery.perf.table import Lookup, Table
 
@@ -103,7 +104,7 @@ class DataParallel(Table):
             gather_each=data.gather_each,
             bucket=1.0 / np.maximum(kinds.layers, 1),
             ends=ends_before_first(case).astype(np.float64),
-            optimizer=optimizer_s(case, updated_parameters(case, kinds).max(axis=0)),
+            optimizer=optimizer_s(case, updated_parameters(case, kinds).max(axis=0)) + muon_s(case).max(axis=0),
             other=statistics_s(case) + case.stack.step_overhead_s,
             peak_flops_per_s=case.lay.world_size * accelerator.peak(case.dtype),
         )

@@ -3,7 +3,8 @@
 The space is a product: meshes (tp, pp, dp, cp, ep with tp*pp*dp*cp = world size) x options (interleaving, ZeRO stage,
 sequence parallelism, micro-batch, recomputation). A mesh that no option can save is refused before the product is
 built; the others are judged by the same `layout_problems` as the trainer's, in two halves. Memory and speed are not
-judged here. GPipe is left out: it takes 1F1B's time and never less memory.
+judged here. GPipe is left out: it takes 1F1B's time and never less memory. Replicated ZeRO (`dp_replicas`) is left out:
+it is for a user to ask for.
 """
 
 from __future__ import annotations
@@ -77,13 +78,11 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def options(model: Model, global_batch: int, *, runnable_only: bool) -> np.ndarray:
+def options(model: Model, global_batch: int) -> np.ndarray:
     """Every combination of the options, shape (o, 5), in the order of `OPTIONS`."""
     vpp = divisors(model.layers)
-    zero = (0, 2, 3) if runnable_only else (0, 1, 2, 3)
     micro_batch = [2**k for k in range(global_batch.bit_length()) if global_batch % 2**k == 0]
-    recompute = [i for i, name in enumerate(RECOMPUTE) if name != "selective" or not runnable_only]
-    return np.array(list(product(vpp, zero, (0, 1), micro_batch, recompute)), dtype=np.int64)
+    return np.array(list(product(vpp, range(4), (0, 1), micro_batch, range(len(RECOMPUTE)))), dtype=np.int64)
 
 
 def enumerate_layouts(
@@ -96,7 +95,7 @@ def enumerate_layouts(
     loop over everything); a refusal in one half counts for all that the other half would have made of it.
     """
     mesh = meshes(model, world_size, runnable_only=runnable_only)
-    option = options(model, global_batch, runnable_only=runnable_only)
+    option = options(model, global_batch)
     cutting, saving = _half(option, CUTTING), _half(option, SAVING)
     refused: dict[str, tuple[str, int]] = {}
 
@@ -140,9 +139,8 @@ def _product(
     start = (np.cumsum(saves_of) - saves_of)[cuts[0]]
     save = np.arange(times.sum()) + np.repeat(start - (np.cumsum(times) - times), times)
     rows = _batch(mesh[cuts[0]], cuts[1])
-    outer: dict[str, Any] = {
-        name: np.repeat(getattr(rows, name), times) for name in (*MESH, *CUTTING, "schedule", "cp_method")
-    }
+    names = (*MESH, *CUTTING, "dp_replicas", "schedule", "cp_method")
+    outer: dict[str, Any] = {name: np.repeat(getattr(rows, name), times) for name in names}
     inner = {name: saves[1][:, OPTIONS.index(name)][save] for name in SAVING}
     return LayoutBatch(**outer, **inner)
 
@@ -202,6 +200,7 @@ def _batch(mesh: np.ndarray, option: np.ndarray) -> LayoutBatch:
         pp=pp,
         vpp=vpp,
         dp=dp,
+        dp_replicas=np.ones_like(dp),
         cp=cp,
         ep=ep,
         zero_stage=zero_stage,

@@ -173,6 +173,7 @@ def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch) -> Estimates:
         global_batch=run.train.global_batch,
         seq_len=run.train.seq_len,
         dtype=run_dtype(run, cluster),
+        optimizer=run.train.optimizer.name,
     )
 
 

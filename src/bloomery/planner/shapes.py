@@ -97,7 +97,7 @@ def variants(own: Model) -> list[Variant]:
     """The run's own first, then its feed-forward ratio changed and, where it has none, grouped queries."""
     tried = shape_facts()["variants"]
     own_kv = 0 if own.kv_heads == own.heads else own.kv_heads
-    kv_heads = [own_kv] if own_kv else [0, int(tried["kv_heads"])]
+    kv_heads = [own_kv] if own_kv or own.mla else [0, int(tried["kv_heads"])]
     ratio = own.ffn_hidden / own.hidden
     return [Variant(ratio * factor, kv) for factor in tried["feed_forward"] for kv in kv_heads]
 

@@ -19,6 +19,7 @@ from bloomery.spec.layout import Layout
 BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
 FORMAT = 1
 COMMIT_FILE = "commit.json"
+FENCE_FILE = ".fence"
 
 
 class FileRecord(Noun):
@@ -54,6 +55,7 @@ class Commit(Noun):
     data_hash: str
     layout: Layout
     guard: dict[str, Any]
+    fence: int = 0
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
 
@@ -121,6 +123,14 @@ def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder, skipped
     return None, skipped
+
+
+def read_fence(run_folder: Path) -> int:
+    """The fencing number of the newest start of a run (0: none yet). A writer with a lower one has been replaced."""
+    try:
+        return int((run_folder / FENCE_FILE).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def check_space(checkpoints: Path, parameters: int, keep: int) -> None:

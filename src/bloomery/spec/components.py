@@ -10,7 +10,7 @@ COMPONENTS: dict[str, str] = {
     "pp_comm": "exposed pipeline sends and receives",
     "bubble": "pipeline bubble: stages waiting for each other",
     "dp_comm": "exposed data-parallel communication",
-    "optimizer": "optimizer step, gradient norm and clipping",
+    "optimizer": "optimizer step (with the messages it needs), gradient norm and clipping",
     "data": "waiting for data",
     "checkpoint": "checkpoint stall",
     "other": "everything else: logging, Python between phases",

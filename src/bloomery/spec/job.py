@@ -11,11 +11,14 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Optimizer
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
-"""Exit code after SIGTERM: the step was finished and saved, the same command goes on (EX_TEMPFAIL)."""
+"""Exit code after SIGTERM or SIGUSR1: the step was finished and saved, the same command goes on (EX_TEMPFAIL)."""
+GAVE_UP = 4
+"""A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
 FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
 """What a resume takes over unchanged: model, batches, schedule, seed."""
@@ -41,10 +44,14 @@ class Job(Noun):
     data_hash: str = ""
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    guard: GuardSettings = GuardSettings()
+    supervision: Supervision = Supervision()
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
-    tensorboard: bool = True
+    metrics: tuple[str, ...] = ()
+    profile: str = ""
     model_flops: float = 0.0
     peak_flops_per_s: float = 0.0
     mfu_convention: str = ""

@@ -31,6 +31,7 @@ class Layout(Noun):
     pp: int = Field(default=1, ge=1)
     vpp: int = Field(default=1, ge=1, description="model chunks per pipeline rank (interleaving)")
     dp: int = Field(default=1, ge=1)
+    dp_replicas: int = Field(default=1, ge=1, description="of dp: groups that ZeRO cuts inside of and repeats (HSDP)")
     cp: int = Field(default=1, ge=1)
     cp_method: Literal["ring", "all_gather"] = Field(
         default="ring", description="how keys and values reach the other context-parallel ranks: one by one or at once"
@@ -68,11 +69,17 @@ class Layout(Noun):
         """Ranks that hold the same parameters: data- and context-parallel ones."""
         return self.dp * self.cp
 
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO cuts over: all `data_ranks`, or the neighbours inside each of `dp_replicas`."""
+        return self.data_ranks // self.dp_replicas
+
     def describe(self) -> str:
         """A short name, for tables: `tp2 pp2 dp2 sp zero3 mb4`."""
         parts = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "vpp", "dp", "cp", "ep")]
         parts = [part for part in parts if not part.endswith("p1")] or ["dp1"]
         parts += ["all-gather"] if self.cp > 1 and self.cp_method == "all_gather" else []
+        parts += [f"replicas{self.dp_replicas}"] if self.dp_replicas > 1 else []
         parts += ["sp"] if self.sequence_parallel else []
         parts += [f"zero{self.zero_stage}"] if self.zero_stage else []
         parts += [f"mb{self.micro_batch}"]
@@ -81,8 +88,9 @@ class Layout(Noun):
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb` are short names."""
-        short = {"sp": "sequence_parallel", "zero": "zero_stage", "mb": "micro_batch"}
+        """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb`,
+        `replicas` are short names."""
+        short = {"sp": "sequence_parallel", "zero": "zero_stage", "mb": "micro_batch", "replicas": "dp_replicas"}
         values: dict[str, Any] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             key, equals, value = part.partition("=")
@@ -145,6 +153,7 @@ class LayoutBatch:
     pp: np.ndarray
     vpp: np.ndarray
     dp: np.ndarray
+    dp_replicas: np.ndarray
     cp: np.ndarray
     ep: np.ndarray
     zero_stage: np.ndarray
@@ -185,15 +194,27 @@ class LayoutBatch:
         )
 
     @cached_property
+    def shards(self) -> np.ndarray:
+        """Ranks that ZeRO cuts over (`Layout.shards`), shape (n,)."""
+        return self.data_ranks // self.dp_replicas
+
+    @cached_property
     def norms_sharded(self) -> np.ndarray:
-        """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over sequence-parallel ranks, (n,)."""
-        return (self.sequence_parallel == 1) & (self.zero_stage >= 2)
+        """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over tensor-parallel ranks, (n,)."""
+        return (self.tp > 1) & (self.zero_stage >= 2)
 
     def only(self, columns: Iterable[str], index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` as far as `columns` go: asking for another column is an AttributeError, so that what
         is computed from the rest cannot depend on it."""
         part = object.__new__(LayoutBatch)
         part.__dict__.update({name: getattr(self, name)[index] for name in columns})
+        return part
+
+    def having(self, **columns: np.ndarray) -> LayoutBatch:
+        """The same layouts with other values in some columns."""
+        part = object.__new__(LayoutBatch)
+        own = {f.name: vars(self)[f.name] for f in fields(self) if f.name in vars(self)}
+        part.__dict__.update(own | columns)
         return part
 
     def take(self, index: np.ndarray) -> LayoutBatch:
@@ -214,7 +235,9 @@ class LayoutBatch:
         return Layout(**values)
 
 
-_INTEGER_FIELDS = ("tp", "pp", "vpp", "dp", "cp", "ep", "zero_stage", "sequence_parallel", "micro_batch")
+_INTEGER_FIELDS = (
+    "tp", "pp", "vpp", "dp", "dp_replicas", "cp", "ep", "zero_stage", "sequence_parallel", "micro_batch",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -257,8 +280,18 @@ def layout_problems(
         ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
         ("interleaving", "interleaving needs pp > 1", interleaved & (lay.pp == 1)),
         ("zero_without_dp", "ZeRO needs dp*cp > 1", (lay.zero_stage > 0) & (lay.dp * lay.cp == 1)),
+        ("replicas", "dp_replicas must divide dp and leave two ranks or more to each", _uneven_replicas(lay)),
+        (
+            "replicas_zero",
+            "dp_replicas needs ZeRO 2 or 3: below, every data-parallel rank is a replica anyway",
+            (lay.dp_replicas > 1) & (lay.zero_stage < 2),
+        ),
         ("experts", f"ep must divide {experts} experts", experts % lay.ep != 0),
-        ("expert_group", "ep must divide dp", lay.dp % lay.ep != 0),
+        (
+            "expert_group",
+            "ep must divide dp (dp / dp_replicas, where there are replicas)",
+            (lay.dp // lay.dp_replicas) % lay.ep != 0,
+        ),
     ]
     if world_size is not None:
         rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
@@ -266,6 +299,11 @@ def layout_problems(
         wrong = [uneven is not None and sum(uneven) != model.layers for uneven in lay.stage_layers]
         rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", np.array(wrong)))
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def _uneven_replicas(lay: LayoutBatch) -> np.ndarray:
+    """(n,): replicas that are not equal groups of two or more ranks."""
+    return (lay.dp_replicas > 1) & ((lay.dp % lay.dp_replicas != 0) | (lay.shards < 2))
 
 
 def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
@@ -279,8 +317,6 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
         ),
-        ("zero1", "the engine runs ZeRO stages 0, 2 and 3", lay.zero_stage == 1),
-        ("selective", "the engine recomputes whole layers or nothing", lay.recompute == RECOMPUTE.index("selective")),
         ("tied_pipeline", "tied embeddings need pp = 1", (lay.pp > 1) & model.tie_embeddings),
         (
             "uneven_interleaving",

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from bloomery.spec.attention import LatentAttention, RopeScaling
 from bloomery.spec.base import Noun
 
 
@@ -23,7 +24,12 @@ class Model(Noun):
     """Structure of a decoder-only transformer.
 
     `kv_heads`, `head_dim` and `ffn_hidden` have the field's usual defaults (heads, hidden / heads, 4 x hidden) and
-    are always filled in after validation.
+    are always filled in after validation. `head_dim` is that of queries and keys.
+
+    `gelu` is the exact one, `gelu_tanh` GPT-2's approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415), `relu2` the
+    squared ReLU (So et al. 2021, arXiv 2109.08668). `qk_norm`: RMSNorm over each head's query and key before they are
+    rotated (Henry et al. 2020, arXiv 2010.04245, as in Qwen 3). `sliding_window`: a token sees itself and so many minus
+    one before it (Beltagy et al. 2020, arXiv 2004.05150).
     """
 
     name: str = "model"
@@ -37,13 +43,18 @@ class Model(Noun):
     max_seq_len: int = Field(default=2048, ge=1)
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0)
-    activation: Literal["gelu", "swiglu"] = "swiglu"
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "swiglu"
     position: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
     bias: bool = False
     qkv_bias: bool = False
     tie_embeddings: bool = False
     mask: Literal["causal", "prefix"] = "causal"
+    init: Literal["gpt2", "unit_stream"] = Field(default="gpt2", description="how weights start, see `model.init`")
+    qk_norm: bool = False
+    sliding_window: int | None = Field(default=None, ge=1)
+    mla: LatentAttention | None = None
     moe: MixtureOfExperts | None = None
     source: str = ""
 
@@ -56,7 +67,7 @@ class Model(Noun):
         heads, hidden = filled.get("heads"), filled.get("hidden")
         if isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             filled["kv_heads"] = filled.get("kv_heads") or heads
-            filled["head_dim"] = filled.get("head_dim") or hidden // heads
+            filled["head_dim"] = filled.get("head_dim") or _latent_head_dim(filled.get("mla")) or hidden // heads
             filled["ffn_hidden"] = filled.get("ffn_hidden") or 4 * hidden
         return filled
 
@@ -64,11 +75,34 @@ class Model(Noun):
     def _check(self) -> Model:
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
-        if self.position == "rope" and self.head_dim % 2:
+        if self.position == "rope" and self.rotary_width % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even for rotary positions")
+        if self.position != "rope" and self.rope_scaling is not None:
+            raise ValueError("rope_scaling needs position rope")
+        if self.mla is not None:
+            self._check_latent(self.mla)
+        if self.init == "unit_stream" and self.tie_embeddings:
+            raise ValueError("init unit_stream needs an untied head: it starts embeddings at one and the head at zero")
         if self.moe and self.moe.top_k > self.moe.experts:
             raise ValueError(f"moe.top_k {self.moe.top_k} exceeds moe.experts {self.moe.experts}")
         return self
+
+    def _check_latent(self, mla: LatentAttention) -> None:
+        """What stands beside latent attention must agree with it."""
+        if self.kv_heads != self.heads:
+            raise ValueError(f"mla gives every head its own keys: kv_heads {self.kv_heads} must be heads {self.heads}")
+        if self.head_dim != mla.head_dim:
+            raise ValueError(f"head_dim {self.head_dim} must be mla's qk_nope_head_dim + qk_rope_head_dim")
+        if mla.v_head_dim > mla.head_dim:
+            raise ValueError(f"mla.v_head_dim {mla.v_head_dim} must not exceed the keys' {mla.head_dim}")
+        for name, wrong in (
+            ("position learned", self.position != "rope"),
+            ("qk_norm", self.qk_norm),
+            ("bias", self.bias or self.qkv_bias),
+            ("norm layernorm", self.norm != "rmsnorm"),
+        ):
+            if wrong:
+                raise ValueError(f"mla does not go with {name}")
 
     @property
     def gated(self) -> bool:
@@ -77,10 +111,37 @@ class Model(Noun):
 
     @property
     def query_width(self) -> int:
-        """heads x head_dim: the width of the query and of the attention output."""
+        """heads x head_dim: the width of the query."""
         return self.heads * self.head_dim
 
     @property
     def kv_width(self) -> int:
-        """kv_heads x head_dim: the width of keys and of values."""
+        """kv_heads x head_dim: the width of the keys."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def value_head_dim(self) -> int:
+        """Width of one head's value: head_dim but under latent attention."""
+        return self.mla.v_head_dim if self.mla else self.head_dim
+
+    @property
+    def value_width(self) -> int:
+        """kv_heads x value_head_dim: the width of the values."""
+        return self.kv_heads * self.value_head_dim
+
+    @property
+    def output_width(self) -> int:
+        """heads x value_head_dim: the width of what attention gives to its output projection."""
+        return self.heads * self.value_head_dim
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that rotary positions turn."""
+        return self.mla.qk_rope_head_dim if self.mla else self.head_dim
+
+
+def _latent_head_dim(mla: object) -> int:
+    """head_dim as latent attention decides it, before validation (0: it does not, or is not yet valid)."""
+    values = mla.model_dump() if isinstance(mla, LatentAttention) else mla
+    parts = [values.get(name) for name in ("qk_nope_head_dim", "qk_rope_head_dim")] if isinstance(values, dict) else []
+    return sum(part for part in parts if isinstance(part, int))

@@ -11,6 +11,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal
 
+from bloomery.spec.attention import LatentAttention
 from bloomery.spec.model import Model
 
 Kind = Literal["embedding", "matrix", "norm", "bias"]
@@ -18,13 +19,18 @@ Kind = Literal["embedding", "matrix", "norm", "bias"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated). `expert`: lies on ep ranks."""
+    """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated). `expert`: lies on ep ranks.
+
+    `tp_partial`: replicated, but used inside a block whose heads are cut, so that each tensor-parallel rank's backward
+    pass sees its own heads only and gradients are summed over them.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     tp_dim: int | None = None
     expert: bool = False
+    tp_partial: bool = False
 
     @property
     def size(self) -> int:
@@ -49,10 +55,53 @@ def _norm(model: Model, name: str) -> list[Parameter]:
     return [weight] if model.norm == "rmsnorm" else [weight, Parameter(f"{name}.bias", (model.hidden,), "norm")]
 
 
+def _inner_norm(name: str, width: int) -> Parameter:
+    """An RMSNorm inside the attention block."""
+    return Parameter(f"{name}.weight", (width,), "norm", tp_partial=True)
+
+
+@lru_cache(maxsize=4096)
+def attention_parameters(model: Model, prefix: str) -> tuple[Parameter, ...]:
+    """The parameters of one attention block, in the module's order."""
+    if model.mla is not None:
+        return tuple(_latent_attention(model, model.mla, prefix))
+    qkv_bias = model.bias or model.qkv_bias
+    parameters = _linear(f"{prefix}.q", model.query_width, model.hidden, qkv_bias, 0)
+    parameters += _linear(f"{prefix}.k", model.kv_width, model.hidden, qkv_bias, 0)
+    parameters += _linear(f"{prefix}.v", model.value_width, model.hidden, qkv_bias, 0)
+    if model.qk_norm:
+        parameters += [_inner_norm(f"{prefix}.{name}_norm", model.head_dim) for name in ("q", "k")]
+    return tuple(parameters + _linear(f"{prefix}.o", model.hidden, model.output_width, model.bias, 1))
+
+
+def _latent_attention(model: Model, mla: LatentAttention, prefix: str) -> list[Parameter]:
+    """Down-projections to the latents are replicated over tensor-parallel ranks, those up to the heads are cut."""
+
+    def down(name: str, width: int) -> Parameter:
+        return Parameter(f"{prefix}.{name}.weight", (width, model.hidden), "matrix", tp_partial=True)
+
+    if mla.q_lora_rank:
+        parameters = [down("q_a", mla.q_lora_rank), _inner_norm(f"{prefix}.q_a_norm", mla.q_lora_rank)]
+        parameters += _linear(f"{prefix}.q_b", model.query_width, mla.q_lora_rank, False, 0)
+    else:
+        parameters = _linear(f"{prefix}.q", model.query_width, model.hidden, False, 0)
+    parameters += [down("kv_a", mla.kv_lora_rank + mla.qk_rope_head_dim)]
+    parameters += [_inner_norm(f"{prefix}.kv_a_norm", mla.kv_lora_rank)]
+    up = model.heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    parameters += _linear(f"{prefix}.kv_b", up, mla.kv_lora_rank, False, 0)
+    return parameters + _linear(f"{prefix}.o", model.hidden, model.output_width, False, 1)
+
+
 def _feed_forward(model: Model, name: str, width: int, expert: bool = False) -> list[Parameter]:
     gate = _linear(f"{name}.gate", width, model.hidden, model.bias, 0, expert) if model.gated else []
     up = _linear(f"{name}.up", width, model.hidden, model.bias, 0, expert)
     return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, expert)
+
+
+def is_hidden_matrix(parameter: Parameter) -> bool:
+    """True for what maps hidden states to hidden states: Muon's. A router's rows are classes, like a head's."""
+    name = parameter.name
+    return parameter.kind == "matrix" and name.startswith("layers.") and not name.endswith(".router.weight")
 
 
 @lru_cache(maxsize=4096)
@@ -62,12 +111,9 @@ def layer_parameters(model: Model, layer: int) -> tuple[Parameter, ...]:
 
 
 def _layer(model: Model, layer: int) -> list[Parameter]:
-    prefix, qkv_bias = f"layers.{layer}", model.bias or model.qkv_bias
+    prefix = f"layers.{layer}"
     parameters = _norm(model, f"{prefix}.attention_norm")
-    parameters += _linear(f"{prefix}.attention.q", model.query_width, model.hidden, qkv_bias, 0)
-    parameters += _linear(f"{prefix}.attention.k", model.kv_width, model.hidden, qkv_bias, 0)
-    parameters += _linear(f"{prefix}.attention.v", model.kv_width, model.hidden, qkv_bias, 0)
-    parameters += _linear(f"{prefix}.attention.o", model.hidden, model.query_width, model.bias, 1)
+    parameters += attention_parameters(model, f"{prefix}.attention")
     parameters += _norm(model, f"{prefix}.ffn_norm")
     moe = model.moe
     if moe is None or layer < moe.first_dense_layers:

@@ -10,6 +10,7 @@ from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import GuardSettings, Supervision
 
 
 def _folder_name(name: str) -> str:
@@ -20,6 +21,23 @@ def _folder_name(name: str) -> str:
 
 
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+def step_window(text: str) -> tuple[int, int]:
+    """First and last step of a window written `10:12` (both counted, from 1). Raises ValueError for anything else."""
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError("two steps are expected, as in 10:12")
+    return int(first), int(last)
+
+
+def _step_window(text: str) -> str:
+    if text:
+        step_window(text)
+    return text
+
+
+StepWindow = Annotated[str, AfterValidator(_step_window)]
 
 
 class Data(Noun):
@@ -35,12 +53,21 @@ class Data(Noun):
 
 
 class Optimizer(Noun):
-    """AdamW and its learning-rate schedule. `warmup` and `decay` are shares of the steps."""
+    """The optimizer and its learning-rate schedule. `warmup` and `decay` are shares of the steps.
 
-    name: Literal["adamw"] = "adamw"
+    `muon` moves the layers' matrices by Muon and the rest by AdamW; `lr` is one scale for both. The factors multiply
+    it for what AdamW moves.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-3, gt=0)
     min_lr: float = Field(default=1e-4, ge=0)
+    embedding_lr_factor: float = Field(default=1.0, gt=0)
+    head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
+    scaling: Literal["none", "mup"] = Field(default="none", description="mup: `lr` is that of width `base_hidden`")
+    base_hidden: int = Field(default=128, ge=1)
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
     clip: float = Field(default=1.0, gt=0)
@@ -61,12 +88,18 @@ class Train(Noun):
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
+    guard: GuardSettings = GuardSettings()
+    supervision: Supervision = Supervision()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
-    tensorboard: bool = True
     document_mask: bool = Field(
         default=False, description="tokens see their own document only, not others packed into the same sequence"
     )
+    metrics: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "prometheus"], ...] = Field(
+        default=("tensorboard",), description="where figures go besides the run's own files"
+    )
+    profile: StepWindow = Field(default="", description="steps to profile, as in 10:12")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Train:
@@ -122,6 +155,12 @@ class Run(Noun):
     def _fits(self) -> Run:
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+        optimizer = self.train.optimizer
+        if optimizer.scaling == "mup" and self.model.init != "unit_stream":
+            # A head that starts at one size moves the logits the more the wider it is.
+            raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
+        if optimizer.name == "muon" and self.model.moe:
+            raise ValueError("train.optimizer.name muon does not train mixture-of-experts models yet; use adamw")
         names = [stage.name for stage in self.align]
         if len(set(names)) < len(names):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")

@@ -21,7 +21,14 @@ import numpy as np
 
 from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+from bloomery.spec.modules import GROUPS
+from bloomery.spec.parameters import (
+    Parameter,
+    embedding_parameters,
+    head_parameters,
+    is_hidden_matrix,
+    layer_parameters,
+)
 
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
@@ -94,6 +101,7 @@ def collectives(
     parameter_bytes: int,
     gradient_bytes: int,
     block_bytes: int | None = None,
+    optimizer: str = "adamw",
 ) -> list[Collective]:
     """Every message of one rank in one optimizer step; what happens under none of the layouts is left out.
 
@@ -109,7 +117,7 @@ def collectives(
     }
     shape = stage_shape(model, lay, pipeline_rank)
     micro = global_batch // (lay.dp * lay.micro_batch)
-    rows = stage_collectives(model, lay, shape, pipeline_rank, seq_len=seq_len, **widths)
+    rows = stage_collectives(model, lay, shape, pipeline_rank, seq_len=seq_len, optimizer=optimizer, **widths)
     return [row.in_step(micro, len(lay)) for row in rows]
 
 
@@ -124,6 +132,7 @@ def stage_collectives(
     block_bytes: int,
     parameter_bytes: int,
     gradient_bytes: int,
+    optimizer: str = "adamw",
 ) -> list[Collective]:
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     return [
@@ -132,6 +141,7 @@ def stage_collectives(
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),
         *world_collectives(lay),
     ]
 
@@ -161,7 +171,7 @@ def tensor_collectives(
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
-    again = lay.recompute == 2
+    again, gathered_again = lay.recompute == 2, lay.recompute >= 1
     layers = shape.layers
     for block in ("attention", "ffn"):
         # A recomputed layer stops before the reduction of its last output: nothing later needs it.
@@ -170,7 +180,7 @@ def tensor_collectives(
         rows.add(f"{block}.out", "tp", "all_reduce", "recompute", plain * layers * again_out, payload)
         rows.add(f"{block}.in", "tp", "all_reduce", "backward", plain * layers, payload)
         rows.add(f"{block}.in", "tp", "all_gather", "forward", sequence * layers, payload)
-        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * layers * again, payload)
+        rows.add(f"{block}.in", "tp", "all_gather", "recompute", sequence * layers * gathered_again, payload)
         rows.add(f"{block}.out", "tp", "reduce_scatter", "forward", sequence * layers, payload)
         rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * layers * again_out, payload)
         rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * layers, payload)
@@ -230,10 +240,14 @@ def pipeline_collectives(
     return rows.rows
 
 
+N_STATISTICS = 5 + len(GROUPS)
+"""Numbers that all ranks add up in a step: loss, four counts of ranks, squared gradient norms by group of modules."""
+
+
 def world_collectives(lay: LayoutBatch) -> list[Collective]:
     """The step's statistics."""
     rows = _Rows()
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 8 * N_STATISTICS)
     return rows.rows
 
 
@@ -264,49 +278,69 @@ def data_collectives(
     """Gradients and parameters over ranks that hold the same ones (dp x cp). Units: each layer, and what a stage holds
     outside its layers.
 
-    Replicated: one all-reduce a unit and step. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for
-    each micro-batch's forward and backward.
+    Replicated: one all-reduce a unit and step. ZeRO 1: gradients are reduce-scattered after the step's last micro-batch
+    and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
+    micro-batch's forward and backward. With replicas each rank's gradients are also summed over them (HSDP).
     """
-    rows = _Rows()
-    layer = layer_parameters(model, model.layers - 1)
+    rows, third = _Rows(), _Rows("micro_batch")
+    common, experts = _apart(layer_parameters(model, model.layers - 1))
     ends = _ends(model, shape)
-    ranks = lay.data_ranks
-    sharded, replicated = (ranks > 1) & (lay.zero_stage >= 2), (ranks > 1) & (lay.zero_stage < 2)
-    common, experts = _apart(layer)
-    unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
-    rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    outside = sum(_local(part, lay.tp) * held for part, held in ends)
     has_ends = np.asarray(shape.first) | shape.last
+    replicated = (lay.data_ranks > 1) & (lay.zero_stage == 0)
+    unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
+    outside = sum(_local(part, lay.tp) * held for part, held in ends)
+    rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
     rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
-    if not np.any(sharded):
+    cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1)
+    if not np.any(cut):
         return rows.rows
-    gathered = _padded(common, lay.tp, ranks)
+    layer = _padded(common, lay.tp, lay.shards)
     if experts:
-        gathered = gathered + _padded(experts, lay.tp, np.maximum(ranks // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, ranks) * held for part, held in ends)
-    third = _Rows("micro_batch")
-    for gathers, where in ((rows, sharded & (lay.zero_stage == 2)), (third, sharded & (lay.zero_stage == 3))):
-        gathers.add("fsdp.layer", "dp", "all_gather", "forward", where * shape.layers, gathered * parameter_bytes)
-        gathers.add("fsdp.ends", "dp", "all_gather", "forward", where * has_ends, outside * parameter_bytes)
-    where = sharded & (lay.zero_stage == 3)
-    third.add("fsdp.layer", "dp", "all_gather", "backward", where * shape.layers, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
-    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", sharded * has_ends, outside * gradient_bytes)
+        layer = layer + _padded(experts, lay.tp, np.maximum(lay.shards // lay.ep, 1)) // lay.ep
+    outside = sum(_padded(part, lay.tp, lay.shards) * held for part, held in ends)
+    across = cut & (lay.dp_replicas > 1)
+    for name, count, elements in (("layer", shape.layers, layer), ("ends", has_ends, outside)):
+        gathered, reduced = elements * parameter_bytes, elements * gradient_bytes
+        site = f"zero.{name}"
+        rows.add(site, "dp", "reduce_scatter", "backward", cut * count, reduced)
+        rows.add(site, "replica", "all_reduce", "backward", across * count, reduced // lay.shards)
+        rows.add(site, "dp", "all_gather", "step", cut * (lay.zero_stage == 1) * count, gathered)
+        rows.add(site, "dp", "all_gather", "forward", cut * (lay.zero_stage == 2) * count, gathered)
+        third.add(site, "dp", "all_gather", "forward", cut * (lay.zero_stage == 3) * count, gathered)
+    # What lies outside the layers stays gathered from forward to backward.
+    where = cut & (lay.zero_stage == 3)
+    third.add("zero.layer", "dp", "all_gather", "backward", where * shape.layers, layer * parameter_bytes)
     return rows.rows + third.rows
 
 
 def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
-    """Under sequence parallelism each rank has seen its own tokens, so gradients of uncut parameters are summed once a
-    step over the tensor-parallel ranks."""
+    """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
+    parallelism, where each rank has seen its own tokens; else of those inside attention, where it has seen its heads.
+    """
     rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
-    cut = np.where(lay.norms_sharded, lay.data_ranks, 1)
+    cut = np.where(lay.norms_sharded, lay.shards, 1)
     uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
     norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
     for part, there in _ends(model, shape):
         norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
-    summed = (lay.sequence_parallel == 1) & (norms > 0)
+    partial = _padded([p for p in uncut if p.tp_partial], lay.tp, cut) // cut * shape.layers
+    norms = np.where(lay.sequence_parallel == 1, norms, partial)
+    summed = (lay.tp > 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
+    return rows.rows
+
+
+def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
+    """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
+    tensor parallelism cut it over."""
+    rows = _Rows()
+    layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
+    sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
+    rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
+    rows.add("matrices.rows", "dp", "all_gather", "step", sharded * shape.layers, rows_bytes)
+    whole_bytes = sum(p.size for p in cut) * parameter_bytes
+    rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * shape.layers, whole_bytes)
     return rows.rows
 
 

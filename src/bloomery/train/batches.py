@@ -1,14 +1,18 @@
-"""Batches of the global order, prepared one step ahead: step k takes samples k*G .. (k+1)*G - 1 whatever the layout."""
+"""Batches of the global order, prepared one step ahead: step k takes samples k*G .. (k+1)*G - 1 whatever the layout.
+
+Samples that the step guard passes over are left out of the order; what follows them moves up.
+"""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from bloomery.data.order import Range, past
 from bloomery.data.pairs import PairDataset
 from bloomery.data.samples import Samples
 from bloomery.data.shards import TokenDataset
@@ -25,6 +29,9 @@ class Dataset(Protocol):
 
     def n_targets(self, i: int) -> int:
         """Targets of sample i that count."""
+
+    def provenance(self, i: int) -> list[dict[str, Any]]:
+        """The documents sample i was cut from: at least `id` and `path` of each."""
 
 
 def open_dataset(job: Job) -> Dataset:
@@ -48,19 +55,24 @@ class Batches:
         self.dataset, self.global_batch = dataset, global_batch
         self.share = global_batch // mesh.layout.dp
         self.first, self.device = mesh.dp_rank * self.share, mesh.device
+        self.passed_over: list[Range] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: tuple[int, Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
         """The batch of `step`; starts on the next."""
+        start, following = self.first_sample(step), self.first_sample(step + 1)
         ahead = self._ahead
-        future = ahead[1] if ahead and ahead[0] == step else self._pool.submit(self._prepare, step)
+        future = ahead[1] if ahead and ahead[0] == start else self._pool.submit(self._prepare, start)
         result = future.result()
-        self._ahead = (step + 1, self._pool.submit(self._prepare, step + 1))
+        self._ahead = (following, self._pool.submit(self._prepare, following))
         return result
 
-    def _prepare(self, step: int) -> Batch:
-        start = step * self.global_batch
+    def first_sample(self, step: int) -> int:
+        """The global index that step `step` begins at: the data cursor before it."""
+        return past(step * self.global_batch, self.passed_over)
+
+    def _prepare(self, start: int) -> Batch:
         mine = np.arange(start + self.first, start + self.first + self.share)
         samples = self.dataset.batch(mine)
         count = sum(self.dataset.n_targets(i) for i in range(start, start + self.global_batch))

@@ -1,7 +1,7 @@
 """Checkpoints by the commit protocol: shards, fsync, hashes, commit file, rename, fsync of the directory.
 
-A checkpoint holds every parameter and both AdamW moments as rectangles, and loads under any layout. It exists when its
-folder has its final name; whatever a crash leaves behind has another one and is never read.
+A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when
+its folder has its final name; whatever a crash leaves behind has another one and is never read.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bloomery.model.weights import CheckpointReader
@@ -27,100 +26,144 @@ from bloomery.spec.commit import (
     TensorRecord,
     checkpoint_folders,
     read_commit,
-    sha256_of,
+    read_fence,
     write_commit,
 )
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def save(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Write checkpoint `state["step"]` below `folder`, all ranks together; keep the newest `keep`.
-
-    `state`: step, cursor, run_hash, data_hash, guard. Returns the folder.
-    """
-    target = folder / f"step_{state['step']:06d}"
-    partial = folder / f"writing_{state['step']:06d}"
-    rank = engine.mesh.rank
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    _barrier(engine)
-    tensors, index = _collect(engine, optimizer, f"rank_{rank:05d}.safetensors")
-    if tensors:
-        file = partial / f"rank_{rank:05d}.safetensors"
-        save_file(tensors, file)
-        _sync(file)
-        record = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        _write_json(partial / f"index_{rank:05d}.json", {"file": file.name, "record": record, "tensors": index})
-    _barrier(engine)
-    if rank == 0:
-        _commit(partial, target, engine, state)
-        for old in checkpoint_folders(folder)[keep:]:
-            shutil.rmtree(old, ignore_errors=True)
-    _barrier(engine)
-    return target
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.layout import Layout
+from bloomery.train.optimizers import Optimizers
+from bloomery.train.shard_file import write_shard
 
 
-def _collect(
-    engine: Engine, optimizer: torch.optim.Optimizer, file: str
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `newest` few, and those of every `spaced`-th step (0: none)."""
+
+    newest: int = 2
+    spaced: int = 0
+
+    def outdated(self, folder: Path, trouble_since: int = -1) -> list[Path]:
+        """The finished checkpoints that may go. While there is trouble, the newest from before it stays as well."""
+        older = checkpoint_folders(folder)[self.newest :]
+        before = next((path for path in checkpoint_folders(folder) if step_of(path) <= trouble_since), None)
+        return [path for path in older if path != before and (not self.spaced or step_of(path) % self.spaced)]
+
+
+def step_of(folder: Path) -> int:
+    """The step of a finished checkpoint, by its name."""
+    return int(folder.name[5:])
+
+
+def write_part(partial: Path, rank: int, tensors: dict[str, Tensor], index: dict[str, dict[str, Any]]) -> None:
+    """Write one rank's shard and its index below `partial`. Raises OSError when the disk does not take it."""
+    partial.mkdir(parents=True, exist_ok=True)
+    file = partial / shard_name(rank)
+    need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(partial).free
+    if need > free:
+        raise OSError(f"no space left: this rank's part takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
+    record = write_shard(file, tensors) if tensors else None
+    described = {"file": file.name, "record": record.model_dump() if record else None, "tensors": index}
+    _write_json(partial / f"index_{rank:05d}.json", described)
+
+
+def shard_name(rank: int) -> str:
+    """The file of one rank."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """What this rank writes: tensors by key, and each one's rectangle."""
+    file = shard_name(engine.mesh.rank)
     tensors, index = dict[str, Tensor](), dict[str, dict[str, Any]]()
     for item in engine.shards():
         if not item.owner or 0 in item.shard.shape:
             continue
-        moments = optimizer.state.get(item.parameter, {})
+        moments = optimizers.moments(item.parameter)
         named = {
             item.shard.name: item.local(),
-            **{f"{m}.{item.shard.name}": item.local(moments[m]) for m in MOMENTS if m in moments},
+            **{f"{moment}.{item.shard.name}": item.local(value) for moment, value in moments.items()},
         }
         for key, value in named.items():
-            tensors[key] = value.detach().cpu().contiguous()
+            tensors[key] = value.detach().contiguous()
             part = {"file": file, "key": key, "offsets": item.shard.offsets, "shape": item.shard.shape}
             index[key] = {"shape": item.shard.global_shape, "part": part}
     return tensors, index
 
 
-def _commit(partial: Path, target: Path, engine: Engine, state: dict[str, Any]) -> None:
-    """Rank 0: gather the indices, write the commit, give the folder its final name."""
+def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
+    """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
+
+    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
+    run over since (its fencing number is higher): two writers never mix.
+    """
+    folder = partial.parent
+    target = folder / f"step_{state['step']:06d}"
     files, shapes, parts = dict[str, FileRecord](), dict[str, tuple[int, ...]](), dict[str, list[Rectangle]]()
-    for path in sorted(partial.glob("index_*.json")):
+    indices = sorted(partial.glob("index_*.json"))
+    if len(indices) != layout.world_size:
+        raise BloomeryError(f"{partial}: {len(indices)} of {layout.world_size} ranks left an index")
+    for path in indices:
         index = json.loads(path.read_text())
-        files[index["file"]] = FileRecord(**index["record"])
+        if index["record"] is not None:
+            files[index["file"]] = FileRecord(**index["record"])
         for key, entry in index["tensors"].items():
             shapes[key] = tuple(entry["shape"])
             parts.setdefault(key, []).append(Rectangle(**entry["part"]))
         path.unlink()
     tensors = {key: TensorRecord(shape=shapes[key], parts=tuple(found)) for key, found in parts.items()}
-    write_commit(partial, Commit(format=FORMAT, layout=engine.layout, tensors=tensors, files=files, **state))
+    write_commit(partial, Commit(format=FORMAT, layout=layout, tensors=tensors, files=files, **state))
     _sync(partial)
+    owner = read_fence(folder.parent)
+    if owner > state["fence"]:
+        raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
+    replaced = folder / f"replaced_{target.name[5:]}"
     if target.exists():
-        shutil.rmtree(target)
+        os.rename(target, replaced)
     os.rename(partial, target)
-    _sync(target.parent)
+    _sync(folder)
+    for old in (replaced, *keep.outdated(folder, state["guard"].get("episode", -1))):
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def load(folder: Path, engine: Engine, optimizer: torch.optim.Optimizer | None) -> Commit:
-    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout."""
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a crash left half-written; a replaced checkpoint whose successor never got its name gets it back."""
+    for path in folder.glob("writing_*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("replaced_*"):
+        target = folder / path.name.replace("replaced_", "step_")
+        if target.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, target)
+
+
+def set_aside(path: Path, why: str) -> Path:
+    """Rename a checkpoint out of the way (`damaged` or `rewound`) instead of deleting it. Returns the new path."""
+    number = 0
+    while (target := path.with_name(f"{why}_{path.name}{f'_{number}' if number else ''}")).exists():
+        number += 1
+    os.rename(path, target)
+    _sync(path.parent)
+    return target
+
+
+def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
+    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
+    all ranks together."""
     commit = read_commit(folder, verify=False)
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
             shard = item.shard
             item.local().copy_(reader.read(shard.name, shard.shape, shard.offsets))
-            if optimizer is None or f"exp_avg.{shard.name}" not in commit.tensors:
+            if optimizers is None:
                 continue
-            state = optimizer.state[item.parameter]
-            state["step"] = torch.tensor(float(commit.step))
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(item.parameter)
-                item.local(state[moment]).copy_(reader.read(f"{moment}.{shard.name}", shard.shape, shard.offsets))
+            names = optimizers.moment_names(item.parameter)
+            # An imported model has none: it starts its optimizer anew.
+            if all(f"{name}.{shard.name}" in commit.tensors for name in names):
+                for name, moment in optimizers.start_moments(item.parameter, commit.step).items():
+                    item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
+    engine.gather_updated()
     return commit
-
-
-def _barrier(engine: Engine) -> None:
-    if engine.mesh.world_size > 1:
-        dist.barrier()
 
 
 def _sync(path: Path) -> None:

@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import math
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from bloomery.ledger.clock import Clock
-from bloomery.parallel.engine import Engine, StepStatistics, build
+from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
-from bloomery.spec.commit import newest_good
-from bloomery.spec.errors import BloomeryError
+from bloomery.spec.commit import read_fence
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
-from bloomery.train import checkpoint
 from bloomery.train.batches import Batches, open_dataset, open_tokens
+from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
+from bloomery.train.incident import settle
+from bloomery.train.optimizers import build_optimizers
+from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
-
-
-@dataclass
-class Session:
-    """Everything that lives as long as the stage."""
-
-    job: Job
-    folder: Path
-    mesh: Mesh
-    clock: Clock
-    engine: Engine
-    optimizer: torch.optim.Optimizer
-    batches: Batches
-    guard: Guard
-    recorder: Recorder
-    stop_requested: bool = False
+from bloomery.train.session import Session, resume, save, save_now
+from bloomery.train.writer import Writer
 
 
 def run(job: Job, folder: Path, mesh: Mesh) -> int:
@@ -45,49 +29,55 @@ def run(job: Job, folder: Path, mesh: Mesh) -> int:
     clock = Clock()
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
-        start = _resume(session)
+        start = resume(session)
     session.recorder.lap(-1, clock.lap())
     try:
-        for step in range(start, job.steps):
-            if _step(session, step):
-                _save(session, step + 1)
+        step = start
+        while step < job.steps:
+            step = _step(session, step)
+            if session.stopping and step < job.steps:
+                save_now(session, step)
                 session.recorder.lap(-2, clock.lap())
                 return STOPPED_BY_SIGNAL
         _finish(session)
     finally:
-        session.batches.close()
-        session.recorder.close()
+        session.close()
     return 0
 
 
-def _step(session: Session, step: int) -> bool:
-    """One optimizer step. Returns True when the run was asked to stop after it."""
+def _step(session: Session, step: int) -> int:
+    """One optimizer step. Returns the number of the next one: `step` + 1, or an earlier one after a rewind."""
     job, engine, clock = session.job, session.engine, session.clock
+    session.profile.before(step + 1)
     with clock.bucket("data"):
         batch = session.batches.get(step)
     loss_part = engine.forward_backward(batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
-        statistics = engine.statistics(loss_part, session.stop_requested)
-        verdict = session.guard.verdict(statistics.loss, statistics.grad_norm, statistics.nonfinite)
+        statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
+        judgement = session.guard.judge(
+            step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups
+        )
         rate = learning_rate(job.optimizer, step, job.steps)
-        if verdict == "ok":
-            engine.clip(job.optimizer.clip, statistics.grad_norm)
-            for group in session.optimizer.param_groups:
-                group["lr"] = rate
-            session.optimizer.step()
-        session.optimizer.zero_grad()
-    if verdict != "ok":
-        _incident(session, step, verdict, statistics)
-    done = step + 1
-    if done % job.checkpoint_every == 0 and done < job.steps:
-        _save(session, done)
-    if job.evaluate_every and done % job.evaluate_every == 0 and done < job.steps:
+        if judgement.verdict in ("ok", "clip"):
+            engine.clip(min(job.optimizer.clip, judgement.limit), statistics.grad_norm)
+            session.optimizers.set_rate(rate)
+            engine.update(session.optimizers)
+    done = settle(session, step, judgement, statistics, loss_part)
+    with clock.bucket("optimizer"):
+        session.optimizers.zero_grad()
+    with clock.bucket("profile"):
+        profiled = session.profile.after(step + 1)
+        if profiled:
+            session.recorder.event("profiled", **profiled)
+    if done % job.checkpoint_every == 0 and step < done < job.steps:
+        save(session, done)
+    if job.evaluate_every and done % job.evaluate_every == 0 and step < done < job.steps:
         evaluate(session, done)
     with clock.bucket("logging"):
-        session.recorder.step(done, statistics, rate, verdict)
-    session.recorder.lap(done, clock.lap())
-    return bool(statistics.stop) and done < job.steps
+        session.recorder.step(step + 1, statistics, rate, judgement.verdict)
+    session.recorder.lap(step + 1, clock.lap(), writing_s=session.writer.busy_s())
+    return done
 
 
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
@@ -102,81 +92,28 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         seed=job.seed,
         measure=clock.bucket,
     )
-    settings = job.optimizer
-    optimizer = torch.optim.AdamW(
-        engine.optimizer_groups(settings.weight_decay),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        fused=True,
+    optimizers = build_optimizers(engine, job.optimizer)
+    session = Session(
+        job,
+        folder,
+        mesh,
+        clock,
+        engine,
+        optimizers,
+        Batches(open_dataset(job), mesh, job.global_batch),
+        Guard(job.guard),
+        recorder,
+        Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
+        ProfileWindow(job.profile, folder, mesh.rank),
+        fence=read_fence(folder),
     )
-    batches = Batches(open_dataset(job), mesh, job.global_batch)
-    session = Session(job, folder, mesh, clock, engine, optimizer, batches, Guard(), recorder)
 
     def request_stop(*_: Any) -> None:
         session.stop_requested = True
 
     signal.signal(signal.SIGTERM, request_stop)
+    signal.signal(signal.SIGUSR1, request_stop)
     return session
-
-
-def _resume(session: Session) -> int:
-    """Load the newest checkpoint that verifies, or the initial weights of the stage. Returns the first step."""
-    job, folder = session.job, session.folder
-    found = _agree_on_checkpoint(session)
-    if found is None:
-        if job.initial:
-            checkpoint.load(Path(job.initial), session.engine, None)
-        return 0
-    commit = checkpoint.load(folder / "checkpoints" / f"step_{found:06d}", session.engine, session.optimizer)
-    if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
-        what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
-        raise BloomeryError(f"{folder}: the checkpoint was made with another {what}; use --fresh or another name")
-    session.guard = Guard(**commit.guard)
-    session.recorder.resumed(commit.step)
-    return commit.step
-
-
-def _agree_on_checkpoint(session: Session) -> int | None:
-    """Rank 0 verifies the files; every rank takes its answer."""
-    step = -1
-    if session.mesh.rank == 0:
-        newest, skipped = newest_good(session.folder / "checkpoints")
-        for line in skipped:
-            session.recorder.event("checkpoint_skipped", reason=line)
-        step = int(newest.name[5:]) if newest else -1
-    if session.mesh.world_size > 1:
-        shared = torch.tensor(step, device=session.mesh.device)
-        dist.broadcast(shared, 0)
-        step = int(shared)
-    return None if step < 0 else step
-
-
-def _save(session: Session, step: int) -> None:
-    job = session.job
-    state = {
-        "step": step,
-        "cursor": step * job.global_batch,
-        "run_hash": job.run_hash(),
-        "data_hash": job.data_hash,
-        "guard": session.guard.state(),
-    }
-    with session.clock.bucket("checkpoint"):
-        checkpoint.save(session.folder / "checkpoints", session.engine, session.optimizer, state, job.keep_checkpoints)
-
-
-def _incident(session: Session, step: int, verdict: str, statistics: StepStatistics) -> None:
-    first = step * session.job.global_batch
-    session.recorder.event(
-        "step_skipped" if verdict == "skip" else "stopped",
-        step=step,
-        nonfinite_ranks=statistics.nonfinite,
-        samples=[first, first + session.job.global_batch - 1],
-    )
-    if verdict == "stop":
-        raise BloomeryError(
-            f"step {step}: gradients stayed non-finite for {session.guard.skipped_in_a_row} steps in a row"
-        )
 
 
 def evaluate(session: Session, step: int) -> None:
@@ -197,7 +134,7 @@ def evaluate(session: Session, step: int) -> None:
 
 
 def _finish(session: Session) -> None:
-    _save(session, session.job.steps)
+    save_now(session, session.job.steps)
     if session.job.heldout:
         evaluate(session, session.job.steps)
     session.recorder.lap(-2, session.clock.lap())

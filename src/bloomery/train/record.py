@@ -5,18 +5,20 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bloomery.ledger.sinks import JsonLines, TensorBoard
+from bloomery.ledger.sinks import JsonLines
+from bloomery.ledger.slow_steps import SlowSteps
+from bloomery.ledger.trackers import Trackers, open_trackers
 from bloomery.parallel.engine import StepStatistics
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.job import Job
+from bloomery.train.live_line import LiveLine
 
 
 class Recorder:
@@ -27,11 +29,11 @@ class Recorder:
         self._ledger = JsonLines(folder / "ledger.jsonl")
         self._events = JsonLines(folder / "events.jsonl")
         self._metrics = JsonLines(folder / "metrics.jsonl") if mesh.rank == 0 else None
-        self._board = TensorBoard(folder / "tensorboard") if mesh.rank == 0 and job.tensorboard else None
+        self._trackers = _trackers(job, folder) if mesh.rank == 0 else Trackers({})
+        self._line = LiveLine(job)
+        self._slow_steps = SlowSteps()
         self._base_bytes = psutil.Process().memory_info().rss
         self._last = time.perf_counter()
-        self._progress: Progress | None = None
-        self._row: dict[str, Any] = {}
 
     def resumed(self, step: int) -> None:
         """The run goes on from a checkpoint."""
@@ -65,17 +67,22 @@ class Recorder:
         finite = {key: None if value != value else value for key, value in row.items()}
         if done % self.job.log_every == 0 or done == self.job.steps:
             self.metrics(finite)
-        self._show(row, done)
+        self._line.show(row)
 
     def metrics(self, row: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl and TensorBoard."""
+        """Append a line to metrics.jsonl and tell the trackers."""
         if self._metrics is not None:
             self._metrics.write(row)
-        if self._board is not None:
-            self._board.write(int(row["step"]), row)
+            self._trackers.write(row)
 
-    def lap(self, step: int, buckets: dict[str, float]) -> None:
-        """Append this rank's seconds since the last lap."""
+    def lap(self, step: int, buckets: dict[str, float], writing_s: float = 0.0) -> None:
+        """Append this rank's seconds since the last lap; a step that took much longer than usual says why.
+
+        `writing_s`: a checkpoint was written beside them.
+        """
+        slow = self._slow_steps.judge(buckets) if step > 0 else None
+        if slow is not None:
+            self.event("slow_step", step=step, **asdict(slow))
         wall = sum(buckets.values())
         self._ledger.write(
             {
@@ -83,6 +90,7 @@ class Recorder:
                 "step": step,
                 "wall_s": wall,
                 "buckets": buckets,
+                **({"writing_s": writing_s} if writing_s else {}),
                 "peak_memory_bytes": self._peak_bytes(),
             }
         )
@@ -91,38 +99,34 @@ class Recorder:
         """Append an incident."""
         self._events.write({"time": time.time(), "event": kind, "rank": self.mesh.rank, **values})
 
+    def alarm(self, kind: str, reason: str) -> None:
+        """An incident that somebody at the terminal must see now."""
+        self.event(kind, reason=reason)
+        print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
+
     def _peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built."""
         if self.mesh.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.mesh.device)
         return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._base_bytes)
 
-    def _show(self, row: dict[str, Any], done: int) -> None:
-        if self._progress is None:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[line]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-                disable=not sys.stderr.isatty(),
-                refresh_per_second=4,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task(self.job.name, total=self.job.steps, line="")
-        mfu = "MFU unknown" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
-        line = f"loss {row['loss']:.3f}  {row['tokens_per_s']:,.0f} tokens/s  {mfu}"
-        self._progress.update(self._task, completed=done, line=line)
-        if not sys.stderr.isatty() and (done % max(1, self.job.steps // 10) == 0 or done == self.job.steps):
-            print(f"{self.job.name} step {done}/{self.job.steps}  {line}", file=sys.stderr, flush=True)
-
     def close(self) -> None:
         """Flush everything."""
-        if self._progress is not None:
-            self._progress.stop()
-        if self._board is not None:
-            self._board.close()
+        self._line.close()
+        self._trackers.close()
         for sink in (self._metrics, self._ledger, self._events):
             if sink is not None:
                 sink.close()
+
+
+def _trackers(job: Job, folder: Path) -> Trackers:
+    """The trackers a job asks for, told what it is."""
+    described = {
+        "model": job.model.name,
+        "layout": job.layout.describe(),
+        **job.model_dump(mode="json", include={"dtype", "seed", "seq_len", "global_batch", "steps"}),
+        **{f"optimizer_{name}": value for name, value in job.optimizer.model_dump(mode="json").items()},
+    }
+    # An alignment stage's folder is named by its stage, below its run's.
+    run = folder.name if folder.parent.name != "align" else f"{folder.parent.parent.name}-{folder.name}"
+    return open_trackers(job.metrics, folder, run, described)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError
-from bloomery.spec.job import read_job
+from bloomery.spec.job import GAVE_UP, read_job
 from bloomery.train.loop import run
 
 
@@ -31,11 +31,11 @@ def main() -> int:
         meshes.stop(mesh)
     except BloomeryError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return GAVE_UP if error.exit_code == 1 else error.exit_code
     except (OSError, SafetensorError) as error:
         # A disk that filled up, most often. What was half-written has no commit and is never read.
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return GAVE_UP
     return code
 
 

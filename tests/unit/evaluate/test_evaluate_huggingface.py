@@ -47,14 +47,10 @@ def test_the_exported_config_keeps_every_field_of_the_imported_one(
     assert {key: after[key] for key in before} == before
 
 
-@pytest.mark.parametrize("shape", SHAPES[:3])
-def test_logits_are_those_of_transformers(hugging_face: Make, shape: dict) -> None:
-    transformers = pytest.importorskip("transformers")
-    source = hugging_face(**shape)
-    tokens = torch.arange(20)[None]
-    with torch.inference_mode():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32)(tokens).logits
-        torch.testing.assert_close(load_directory(source)(tokens), theirs, rtol=1e-4, atol=1e-4)
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+
+WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
 def edited(folder: Path, **changes: object) -> Path:
@@ -67,11 +63,16 @@ def edited(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "Qwen2MoeForCausalLM"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}, "rotary"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 8.0, "short_factor": 2.0}}, "short_factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}, "q_norm"),
+        ({"architectures": ["Qwen3ForCausalLM"], **WINDOWED}, "some layers"),
+        ({"num_hidden_layers": 1}, "no place for"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"sliding_window": 16}, "sliding"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"intermediate_size": 47}, "wrong shape"),
         ({"num_attention_heads": None}, "heads"),

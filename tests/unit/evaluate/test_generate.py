@@ -12,9 +12,17 @@ from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
+LATENT = {"kv_lora_rank": 10, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 5}
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"kv_heads": 2},
     "gpt2": {"norm": "layernorm", "activation": "gelu", "position": "learned", "bias": True},
+    "window": {"kv_heads": 2, "qk_norm": True, "sliding_window": 3},
+    "latent": {"mla": {**LATENT, "q_lora_rank": 6}},
+    "latent, windowed, with YaRN": {
+        "mla": LATENT,
+        "sliding_window": 4,
+        "rope_scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 8, "mscale_all_dim": 0.7},
+    },
     "tied": {"tie_embeddings": True, "qkv_bias": True},
 }
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from bloomery.ledger.environment import describe
-from bloomery.ledger.sinks import JsonLines, TensorBoard, read_lines
+from bloomery.ledger.sinks import JsonLines, read_lines
 
 
 def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
@@ -32,17 +32,6 @@ def test_a_torn_last_line_is_left_out_and_what_is_no_record(tmp_path: Path) -> N
     path.write_text('{"step": 1}\n[]\n7\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
     assert read_lines(tmp_path / "missing") == []
-
-
-def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = TensorBoard(tmp_path)
-    board.write(3, {"step": 3, "loss": 2.5, "verdict": "ok", "mfu": None})
-    board.close()
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 2.5)]
 
 
 def test_the_environment_names_versions_and_keeps_secrets_out() -> None:

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from bloomery.model.init import initial_value
-from bloomery.model.names import to_hugging_face
+from bloomery.model.names import Family, translations
+from bloomery.model.rotary import frequencies, rotary_tables, rotate
 from bloomery.model.transformer import Transformer
-from bloomery.model.view import View, rotary_tables, rotate, visible
+from bloomery.model.view import View, visible
+from bloomery.spec.attention import LatentAttention, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import all_parameters, parameter_count
@@ -17,17 +19,29 @@ LLAMA = Model(layers=2, hidden=16, heads=4, kv_heads=2, ffn_hidden=24, vocab=32,
 GPT = LLAMA.model_copy(
     update={"activation": "gelu", "norm": "layernorm", "position": "learned", "bias": True, "kv_heads": 4}
 )
+NORMED = LLAMA.model_copy(update={"qk_norm": True, "sliding_window": 3})
+LATENT = Model(
+    layers=2, hidden=16, heads=4, ffn_hidden=24, vocab=32, max_seq_len=12,
+    mla=LatentAttention(q_lora_rank=6, kv_lora_rank=10, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=3),
+)  # fmt: skip
+PLAIN_QUERY = LATENT.model_copy(
+    update={"mla": LatentAttention(kv_lora_rank=10, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6)}
+)
 TIED = LLAMA.model_copy(update={"tie_embeddings": True, "qkv_bias": True})
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, TIED], ids=["llama", "gpt", "tied"])
+@pytest.mark.parametrize(
+    "model",
+    [LLAMA, GPT, TIED, NORMED, LATENT, PLAIN_QUERY],
+    ids=["llama", "gpt", "tied", "qk-norm", "latent", "latent-plain-query"],
+)
 def test_modules_hold_exactly_the_parameters_of_the_table(model: Model) -> None:
     found = {name: tuple(p.shape) for name, p in Transformer(model).named_parameters()}
     assert found == {p.name: p.shape for p in all_parameters(model)}
     assert sum(p.numel() for p in Transformer(model).parameters()) == parameter_count(model)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("model", [LLAMA, GPT, NORMED, LATENT], ids=["llama", "gpt", "qk-norm", "latent"])
 def test_the_future_never_changes_the_past(model: Model) -> None:
     module = Transformer(model).double()
     tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -107,9 +121,49 @@ def test_mixture_of_experts_is_refused_in_one_line() -> None:
         Transformer(moe)
 
 
-def test_hugging_face_names_are_distinct_and_complete() -> None:
-    names = [to_hugging_face(p.name, LLAMA) for p in all_parameters(LLAMA)]
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [(LLAMA, "llama"), (GPT, "gpt2"), (TIED, "qwen2"), (NORMED, "qwen3"), (LATENT, "deepseek_v3")],
+    ids=["llama", "gpt", "tied", "qk-norm", "latent"],
+)
+def test_every_parameter_has_its_numbers_in_a_family_and_comes_back(model: Model, family: Family) -> None:
+    ours = {p.name: torch.randn(p.shape) for p in all_parameters(model)}
+    parts, back = translations(model, family), dict[str, torch.Tensor]()
+    names = [name for part in parts for name in part.theirs]
     assert len(set(names)) == len(names)
-    assert "model.layers.1.mlp.down_proj.weight" in names
-    with pytest.raises(InputError):
-        to_hugging_face("norm.weight", GPT)
+    for part in parts:
+        theirs = part.to_theirs([ours[name] for name in part.ours])
+        assert sum(t.numel() for t in theirs) == sum(ours[name].numel() for name in part.ours)
+        back |= zip(part.ours, part.to_ours(theirs), strict=True)
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
+
+
+def test_a_window_ends_what_a_token_sees() -> None:
+    mask = visible(View(torch.arange(5), window=2), torch.arange(5))[0, 0]
+    assert mask.tolist() == [[i - 2 < j <= i for j in range(5)] for i in range(5)]
+
+
+def test_a_window_wider_than_the_sequence_changes_nothing() -> None:
+    plain = Transformer(LLAMA).double()
+    windowed = Transformer(LLAMA.model_copy(update={"sliding_window": 12})).double()
+    windowed.load_state_dict(plain.state_dict())
+    tokens = torch.arange(12)[None]
+    assert torch.equal(plain(tokens), windowed(tokens))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "kept", "divided"),
+    [
+        (LinearScaling(kind="linear", factor=4), 0, 32),
+        (Llama3Scaling(kind="llama3", factor=4, original_max_seq_len=128), 2, 4),
+        (YarnScaling(kind="yarn", factor=4, original_max_seq_len=128), 1, 5),
+    ],
+    ids=["linear", "llama3", "yarn"],
+)
+def test_scaling_keeps_short_waves_and_divides_long_ones(scaling: RopeScaling, kept: int, divided: int) -> None:
+    plain, scaled = frequencies(64, 10_000.0, None), frequencies(64, 10_000.0, scaling)
+    share = plain / scaled
+    assert (share[1:] >= share[:-1] - 1e-12).all(), "the longer the wave, the more it is divided"
+    torch.testing.assert_close(share[:kept], torch.ones(kept, dtype=torch.float64))
+    torch.testing.assert_close(share[-divided:], torch.full((divided,), 4.0, dtype=torch.float64))

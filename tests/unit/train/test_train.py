@@ -1,4 +1,4 @@
-"""Schedules by their formulas, the guard's verdicts, and checkpoints that verify or are passed over."""
+"""Schedules by their formulas, and checkpoints that verify or are passed over."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from bloomery.spec.commit import (
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
 from bloomery.spec.run import Optimizer
-from bloomery.train.guard import MAX_SKIPS_IN_A_ROW, Guard
 from bloomery.train.schedule import learning_rate
 
 
@@ -42,20 +41,6 @@ def test_wsd_is_flat_then_falls_linearly() -> None:
     assert {learning_rate(optimizer, step, 100) for step in range(10, 80)} == {1.0}
     assert learning_rate(optimizer, 89, 100) == pytest.approx(0.5)
     assert learning_rate(optimizer, 99, 100) == pytest.approx(0.0)
-
-
-def test_one_bad_step_costs_one_step() -> None:
-    guard = Guard()
-    verdicts = [guard.verdict(1.0, 1.0, int(step == 5)) for step in range(10)]
-    assert verdicts.count("skip") == 1
-    assert guard.verdict(math.nan, 1.0, 0) == "skip"
-    assert guard.verdict(1.0, math.inf, 0) == "skip"
-
-
-def test_it_stops_when_skipping_does_not_help() -> None:
-    guard = Guard()
-    verdicts = [guard.verdict(math.nan, 1.0, 1) for _ in range(MAX_SKIPS_IN_A_ROW + 1)]
-    assert verdicts == ["skip"] * MAX_SKIPS_IN_A_ROW + ["stop"]
 
 
 def write_checkpoint(folder: Path, step: int, whole: torch.Tensor, cuts: list[tuple[slice, slice]]) -> None:

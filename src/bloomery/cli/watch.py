@@ -1,0 +1,122 @@
+"""`bloomery watch FOLDER...`: follow runs from another terminal or machine, as long as it sees their folders."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from bloomery.ledger.progress import Progress
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+def watch(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(metavar="FOLDER", help="Runs, or folders of runs (default: runs).")
+    ] = None,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Look once; one JSON document instead of a table.")] = False,
+) -> None:
+    """Follow runs while they go: step, loss, rate, MFU, time left, memory, incidents. Leaves when all have ended.
+
+    Starts nothing and touches nothing: it reads the files that the runs write. Ctrl-C leaves earlier.
+    """
+    import sys
+    import time
+
+    from rich.console import Console
+    from rich.live import Live
+
+    from bloomery.cli.console import print_json
+    from bloomery.spec.errors import InputError
+
+    if every <= 0:
+        raise InputError("must be above zero", where="--every", found=every)
+    where = folders or [Path("runs")]
+    seen = look(where)
+    if as_json:
+        print_json([one.to_json() for one in seen])
+        return
+    console = Console()
+    if once or not sys.stdout.isatty():
+        console.width = max(console.width, 100)
+        console.print(picture(seen))
+        return
+    with Live(picture(seen), console=console, auto_refresh=False) as live:
+        while not all(one.state in ("finished", "stopped") for one in seen):
+            time.sleep(every)
+            seen = look(where)
+            live.update(picture(seen), refresh=True)
+
+
+def look(folders: list[Path]) -> list[Progress]:
+    """Every run below the folders as it stands now. Raises InputError for a folder without one."""
+    from bloomery.ledger.progress import progress, stages_under
+    from bloomery.spec.errors import InputError
+
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError("no such folder", where=str(folder))
+    return [progress(stage) for stage in dict.fromkeys(stage for folder in folders for stage in stages_under(folder))]
+
+
+def picture(seen: list[Progress]) -> Group:
+    """One row a run; below, the newest incident of each that has one."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    answer = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    answer.add_column("run", overflow="ellipsis", no_wrap=True)
+    answer.add_column("state", no_wrap=True)
+    for column in ("step", "loss", "bits/byte", "tok/s", "MFU", "memory", "left"):
+        answer.add_column(column, justify="right", no_wrap=True)
+    answer.add_column("loss lately", no_wrap=True)
+    for one in seen:
+        quiet = f" {short_time(one.silent_s)}" if one.state == "silent" and one.silent_s is not None else ""
+        style = {"silent": "yellow", "stopped": "red", "finished": "green"}.get(one.state, "")
+        answer.add_row(
+            one.name,
+            f"[{style}]{one.state}{quiet}[/{style}]" if style else one.state,
+            f"{one.step}/{one.steps}",
+            "-" if one.loss is None else f"{one.loss:.3f}",
+            "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.3f}",
+            "-" if one.tokens_per_s is None else f"{one.tokens_per_s:,.0f}",
+            "-" if one.mfu is None else f"{one.mfu:.1%}",
+            "-" if one.memory_bytes is None else f"{one.memory_bytes / 2**20:,.0f} MiB",
+            "-" if one.left_s is None or one.state == "finished" else short_time(one.left_s),
+            sparkline(one.losses),
+        )
+    incidents = [Text(f"{one.name}: {one.incident}", style="dim") for one in seen if one.incident]
+    return Group(answer, *incidents)
+
+
+def sparkline(values: tuple[float, ...], width: int = 16) -> str:
+    """Values as a row of bars, lowest to highest, each the mean of its share of them."""
+    finite = [value for value in values if value == value]
+    if len(finite) < 2:
+        return ""
+    width = min(width, len(finite))
+    cuts = [len(finite) * i // width for i in range(width + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    span = (high - low) or 1.0
+    return "".join(BARS[round((mean - low) / span * (len(BARS) - 1))] for mean in means)
+
+
+def short_time(seconds: float) -> str:
+    """Seconds as `2 h 05 min`, `3 min 10 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, left = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} d"
+    if hours:
+        return f"{hours} h {left:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

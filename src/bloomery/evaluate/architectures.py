@@ -1,0 +1,232 @@
+"""Hugging Face configurations, read and written: what a config.json says as a `Model`, and back.
+
+Whatever a configuration asks for that this product would compute otherwise is refused by name. A `Model` is written
+only when reading the result gives it again, so nothing is lost on the way out either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bloomery.evaluate.rope_parameters import rope_of, rope_parameters_of
+from bloomery.model.names import Family
+from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.model import Model
+
+Config = Mapping[str, Any]
+Values = dict[str, Any]
+
+_LLAMA_KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden": "intermediate_size",
+    "vocab": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_GPT2_KEYS = {
+    "layers": "n_layer",
+    "hidden": "n_embd",
+    "heads": "n_head",
+    "ffn_hidden": "n_inner",
+    "vocab": "vocab_size",
+    "max_seq_len": "n_positions",
+    "norm_eps": "layer_norm_epsilon",
+    "tie_embeddings": "tie_word_embeddings",
+}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
+_SILU: Values = {"hidden_act": "silu"}
+_MLA_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family. `keys`: our names to theirs; `fixed`: what must stand there (and does where it is absent);
+    `default`: theirs where a key is absent; `read` and `write`: what needs more than a name."""
+
+    class_name: str
+    read: Callable[[Config, str], Values]
+    write: Callable[[Model], Values]
+    keys: dict[str, str] = field(default_factory=lambda: _LLAMA_KEYS)
+    fixed: Values = field(default_factory=dict)
+    default: Values = field(default_factory=dict)
+
+
+def family_of(model: Model) -> Family:
+    """The family that comes nearest to a structure; `config_of` says whether it can express it."""
+    if model.norm == "layernorm" or model.position == "learned":
+        return "gpt2"
+    if model.mla is not None:
+        return "deepseek_v3"
+    if model.qk_norm:
+        return "qwen3"
+    if model.qkv_bias:
+        return "qwen2"
+    return "mistral" if model.sliding_window else "llama"
+
+
+def config_of(model: Model) -> tuple[Family, Values]:
+    """The family and the config.json of a structure, without token ids.
+
+    Raises InputError naming the options that no family has.
+    """
+    family = family_of(model)
+    architecture = ARCHITECTURES[family]
+    values = model.model_dump()
+    config = {theirs: values[ours] for ours, theirs in architecture.keys.items()}
+    config = {"architectures": [architecture.class_name], "model_type": family, **config, **architecture.fixed}
+    config |= architecture.write(model) | {"torch_dtype": "float32", "use_cache": True}
+    again = model_of(config, model.name, "config.json").model_dump()
+    lost = [name for name in values if values[name] != again[name] and name != "source"]
+    if lost:
+        raise InputError(
+            f"no Hugging Face family has this structure; {architecture.class_name}, the nearest, cannot say",
+            where="model",
+            found=", ".join(f"{name}: {values[name]}" for name in lost),
+        )
+    return family, config
+
+
+def model_of(config: Config, name: str, where: str) -> Model:
+    """The structure a config.json describes. Raises InputError for what this product would compute differently."""
+    architecture = ARCHITECTURES[family_in(config, where)]
+    config = {**architecture.default, **config}
+    for key, accepted in {**architecture.fixed, "quantization_config": None, "partial_rotary_factor": 1.0}.items():
+        if config.get(key, accepted) not in (accepted, None):
+            raise InputError("not supported", where=f"{where}: {key}", found=config[key], accepted=[accepted])
+    values = {ours: config[theirs] for ours, theirs in architecture.keys.items() if config.get(theirs) is not None}
+    return Model.checked({"name": name, **values, **architecture.read(config, where)}, where=where)
+
+
+def family_in(config: Config, where: str) -> Family:
+    """The family a config.json names. Raises InputError for one that is not read."""
+    names = {architecture.class_name: family for family, architecture in ARCHITECTURES.items()}
+    found = str((config.get("architectures") or ["?"])[0])
+    if found not in names:
+        near = nearest_match(found, names)
+        raise InputError("an architecture that is not read", where=where, found=found, accepted=names, nearest=near)
+    return names[found]
+
+
+def _window(config: Config, where: str) -> int | None:
+    """Sliding window of every layer. Raises InputError where only some layers have one."""
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window is None or window >= config.get("max_position_embeddings", window + 1):
+        return None
+    layers = config.get("num_hidden_layers") or 0
+    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
+    default = ["full_attention"] * first + ["sliding_attention"] * max(0, layers - first)
+    kinds = set((config.get("layer_types") or default)[:layers])
+    if kinds == {"full_attention"}:
+        return None
+    if kinds != {"sliding_attention"}:
+        raise InputError("a sliding window in some layers only is not supported", where=f"{where}: layer_types")
+    return int(window)
+
+
+def _llama(config: Config, where: str) -> Values:
+    bias = bool(config.get("attention_bias", False))
+    if bool(config.get("mlp_bias", False)) != bias:
+        raise InputError("attention_bias and mlp_bias must agree", where=where, found={"attention_bias": bias})
+    return {"bias": bias, **rope_of(config, where)}
+
+
+def _to_llama(model: Model) -> Values:
+    return {"attention_bias": model.bias, "mlp_bias": model.bias, **rope_parameters_of(model)}
+
+
+def _mistral(config: Config, where: str) -> Values:
+    return {"sliding_window": _window(config, where), **rope_of(config, where)}
+
+
+def _to_mistral(model: Model) -> Values:
+    return {"sliding_window": model.sliding_window, **rope_parameters_of(model)}
+
+
+def _qwen2(config: Config, where: str) -> Values:
+    return {"qkv_bias": True, **_mistral(config, where)}
+
+
+def _qwen3(config: Config, where: str) -> Values:
+    return {"qk_norm": True, **_mistral(config, where)}
+
+
+def _to_qwen(model: Model) -> Values:
+    windowed = model.sliding_window is not None
+    kind = "sliding_attention" if windowed else "full_attention"
+    layers = {"layer_types": [kind] * model.layers, "max_window_layers": 0 if windowed else model.layers}
+    return {"use_sliding_window": windowed, **layers, **_to_mistral(model)}
+
+
+def _gpt2(config: Config, where: str) -> Values:
+    named = {theirs: ours for ours, theirs in _ACTIVATIONS.items()} | {"gelu_pytorch_tanh": "gelu_tanh"}
+    found = config.get("activation_function", "gelu_new")
+    if found not in named:
+        raise InputError("not supported", where=f"{where}: activation_function", found=found, accepted=named)
+    return {"norm": "layernorm", "position": "learned", "bias": True, "activation": named[found]}
+
+
+def _to_gpt2(model: Model) -> Values:
+    return {"activation_function": _ACTIVATIONS.get(model.activation, model.activation)}
+
+
+def _deepseek(config: Config, where: str) -> Values:
+    mla = {key: config.get(key) for key in _MLA_KEYS if config.get(key) is not None}
+    return {"mla": mla, **rope_of(config, where)}
+
+
+def _to_deepseek(model: Model) -> Values:
+    assert model.mla is not None
+    mla = {key: getattr(model.mla, key) for key in _MLA_KEYS}
+    return {**mla, "q_lora_rank": model.mla.q_lora_rank or None, **rope_parameters_of(model)}
+
+
+_DEEPSEEK_KEYS = {ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"}
+_DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6}
+"""The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms."""
+
+ARCHITECTURES: dict[Family, Architecture] = {
+    "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default={"rms_norm_eps": 1e-6}),
+    "mistral": Architecture(
+        "MistralForCausalLM", _mistral, _to_mistral, fixed=_SILU, default={"rms_norm_eps": 1e-6, "sliding_window": 4096}
+    ),
+    "qwen2": Architecture(
+        "Qwen2ForCausalLM",
+        _qwen2,
+        _to_qwen,
+        fixed=_SILU,
+        default={"rms_norm_eps": 1e-6, "use_sliding_window": False, "max_window_layers": 28},
+    ),
+    "qwen3": Architecture(
+        "Qwen3ForCausalLM",
+        _qwen3,
+        _to_qwen,
+        fixed={**_SILU, "attention_bias": False},
+        default={"rms_norm_eps": 1e-6, "head_dim": 128, "use_sliding_window": False, "max_window_layers": 28},
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        _gpt2,
+        _to_gpt2,
+        keys=_GPT2_KEYS,
+        fixed={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        default={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
+    ),
+    "deepseek_v3": Architecture(
+        "DeepseekV3ForCausalLM",
+        _deepseek,
+        _to_deepseek,
+        keys=_DEEPSEEK_KEYS,
+        fixed={**_DEEPSEEK_FIXED, "rope_interleave": True},
+    ),
+}

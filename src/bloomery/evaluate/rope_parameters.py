@@ -1,0 +1,64 @@
+"""Rotary positions as Hugging Face's configurations spell them: `rope_parameters`, or the older `rope_scaling`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bloomery.spec.errors import InputError
+from bloomery.spec.model import Model
+
+_FIELDS: dict[str, dict[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_seq_len": "original_max_position_embeddings",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+    },
+}
+"""Our field of each rule to theirs."""
+_PLAIN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of a `Model`. Raises InputError for a rule or key that is not known."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    place = f"{where}: rope_parameters"
+    if kind != "default" and kind not in _FIELDS:
+        raise InputError("a rule of rotary positions that is not read", where=place, found=kind, accepted=_FIELDS)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise InputError("rotary positions on a part of each head are not supported", where=place, found=rope)
+    if kind == "default":
+        return {"rope_theta": theta}
+    fields = _FIELDS[kind]
+    unknown = set(rope) - _PLAIN - set(fields.values())
+    if unknown:
+        raise InputError("not supported", where=place, found=", ".join(sorted(unknown)), accepted=fields.values())
+    if "original_max_seq_len" in fields:
+        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    scaling = {ours: rope[theirs] for ours, theirs in fields.items() if rope.get(theirs) is not None}
+    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling}}
+
+
+def rope_parameters_of(model: Model) -> dict[str, Any]:
+    """Both spellings: transformers 5 reads `rope_parameters`, older readers the other two."""
+    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
+    if model.rope_scaling is None:
+        return {"rope_theta": model.rope_theta, "rope_parameters": plain}
+    values = model.rope_scaling.model_dump()
+    scaling = {theirs: values[ours] for ours, theirs in _FIELDS[values["kind"]].items() if values[ours] is not None}
+    scaled = {**plain, "rope_type": values["kind"], **scaling}
+    return {"rope_theta": model.rope_theta, "rope_parameters": scaled, "rope_scaling": scaled}

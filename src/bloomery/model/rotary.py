@@ -1,0 +1,68 @@
+"""Rotary positions (Su et al. 2021, arXiv 2104.09864): frequencies, plain or scaled for long contexts, and rotation.
+
+Halves convention: dimension i turns with i + width / 2, as in Hugging Face's Llama. Shape suffixes: s sequence, h
+heads, k width, f width / 2.
+"""
+
+from __future__ import annotations
+
+from math import ceil, floor, log, pi
+
+import torch
+from torch import Tensor
+
+from bloomery.spec.attention import Llama3Scaling, RopeScaling, YarnScaling
+
+
+def frequencies(width: int, theta: float, scaling: RopeScaling | None, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position of each pair of dimensions, shape (width / 2,), in float64; see `spec.attention`."""
+    plain_f = theta ** (-torch.arange(0, width, 2, device=device, dtype=torch.float64) / width)
+    if scaling is None:
+        return plain_f
+    divided_f = plain_f / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        return torch.lerp(divided_f, plain_f, _llama3_share(plain_f, scaling))
+    if isinstance(scaling, YarnScaling):
+        return torch.lerp(plain_f, divided_f, _yarn_ramp(width, theta, scaling, plain_f))
+    return divided_f
+
+
+def _llama3_share(plain_f: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """How much of the plain frequency each dimension keeps: by the waves that fit into the original context."""
+    waves_f = scaling.original_max_seq_len * plain_f / (2 * pi)
+    return ((waves_f - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+
+
+def _yarn_ramp(width: int, theta: float, scaling: YarnScaling, like_f: Tensor) -> Tensor:
+    """How far each dimension goes from its plain to its divided frequency: YaRN's ramp (arXiv 2309.00071, 3.2)."""
+
+    def dimension(turns: float) -> float:
+        """The dimension whose wave turns so often in the original context."""
+        return width * log(scaling.original_max_seq_len / (turns * 2 * pi)) / (2 * log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = floor(low), ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    index_f = torch.arange(width // 2, device=like_f.device, dtype=like_f.dtype)
+    return ((index_f - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def amplitude(scaling: RopeScaling | None) -> float:
+    """What rotation multiplies queries and keys by: one but for YaRN."""
+    return scaling.amplitude if isinstance(scaling, YarnScaling) else 1.0
+
+
+def rotary_tables(
+    positions_s: Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cos and sin of rotary positions, shape (s, width) each, made in float64."""
+    angle_sk = torch.outer(positions_s.double(), frequencies(width, theta, scaling, positions_s.device)).repeat(1, 2)
+    factor = amplitude(scaling)
+    return (angle_sk.cos() * factor).to(dtype), (angle_sk.sin() * factor).to(dtype)
+
+
+def rotate(x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor) -> Tensor:
+    """Queries or keys turned to their positions."""
+    first, second = x_bhsk.chunk(2, dim=-1)
+    return x_bhsk * cos_sk + torch.cat((-second, first), dim=-1) * sin_sk

@@ -1,0 +1,46 @@
+"""Seconds that Muon takes beyond AdamW: gathering whole matrices and orthogonalising them.
+
+Every rank orthogonalises all matrices of its pipeline stage: nothing is divided over tensor- or data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import numpy as np
+
+from bloomery.perf.case import Case
+from bloomery.perf.collectives import collective_s, group_of
+from bloomery.perf.kernels import gemm_s
+from bloomery.spec.cluster import CollectiveName
+from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
+from bloomery.spec.shard_table import StageShape, matrix_collectives
+
+NEWTON_SCHULZ_STEPS = 5
+
+
+def muon_s(case: Case) -> Any:
+    """Seconds of one step on `Case.kinds`, shape (3, n); zero under another optimizer."""
+    ranks = case.kinds
+    if case.optimizer != "muon":
+        return np.zeros(np.shape(ranks.layers))
+    seconds = ranks.layers * _layer_s(case)
+    shape = StageShape(ranks.layers, ranks.first, ranks.last)
+    for row in matrix_collectives(case.model, case.lay, shape, parameter_bytes=case.precision.parameter):
+        group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
+        seconds = seconds + row.count * one
+    return seconds
+
+
+def _layer_s(case: Case) -> float:
+    """One layer's matrices: X X^T, its square, and the product with X, of the smaller side r and the larger c."""
+    accelerator, total = case.accelerator, 0.0
+    narrow = accelerator.kind != "cpu" and "bfloat16" in accelerator.peak_flops_per_s
+    dtype, wide = ("bfloat16", 2) if narrow else ("float32", 4)
+    for parameter in layer_parameters(case.model, case.model.layers - 1):
+        if is_hidden_matrix(parameter):
+            r, c = sorted(parameter.shape)
+            for m, n, k in ((r, r, c), (r, r, r), (r, c, r)):
+                total += float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type]
+    return NEWTON_SCHULZ_STEPS * total

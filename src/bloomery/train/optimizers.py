@@ -1,0 +1,192 @@
+"""The optimizers of a run: AdamW for everything, or Muon for the layers' matrices and AdamW for the rest.
+
+Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) moves a matrix along the nearest semi-orthogonal one to its
+momentum, so every direction is learned at one rate. The update is scaled to the root mean square of AdamW's, 0.2
+(Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one learning rate serves both.
+The orthogonalisation takes five Newton-Schulz steps with coefficients of Polar Express (Amsel et al. 2025, 2505.16932).
+A matrix is orthogonalised whole whatever the layout: `parallel.whole_matrices` gathers it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bloomery.model.init import rectangle
+from bloomery.parallel.engine import Engine, LocalShard
+from bloomery.parallel.whole_matrices import gather_whole, matrix_units
+from bloomery.spec.parameters import Parameter, is_hidden_matrix
+from bloomery.spec.run import Optimizer
+
+ADAMW_MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+ADAMW_RMS = 0.2
+"""Root mean square of a typical AdamW update at learning rate one (2502.16982, section 2.2)."""
+
+POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+"""(a, b, c) of X <- a X + (b A + c A A) X with A = X X^T, for singular values from 1e-3 (2505.16932, appendix)."""
+SAFETY = 1.02
+"""Rounding must not leave a singular value above one: the polynomials diverge there."""
+
+
+def orthogonal(matrices_nij: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices of a batch (n, out, in), to within a few percent of each singular value.
+
+    Float64 stays float64 (tests); otherwise bfloat16 on CUDA, as the method allows, and float32 on CPUs.
+    """
+    kind = matrices_nij.dtype
+    if kind != torch.float64:
+        matrices_nij = matrices_nij.to(torch.bfloat16 if matrices_nij.is_cuda else torch.float32)
+    tall = matrices_nij.shape[1] > matrices_nij.shape[2]
+    x = matrices_nij.mT if tall else matrices_nij
+    x = x / (SAFETY * torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS:
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(kind)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay over the matrices of an engine's layers."""
+
+    def __init__(self, engine: Engine, settings: Optimizer) -> None:
+        self.engine, self.momentum = engine, settings.momentum
+        self.units = list(matrix_units(engine))
+        matrices = [item.parameter for unit in self.units for item in unit]
+        factor = lr_factor(settings, engine.table[self.units[0][0].shard.name], engine.model.hidden)
+        group = {"params": matrices, "lr_factor": factor}
+        super().__init__([group], {"lr": settings.lr, "weight_decay": settings.weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every matrix, a layer at a time: gather, orthogonalise, keep this rank's part."""
+        (group,) = self.param_groups
+        for unit in self.units:
+            wholes = gather_whole(self.engine, unit, [self._direction(item) for item in unit])
+            for item, whole in zip(unit, _orthogonalised(wholes), strict=True):
+                weight, scale = item.local(), ADAMW_RMS * max(whole.shape) ** 0.5
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(rectangle(whole, item.shard), alpha=-group["lr"] * scale)
+
+    def _direction(self, item: LocalShard) -> Tensor:
+        """This rank's rectangle of gradient and momentum as Nesterov mixes them; the momentum is brought up to date."""
+        state = self.state[item.parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(item.parameter)
+        momentum, gradient = item.local(state["momentum_buffer"]), item.local(item.parameter.grad)
+        momentum.lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(momentum, self.momentum)
+
+
+def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
+    """Each matrix orthogonalised, those of one shape in one batch."""
+    order = sorted(range(len(matrices)), key=lambda i: matrices[i].shape)
+    found = list(matrices)
+    for _, same in groupby(order, key=lambda i: matrices[i].shape):
+        batch = list(same)
+        for i, result in zip(batch, orthogonal(torch.stack([matrices[i] for i in batch])), strict=True):
+            found[i] = result
+    return found
+
+
+class Optimizers:
+    """The optimizers that together own every parameter, stepped as one."""
+
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = tuple(parts)
+        self._owner = {
+            id(parameter): part for part in self.parts for group in part.param_groups for parameter in group["params"]
+        }
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate of the next step, times each group's own factor."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * group.get("lr_factor", 1.0)
+
+    def step(self) -> None:
+        """Move every parameter."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def forget(self) -> None:
+        """Forget all moments: a checkpoint's are about to take their place, or the first step's."""
+        for part in self.parts:
+            part.state.clear()
+
+    def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
+        """What its optimizer remembers of a parameter and lays out like it."""
+        return MOMENTUM if isinstance(self._owner[id(parameter)], Muon) else ADAMW_MOMENTS
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """The moments of a parameter by name; empty before the first step."""
+        state = self._owner[id(parameter)].state.get(parameter, {})
+        return {name: state[name] for name in self.moment_names(parameter) if name in state}
+
+    def start_moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
+        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps."""
+        state = self._owner[id(parameter)].state[parameter]
+        moments = {name: torch.zeros_like(parameter) for name in self.moment_names(parameter)}
+        state.update(moments)
+        if self.moment_names(parameter) == ADAMW_MOMENTS:
+            state["step"] = torch.tensor(float(step))
+        return moments
+
+
+def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
+    """The optimizers that `settings` names, over the engine's parameters."""
+    parts = list[torch.optim.Optimizer]()
+    if settings.name == "muon" and any(stage.blocks() for stage in engine.stages.values()):
+        parts.append(Muon(engine, settings))
+    groups = _adamw_groups(engine, settings)
+    if groups:
+        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
+    optimizers = Optimizers(parts)
+    optimizers.set_rate(settings.lr)
+    return optimizers
+
+
+def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
+    """What AdamW moves. Matrices and embeddings decay; norms and biases do not."""
+    by_setting = defaultdict[tuple[float, float], list[nn.Parameter]](list)
+    for name, parameter in engine.updated().items():
+        entry = engine.table[name]
+        if settings.name == "muon" and is_hidden_matrix(entry):
+            continue
+        decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
+        by_setting[decay, lr_factor(settings, entry, engine.model.hidden)].append(parameter)
+    return [
+        {"params": found, "weight_decay": decay, "lr_factor": factor} for (decay, factor), found in by_setting.items()
+    ]
+
+
+def lr_factor(settings: Optimizer, parameter: Parameter, hidden: int) -> float:
+    """The learning rate of a parameter as a multiple of the schedule's.
+
+    `mup` keeps what one step does to activations the same at every width (Yang et al. 2022, arXiv 2203.03466, table 3):
+    under AdamW, matrices that read a hidden state take 1 / width. Muon's update of root mean square 0.2 has a spectral
+    norm that grows as the root of the width, and that norm is what must stay (Yang et al. 2023, 2310.17813).
+    """
+    shrink = settings.base_hidden / hidden if settings.scaling == "mup" else 1.0
+    if parameter.kind == "embedding":
+        return settings.embedding_lr_factor
+    if parameter.name == "head.weight":
+        return settings.head_lr_factor * shrink
+    if settings.name == "muon" and is_hidden_matrix(parameter):
+        return shrink**0.5
+    return shrink if parameter.kind == "matrix" else 1.0

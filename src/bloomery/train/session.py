@@ -1,0 +1,180 @@
+"""What lives as long as a stage of training, and how its state is saved, found again and undone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from bloomery.ledger.clock import Clock
+from bloomery.parallel.engine import Engine
+from bloomery.parallel.mesh import Mesh
+from bloomery.spec.commit import checkpoint_folders, read_commit
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.job import Job
+from bloomery.train import checkpoint
+from bloomery.train.batches import Batches
+from bloomery.train.guard import Guard
+from bloomery.train.optimizers import Optimizers
+from bloomery.train.profile import ProfileWindow
+from bloomery.train.record import Recorder
+from bloomery.train.writer import Writer
+
+MAX_FAILED_SAVES = 3
+"""Saves that fail one after the other until training stops: what cannot be saved is not worth computing."""
+
+
+@dataclass
+class Session:
+    """Everything that lives as long as the stage.
+
+    `fence`: this start's fencing number. `stop_requested`: of this process; `stopping`: all have agreed on it.
+    """
+
+    job: Job
+    folder: Path
+    mesh: Mesh
+    clock: Clock
+    engine: Engine
+    optimizers: Optimizers
+    batches: Batches
+    guard: Guard
+    recorder: Recorder
+    writer: Writer
+    profile: ProfileWindow
+    fence: int
+    stop_requested: bool = False
+    stopping: bool = False
+
+    def close(self) -> None:
+        """Flush and end what runs beside the steps."""
+        self.profile.close(self.job.steps)
+        self.writer.close()
+        self.batches.close()
+        self.recorder.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where they are."""
+        return self.folder / "checkpoints"
+
+
+def resume(session: Session) -> int:
+    """Load the newest checkpoint that verifies, or the initial weights of the stage. Returns the first step."""
+    job = session.job
+    if session.mesh.rank == 0:
+        checkpoint.clear_unfinished(session.checkpoints)
+    found = _agree(session, _newest_good(session) if session.mesh.rank == 0 else -1)
+    if found < 0:
+        if job.initial:
+            checkpoint.load(Path(job.initial), session.engine, None)
+        return 0
+    commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
+    if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
+        what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
+        raise BloomeryError(
+            f"{session.folder}: the checkpoint was made with another {what}; use --fresh or another name"
+        )
+    session.guard = Guard.from_state(commit.guard, job.guard)
+    session.batches.passed_over = session.guard.passed_over
+    session.recorder.resumed(commit.step)
+    return commit.step
+
+
+def _newest_good(session: Session, at_most: int | None = None, number: int = 1) -> int:
+    """Rank 0: the step of the `number`-th newest checkpoint that verifies (the oldest, where there are fewer), -1 where
+    none does. Those that do not verify are set aside, never deleted."""
+    found = -1
+    for folder in checkpoint_folders(session.checkpoints):
+        if at_most is not None and checkpoint.step_of(folder) > at_most:
+            continue
+        try:
+            read_commit(folder)
+        except BloomeryError as error:
+            kept = checkpoint.set_aside(folder, "damaged")
+            session.recorder.event("checkpoint_skipped", reason=str(error), set_aside=kept.name)
+            continue
+        found, number = checkpoint.step_of(folder), number - 1
+        if number <= 0:
+            break
+    return found
+
+
+def _agree(session: Session, value: int) -> int:
+    """Rank 0's value, on every rank."""
+    if session.mesh.world_size == 1:
+        return value
+    shared = torch.tensor(value, device=session.mesh.device)
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
+def save(session: Session, step: int) -> None:
+    """Start saving the state after `step` steps; training goes on as soon as the snapshot is taken."""
+    job = session.job
+    state = {
+        "step": step,
+        "cursor": session.batches.first_sample(step),
+        "run_hash": job.run_hash(),
+        "data_hash": job.data_hash,
+        "guard": session.guard.state(),
+        "fence": session.fence,
+    }
+    with session.clock.bucket("checkpoint"):
+        session.writer.start(state)
+
+
+def save_now(session: Session, step: int) -> None:
+    """Save and wait until it is on disk; a failure is tried again. Raises BloomeryError when that does not help."""
+    while True:
+        save(session, step)
+        with session.clock.bucket("checkpoint"):
+            good = session.writer.wait()
+        report_saves(session)
+        if good:
+            return
+
+
+def report_saves(session: Session) -> None:
+    """Say what went wrong with saving since the last call, at once. Raises BloomeryError when it keeps going wrong."""
+    errors, session.writer.errors = session.writer.errors, []
+    for error in errors:
+        session.recorder.alarm("checkpoint_failed", error)
+    if session.writer.failures_in_a_row >= MAX_FAILED_SAVES:
+        raise BloomeryError(
+            f"{session.folder}: {MAX_FAILED_SAVES} checkpoints in a row could not be written; those on disk still stand"
+        )
+
+
+def rewind(session: Session, step: int) -> int:
+    """Go back to a checkpoint before the trouble that `step` is part of, and past its samples. Returns the next step.
+
+    The way back is a function of the checkpoint and the data alone, so a crash after it leads to the same weights.
+    Raises BloomeryError when there is no checkpoint from before.
+    """
+    earlier, batches = session.guard, session.batches
+    with session.clock.bucket("checkpoint"):
+        session.writer.wait()
+        number = earlier.next_rewind(step)
+        found = -1
+        if session.mesh.rank == 0:
+            found = _newest_good(session, at_most=earlier.episode, number=number)
+        found = _agree(session, found)
+        if found < 0:
+            raise BloomeryError(f"step {step}: no checkpoint from before step {earlier.episode} to go back to")
+        first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)
+        # Each time it did not help, twice as many samples are passed over.
+        samples = (first, first + (stop - first) * 2 ** (number - 1))
+        session.optimizers.forget()
+        commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
+        session.guard = Guard.from_state(commit.guard, session.job.guard)
+        session.guard.went_back(earlier, step, samples)
+        batches.passed_over = session.guard.passed_over
+        if session.mesh.rank == 0:
+            for folder in checkpoint_folders(session.checkpoints):
+                if checkpoint.step_of(folder) > found:
+                    checkpoint.set_aside(folder, "rewound")
+            session.recorder.event("rewound", step=step, to=found, samples_passed_over=list(samples))
+    return found

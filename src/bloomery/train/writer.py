@@ -1,0 +1,137 @@
+"""Checkpoints off the critical path: a snapshot to host memory, then a thread that writes, hashes and syncs it.
+
+A save goes through three states that every rank sees alike, since each step's statistics carry the ranks' votes:
+writing (until every rank has written its shard), committing (rank 0 gathers the indices, commits and renames), done.
+No message is sent from a thread, and a rank that fails is known to all within one step.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bloomery.parallel.engine import Engine, Votes
+from bloomery.spec.errors import BloomeryError
+from bloomery.train import checkpoint
+from bloomery.train.optimizers import Optimizers
+
+
+@dataclass
+class Save:
+    """One save on its way. `failed` is what stopped it on this rank, not yet told to the others."""
+
+    step: int
+    partial: Path
+    state: dict[str, Any]
+    future: Future[None] | None
+    committing: bool = False
+
+
+class Writer:
+    """This rank's part in saving. One save at a time: the next waits for the one before."""
+
+    def __init__(self, folder: Path, engine: Engine, optimizers: Optimizers, keep: checkpoint.Keep) -> None:
+        self.folder, self.engine, self.optimizers, self.keep = folder, engine, optimizers, keep
+        self.failures_in_a_row = 0
+        self.errors: list[str] = []
+        self._save: Save | None = None
+        self._saves = 0
+        self._buffers: dict[str, Tensor] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._busy_s = 0.0
+
+    def start(self, state: dict[str, Any]) -> None:
+        """Take a snapshot of parameters and moments and let it be written; `state` as in `checkpoint.commit`."""
+        self.wait()
+        self._saves += 1
+        # A name that no earlier start can have left anything under: nobody has to wait until it is cleared.
+        partial = self.folder / f"writing_{state['step']:06d}_{state['fence']}_{self._saves}"
+        tensors, index = checkpoint.collect(self.engine, self.optimizers)
+        snapshot = {key: self._copy(key, value) for key, value in tensors.items()}
+        job = self._pool.submit(self._timed, checkpoint.write_part, partial, self.engine.mesh.rank, snapshot, index)
+        self._save = Save(state["step"], partial, state, job)
+
+    def _copy(self, key: str, value: Tensor) -> Tensor:
+        """Into memory that is kept from save to save: fresh pages cost more than the copy."""
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty_like(value, device="cpu")
+        return self._buffers[key].copy_(value)
+
+    def _timed(self, function: Any, *arguments: Any) -> None:
+        started = time.perf_counter()
+        try:
+            function(*arguments)
+        finally:
+            self._busy_s += time.perf_counter() - started
+
+    def busy_s(self) -> float:
+        """Seconds the thread has worked since the last call: it competes with the steps it runs beside."""
+        seconds, self._busy_s = self._busy_s, 0.0
+        return seconds
+
+    def vote(self, stop: bool) -> Votes:
+        """What this rank says in the step's statistics."""
+        save = self._save
+        if save is None or save.future is None or not save.future.done():
+            return Votes(stop)
+        error = save.future.exception()
+        return Votes(stop, saved=int(error is None), save_failed=int(error is not None))
+
+    def settle(self, votes: Votes) -> bool:
+        """Go on as the whole world's votes say. Returns True when a save has just failed, on this rank or another."""
+        save = self._save
+        if save is None:
+            return False
+        if votes.save_failed:
+            self._give_up(save)
+            return True
+        rank, world = self.engine.mesh.rank, self.engine.mesh.world_size
+        if not save.committing and votes.saved == world:
+            save.committing = True
+            save.future = None
+            if rank == 0:
+                arguments = (save.partial, self.engine.layout, save.state, self.keep)
+                save.future = self._pool.submit(self._timed, checkpoint.commit, *arguments)
+        elif save.committing and votes.saved:
+            self._save, self.failures_in_a_row = None, 0
+        return False
+
+    def _give_up(self, save: Save) -> None:
+        """Nothing half-written stays; what is on disk already is not touched."""
+        self._save = None
+        self.failures_in_a_row += 1
+        if save.future is not None:
+            wait([save.future])
+            error = save.future.exception()
+            if error is not None:
+                if not isinstance(error, OSError | SafetensorError | BloomeryError):
+                    raise error
+                self.errors.append(f"checkpoint of step {save.step}: {error}")
+        shutil.rmtree(save.partial, ignore_errors=True)
+
+    def wait(self) -> bool:
+        """Until no save is on its way, all ranks together. Returns False when one failed."""
+        good = True
+        while self._save is not None:
+            if self._save.future is not None:
+                wait([self._save.future])
+            votes = self.vote(stop=False)
+            if self.engine.mesh.world_size > 1:
+                said = torch.tensor(votes, device=self.engine.mesh.device)
+                dist.all_reduce(said)
+                votes = Votes(*said.tolist())
+            good = not self.settle(votes) and good
+        return good
+
+    def close(self) -> None:
+        """Let the thread end."""
+        self._pool.shutdown(wait=True)

@@ -1,0 +1,177 @@
+"""The model zoo against transformers: the same weights give the same logits, imported, exported and generating.
+
+Each family is a small random model of transformers' own class, saved by it, so names, shapes and arithmetic are theirs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from bloomery.data.tokenizer import Tokenizer
+from bloomery.evaluate.architectures import config_of, model_of
+from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
+from bloomery.evaluate.opening import open_run
+from bloomery.model.generate import Sampling, generate
+from bloomery.spec.errors import InputError
+from bloomery.spec.parameters import parameter_count
+
+COMMON = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GPT2 = {
+    "vocab_size": 300,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+MLA = dict(
+    COMMON,
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    rms_norm_eps=1e-6,
+)
+DENSE_V3 = dict(MLA, first_k_dense_replace=2, n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1)
+
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-2": ("Llama", dict(COMMON, rms_norm_eps=1e-5)),
+    "llama-tied-biased": ("Llama", dict(COMMON, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)),
+    "llama-3.1": ("Llama", dict(COMMON, rope_parameters=LLAMA3, head_dim=16)),
+    "llama-linear": ("Llama", dict(COMMON, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})),
+    "mistral": ("Mistral", dict(COMMON, sliding_window=None)),
+    "mistral-window": ("Mistral", dict(COMMON, sliding_window=7)),
+    "qwen-2.5": ("Qwen2", dict(COMMON, rope_parameters={"rope_type": "default", "rope_theta": 1e6})),
+    "qwen-2.5-yarn": ("Qwen2", dict(COMMON, rope_parameters=YARN)),
+    "qwen-2-window": ("Qwen2", dict(COMMON, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
+    "qwen-3": ("Qwen3", dict(COMMON, head_dim=12, tie_word_embeddings=True)),
+    "gpt-2": ("GPT2", GPT2),
+    "gpt-2-exact-untied": ("GPT2", dict(GPT2, activation_function="gelu", n_inner=96, tie_word_embeddings=False)),
+    "gpt-2-relu2": ("GPT2", dict(GPT2, activation_function="relu2")),
+    "deepseek-dense": ("DeepseekV3", dict(DENSE_V3, q_lora_rank=12)),
+    "deepseek-dense-yarn": (
+        "DeepseekV3",
+        dict(DENSE_V3, q_lora_rank=None, rope_parameters=dict(YARN, mscale=0.8, mscale_all_dim=0.5)),
+    ),
+}
+TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(3))
+
+
+def made(name: str) -> Any:
+    """A transformers model of a family, its weights far enough from zero that every part of it matters."""
+    family, settings = ZOO[name]
+    torch.manual_seed(11)
+    module = getattr(transformers, _class(family))(getattr(transformers, f"{family}Config")(**settings)).eval()
+    with torch.no_grad():
+        for key, tensor in module.state_dict().items():
+            tensor.copy_(torch.randn_like(tensor) * 0.2 + ("norm" in key or "ln_f" in key))
+    return module
+
+
+def _class(family: str) -> str:
+    return "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Any:
+    """A family's directory as transformers saves it, with our tokenizer beside it."""
+    root = tmp_path_factory.mktemp("zoo")
+
+    @cache
+    def saved(name: str) -> Path:
+        made(name).save_pretrained(root / name)
+        tokenizer.save(root / name)
+        return root / name
+
+    return saved
+
+
+def theirs(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.inference_mode()
+def logits(module: Any) -> Tensor:
+    found = module(TOKENS)
+    return found if isinstance(found, Tensor) else found.logits
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_logits_are_those_of_transformers(name: str, directory: Any) -> None:
+    expected = logits(made(name))
+    assert expected.std() > 0.1, "logits near zero would hide a difference"
+    torch.testing.assert_close(logits(load_directory(directory(name))), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_is_exported_again_transformers_loads_with_the_same_logits(
+    name: str, directory: Any, tmp_path: Path
+) -> None:
+    import_directory(directory(name), tmp_path / "run")
+    module = theirs(export_run(open_run(tmp_path / "run"), tmp_path / "out"))
+    torch.testing.assert_close(logits(module), logits(made(name)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_generation_is_the_greedy_one_of_transformers(name: str, directory: Any) -> None:
+    prompt = TOKENS[:1, :6]
+    expected = made(name).generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, use_cache=True
+    )
+    module = load_directory(directory(name))
+    found = list(generate(module, prompt[0].tolist(), 12, sampling=Sampling(temperature=0)))
+    assert found == expected[0, 6:].tolist()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_parameters_are_as_many_as_theirs(name: str, directory: Any) -> None:
+    module = made(name)
+    model = model_of(module.config.to_dict() | {"architectures": [type(module).__name__]}, name, "config.json")
+    assert parameter_count(model) == module.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("llama-2", {"activation": "relu2"}, "activation: relu2"),
+        ("llama-2", {"mask": "prefix"}, "mask: prefix"),
+        ("qwen-3", {"qkv_bias": True}, "qkv_bias: True"),
+        ("gpt-2", {"qk_norm": True}, "qk_norm: True"),
+        ("deepseek-dense", {"norm_eps": 1e-5}, "rms_norm_eps"),
+    ],
+)
+def test_a_structure_that_no_family_has_is_not_exported(
+    name: str, changes: dict[str, Any], words: str, directory: Any
+) -> None:
+    model = load_directory(directory(name)).model.model_copy(update=changes)
+    with pytest.raises(InputError, match=words):
+        config_of(model)

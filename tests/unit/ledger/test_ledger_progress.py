@@ -1,0 +1,82 @@
+"""What `watch` says of a run comes from the files the run writes, whatever state they are in."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from bloomery.cli.watch import short_time, sparkline
+from bloomery.ledger.progress import TAIL_BYTES, progress, stages_under, tail
+from bloomery.spec.errors import InputError
+from bloomery.spec.job import Job
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+
+
+def stage(folder: Path, rows: list[dict[str, object]], events: list[dict[str, object]]) -> Path:
+    folder.mkdir(parents=True)
+    job = Job(
+        name="pretrain", model=Model(layers=1, hidden=8, heads=1, vocab=8), layout=Layout(), dtype="float32", seed=0,
+        seq_len=8, global_batch=4, steps=100, optimizer=Optimizer(), data="", heldout="", checkpoint_every=30,
+    )  # fmt: skip
+    (folder / "job.json").write_text(job.model_dump_json())
+    for name, lines in (("metrics", rows), ("events", events)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def row(step: int) -> dict[str, object]:
+    return {"step": step, "loss": 5.0 - step / 50, "tokens_per_s": 64.0, "step_time_s": 0.5, "mfu": 0.25}
+
+
+def test_a_running_run_says_how_far_and_how_long(tmp_path: Path) -> None:
+    folder = stage(tmp_path / "mine", [row(step) for step in range(1, 41)], [{"event": "started"}])
+    found = progress(folder)
+    assert (found.name, found.state, found.step, found.steps) == ("mine", "running", 40, 100)
+    assert found.left_s == 30.0
+    assert found.next_checkpoint == 60
+    assert found.losses[-1] == pytest.approx(4.2)
+
+
+def test_silence_and_the_end_are_told_apart(tmp_path: Path) -> None:
+    silent = stage(tmp_path / "a", [row(1)], [])
+    for name in ("metrics.jsonl", "events.jsonl"):
+        os.utime(silent / name, (time.time() - 300,) * 2)
+    assert progress(silent).state == "silent"
+    done = stage(tmp_path / "b", [row(100)], [{"event": "finished", "step": 100}])
+    assert progress(done, now=time.time() + 1e6).state == "finished"
+    fresh = stage(tmp_path / "c", [], [])
+    assert progress(fresh).state == "starting"
+
+
+def test_the_newest_incident_is_one_line(tmp_path: Path) -> None:
+    events = [{"event": "resumed"}, {"event": "slow_step", "step": 7, "rank": 1, "bucket": "data"}]
+    assert progress(stage(tmp_path / "a", [row(9)], events)).incident == "slow step at step 7 on rank 1: data"
+
+
+def test_runs_and_their_alignment_stages_are_found(tmp_path: Path) -> None:
+    stage(tmp_path / "one", [], [])
+    stage(tmp_path / "one" / "align" / "sft", [], [])
+    assert [path.name for path in stages_under(tmp_path)] == ["one", "sft"]
+    with pytest.raises(InputError, match="no run here"):
+        stages_under(tmp_path / "one" / "align" / "sft" / "nothing")
+
+
+def test_only_the_end_of_a_long_file_is_read_and_torn_lines_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": i}) + "\n" for i in range(20_000)) + '{"step": 2')
+    found = tail(path)
+    assert found[-1] == {"step": 19_999}
+    assert 0 < len(found) < TAIL_BYTES / 10
+
+
+def test_a_sparkline_shows_the_course_and_times_read_well() -> None:
+    assert sparkline((8.0, 4.0, 2.0, 1.0), 4)[0] == "█"
+    assert sparkline((8.0, 4.0, 2.0, 1.0), 4)[-1] == "▁"
+    assert sparkline((3.0,)) == ""
+    assert [short_time(s) for s in (12, 190, 7500, 400_000)] == ["12 s", "3 min 10 s", "2 h 05 min", "4.6 d"]
