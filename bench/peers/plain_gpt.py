@@ -85,8 +85,8 @@ def bits_per_byte(model: PlainGpt, heldout: TokenDataset, batch: int, max_tokens
     rounds = max(1, min(max_tokens, heldout.n_tokens) // (batch * heldout.seq_len))
     total = 0.0
     for number in range(rounds):
-        inputs, targets = heldout.batch(range(number * batch, (number + 1) * batch))
-        total += float(loss_of(model, torch.from_numpy(inputs), torch.from_numpy(targets)))
+        samples = heldout.batch(range(number * batch, (number + 1) * batch))
+        total += float(loss_of(model, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
     return total / rounds / math.log(2) * heldout.n_tokens / heldout.text_bytes
 
 
@@ -113,8 +113,8 @@ def main() -> None:
     text = TokenDataset(options.data / "train", seq_len=options.seq_len, seed=options.seed)
     started = time.perf_counter()
     for step in range(options.steps):
-        inputs, targets = text.batch(range(step * options.batch, (step + 1) * options.batch))
-        loss = loss_of(model, torch.from_numpy(inputs), torch.from_numpy(targets))
+        samples = text.batch(range(step * options.batch, (step + 1) * options.batch))
+        loss = loss_of(model, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

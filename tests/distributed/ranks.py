@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,13 +61,22 @@ class Case:
     layout: str
     masked: bool = False
     dtype: str = "float64"
+    mask: Literal["causal", "prefix", "documents", "both"] = "causal"
     optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
-        return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.optimizer}-{self.dtype}"
+        mask = "" if self.mask == "causal" else f"-{self.mask}"
+        masked = "-masked" if self.masked else ""
+        return f"{self.model}-{layout}{masked}{mask}-{self.optimizer}-{self.dtype}"
+
+    @property
+    def structure(self) -> Model:
+        """The model, which is a prefix model where prefixes are given."""
+        kind = "prefix" if self.mask in ("prefix", "both") else "causal"
+        return MODELS[self.model].model_copy(update={"mask": kind})
 
 
 def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -81,6 +90,28 @@ def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
     return text[:, :-1].copy(), targets
 
 
+def seen(step: int, mask: str) -> dict[str, np.ndarray]:
+    """What the tokens of the global batch see of each other: documents (8, 8) of uneven length and prefixes (8,)."""
+    random = np.random.default_rng([step, 11])
+    documents = (random.random((GLOBAL_BATCH, SEQ_LEN)) < 0.3).cumsum(1)
+    prefix = random.integers(1, SEQ_LEN, GLOBAL_BATCH)
+    found = {"documents_bs": documents, "prefix_b": prefix}
+    chosen = {"causal": (), "prefix": ("prefix_b",), "documents": ("documents_bs",), "both": tuple(found)}[mask]
+    return {name: found[name] for name in chosen}
+
+
+def local_batch(case: Case, step: int, mine: slice) -> Any:
+    """The sequences `mine` of one step's global batch, as the engine takes them."""
+    import torch
+
+    from bloomery.parallel.batch import Batch
+
+    tokens, targets = batch(step, case.masked)
+    extra = {name: torch.from_numpy(value[mine]) for name, value in seen(step, case.mask).items()}
+    parts = (torch.from_numpy(whole[mine]) for whole in (tokens, targets))
+    return Batch(*parts, int((targets >= 0).sum()), **extra)
+
+
 def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     """Five steps in float64; what was seen, with the messages of the third step, planned and executed."""
     import torch
@@ -90,7 +121,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     from bloomery.parallel.recorder import record
     from bloomery.train.optimizers import build_optimizers
 
-    model, layout = MODELS[case.model], Layout.parse(case.layout)
+    model, layout = case.structure, Layout.parse(case.layout)
     mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
     try:
         engine = build(
@@ -102,22 +133,20 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
         held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
         for step in range(STEPS):
-            tokens, targets = batch(step, case.masked)
-            with record(mesh) if step == RECORDED else contextlib.nullcontext(Counter()) as seen:
-                part = engine.forward_backward(
-                    torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine]), int((targets >= 0).sum())
-                )
+            local = local_batch(case, step, mine)
+            with record(mesh) if step == RECORDED else contextlib.nullcontext(Counter()) as messages:
+                part = engine.forward_backward(local)
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
                 engine.clip(1.0, statistics.grad_norm)
                 engine.update(optimizer)
                 optimizer.zero_grad()
-            executed += seen
+            executed += messages
             losses.append(statistics.loss)
             norms.append(statistics.grad_norm)
             if step < RECORDED:
                 continue
-            held_out.append(engine.evaluate(torch.from_numpy(tokens[mine]), torch.from_numpy(targets[mine])))
+            held_out.append(engine.evaluate(local))
         assert [(s.shard, s.local().shape) for s in engine.shards()] == before, "an evaluation changed what is held"
         shards = [
             {
@@ -157,7 +186,7 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
     lies on the pipeline's axis, and of two ranks it is its group."""
-    sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (name, op, size), count in counted.items():

@@ -18,6 +18,7 @@ from test_exactness import CASES
 from bloomery.cli.train import train
 from bloomery.cluster.dry_run import DryRun, RankClass, compare, rank_classes
 from bloomery.parallel import dry_run as execution
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.tally import FlopTally, SavedTally
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 def small(case: Case) -> DryRun:
     return compare(
-        MODELS[case.model], Layout.parse(case.layout), CLUSTER, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH,
+        case.structure, Layout.parse(case.layout), CLUSTER, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH,
         dtype=case.dtype,  # type: ignore[arg-type]
     )  # fmt: skip
 
@@ -52,10 +53,19 @@ def chosen() -> list[Case]:
         "tp=1,pp=2,dp=2,zero=0,sp=false,micro_batch=2,schedule=gpipe",
         "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=1,vpp=2",
     )
+    context = (
+        "cp=2,micro_batch=4",
+        "cp=4,micro_batch=4,recompute=full",
+        "cp=2,dp=2,zero=2,micro_batch=2,recompute=full,cp_method=all_gather",
+        "cp=2,pp=2,vpp=2,micro_batch=2",
+        "cp=2,tp=2,dp=2,zero=2,sp=true,micro_batch=2",
+    )
+    plain = [case for case in CASES if "cp=" not in case.layout and case.mask == "causal"]
     return [
-        *(case for case in CASES if case.layout in alone and not case.masked),
-        *(case for case in CASES if case.model != "llama" and "vpp" not in case.layout),
-        *(case for case in CASES if "recompute" in case.layout or "pp=4" in case.layout),
+        *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
+        *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
+        *(case for case in plain if case.model != "llama" and "vpp" not in case.layout),
+        *(case for case in plain if "recompute" in case.layout or "pp=4" in case.layout),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=2,zero=2,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=4,replicas=2,zero=2", dtype="bfloat16"),
@@ -75,7 +85,7 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     Selective recomputation keeps of norms their inputs, of blocks no inputs, of the feed-forward half.
     """
     stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (4, 2)}[dtype]
-    tokens, tp = layout.micro_batch * seq_len, layout.tp
+    tokens, tp = layout.micro_batch * seq_len // layout.cp, layout.tp
     outside = tokens / tp if layout.sequence_parallel else tokens
     rms = model.norm == "rmsnorm"
     norms = 2 * outside * stream * ((2 * model.hidden + 1) if rms else (model.hidden + 2))
@@ -94,7 +104,7 @@ def without_activations(one: RankClass) -> dict[str, bool]:
 
 @pytest.mark.parametrize("case", chosen(), ids=lambda case: case.name)
 def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -> None:
-    found, layout, model = small(case), Layout.parse(case.layout), MODELS[case.model]
+    found, layout, model = small(case), Layout.parse(case.layout), case.structure
     assert not found.order.problems
     for one in found.classes:
         assert one.messages_agree, one.messages
@@ -188,7 +198,7 @@ def test_fake_tensors_tell_what_real_ones_do(name: str, dtype: str) -> None:
     flops, saved = FlopTally(), SavedTally()
     tokens, targets = (torch.zeros(4, SEQ_LEN, dtype=torch.int64) for _ in range(2))
     with flops, saved.over(engine.stages.values()):
-        engine.forward_backward(tokens, targets, 4 * SEQ_LEN)
+        engine.forward_backward(Batch(tokens, targets, 4 * SEQ_LEN))
     fake = execution.dry_run(model, layout, 0, seq_len=SEQ_LEN, global_batch=4, dtype=dtype)
     assert (flops.total, saved.layers, saved.ends, saved.weight_copies) == (
         fake.flops, fake.layer_activation_bytes, fake.end_activation_bytes, fake.weight_copies_bytes,

@@ -67,7 +67,7 @@ def table() -> list[Case]:
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
         )
     ]  # fmt: skip
-    return [*cases, *on_a_v(), *uneven(), *tied_across_stages()]
+    return [*cases, *on_a_v(), *uneven(), *tied_across_stages(), *context_cases()]
 
 
 def on_a_v() -> list[Case]:
@@ -108,6 +108,43 @@ def tied_across_stages() -> list[Case]:
     ]
 
 
+def context_cases() -> list[Case]:
+    """Context parallelism by both methods beside every other axis, and masks under every axis."""
+    ring = (
+        "cp=2,micro_batch=4",
+        "cp=4,micro_batch=4,recompute=full",
+        "cp=2,zero=3,micro_batch=4",
+        "cp=2,dp=2,micro_batch=2",
+        "cp=2,dp=2,zero=3,micro_batch=2",
+        "cp=2,tp=2,sp=true,micro_batch=4",
+        "cp=2,pp=2,vpp=2,micro_batch=2",
+        "cp=2,tp=2,dp=2,zero=2,sp=true,micro_batch=2",
+    )
+    gathered = ("cp=4,micro_batch=4", "cp=2,dp=2,zero=2,micro_batch=2,recompute=full", "cp=2,pp=2,micro_batch=2")
+    return [
+        *(Case("llama", layout) for layout in ring),
+        *(Case("llama", f"{layout},cp_method=all_gather") for layout in gathered),
+        Case("gpt", "cp=2,tp=2,sp=true,micro_batch=4"),
+        Case("tied", "cp=2,dp=2,micro_batch=2"),
+        Case("llama", "cp=2,pp=2,micro_batch=2", masked=True),
+        Case("llama", "cp=2,dp=2,zero=1,micro_batch=2"),
+        Case("llama", "cp=2,dp=4,zero=2,replicas=2,micro_batch=2"),
+        Case("llama", "cp=2,tp=2,sp=true,micro_batch=4,recompute=selective"),
+        Case("llama", "cp=2,dp=2,zero=2,micro_batch=2", optimizer="muon"),
+        Case("latent", "cp=2,tp=2,sp=true,micro_batch=4"),
+        Case("qk-norm", "cp=2,tp=2,micro_batch=4"),
+        Case("llama", "cp=2,micro_batch=4", mask="prefix"),
+        Case("llama", "dp=2,zero=2,micro_batch=2", mask="prefix"),
+        Case("llama", "cp=2,micro_batch=4,cp_method=all_gather", mask="documents"),
+        Case("llama", "cp=4,micro_batch=4", mask="documents"),
+        Case("llama", "tp=2,sp=true,micro_batch=4", mask="both"),
+        Case("llama", "pp=2,micro_batch=2", mask="both"),
+        Case("llama", "cp=2,dp=2,micro_batch=2", mask="both"),
+        Case("llama", "cp=2,tp=2,sp=true,micro_batch=4,recompute=full", mask="both"),
+        Case("llama", "cp=2,pp=2,micro_batch=2,cp_method=all_gather", mask="both"),
+    ]
+
+
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
@@ -119,10 +156,15 @@ BFLOAT16 = [
         "pp=2,micro_batch=2",
         "pp=2,micro_batch=2,schedule=zbv",
         "tp=2,sp=true,recompute=selective",
+        "cp=2,micro_batch=2,cp_method=ring",
+        "cp=2,micro_batch=2,cp_method=all_gather",
     )
 ]
 REFERENCES = {
-    (c.model, c.masked, c.optimizer): Case(c.model, "micro_batch=8", c.masked, optimizer=c.optimizer) for c in CASES
+    (c.model, c.masked, c.mask, c.optimizer): Case(
+        c.model, "micro_batch=8", c.masked, mask=c.mask, optimizer=c.optimizer
+    )
+    for c in CASES
 }
 
 
@@ -143,7 +185,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, folder: Path) -> None:
-    reference = REFERENCES[(case.model, case.masked, case.optimizer)]
+    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer)]
     (alone,) = results(reference, 1, folder)
     for rank in results(case, world_size(case), folder):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-9)

@@ -7,7 +7,7 @@ One rank stands for each class: the first, a middle and the last pipeline rank. 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from bloomery.parallel.dry_run import Message, RankAccount, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
 from bloomery.perf.case import FULL, SELECTIVE, Case
-from bloomery.perf.flops import forward_flops
+from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on
 from bloomery.perf.precision import precision_of
 from bloomery.spec.cluster import Cluster, Dtype
@@ -129,7 +129,7 @@ def compare(model: Model, layout: Layout, cluster: Cluster, *, seq_len: int, glo
     case = Case.of(model, ours, LayoutBatch.of([layout]), **settings)  # type: ignore[arg-type]
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
-        rank = pipeline_rank * layout.tp * layout.dp
+        rank = pipeline_rank * layout.tp * layout.data_ranks
         account = dry_run(model, layout, rank, **settings)  # type: ignore[arg-type]
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
@@ -170,7 +170,7 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
     """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
     lies on the pipeline's axis, and of two ranks it is its group."""
-    sizes = {"tp": layout.tp, "dp": layout.shards, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     answer = Counter[Message]()
     for (name, op, size), count in counted.items():
@@ -196,12 +196,14 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     The engine's recomputation stops before a layer's last product, whose result nothing needs.
     """
     forward = forward_flops(case.model, case.seq_len)
+    skipped = forward.attention * (1 - context_attention_share(case.model, int(case.lay.cp[0])))
+    forward = replace(forward, attention=forward.attention - skipped)
     down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
     again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
     share = account.layers / case.model.layers * (3 * forward.layers + again)
     head = 3 * forward.head * case.ranks(np.array([account.pipeline_rank])).last[0]
     sequences = account.micro_batches * int(case.lay.micro_batch[0])
-    return float(sequences * (share + head) / case.lay.tp[0])
+    return float(sequences * (share + head) / (case.lay.tp[0] * case.lay.cp[0]))
 
 
 def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:

@@ -246,6 +246,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         supervision=train.supervision,
         evaluate_every=train.evaluate_every,
         log_every=train.log_every,
+        document_mask=train.document_mask,
         metrics=train.metrics,
         profile=train.profile,
         model_flops=expected["model_flops"],

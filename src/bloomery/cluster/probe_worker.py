@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from bloomery.cluster.probe_fit import REFERENCE_BATCH, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN, REFERENCES
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.model import Model
@@ -188,7 +189,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     for _ in range(REFERENCE_WARM_UP + rounds):
         started = now(device)
-        loss = engine.forward_backward(tokens, tokens, tokens.numel())
+        loss = engine.forward_backward(Batch(tokens, tokens, tokens.numel()))
         between = now(device)
         norm = engine.statistics(loss).grad_norm
         engine.clip(norm / 2, norm)

@@ -12,6 +12,8 @@ Range = tuple[int, int]
 """Global sample indices first .. stop - 1."""
 
 ROUNDS = 6
+PREFIX = 0x7072656669780000
+"""Sets the draws of prefixes apart from those of the order."""
 _MASK = (1 << 64) - 1
 
 
@@ -34,6 +36,12 @@ def permuted(position: int, n: int, key: int) -> int:
         value = left << half | right
         if value < n:
             return value
+
+
+def prefix_at(i: int, seq_len: int, seed: int) -> int:
+    """How many first tokens of global index i see each other whole: uniform in 1 .. seq_len - 1, as prefix language
+    models are trained on running text (Raffel et al. 2020, arXiv 1910.10683, section 3.2)."""
+    return 1 + _mix(_mix((seed << 32 ^ PREFIX) & _MASK) ^ i) % (seq_len - 1)
 
 
 def sample_at(i: int, n: int, seed: int) -> int:

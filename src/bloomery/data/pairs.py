@@ -14,11 +14,11 @@ import numpy as np
 
 from bloomery.data.order import sample_at
 from bloomery.data.readers import Document
+from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
 from bloomery.data.tokenizer import Tokenizer
 from bloomery.spec.errors import InputError
 
-IGNORED = -100
 MAX_CHARACTERS = 400
 
 
@@ -96,10 +96,14 @@ def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer
 
 
 class PairDataset:
-    """One pair a sample, cut or padded to seq_len; only the response (and its end token) counts in the loss."""
+    """One pair a sample, cut or padded to seq_len; only the response (and its end token) counts in the loss.
 
-    def __init__(self, folder: Path, *, seq_len: int, seed: int) -> None:
+    `prefix`: for a prefix language model, whose prefix is the prompt.
+    """
+
+    def __init__(self, folder: Path, *, seq_len: int, seed: int, prefix: bool = False) -> None:
         manifest = read_manifest(folder)
+        self.has_prefix = prefix
         self.folder, self.seq_len, self.seed = folder, seq_len, seed
         self.content_hash, self._pad = str(manifest["content_hash"]), int(manifest["pad"])
         self._tokens = np.memmap(folder / "tokens.bin", dtype="<u4", mode="r")
@@ -128,10 +132,12 @@ class PairDataset:
         targets[answer - 1 : len(ids) - 1] = ids[answer:]
         return inputs, targets
 
-    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (n, seq)."""
-        inputs, targets = zip(*(self.sample(int(i)) for i in indices), strict=True)
-        return np.stack(inputs), np.stack(targets)
+    def batch(self, indices: Iterable[int]) -> Samples:
+        """Several global indices."""
+        chosen = [int(i) for i in indices]
+        inputs, targets = zip(*(self.sample(i) for i in chosen), strict=True)
+        prefix = np.array([self._answers[self._pair(i)] for i in chosen]) if self.has_prefix else None
+        return Samples(np.stack(inputs), np.stack(targets), prefix=prefix)
 
     def n_targets(self, i: int) -> int:
         """Targets of sample i that count, without reading its tokens."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.data.order import sample_at
+from bloomery.data.order import prefix_at, sample_at
+from bloomery.data.samples import IGNORED, Samples
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 
@@ -103,10 +104,15 @@ def write_tokens(
 
 
 class TokenDataset:
-    """Samples of seq_len + 1 consecutive tokens, seq_len apart; the one extra is the last target."""
+    """Samples of seq_len + 1 consecutive tokens, seq_len apart; the one extra is the last target.
 
-    def __init__(self, folder: Path, *, seq_len: int, seed: int) -> None:
+    `prefix`: each sample has one (a prefix language model), and only tokens after it are targets. `documents`: tokens
+    of one document do not see those of another packed into the same sample.
+    """
+
+    def __init__(self, folder: Path, *, seq_len: int, seed: int, prefix: bool = False, documents: bool = False) -> None:
         manifest = read_manifest(folder)
+        self.has_prefix, self.has_documents = prefix, documents
         self.folder, self.seq_len, self.seed = folder, seq_len, seed
         self.n_tokens, self.text_bytes = int(manifest["tokens"]), int(manifest["text_bytes"])
         self.content_hash = str(manifest["content_hash"])
@@ -136,16 +142,39 @@ class TokenDataset:
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets (seq,) of global index i >= 0."""
         tokens = self._tokens(self._first_token(i), self.seq_len + 1)
-        return tokens[:-1], tokens[1:]
+        targets = tokens[1:].copy()
+        targets[: self._known(i)] = IGNORED
+        return tokens[:-1], targets
 
-    def batch(self, indices: Iterable[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets (n, seq) of several global indices."""
-        inputs, targets = zip(*(self.sample(int(i)) for i in indices), strict=True)
-        return np.stack(inputs), np.stack(targets)
+    def prefix(self, i: int) -> int:
+        """How many first tokens of sample i see each other whole (1: only themselves and what is before them)."""
+        return prefix_at(i, self.seq_len, self.seed) if self.has_prefix else 1
+
+    def _known(self, i: int) -> int:
+        """Targets inside the prefix: tokens that were seen."""
+        return self.prefix(i) - 1
+
+    def documents(self, i: int) -> np.ndarray:
+        """The document each input of sample i is of (seq,), counted from the sample's first one; an end token is of the
+        document it ends."""
+        first = self._first_token(i)
+        number = np.searchsorted(self._starts, np.arange(first, first + self.seq_len), side="right")
+        return number - number[0]
+
+    def batch(self, indices: Iterable[int]) -> Samples:
+        """Several global indices."""
+        chosen = [int(i) for i in indices]
+        inputs, targets = zip(*(self.sample(i) for i in chosen), strict=True)
+        return Samples(
+            np.stack(inputs),
+            np.stack(targets),
+            documents=np.stack([self.documents(i) for i in chosen]) if self.has_documents else None,
+            prefix=np.array([self.prefix(i) for i in chosen]) if self.has_prefix else None,
+        )
 
     def n_targets(self, i: int) -> int:
-        """Every target counts."""
-        return self.seq_len
+        """Targets of sample i that count, without reading its tokens."""
+        return self.seq_len - self._known(i)
 
     def provenance(self, i: int) -> list[dict[str, Any]]:
         """The documents sample i was cut from: id, path, and the tokens of the document it holds (first, last)."""

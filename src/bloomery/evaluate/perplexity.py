@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
+from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import TokenDataset
 from bloomery.model.transformer import Transformer
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -35,22 +34,23 @@ def heldout_perplexity(
     *,
     seq_len: int,
     max_tokens: int,
+    document_mask: bool = False,
     batch: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Evaluate on the first samples of `folder` in the fixed order of seed 0, at most `max_tokens` tokens.
 
-    bits per byte = loss / ln 2 x tokens per byte of the whole held-out text, as training reports it.
+    A prefix model is told where prefixes end and judged on what follows them; with `document_mask` tokens see their own
+    document only. bits per byte = loss / ln 2 x tokens per byte of the whole held-out text, as training reports it.
     Raises InputError when the folder has no shards or fewer tokens than one sample.
     """
-    dataset = TokenDataset(folder, seq_len=seq_len, seed=0)
+    has_prefix = module.model.mask == "prefix"
+    dataset = TokenDataset(folder, seq_len=seq_len, seed=0, prefix=has_prefix, documents=document_mask)
     n_samples = max(1, min(len(dataset), max_tokens // seq_len))
-    device = next(module.parameters()).device
     total, count = 0.0, 0
     for first in range(0, n_samples, batch):
         indices = range(first, min(first + batch, n_samples))
-        inputs, targets = (torch.from_numpy(part).to(device) for part in dataset.batch(indices))
-        loss, n = summed_loss(module, inputs, targets)
+        loss, n = summed_loss(module, dataset.batch(indices))
         total, count = total + loss, count + n
         if progress is not None:
             progress(indices.stop, n_samples)
@@ -59,8 +59,14 @@ def heldout_perplexity(
     return Perplexity(mean, math.exp(min(mean, 700.0)), bits, count)
 
 
-def summed_loss(module: Transformer, inputs_bs: torch.Tensor, targets_bs: torch.Tensor) -> tuple[float, int]:
+def summed_loss(module: Transformer, samples: Samples) -> tuple[float, int]:
     """Sum of cross entropies in nats over the targets that count (not -100), and how many they are."""
+    device = next(module.parameters()).device
+    inputs_bs, targets_bs, documents_bs, prefix_b = (
+        None if part is None else torch.from_numpy(part).to(device)
+        for part in (samples.inputs, samples.targets, samples.documents, samples.prefix)
+    )
+    assert targets_bs is not None
     with torch.inference_mode():
-        loss = module(inputs_bs, targets_bs=targets_bs)
+        loss = module(inputs_bs, documents_bs, prefix_b, targets_bs=targets_bs)
     return float(loss), int((targets_bs != IGNORED).sum())

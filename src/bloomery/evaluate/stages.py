@@ -60,6 +60,7 @@ def _stage(
         opened.data / "heldout",
         seq_len=opened.run.train.seq_len,
         max_tokens=max_tokens or settings.max_tokens,
+        document_mask=opened.run.train.document_mask,
         progress=None if progress is None else lambda done, total: progress(stage, done, total),
     )
     texts = complete(module, opened.tokenizer(), prompts, max_new=settings.completion_tokens, sampling=SAMPLING)

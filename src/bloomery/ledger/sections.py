@@ -172,7 +172,7 @@ def communication(facts: Facts) -> str:
     found = facts["communication"]
     if not found["messages"]:
         return '<p class="quiet">One process: nothing is sent.</p>'
-    names = {"tp": "tensor", "pp": "pipeline", "dp": "data", "world": "all ranks"}
+    names = {"tp": "tensor", "cp": "context", "pp": "pipeline", "dp": "data", "world": "all ranks"}
     axes = []
     for axis, row in found["axes"].items():
         pair = row["seconds"] or {"predicted": None, "measured": None}

@@ -82,7 +82,11 @@ def generate(
 
 def forward_cached(module: Transformer, tokens_bn: Tensor, cache: Cache) -> Tensor:
     """Logits (batch, n, vocab) of n new tokens, whose keys and values join the cache."""
-    logits_bnv: Tensor = module(tokens_bn, start=cache.length, past=cache.layers)
+    prefix_b = None
+    if module.model.mask == "prefix" and cache.length == 0:
+        # The first tokens are the prompt: a prefix model's prefix.
+        prefix_b = torch.full((len(tokens_bn),), tokens_bn.shape[1], device=tokens_bn.device)
+    logits_bnv: Tensor = module(tokens_bn, prefix_b=prefix_b, start=cache.length, past=cache.layers)
     cache.length += tokens_bn.shape[1]
     return logits_bnv
 

@@ -86,8 +86,9 @@ class Transformer(nn.Module):
         """x: tokens (batch, seq) on the first stage, else hidden states (batch, seq, hidden).
 
         Returns hidden states; on the last stage logits (batch, seq, vocab) or, given `targets_bs`, the sum of their
-        cross entropies, for which no stage but the last has a use. `documents_bs`: the document of each
-        token, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other whole.
+        cross entropies, for which no stage but the last has a use. `documents_bs`: the document of each token of the
+        whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other
+        whole.
         For generation, `past` holds what each layer has seen of the `start` positions before x.
         """
         view = self.view(x, start, documents_bs, prefix_b)

@@ -6,6 +6,7 @@ One object goes through all layers, so what is made once a forward pass (rotary 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ class View:
     """Positions of the tokens at hand, and what narrows or widens plain causal attention.
 
     A query at position i reads a key at position j when both are of one document and j <= i or j < prefix: with
-    `documents_bs` (batch, s) of a packed batch, `prefix_b` (batch,) tokens that see each other whole (prefix language
-    model); None: one document, no prefix. With `window`, j > i - window too (sliding window; a prefix is seen whole).
-    `rotary`: cos and sin (s, width), or None for learned positions.
+    `documents_bs` (batch, whole sequence) of a packed batch, `prefix_b` (batch,) tokens that see each other whole
+    (prefix language model); None: one document, no prefix. With `window`, j > i - window too (sliding window; a prefix
+    is seen whole). `positions_s` may be part of the sequence, documents are always those of all of it. `rotary`: cos
+    and sin (s, width), or None for learned positions.
     """
 
     positions_s: Tensor
@@ -35,25 +37,38 @@ class View:
         """True for nothing but causal attention: kernels have a name for it and need no mask."""
         return self.documents_bs is None and self.prefix_b is None and self.window is None
 
+    @cached_property
+    def _biases(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
+    def bias(self, key_s: Tensor, dtype: torch.dtype) -> Tensor:
+        """What is added to scores: 0 where a query may read a key, else a number whose exponential is 0.
+
+        Made at the first layer's asking and shared by all others, which ask for the same keys. Finite, so that a query
+        that reads none of some keys gives them a weight of 0 among all keys, and no NaN.
+        """
+        if dtype not in self._biases:
+            allowed = visible(self, key_s)
+            hidden = torch.full((), torch.finfo(dtype).min / 2, dtype=dtype, device=key_s.device)
+            self._biases[dtype] = torch.where(allowed, torch.zeros_like(hidden), hidden)
+        return self._biases[dtype]
+
     def rotated(self, x_bhsk: Tensor) -> Tensor:
         """The queries or keys of these positions, turned (unchanged for learned positions)."""
         return x_bhsk if self.rotary is None else rotate(x_bhsk, *self.rotary)
 
 
-def visible(view: View, keys: int) -> Tensor:
-    """True where a query may read a key, broadcastable to (batch, 1, queries, keys).
-
-    `keys`: how many positions there are; more than the queries' when earlier ones come from a cache.
-    """
+def visible(view: View, key_s: Tensor) -> Tensor:
+    """True where a query may read a key at the positions `key_s`, broadcastable to (batch, 1, queries, keys)."""
     query_s = view.positions_s
-    key_s = query_s if keys == len(query_s) else torch.arange(keys, device=query_s.device)
     allowed = (key_s <= query_s[:, None])[None, None]
     if view.window is not None:
         allowed = allowed & (key_s > query_s[:, None] - view.window)
     if view.prefix_b is not None:
         allowed = allowed | (key_s < view.prefix_b[:, None])[:, None, None, :]
     if view.documents_bs is not None:
-        allowed = allowed & (view.documents_bs[:, :, None] == view.documents_bs[:, None, :])[:, None]
+        of_query, of_key = view.documents_bs[:, query_s], view.documents_bs[:, key_s]
+        allowed = allowed & (of_query[:, :, None] == of_key[:, None, :])[:, None]
     return allowed
 
 
@@ -65,7 +80,11 @@ def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: fl
     queries, keys = q_bhsk.shape[2], k_bhsk.shape[2]
     grouped = q_bhsk.shape[1] != k_bhsk.shape[1]
     causal = view.plain and queries == keys
-    mask = None if causal or (view.plain and queries == 1) else visible(view, keys)
+    mask = None
+    if not causal and not (view.plain and queries == 1):
+        # More keys than queries: the earlier ones come from a cache.
+        key_s = view.positions_s if keys == queries else torch.arange(keys, device=q_bhsk.device)
+        mask = view.bias(key_s, q_bhsk.dtype)
     return F.scaled_dot_product_attention(
         q_bhsk, k_bhsk, v_bhsk, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale
     )

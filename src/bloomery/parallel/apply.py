@@ -3,8 +3,9 @@
 1. Stage cut: only the layers of this pipeline rank are ever built (on the meta device, no memory).
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
+   Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
 3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
-4. Full recomputation wraps whole layers, so their tensor-parallel messages are inside and are repeated with them;
+4. Full recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated;
    selective wraps single operators of finished layers.
 5. FSDP wraps layers last: it gathers exactly what the layer computes with.
 6. The pipeline schedule (in `engine.build`) drives finished stages.
@@ -19,6 +20,7 @@ from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.compiled import book_compilation, compile_layers
+from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
@@ -33,6 +35,7 @@ def lay_out(
     model: Model,
     mesh: Mesh,
     axis: TensorAxis | None,
+    context: ContextAxis | None,
     *,
     dtype: torch.dtype,
     seed: int,
@@ -52,13 +55,15 @@ def lay_out(
         fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
+        if context is not None:
+            apply_context_parallel(stage, context)
         if compiled:
             compile_layers(stage)
         if layout.recompute == "full":
             recompute_layers(stage)
         elif layout.recompute == "selective":
             recompute_outputs(stage)
-        if layout.dp > 1 and layout.zero_stage >= 2:
+        if layout.data_ranks > 1 and layout.zero_stage >= 2:
             shard_over_data(stage, mesh, measure)
         stages[index] = stage
     return stages, table

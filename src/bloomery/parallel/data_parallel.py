@@ -1,7 +1,8 @@
 """Data parallelism: ZeRO 2 and 3 by FSDP2 (inside each replica, where there are several), or replicated parameters
 with one all-reduce a unit. ZeRO 1 is `update_shards`.
 
-Gradients are SUMMED over the axis: the loss is already divided by the targets of the global batch.
+The axis is `data`: context-parallel ranks hold the same parameters as data-parallel ones and see other tokens too.
+Gradients are SUMMED over it: the loss is already divided by the targets of the global batch.
 """
 
 from __future__ import annotations

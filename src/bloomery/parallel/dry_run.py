@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.data_parallel import whole_gradient_bytes
 from bloomery.parallel.engine import Engine, build
 from bloomery.parallel.mesh import Mesh, pretend
@@ -77,7 +78,7 @@ def dry_run(
 ) -> RankAccount:
     """The account of `rank`. Raises InputError for what the engine cannot run."""
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
-    pipeline_rank = rank // (layout.tp * layout.dp)
+    pipeline_rank = rank // (layout.tp * layout.data_ranks)
     ranges = stages_of(model, layout)
     layers = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank))
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
@@ -176,11 +177,13 @@ def _step(
         expect_given_shapes(engine.schedule)
     local = micro_batches * mesh.layout.micro_batch
     tokens_bs, targets_bs = (torch.zeros(local, seq_len, dtype=torch.int64) for _ in range(2))
+    prefix_b = torch.ones(local, dtype=torch.int64) if engine.model.mask == "prefix" else None
+    batch = Batch(tokens_bs, targets_bs, local * seq_len * mesh.layout.dp, prefix_b=prefix_b)
     saved, flops = SavedTally(), FlopTally()
     stages: list[Transformer] = list(engine.stages.values())
     with record(mesh) as messages:
         with flops, saved.over(stages):
-            part = engine.forward_backward(tokens_bs, targets_bs, local * seq_len * mesh.layout.dp)
+            part = engine.forward_backward(batch)
         engine.reduce_gradients()
         engine.summed_statistics(part)
         gradients = sum(_bytes(p.grad) for p in engine.updated().values() if p.grad is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,11 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.apply import lay_out
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
+from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.update_shards import UpdateShards, rows_of
+from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
@@ -78,8 +81,15 @@ class Steps(Protocol):
 class Engine:
     """Runs forward and backward of this rank's part of the global batch; see `build`."""
 
-    def __init__(self, model: Model, mesh: Mesh, stages: dict[int, Transformer], axis: TensorAxis | None) -> None:
-        self.model, self.mesh, self.layout, self.axis = model, mesh, mesh.layout, axis
+    def __init__(
+        self,
+        model: Model,
+        mesh: Mesh,
+        stages: dict[int, Transformer],
+        axis: TensorAxis | None,
+        context: ContextAxis | None,
+    ) -> None:
+        self.model, self.mesh, self.layout, self.axis, self.context = model, mesh, mesh.layout, axis, context
         self.stages = stages
         self.table: dict[str, Parameter] = {}
         self.n_targets = 1
@@ -128,39 +138,47 @@ class Engine:
         """The last stage's output, with the targets that the schedule hands over once more."""
         return loss_sum / self.n_targets
 
-    def forward_backward(self, tokens_bs: Tensor, targets_bs: Tensor, n_targets: int) -> Tensor:
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's tokens and targets of its data-parallel rank's sequences; documents are told of whole ones."""
+        if batch.prefix_b is None and self.model.mask == "prefix":
+            raise InputError("a prefix model needs to know where prefixes end", where="batch.prefix_b")
+        if self.context is None:
+            return batch
+        tokens_bs, targets_bs = self.context.own(batch.tokens_bs), self.context.own(batch.targets_bs)
+        return replace(batch, tokens_bs=tokens_bs, targets_bs=targets_bs)
+
+    def forward_backward(self, batch: Batch) -> Tensor:
         """Run every micro-batch of this data-parallel rank; gradients accumulate.
 
-        tokens, targets: (local batch, seq). `n_targets`: targets that count in the GLOBAL batch. Returns this rank's
-        part of the mean loss (zero except on the last stage).
+        Returns this rank's part of the mean loss (zero except on the last stage). Raises InputError where a prefix
+        model is not told where prefixes end.
         """
-        self.n_targets = n_targets
+        batch = self._own(batch)
+        self.n_targets = batch.n_targets
         if self.schedule is None:
-            return self._accumulate(tokens_bs, targets_bs)
+            return self._accumulate(batch)
         losses: list[Tensor] = []
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.n_stages - 1 in self.stages
-            inputs = (tokens_bs,) if first else ()
-            known: dict[str, Any] = {"targets_bs": targets_bs} if last else {}
-            target, seen = (targets_bs, losses) if last else (None, None)
-            self.schedule.step(*inputs, target=target, losses=seen, return_outputs=False, **known)
+            inputs = (batch.tokens_bs,) if first else ()
+            known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last else batch.seen
+            target, found = (batch.targets_bs, losses) if last else (None, None)
+            self.schedule.step(*inputs, target=target, losses=found, return_outputs=False, **known)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
-    def _accumulate(self, tokens_bs: Tensor, targets_bs: Tensor) -> Tensor:
+    def _accumulate(self, batch: Batch) -> Tensor:
         stage = self.stages[0]
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
-        micro = list(
-            zip(tokens_bs.split(self.layout.micro_batch), targets_bs.split(self.layout.micro_batch), strict=True)
-        )
-        for number, (tokens, targets) in enumerate(micro, start=1):
+        micro_batches = list(batch.split(self.layout.micro_batch))
+        for number, micro in enumerate(micro_batches, start=1):
             if isinstance(stage, FSDPModule):
-                last = number == len(micro)
+                last = number == len(micro_batches)
                 stage.set_requires_gradient_sync(last)
                 stage.set_is_last_backward(last)
                 stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
             with self.measure("compute"):
                 with self._autocast():
-                    loss = stage(tokens, targets_bs=targets) / self.n_targets
+                    loss = stage(micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
                 loss.backward()
             total += loss.detach()
         return total
@@ -184,7 +202,7 @@ class Engine:
                 dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
-        elif self.layout.dp > 1 and self.layout.zero_stage == 0:
+        elif self.layout.data_ranks > 1 and self.layout.zero_stage == 0:
             for unit in units(list(self.stages.values())):
                 gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
                 sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
@@ -233,7 +251,7 @@ class Engine:
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
         ends = 2 if self._tied_apart and name == "embedding.weight" else 1
-        return ends * tp * (self.layout.dp if self.layout.zero_stage == 0 else self.layout.dp_replicas)
+        return ends * tp * (self.layout.data_ranks if self.layout.zero_stage == 0 else self.layout.dp_replicas)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
@@ -242,31 +260,29 @@ class Engine:
             torch._foreach_mul_([_plain(p.grad) for p in self.updated().values() if p.grad is not None], factor)
 
     @torch.no_grad()
-    def evaluate(self, tokens_bs: Tensor, targets_bs: Tensor) -> tuple[float, int]:
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and count of targets over the world. The local batch must be that of training.
 
         With pipeline stages PyTorch prepares its buffers anew at every change between training and evaluation, and
         sends a few bytes for it that no plan counts.
         """
-        self.n_targets = 1
+        batch, self.n_targets = self._own(batch), 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last_stage = self.layout.n_stages - 1 in self.stages
         with self._autocast():
             if self.schedule is None:
-                for tokens, targets in zip(
-                    tokens_bs.split(self.layout.micro_batch), targets_bs.split(self.layout.micro_batch), strict=True
-                ):
-                    total += self.stages[0](tokens, targets_bs=targets)
+                for micro in batch.split(self.layout.micro_batch):
+                    total += self.stages[0](micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs)
             else:
                 losses: list[Tensor] = []
-                inputs = (tokens_bs,) if 0 in self.stages else ()
-                known: dict[str, Any] = {"targets_bs": targets_bs} if last_stage else {}
-                target, seen = (targets_bs, losses) if last_stage else (None, None)
-                self.schedule.eval(*inputs, target=target, losses=seen, return_outputs=False, **known)
+                inputs = (batch.tokens_bs,) if 0 in self.stages else ()
+                known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last_stage else batch.seen
+                target, found = (batch.targets_bs, losses) if last_stage else (None, None)
+                self.schedule.eval(*inputs, target=target, losses=found, return_outputs=False, **known)
                 total += sum(losses)
         for stage in self.stages.values():
             free_gathered(stage)
-        count = (targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
+        count = (batch.targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
         vector = torch.stack((total, count)) / self.layout.tp
         if self.mesh.world_size > 1:
             dist.all_reduce(vector)
@@ -287,7 +303,7 @@ class Engine:
                 offsets = (shard.offsets[0] + start, *shard.offsets[1:])
                 shard = Shard(name, shard.global_shape, (n, *shard.shape[1:]), offsets)
             else:
-                owner = owner and mesh.dp_rank == 0
+                owner = owner and mesh.data_rank == 0
             yield LocalShard(shard, parameter, owner)
 
 
@@ -319,8 +335,13 @@ def build(
     axis = None
     if layout.tp > 1:
         axis = TensorAxis(mesh.group("tp"), layout.tp, mesh.tp_rank, layout.sequence_parallel, measure)
-    stages, table = lay_out(model, mesh, axis, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled)
-    engine = Engine(model, mesh, stages, axis)
+    context = None
+    if layout.cp > 1:
+        context = ContextAxis(mesh.group("cp"), layout.cp, mesh.cp_rank, layout.cp_method, measure)
+    stages, table = lay_out(
+        model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
+    )
+    engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
         every_unit = units(list(stages.values()))

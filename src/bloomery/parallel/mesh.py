@@ -1,7 +1,8 @@
 """The device mesh: who talks to whom. The only file that starts and stops process groups.
 
-Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours. With replicas dp is two axes:
-`replica`, and inside it `dp`, over whose neighbours ZeRO cuts.
+Order, outermost first: pp, dp, cp, tp; ranks of one tensor-parallel group are neighbours. The group called `dp`, as the
+axis of its messages, joins dp and cp: ranks that hold the same parameters and see other tokens. With replicas it is two
+axes: `replica`, and inside it `dp`, over whose ranks ZeRO cuts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Mesh:
     device: torch.device
     rank: int
     device_mesh: DeviceMesh | None
+    context_mesh: DeviceMesh | None = None
     ends: dist.ProcessGroup | None = None
 
     @property
@@ -43,26 +45,35 @@ class Mesh:
     @property
     def dp_rank(self) -> int:
         """Position on the data-parallel axis."""
-        return self.rank // self.layout.tp % self.layout.dp
+        return self.data_rank // self.layout.cp
+
+    @property
+    def cp_rank(self) -> int:
+        """Position on the context-parallel axis."""
+        return self.data_rank % self.layout.cp
+
+    @property
+    def data_rank(self) -> int:
+        """Position on the data- and context-parallel axes joined."""
+        return self.rank // self.layout.tp % self.layout.data_ranks
 
     @property
     def shard_rank(self) -> int:
-        """Position among the data-parallel ranks that ZeRO cuts over."""
-        return self.dp_rank % self.layout.shards
+        """Position among the data- and context-parallel ranks that ZeRO cuts over."""
+        return self.data_rank % self.layout.shards
 
     @property
     def replica(self) -> int:
         """Which of the data-parallel replicas this rank is in."""
-        return self.dp_rank // self.layout.shards
+        return self.data_rank // self.layout.shards
 
     @property
     def pp_rank(self) -> int:
         """Position on the pipeline axis."""
-        return self.rank // (self.layout.tp * self.layout.dp)
+        return self.rank // (self.layout.tp * self.layout.data_ranks)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of `tp`, `dp`, `replica` (where there are some), `pp`, `world`, or `ends`: the first and
-        the last pipeline rank, for them alone."""
+        """The process group of one of `axes`, or `ends`: the first and the last pipeline rank, for them alone."""
         assert self.device_mesh is not None, "one process has no groups"
         if axis == "ends":
             assert self.ends is not None, "this rank is not at an end of a pipeline"
@@ -71,12 +82,18 @@ class Mesh:
             world = dist.group.WORLD
             assert world is not None
             return world
+        if axis == "cp":
+            assert self.context_mesh is not None, "no context parallelism"
+            return self.context_mesh.get_group()
         return self.device_mesh.get_group(axis)
 
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes that have a group."""
-        return () if self.device_mesh is None else ("world", *(self.device_mesh.mesh_dim_names or ()))
+        if self.device_mesh is None:
+            return ()
+        context = () if self.context_mesh is None else ("cp",)
+        return ("world", *(self.device_mesh.mesh_dim_names or ()), *context)
 
 
 def start(layout: Layout, device: torch.device, init_method: str | None = None, timeout_s: float = 600.0) -> Mesh:
@@ -124,7 +141,11 @@ def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     if layout.dp_replicas == 1:
         del axes["replica"]
     device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    return Mesh(layout, device, rank, device_mesh, _ends(layout, rank, device_mesh))
+    ends = _ends(layout, rank, device_mesh)
+    if layout.cp == 1:
+        return Mesh(layout, device, rank, device_mesh, ends=ends)
+    apart = device_mesh["dp"]._unflatten(0, (layout.shards // layout.cp, layout.cp), ("batch", "cp"))
+    return Mesh(layout, device, rank, device_mesh, apart["cp"], ends)
 
 
 def _ends(layout: Layout, rank: int, device_mesh: DeviceMesh) -> dist.ProcessGroup | None:
@@ -132,7 +153,7 @@ def _ends(layout: Layout, rank: int, device_mesh: DeviceMesh) -> dist.ProcessGro
     first message."""
     if layout.pp == 2:
         return device_mesh.get_group("pp")
-    inner = layout.dp * layout.tp
+    inner = layout.data_ranks * layout.tp
     pair = [rank % inner, (layout.pp - 1) * inner + rank % inner]
     if layout.pp == 1 or rank not in pair:
         return None

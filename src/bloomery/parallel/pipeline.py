@@ -137,8 +137,9 @@ def build_schedule(
     measured = []
     for index, module in stages.items():
         model = module.model
-        tokens = torch.empty(layout.micro_batch, seq_len, dtype=torch.int64, device="meta")
-        rows = seq_len // layout.tp if layout.sequence_parallel else seq_len
+        own_len = seq_len // layout.cp
+        tokens = torch.empty(layout.micro_batch, own_len, dtype=torch.int64, device="meta")
+        rows = own_len // layout.tp if layout.sequence_parallel else own_len
         stream = torch.empty(
             layout.micro_batch, rows, model.hidden, dtype=stream_dtype, device="meta", requires_grad=True
         )

@@ -32,10 +32,11 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "ep", "sequence_parallel", "micro_batch", "recompute")
+PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (
-    *MESH, "dp_replicas", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages", "micro_batches",
+    *MESH, "dp_replicas", "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages",
+    "micro_batches",
 )  # fmt: skip
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")

@@ -41,9 +41,9 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
     if axis == "cp":
         return Group(lay.cp, lay.tp)
     if axis == "data":
-        return Group(lay.shards * lay.cp, lay.tp)
+        return Group(lay.shards, lay.tp)
     if axis == "replica":
-        return Group(lay.dp_replicas, lay.tp * lay.cp * lay.shards)
+        return Group(lay.dp_replicas, lay.tp * lay.shards)
     if axis == "world":
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp

@@ -74,6 +74,15 @@ def forward_flops(model: Model, seq_len: int, *, causal: bool = False) -> Forwar
     )
 
 
+def context_attention_share(model: Model, cp: int) -> float:
+    """The share of the whole square's attention products that `cp` context-parallel ranks together really compute.
+
+    Each computes its own block whole, hidden half included, as one rank alone does with the square; of another rank's
+    block it skips the half that its queries cannot see, unless a prefix lets them. MFU counts the square all the same.
+    """
+    return 1.0 if model.mask == "prefix" else (cp + 1) / (2 * cp)
+
+
 def window_share(model: Model, seq_len: int) -> float:
     """Of the pairs that causal attention sees in a sequence, those within the model's sliding window."""
     if model.sliding_window is None or model.sliding_window >= seq_len:

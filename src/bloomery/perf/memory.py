@@ -91,7 +91,7 @@ def updated_parameters(case: Case, ranks: Ranks) -> Any:
 
 def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
     """Elements after ZeRO cuts them over data-parallel (and context-parallel) ranks; experts over dp / ep of them."""
-    data = case.lay.shards * case.lay.cp
+    data = case.lay.shards
     return np.where(where, dense / data + experts / np.maximum(data / case.lay.ep, 1), dense + experts)
 
 

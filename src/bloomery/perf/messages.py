@@ -13,7 +13,6 @@ import numpy as np
 
 from bloomery.perf.case import FULL, PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
-from bloomery.perf.memory import parameters_on
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.shard_table import (
@@ -22,6 +21,7 @@ from bloomery.spec.shard_table import (
     LAYER,
     Collective,
     StageShape,
+    context_collectives,
     data_collectives,
     norm_collectives,
     pipeline_collectives,
@@ -31,7 +31,7 @@ from bloomery.spec.shard_table import (
 )
 
 FORWARD_SHARE = 1 / 3
-"""Of context- and expert-parallel messages, the part in the forward pass (keys and values, without gradients)."""
+"""Of expert-parallel messages, the part in the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ def _part(case: Case, name: str) -> Inner:
         f"messages of {name}, gathered again {case.stack.selective_share is None}",
         lambda: tensor_collectives(case.model, case.sent, PARTS[name], seq_len=case.seq_len, **widths),
     )
-    return _tensor(case, rows, case.lay.cp)
+    return _tensor(case, rows)
 
 
-def _tensor(case: Case, rows: Sequence[Collective], cut: Any) -> Inner:
-    """Seconds and calls of tensor-parallel messages of 1/`cut` of the shard table's size."""
+def _tensor(case: Case, rows: Sequence[Collective]) -> Inner:
+    """Seconds and calls of tensor-parallel messages."""
     group = group_of(case.lay, "tp")
     sums: dict[str, Any] = {"forward": 0.0, "backward": 0.0, "calls_forward": 0.0, "calls_backward": 0.0}
     timed: dict[tuple[str, int], Any] = {}
     for row in rows:
         key = (row.op, id(row.bytes_each))  # most rows share one payload: it is timed once
         if key not in timed:
-            timed[key] = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each / cut)
+            timed[key] = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
         direction = "forward" if row.phase == "forward" else "backward"
         sums[direction] = sums[direction] + row.count * timed[key]
         sums[f"calls_{direction}"] = sums[f"calls_{direction}"] + row.count
@@ -104,20 +104,29 @@ def _norms(case: Case, ranks: Ranks) -> Inner:
     """A micro-batch's share of the sums over norms' gradients, which follow the last one's backward pass."""
     shape = StageShape(ranks.layers, ranks.first, ranks.last)
     rows = norm_collectives(case.model, case.lay, shape, gradient_bytes=case.precision.gradient)
-    return _tensor(case, rows, 1) * (1 / case.micro_batches)
+    return _tensor(case, rows) * (1 / case.micro_batches)
 
 
 def _context_s(case: Case) -> Inner:
-    """Ring attention: keys and values go around the cp ranks, backward with their gradients (arXiv 2310.01889).
+    """Keys and values of one layer between context-parallel ranks, and their gradients.
 
     Exposed but for the stack's inner overlap: hiding it behind attention is a calibration of the stack.
     """
     if not np.any(case.lay.cp > 1):
         return NO_MESSAGES
-    model, cp = case.model, case.lay.cp
-    block = case.tokens * 2 * model.kv_width / case.lay.tp * case.precision.compute
-    hop = collective_s(case.cluster, "send", group_of(case.lay, "cp"), block)
-    return _both_ways(case, (3 + (case.lay.recompute == FULL)) * (cp - 1) * hop)
+    rows = case.once(
+        "messages of context parallelism",
+        lambda: context_collectives(
+            case.model, case.lay, LAYER, seq_len=case.seq_len, block_bytes=case.precision.compute
+        ),
+    )
+    group, seconds = group_of(case.lay, "cp"), {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
+    for row in rows:
+        direction = "forward" if row.phase == "forward" else "backward"
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
+        seconds[direction] = seconds[direction] + row.count * one
+    exposed = 1.0 - case.stack.inner_overlap
+    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
 
 
 def _experts_s(case: Case) -> Inner:
@@ -126,11 +135,7 @@ def _experts_s(case: Case) -> Inner:
         return NO_MESSAGES
     routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
     one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
-    return _both_ways(case, (4 + 2 * (case.lay.recompute == FULL)) * np.where(case.lay.ep > 1, one, 0.0))
-
-
-def _both_ways(case: Case, seconds: Any) -> Inner:
-    """Messages of one layer beside tensor parallelism's."""
+    seconds = (4 + 2 * (case.lay.recompute == FULL)) * np.where(case.lay.ep > 1, one, 0.0)
     seconds = (1.0 - case.stack.inner_overlap) * seconds
     return Inner(FORWARD_SHARE * seconds, (1 - FORWARD_SHARE) * seconds, 0.0, 0.0)
 
@@ -138,14 +143,14 @@ def _both_ways(case: Case, seconds: Any) -> Inner:
 def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
     """Seconds (forward, backward) in which `pipeline_rank` sends to its neighbours in one micro-batch, all chunks.
 
-    Context parallelism cuts the sequence. Stacks with scatter-gather send 1/tp of a stage's activation from each
+    Stacks with scatter-gather send 1/tp of a stage's activation from each
     tensor-parallel rank (Narayanan et al. 2021, 4.1), as sequence parallelism does.
     """
     rows = pipeline_collectives(
         case.model, case.lay, pipeline_rank, seq_len=case.seq_len, stream_bytes=case.precision.stream
     )
     group, seconds = group_of(case.lay, "pp"), {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
-    cut = case.lay.cp * np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
+    cut = np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
     for row in rows:
         seconds[row.phase] = row.count * collective_s(case.cluster, "send", group, row.bytes_each / cut)
     return seconds["forward"], seconds["backward"]
@@ -167,22 +172,12 @@ def data_messages(case: Case) -> Data:
     )
     groups = {"dp": group_of(case.lay, "data"), "replica": group_of(case.lay, "replica")}
     nothing = np.zeros(np.shape(ranks.layers))
-    seconds = {"reduce": nothing + _context_gradients_s(case, ranks), "gather": nothing, "gather_each": nothing}
+    seconds = {"reduce": nothing, "gather": nothing, "gather_each": nothing}
     for row in rows:
         one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], row.bytes_each)
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
     return Data(**seconds)
-
-
-def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
-    """Context-parallel ranks hold the same weights, so gradients are summed over them too. The table's dp rows are
-    timed over dp x cp ranks; with dp = 1 it has none, and one all-reduce of the rank's gradients stands for them."""
-    alone = (case.lay.cp > 1) & (case.lay.dp == 1)
-    if not np.any(alone):
-        return 0.0
-    n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
-    return np.where(alone, collective_s(case.cluster, "all_reduce", group_of(case.lay, "data"), n_bytes), 0.0)
 
 
 def tied_s(case: Case) -> Any:

@@ -64,14 +64,14 @@ def divisors(n: int) -> tuple[int, ...]:
 def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     """Every (tp, pp, dp, cp, ep) with tp*pp*dp*cp = world_size, shape (m, 5).
 
-    Context and expert parallelism appear only where the engine need not run them; expert parallelism only in powers
-    that divide both the data-parallel ranks and the experts of a mixture.
+    Expert parallelism appears only where the engine need not run it, and in powers that divide both the data-parallel
+    ranks and the experts of a mixture.
     """
     rows: list[tuple[int, ...]] = []
     for tp in divisors(world_size):
         for pp in divisors(world_size // tp):
             rest = world_size // (tp * pp)
-            for cp in (1,) if runnable_only else divisors(rest):
+            for cp in divisors(rest):
                 dp = rest // cp
                 shared = gcd(dp, model.moe.experts) if model.moe and not runnable_only else 1
                 rows += [(tp, pp, dp, cp, ep) for ep in divisors(shared)]
@@ -139,7 +139,7 @@ def _product(
     start = (np.cumsum(saves_of) - saves_of)[cuts[0]]
     save = np.arange(times.sum()) + np.repeat(start - (np.cumsum(times) - times), times)
     rows = _batch(mesh[cuts[0]], cuts[1])
-    names = (*MESH, *CUTTING, "dp_replicas", "schedule")
+    names = (*MESH, *CUTTING, "dp_replicas", "schedule", "cp_method")
     outer: dict[str, Any] = {name: np.repeat(getattr(rows, name), times) for name in names}
     inner = {name: saves[1][:, OPTIONS.index(name)][save] for name in SAVING}
     return LayoutBatch(**outer, **inner)
@@ -208,4 +208,5 @@ def _batch(mesh: np.ndarray, option: np.ndarray) -> LayoutBatch:
         micro_batch=micro_batch,
         schedule=np.where(vpp > 1, SCHEDULES.index("interleaved"), SCHEDULES.index("1f1b")),
         recompute=recompute,
+        cp_method=np.zeros_like(cp),
     )

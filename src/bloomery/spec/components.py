@@ -6,7 +6,7 @@ COMPONENTS: dict[str, str] = {
     "ideal": "model FLOPs at peak (useful work)",
     "kernel": "kernels below peak: GEMM shape, attention, memory-bound work, launches",
     "recompute": "activation recomputation",
-    "tp_comm": "exposed tensor/sequence-parallel communication",
+    "tp_comm": "exposed tensor-, sequence- and context-parallel communication",
     "pp_comm": "exposed pipeline sends and receives",
     "bubble": "pipeline bubble: stages waiting for each other",
     "dp_comm": "exposed data-parallel communication",

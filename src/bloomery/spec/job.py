@@ -20,7 +20,7 @@ STOPPED_BY_SIGNAL = 75
 GAVE_UP = 4
 """A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "dtype")
+FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -40,6 +40,7 @@ class Job(Noun):
     data: str
     heldout: str
     kind: str = "tokens"
+    document_mask: bool = False
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100

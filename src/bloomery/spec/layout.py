@@ -24,6 +24,7 @@ SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
 V_SCHEDULES = ("zbv", "dualpipev")
 """Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
 2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
+CP_METHODS = ("ring", "all_gather")
 
 
 class Layout(Noun):
@@ -35,6 +36,9 @@ class Layout(Noun):
     dp: int = Field(default=1, ge=1)
     dp_replicas: int = Field(default=1, ge=1, description="of dp: groups that ZeRO cuts inside of and repeats (HSDP)")
     cp: int = Field(default=1, ge=1)
+    cp_method: Literal["ring", "all_gather"] = Field(
+        default="ring", description="how keys and values reach the other context-parallel ranks: one by one or at once"
+    )
     ep: int = Field(default=1, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
@@ -96,14 +100,20 @@ class Layout(Noun):
         return self.tp * self.pp * self.dp * self.cp
 
     @property
+    def data_ranks(self) -> int:
+        """Ranks that hold the same parameters: data- and context-parallel ones."""
+        return self.dp * self.cp
+
+    @property
     def shards(self) -> int:
-        """Data-parallel ranks that ZeRO cuts over: all of them, or the neighbours inside each of `dp_replicas`."""
-        return self.dp // self.dp_replicas
+        """Ranks that ZeRO cuts over: all `data_ranks`, or the neighbours inside each of `dp_replicas`."""
+        return self.data_ranks // self.dp_replicas
 
     def describe(self) -> str:
         """A short name, for tables: `tp2 pp2 dp2 sp zero3 mb4`."""
         parts = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "vpp", "dp", "cp", "ep")]
         parts = [part for part in parts if not part.endswith("p1")] or ["dp1"]
+        parts += ["all-gather"] if self.cp > 1 and self.cp_method == "all_gather" else []
         parts += [f"replicas{self.dp_replicas}"] if self.dp_replicas > 1 else []
         parts += ["sp"] if self.sequence_parallel else []
         parts += [f"zero{self.zero_stage}"] if self.zero_stage else []
@@ -184,7 +194,7 @@ def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
 
 @dataclass(frozen=True)
 class LayoutBatch:
-    """n layouts as integer arrays of shape (n,); `recompute` and `schedule` are indices into their tuples."""
+    """n layouts as integer arrays of shape (n,); names (schedule, recompute, ...) are indices into their tuples."""
 
     tp: np.ndarray
     pp: np.ndarray
@@ -198,6 +208,7 @@ class LayoutBatch:
     micro_batch: np.ndarray
     schedule: np.ndarray
     recompute: np.ndarray
+    cp_method: np.ndarray
     stage_layers: tuple[tuple[int, ...] | None, ...] | None = None
 
     def __len__(self) -> int:
@@ -207,6 +218,11 @@ class LayoutBatch:
     def world_size(self) -> np.ndarray:
         """Ranks of each layout, shape (n,)."""
         return self.tp * self.pp * self.dp * self.cp
+
+    @property
+    def data_ranks(self) -> np.ndarray:
+        """Ranks that hold the same parameters: data- and context-parallel ones, shape (n,)."""
+        return self.dp * self.cp
 
     @classmethod
     def of(cls, layouts: Sequence[Layout]) -> LayoutBatch:
@@ -220,13 +236,14 @@ class LayoutBatch:
             **plain,
             schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts]),
             recompute=np.array([RECOMPUTE.index(layout.recompute) for layout in layouts]),
+            cp_method=np.array([CP_METHODS.index(layout.cp_method) for layout in layouts]),
             stage_layers=tuple(layout.stage_layers for layout in layouts),
         )
 
     @cached_property
     def shards(self) -> np.ndarray:
-        """Data-parallel ranks that ZeRO cuts over (`Layout.shards`), shape (n,)."""
-        return self.dp // self.dp_replicas
+        """Ranks that ZeRO cuts over (`Layout.shards`), shape (n,)."""
+        return self.data_ranks // self.dp_replicas
 
     @cached_property
     def v_shaped(self) -> np.ndarray:
@@ -265,6 +282,7 @@ class LayoutBatch:
         values["sequence_parallel"] = bool(values["sequence_parallel"])
         values["schedule"] = SCHEDULES[int(self.schedule[i])]
         values["recompute"] = RECOMPUTE[int(self.recompute[i])]
+        values["cp_method"] = CP_METHODS[int(self.cp_method[i])]
         values["stage_layers"] = self.stage_layers[i] if self.stage_layers else None
         return Layout(**values)
 
@@ -304,6 +322,11 @@ def layout_problems(
             f"tp*cp must divide seq_len {seq_len} under sequence or context parallelism",
             np.where((lay.sequence_parallel == 1) | (lay.cp > 1), seq_len % (lay.tp * lay.cp) != 0, False),
         ),
+        (
+            "zigzag",
+            f"2*cp must divide seq_len {seq_len}: each context-parallel rank takes one piece from either end",
+            (lay.cp > 1) & (seq_len % (2 * lay.cp) != 0),
+        ),
         ("sp_without_tp", "sequence parallel needs tp > 1", (lay.sequence_parallel == 1) & (lay.tp == 1)),
         ("batch", f"dp*micro_batch must divide global_batch {global_batch}", global_batch % shard != 0),
         ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
@@ -321,7 +344,11 @@ def layout_problems(
             (lay.dp_replicas > 1) & (lay.zero_stage < 2),
         ),
         ("experts", f"ep must divide {experts} experts", experts % lay.ep != 0),
-        ("expert_group", "ep must divide dp (dp / dp_replicas, where there are replicas)", lay.shards % lay.ep != 0),
+        (
+            "expert_group",
+            "ep must divide dp (dp / dp_replicas, where there are replicas)",
+            (lay.dp // lay.dp_replicas) % lay.ep != 0,
+        ),
     ]
     if world_size is not None:
         rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
@@ -340,14 +367,8 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     """What the present engine cannot run although the model of performance knows it."""
     lay = layouts
     rules: list[tuple[str, str, Any]] = [
-        ("context_parallel", "the engine does not run context parallelism yet", lay.cp > 1),
         ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
         ("moe", "the engine does not train mixture-of-experts models yet", np.full(len(lay), model.moe is not None)),
-        (
-            "prefix_mask",
-            "the engine trains causal models: no data says where a prefix ends yet",
-            np.full(len(lay), model.mask == "prefix"),
-        ),
         (
             "zero3_pipeline",
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",

@@ -96,6 +96,9 @@ class Train(Noun):
     supervision: Supervision = Supervision()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
+    document_mask: bool = Field(
+        default=False, description="tokens see their own document only, not others packed into the same sequence"
+    )
     metrics: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "prometheus"], ...] = Field(
         default=("tensorboard",), description="where figures go besides the run's own files"
     )

@@ -5,7 +5,8 @@ A test holds `collectives` against what the engine really sends, in count and by
 
 The arithmetic of `collectives` works on arrays of layouts: one layout is the case n = 1.
 Source of the volumes: tensor parallel Shoeybi et al. 2019 (arXiv 1909.08053), sequence parallel Korthikanti et al. 2022
-(2205.05198), pipeline Narayanan et al. 2021 (2104.04473), ZeRO Rajbhandari et al. 2020 (1910.02054).
+(2205.05198), ring attention Liu et al. 2023 (2310.01889), keys and values gathered Llama 3 (2407.21783), pipeline
+Narayanan et al. 2021 (2104.04473), ZeRO Rajbhandari et al. 2020 (1910.02054).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bloomery.spec.layout import Layout, LayoutBatch, stage_on, stages_of
+from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
 from bloomery.spec.parameters import (
@@ -38,7 +39,8 @@ class Collective:
     """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
     step or, where `each` says so, in one micro-batch.
 
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input.
+    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input. Axes: tp, cp, pp, world,
+    and `dp` for all ranks that hold the same parameters, context-parallel ones among them.
     """
 
     site: str
@@ -136,6 +138,7 @@ def stage_collectives(
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     return [
         *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
+        *context_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
@@ -165,7 +168,7 @@ def tensor_collectives(
     with it the input is gathered and the output reduce-scattered (the reverse backward).
     """
     rows = _Rows("micro_batch")
-    tokens = lay.micro_batch * seq_len
+    tokens = lay.micro_batch * seq_len // lay.cp
     payload = tokens * model.hidden * block_bytes
     stream = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
@@ -196,6 +199,34 @@ def tensor_collectives(
     return rows.rows
 
 
+def context_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+) -> list[Collective]:
+    """Context parallelism in one micro-batch: keys and values of a layer in one message.
+
+    Ring: they pass on to the next rank cp - 1 times, backward again and with them, once they have left their own rank,
+    their gradients. All-gather: gathered at once, backward again, and the gradients reduce-scattered.
+    """
+    rows = _Rows("micro_batch")
+    block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * block_bytes
+    hops = (lay.cp - 1) * (lay.cp_method == CP_METHODS.index("ring")) * shape.layers
+    again = lay.recompute == 2
+    site, gradients = "attention.keys_values", "attention.keys_values_gradients"
+    rows.add(site, "cp", "send", "forward", hops, block)
+    rows.add(site, "cp", "send", "recompute", hops * again, block)
+    rows.add(site, "cp", "send", "backward", hops, block)
+    rows.add(gradients, "cp", "send", "backward", hops, block)
+    gathers = (lay.cp > 1) & (lay.cp_method == CP_METHODS.index("all_gather"))
+    if not np.any(gathers):
+        return rows.rows
+    whole, gathered = block * lay.cp, gathers * shape.layers
+    rows.add(site, "cp", "all_gather", "forward", gathered, whole)
+    rows.add(site, "cp", "all_gather", "recompute", gathered * again, whole)
+    rows.add(site, "cp", "all_gather", "backward", gathered, whole)
+    rows.add(gradients, "cp", "reduce_scatter", "backward", gathered, whole)
+    return rows.rows
+
+
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
@@ -204,7 +235,7 @@ def pipeline_collectives(
     On a V the first and the last stage lie on rank 0, and the two stages at its tip on the last rank.
     """
     rows = _Rows("micro_batch")
-    payload = lay.micro_batch * seq_len * model.hidden * stream_bytes
+    payload = lay.micro_batch * seq_len // lay.cp * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
     first, last = rank == 0, rank == lay.pp - 1
     forward = lay.vpp - last - (first & lay.v_shaped)
@@ -220,7 +251,7 @@ def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
     rows = _Rows()
     if model.tie_embeddings:
-        cut = np.where((lay.dp > 1) & (lay.zero_stage >= 2), lay.shards, 1)
+        cut = np.where((lay.data_ranks > 1) & (lay.zero_stage >= 2), lay.shards, 1)
         embedding = _padded([embedding_parameters(model)[0]], lay.tp, cut) // cut
         apart = (lay.pp > 1) & (np.asarray(shape.first) != shape.last)
         rows.add("tied_embedding", "ends", "all_reduce", "step", apart, embedding * gradient_bytes)
@@ -262,7 +293,8 @@ def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]
 def data_collectives(
     model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
 ) -> list[Collective]:
-    """Gradients and parameters over data-parallel ranks. Units: each layer, and what a stage holds outside its layers.
+    """Gradients and parameters over ranks that hold the same ones (dp x cp). Units: each layer, and what a stage holds
+    outside its layers.
 
     Replicated: one all-reduce a unit and step. ZeRO 1: gradients are reduce-scattered after the step's last micro-batch
     and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
@@ -271,13 +303,13 @@ def data_collectives(
     rows, third = _Rows(), _Rows("micro_batch")
     common, experts = _apart(layer_parameters(model, model.layers - 1))
     ends = _end_units(model, lay, shape)
-    replicated = (lay.dp > 1) & (lay.zero_stage == 0)
+    replicated = (lay.data_ranks > 1) & (lay.zero_stage == 0)
     unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
     for parts, there in ends:
         outside = sum(_local(part, lay.tp) * held for part, held in parts) * gradient_bytes
         rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * there, outside)
-    cut = (lay.dp > 1) & (lay.zero_stage >= 1)
+    cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1)
     if not np.any(cut):
         return rows.rows
     layer = _padded(common, lay.tp, lay.shards)
@@ -322,7 +354,7 @@ def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, par
     tensor parallelism cut it over."""
     rows = _Rows()
     layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
-    sharded, cut = (lay.dp > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
+    sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
     rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
     rows.add("matrices.rows", "dp", "all_gather", "step", sharded * shape.layers, rows_bytes)
     whole_bytes = sum(p.size for p in cut) * parameter_bytes

@@ -11,19 +11,21 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bloomery.data.order import Range, past
 from bloomery.data.pairs import PairDataset
+from bloomery.data.samples import Samples
 from bloomery.data.shards import TokenDataset
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.job import Job
 
 
 class Dataset(Protocol):
     """What training needs of packed tokens or of pairs."""
 
-    def batch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, (n, seq) int64 each; target -100 counts nothing."""
+    def batch(self, indices: np.ndarray) -> Samples:
+        """The samples of some global indices."""
 
     def n_targets(self, i: int) -> int:
         """Targets of sample i that count."""
@@ -32,11 +34,18 @@ class Dataset(Protocol):
         """The documents sample i was cut from: at least `id` and `path` of each."""
 
 
-def open_dataset(kind: str, folder: Path, *, seq_len: int, seed: int) -> Dataset:
-    """Packed tokens (`tokens`) or prompt-response pairs (`pairs`)."""
-    if kind == "pairs":
-        return PairDataset(folder, seq_len=seq_len, seed=seed)
-    return TokenDataset(folder, seq_len=seq_len, seed=seed)
+def open_dataset(job: Job) -> Dataset:
+    """The job's packed tokens (`tokens`) or prompt-response pairs (`pairs`), with the masks it asks for."""
+    if job.kind == "pairs":
+        prefix = job.model.mask == "prefix"
+        return PairDataset(Path(job.data), seq_len=job.seq_len, seed=job.seed, prefix=prefix)
+    return open_tokens(job, job.data, seed=job.seed)
+
+
+def open_tokens(job: Job, folder: str, *, seed: int) -> TokenDataset:
+    """Packed tokens in `folder` with the masks of the job."""
+    prefix = job.model.mask == "prefix"
+    return TokenDataset(Path(folder), seq_len=job.seq_len, seed=seed, prefix=prefix, documents=job.document_mask)
 
 
 class Batches:
@@ -48,10 +57,10 @@ class Batches:
         self.first, self.device = mesh.dp_rank * self.share, mesh.device
         self.passed_over: list[Range] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[tuple[Tensor, Tensor, int]]] | None = None
+        self._ahead: tuple[int, Future[Batch]] | None = None
 
-    def get(self, step: int) -> tuple[Tensor, Tensor, int]:
-        """(tokens, targets, targets that count in the global batch) of `step`; starts on the next."""
+    def get(self, step: int) -> Batch:
+        """The batch of `step`; starts on the next."""
         start, following = self.first_sample(step), self.first_sample(step + 1)
         ahead = self._ahead
         future = ahead[1] if ahead and ahead[0] == start else self._pool.submit(self._prepare, start)
@@ -63,11 +72,16 @@ class Batches:
         """The global index that step `step` begins at: the data cursor before it."""
         return past(step * self.global_batch, self.passed_over)
 
-    def _prepare(self, start: int) -> tuple[Tensor, Tensor, int]:
+    def _prepare(self, start: int) -> Batch:
         mine = np.arange(start + self.first, start + self.first + self.share)
-        inputs, targets = self.dataset.batch(mine)
+        samples = self.dataset.batch(mine)
         count = sum(self.dataset.n_targets(i) for i in range(start, start + self.global_batch))
-        return torch.from_numpy(inputs).to(self.device), torch.from_numpy(targets).to(self.device), count
+        tokens, targets, documents, prefix = (
+            None if part is None else torch.from_numpy(part).to(self.device)
+            for part in (samples.inputs, samples.targets, samples.documents, samples.prefix)
+        )
+        assert tokens is not None and targets is not None
+        return Batch(tokens, targets, count, documents_bs=documents, prefix_b=prefix)
 
     def close(self) -> None:
         """Stop preparing."""

@@ -68,7 +68,7 @@ def _samples(session: Session, step: int, rank: int | None) -> range:
     if rank is None or layout.dp == 1:
         return range(first, first + session.job.global_batch)
     share = session.job.global_batch // layout.dp
-    start = first + rank // layout.tp % layout.dp * share
+    start = first + rank // layout.tp % layout.data_ranks // layout.cp * share
     return range(start, start + share)
 
 

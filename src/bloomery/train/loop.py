@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.shards import TokenDataset
 from bloomery.ledger.clock import Clock
 from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
-from bloomery.train.batches import Batches, open_dataset
+from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
 from bloomery.train.incident import settle
@@ -53,8 +52,8 @@ def _step(session: Session, step: int) -> int:
     job, engine, clock = session.job, session.engine, session.clock
     session.profile.before(step + 1)
     with clock.bucket("data"):
-        tokens, targets, n_targets = session.batches.get(step)
-    loss_part = engine.forward_backward(tokens, targets, n_targets)
+        batch = session.batches.get(step)
+    loss_part = engine.forward_backward(batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
         statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
@@ -107,7 +106,6 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         compiled=_compiled(job, mesh, recorder),
     )
     optimizers = build_optimizers(engine, job.optimizer)
-    dataset = open_dataset(job.kind, Path(job.data), seq_len=job.seq_len, seed=job.seed)
     session = Session(
         job,
         folder,
@@ -115,7 +113,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         clock,
         engine,
         optimizers,
-        Batches(dataset, mesh, job.global_batch),
+        Batches(open_dataset(job), mesh, job.global_batch),
         Guard(job.guard),
         recorder,
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
@@ -135,13 +133,12 @@ def evaluate(session: Session, step: int) -> None:
     """Held-out loss and bits per byte with the weights as they are."""
     job = session.job
     with session.clock.bucket("evaluate"):
-        heldout = TokenDataset(Path(job.heldout), seq_len=job.seq_len, seed=0)
+        heldout = open_tokens(job, job.heldout, seed=0)
         batches = Batches(heldout, session.mesh, job.global_batch)
         rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
         total, count = 0.0, 0
         for number in range(rounds):
-            tokens, targets, _ = batches.get(number)
-            loss, n = session.engine.evaluate(tokens, targets)
+            loss, n = session.engine.evaluate(batches.get(number))
             total, count = total + loss, count + n
         batches.close()
         mean = total / count

@@ -69,11 +69,51 @@ def test_sample_a_billion_needs_no_walk() -> None:
 def test_samples_are_the_same_for_every_world_size(corpus: Path, tmp_path: Path) -> None:
     build(settings(corpus), tmp_path / "out")
     dataset = TokenDataset(tmp_path / "out" / "train", seq_len=16, seed=0)
-    whole = dataset.batch(range(24))[0]
+    whole = dataset.batch(range(24)).inputs
     for world in (2, 3, 4):
         share = 24 // world
-        parts = [dataset.batch(range(rank * share, (rank + 1) * share))[0] for rank in range(world)]
+        parts = [dataset.batch(range(rank * share, (rank + 1) * share)).inputs for rank in range(world)]
         assert np.array_equal(np.concatenate(parts), whole)
+
+
+def test_a_prefix_is_the_same_for_every_world_size_and_its_targets_do_not_count(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    dataset = TokenDataset(tmp_path / "out" / "train", seq_len=16, seed=0, prefix=True)
+    plain = TokenDataset(tmp_path / "out" / "train", seq_len=16, seed=0)
+    whole, part = dataset.batch(range(24)), dataset.batch(range(12, 24))
+    assert whole.prefix is not None
+    assert part.prefix is not None
+    assert np.array_equal(whole.prefix[12:], part.prefix)
+    assert whole.prefix.min() >= 1
+    assert whole.prefix.max() <= 15
+    assert len(set(whole.prefix.tolist())) > 5
+    for i, (prefix, targets) in enumerate(zip(whole.prefix, whole.targets, strict=True)):
+        counted = np.flatnonzero(targets != IGNORED)
+        # The target at place p is the token at p + 1: those of the prefix are seen, the first one after it is not.
+        assert counted.tolist() == list(range(prefix - 1, 16))
+        assert dataset.n_targets(i) == len(counted)
+        assert np.array_equal(targets[counted], plain.sample(i)[1][counted])
+
+
+def test_documents_change_after_each_end_token(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    dataset = TokenDataset(tmp_path / "out" / "train", seq_len=48, seed=0, documents=True)
+    samples, end = dataset.batch(range(24)), load(tmp_path / "out").end
+    assert samples.documents is not None
+    assert samples.documents.max() > 0
+    for inputs, documents in zip(samples.inputs, samples.documents, strict=True):
+        ended_before = np.cumsum(inputs == end) - (inputs == end)
+        assert np.array_equal(documents, ended_before)
+
+
+def test_a_prompt_is_the_prefix_of_its_response(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    dataset = PairDataset(tmp_path / "out" / "pairs", seq_len=96, seed=0, prefix=True)
+    samples, assistant = dataset.batch(range(4)), load(tmp_path / "out").assistant
+    assert samples.prefix is not None
+    for inputs, targets, prefix in zip(samples.inputs, samples.targets, samples.prefix, strict=True):
+        assert inputs[prefix - 1] == assistant
+        assert np.flatnonzero(targets != IGNORED)[0] == prefix - 1
 
 
 def test_provenance_leads_back_to_the_text(corpus: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bloomery.data.order import sample_at
-from bloomery.data.shards import write_tokens
+from bloomery.data.samples import Samples
+from bloomery.data.shards import TokenDataset, write_tokens
 from bloomery.evaluate.perplexity import heldout_perplexity, summed_loss
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
@@ -64,13 +65,24 @@ def test_the_loss_is_the_mean_over_tokens_as_by_hand(tmp_path: Path) -> None:
 
 def test_targets_without_loss_do_not_count() -> None:
     module = random_model()
-    inputs = torch.arange(8)[None]
-    whole, count = summed_loss(module, inputs, inputs)
-    masked = inputs.clone()
+    inputs = np.arange(8)[None]
+    whole, count = summed_loss(module, Samples(inputs, inputs))
+    masked = inputs.copy()
     masked[0, :5] = -100
-    part, rest = summed_loss(module, inputs, masked)
+    part, rest = summed_loss(module, Samples(inputs, masked))
     assert (count, rest) == (8, 3)
     assert 0 < part < whole
+
+
+def test_a_prefix_model_is_told_where_prefixes_end_and_judged_on_what_follows(tmp_path: Path) -> None:
+    folder, _ = shards(tmp_path)
+    module = random_model()
+    causal = heldout_perplexity(module, folder, seq_len=SEQ, max_tokens=10_000)
+    module.model = MODEL.model_copy(update={"mask": "prefix"})
+    found = heldout_perplexity(module, folder, seq_len=SEQ, max_tokens=10_000)
+    dataset = TokenDataset(folder, seq_len=SEQ, seed=0, prefix=True)
+    assert found.tokens == sum(dataset.n_targets(i) for i in range(len(dataset))) < causal.tokens
+    assert found.heldout_loss != causal.heldout_loss
 
 
 def test_too_few_tokens_are_refused(tmp_path: Path) -> None:

@@ -53,20 +53,29 @@ def test_the_future_never_changes_the_past(model: Model) -> None:
 
 
 def test_a_prefix_sees_itself_whole_and_nothing_after_it() -> None:
-    mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), 5)[0, 0]
+    mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), torch.arange(5))[0, 0]
     assert mask[:3, :3].all()
     assert not mask[:3, 3:].any()
     assert mask[3].tolist() == [True, True, True, True, False]
 
 
 def test_documents_do_not_see_each_other() -> None:
-    mask = visible(View(torch.arange(4), documents_bs=torch.tensor([[0, 0, 1, 1]])), 4)[0, 0]
+    mask = visible(View(torch.arange(4), documents_bs=torch.tensor([[0, 0, 1, 1]])), torch.arange(4))[0, 0]
     assert mask.tolist() == [
         [True, False, False, False],
         [True, True, False, False],
         [False, False, True, False],
         [False, False, True, True],
     ]
+
+
+def test_a_packed_document_has_the_logits_it_has_alone() -> None:
+    module = Transformer(LLAMA).double()
+    tokens = torch.randint(0, 32, (1, 12), generator=torch.Generator().manual_seed(0))
+    packed = module(tokens, (torch.arange(12) >= 5).long()[None])
+    torch.testing.assert_close(packed[:, :5], module(tokens[:, :5]), rtol=1e-10, atol=1e-10)
+    # Rotary positions are relative: where a document starts makes no difference to it.
+    torch.testing.assert_close(packed[:, 5:], module(tokens[:, 5:]), rtol=1e-10, atol=1e-10)
 
 
 def test_causal_and_prefix_agree_when_the_prefix_is_one_token() -> None:
@@ -131,7 +140,7 @@ def test_every_parameter_has_its_numbers_in_a_family_and_comes_back(model: Model
 
 
 def test_a_window_ends_what_a_token_sees() -> None:
-    mask = visible(View(torch.arange(5), window=2), 5)[0, 0]
+    mask = visible(View(torch.arange(5), window=2), torch.arange(5))[0, 0]
     assert mask.tolist() == [[i - 2 < j <= i for j in range(5)] for i in range(5)]
 
 

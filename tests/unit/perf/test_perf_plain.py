@@ -11,7 +11,7 @@ from bloomery.perf.case import FULL, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
-from bloomery.perf.memory import PARTS, memory_of, parameters_on, updated_parameters
+from bloomery.perf.memory import PARTS, memory_of, updated_parameters
 from bloomery.perf.profiles import NEOX
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.perf.step import optimizer_s
@@ -42,7 +42,7 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     seconds = calls = 0.0
     scatter = bool(case.lay.sequence_parallel[0] == 0) and case.stack.scatter_gather
     for row in filter(wanted, case.collectives_of(ranks)):
-        cut = {"tp": 1 if row.phase == "step" else case.lay.cp, "pp": case.lay.cp * (case.lay.tp if scatter else 1)}
+        cut = {"pp": case.lay.tp if scatter else 1}
         group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
         one = collective_s(case.cluster, row.op, group, row.bytes_each / cut.get(row.axis, 1))  # type: ignore[arg-type]
         seconds += float(row.count[0] * one[0])
@@ -50,16 +50,14 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     return seconds, calls
 
 
-def context_and_experts_s(case: Case, ranks: Ranks) -> float:
-    """Seconds of ring attention and of expert dispatch in a whole step."""
+def experts_s(case: Case, ranks: Ranks) -> float:
+    """Seconds of expert dispatch in a whole step."""
     lay, model, again = case.lay, case.model, bool(case.lay.recompute[0] == FULL)
-    block = case.tokens * 2 * model.kv_width / lay.tp * case.precision.compute
-    hop = collective_s(case.cluster, "send", group_of(lay, "cp"), block)
-    total = ranks.layers * (3 + again) * (lay.cp - 1) * hop
+    total: Any = np.zeros(1)
     if model.moe is not None and lay.ep[0] > 1:
         routed = case.stream_tokens * model.moe.top_k * model.hidden * case.precision.compute
         one = collective_s(case.cluster, "all_to_all", group_of(lay, "ep"), routed)
-        total = total + ranks.moe_layers * (4 + 2 * again) * one
+        total = ranks.moe_layers * (4 + 2 * again) * one
     return float((case.micro_batches * total)[0])
 
 
@@ -67,10 +65,15 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     """One rank of one layout."""
     stack, lay, m = case.stack, case.lay, float(case.micro_batches[0])
     work = stage_work(case, ranks)
-    shown, inner = 1 - stack.inner_overlap, context_and_experts_s(case, ranks)
+    shown, inner = 1 - stack.inner_overlap, experts_s(case, ranks)
+    context_s = messages_s(case, ranks, lambda row: row.axis == "cp" and row.phase == "forward")[0]
+    context_back_s = messages_s(case, ranks, lambda row: row.axis == "cp" and row.phase != "forward")[0]
     forward_s, calls = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase == "forward")
     backward_s, calls_back = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase != "forward")
-    tensor = (shown * (forward_s + inner / 3) / m, shown * (backward_s + 2 * inner / 3) / m)
+    tensor = (
+        shown * (forward_s + context_s + inner / 3) / m,
+        shown * (backward_s + context_back_s + 2 * inner / 3) / m,
+    )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
     if not stack.serial_launch:
         call_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
@@ -82,9 +85,6 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
         )
         device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
     gradients = messages_s(case, ranks, lambda row: row.axis in ("dp", "replica") and row.op != "all_gather")[0]
-    if lay.dp[0] == 1 and lay.cp[0] > 1:
-        n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
-        gradients += float(collective_s(case.cluster, "all_reduce", group_of(lay, "data"), n_bytes)[0])
     return {
         "busy": sum(device),
         "compute": sum(device) - sum(tensor),

@@ -86,7 +86,7 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
         ("train.steps=0", "train.steps: at least 1 is expected; found 0"),
         ("train.optimizer.lr=0", "train.optimizer.lr: more than 0 is expected; found 0"),
         ("name=", "name: text is expected"),
-        ("layout=tp2", "layout: a mapping is expected; found 'tp2'; accepted: auto, cp, dp"),
+        ("layout=tp2", "layout: a mapping is expected; found 'tp2'; accepted: auto, cp, cp_method, dp"),
         ("layout.tp=0", "layout.tp: at least 1 is expected"),
     ],
 )

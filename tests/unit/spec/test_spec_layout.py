@@ -85,6 +85,7 @@ def test_stages_hold_consecutive_layers() -> None:
         ("pp=64", "must not exceed 32 layers"),
         ("dp=3", "must divide global_batch 64"),
         ("sp=true", "sequence parallel needs tp > 1"),
+        ("cp=2048", "2\\*cp must divide seq_len 2048"),
         ("zero=3", "ZeRO needs dp"),
         ("dp=8,replicas=3,zero=2", "dp_replicas must divide dp"),
         ("dp=4,replicas=4,zero=2", "leave two ranks or more"),
@@ -104,7 +105,6 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "model", "words"),
     [
-        ("cp=2", "llama-3-8b", "context parallelism"),
         ("dp=2", "mixtral-8x7b", "mixture-of-experts"),
         ("pp=2,dp=2,zero=2,schedule=zbv", "qwen2.5-0.5b", "FSDP cannot cut for two stages"),
     ],

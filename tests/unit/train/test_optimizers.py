@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import Engine, build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.layout import Layout
@@ -36,7 +37,7 @@ def steps(part: Engine, optimizers: Optimizers, first: int, last: int) -> list[f
     losses = []
     for step in range(first, last):
         text = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(step))
-        losses.append(float(part.forward_backward(text[:, :-1], text[:, 1:], 32)))
+        losses.append(float(part.forward_backward(Batch(text[:, :-1], text[:, 1:], 32))))
         optimizers.step()
         optimizers.zero_grad()
     return losses
@@ -142,7 +143,7 @@ def moved_logits(name: str, scaling: str, hidden: int) -> float:
     settings = Optimizer(name=name, lr=1e-3, scaling=scaling, base_hidden=32, weight_decay=0.0)  # type: ignore[arg-type]
     optimizers = build_optimizers(part, settings)
     for _ in range(3):
-        part.forward_backward(text[:, :-1], text[:, 1:], 32)
+        part.forward_backward(Batch(text[:, :-1], text[:, 1:], 32))
         optimizers.step()
         optimizers.zero_grad()
     with torch.no_grad():

@@ -1,0 +1,92 @@
+"""Tiles put together are attention over all keys; matrix products and the kernel agree on one tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bloomery.model.view import View
+from bloomery.parallel.attention_tiles import (
+    Tile,
+    attend_plainly,
+    attend_tile,
+    merge,
+    plain_gradients,
+    tile_gradients,
+)
+
+BATCH, HEADS, KV_HEADS, SEQ, WIDTH = 2, 4, 2, 8, 6
+ALL, EARLY, LATE = slice(None), slice(0, 4), slice(4, 8)
+CAUSAL = [Tile(EARLY, EARLY, causal=True), Tile(LATE, LATE, causal=True), Tile(LATE, EARLY)]
+SCALE = 0.3
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = (HEADS, KV_HEADS, KV_HEADS)
+    q, k, v = (torch.randn(BATCH, n, SEQ, WIDTH, generator=generator, dtype=torch.float64) for n in heads)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def in_tiles(q: Tensor, k: Tensor, v: Tensor, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
+    out, log_sum = torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf)
+    for tile in tiles:
+        merge(out, log_sum, tile, *attend_tile(q, k, v, tile, SCALE))
+    return out, log_sum
+
+
+def whole(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True, scale=SCALE)
+
+
+def masked() -> tuple[Tensor, list[Tile]]:
+    """A mask under which some queries see none of a tile's keys, and tiles of it."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 2, 2, 2]])
+    bias = View(torch.arange(SEQ), documents_bs=documents).bias(torch.arange(SEQ), torch.float64)
+    tiles = [Tile(q, k, bias=bias[:, :, q, k]) for q in (EARLY, LATE) for k in (LATE, EARLY)]
+    return bias, tiles
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents"])
+def test_tiles_in_any_order_are_attention_over_all_keys(mask: str) -> None:
+    bias, tiles = (None, CAUSAL) if mask == "causal" else masked()
+    q, k, v = inputs()
+    for order in (tiles, tiles[::-1]):
+        torch.testing.assert_close(in_tiles(q, k, v, order)[0], whole(q, k, v, bias), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("mask", ["causal", "documents"])
+def test_gradients_of_tiles_add_up_to_those_of_the_whole(mask: str) -> None:
+    bias, tiles = (None, CAUSAL) if mask == "causal" else masked()
+    q, k, v = (x.requires_grad_() for x in inputs())
+    weights = torch.randn(BATCH, HEADS, SEQ, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.autograd.grad((whole(q, k, v, bias) * weights).sum(), (q, k, v))
+    with torch.no_grad():
+        out, log_sum = in_tiles(q, k, v, tiles)
+        found = [torch.zeros_like(x) for x in (q, k, v)]
+        for tile in tiles:
+            parts = tile_gradients(weights, q, k, v, out, log_sum, tile, SCALE)
+            for total, part, rows in zip(found, parts, (tile.queries, tile.keys, tile.keys), strict=True):
+                total[:, :, rows] += part
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize("kind", ["whole", "causal", "bias"])
+def test_matrix_products_do_what_the_kernel_does(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    bias = masked()[0].clamp(min=-1e30).to(dtype) if kind == "bias" else None
+    tile = Tile(ALL, ALL, causal=kind == "causal", bias=bias)
+    q, k, v = inputs(dtype)
+    out, log_sum = attend_tile(q, k, v, tile, None)
+    gradient = torch.ones_like(out)
+    pairs = [*zip((out, log_sum), attend_plainly(q, k, v, tile, None), strict=True)]
+    known = (gradient, q, k, v, out, log_sum, tile, None)
+    pairs += zip(tile_gradients(*known), plain_gradients(*known), strict=True)
+    for kernel, plain in pairs:
+        assert kernel.dtype == plain.dtype
+        torch.testing.assert_close(kernel, plain, rtol=tolerance, atol=tolerance)
