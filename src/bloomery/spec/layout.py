@@ -60,8 +60,6 @@ class Layout(Noun):
             raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: interleaved means vpp > 1")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp * self.vpp:
             raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, pp*vpp is {self.pp * self.vpp}")
-        if self.stage_layers is not None and min(self.stage_layers) < 1:
-            raise ValueError(f"stage_layers {self.stage_layers}: every stage holds at least one layer")
         return self
 
     @property
@@ -303,6 +301,13 @@ def layout_problems(
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
 
 
+def _empty_stages(lay: LayoutBatch) -> np.ndarray:
+    """Where `stage_layers` leaves a stage none, shape (n,)."""
+    if not lay.stage_layers:
+        return np.zeros(len(lay), dtype=bool)
+    return np.array([uneven is not None and min(uneven) < 1 for uneven in lay.stage_layers])
+
+
 def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
     """What the present engine cannot run although the model of performance knows it."""
     lay = layouts
@@ -322,6 +327,7 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
         ),
         ("zero1", "the engine runs ZeRO stages 0, 2 and 3", lay.zero_stage == 1),
         ("selective", "the engine recomputes whole layers or nothing", lay.recompute == RECOMPUTE.index("selective")),
+        ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
             "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
