@@ -181,7 +181,12 @@ def data_messages(case: Case) -> Data:
 
 
 def tied_s(case: Case) -> Any:
-    """Seconds in which a tied embedding's gradient is summed between the pipeline's ends, once a step, shape (n,)."""
+    """Seconds in which a tied embedding's gradient is summed between the pipeline's ends, once a step, shape (n,).
+
+    Counted for the engine only: the constants of published stacks were fitted without it and hold it somewhere else.
+    """
+    if not case.stack.eager:
+        return np.zeros(len(case.lay))
     ends = StageShape(case.first.layers, case.first.first, case.first.last)
     rows = tied_collectives(case.model, case.lay, ends, gradient_bytes=case.precision.gradient)
     group = group_of(case.lay, "ends")

@@ -65,8 +65,6 @@ class Layout(Noun):
             raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: interleaved means vpp > 1")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp * self.vpp:
             raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, pp*vpp is {self.pp * self.vpp}")
-        if self.stage_layers is not None and min(self.stage_layers) < 1:
-            raise ValueError(f"stage_layers {self.stage_layers}: every stage holds at least one layer")
         return self
 
     @property
@@ -363,6 +361,13 @@ def _uneven_replicas(lay: LayoutBatch) -> np.ndarray:
     return (lay.dp_replicas > 1) & ((lay.dp % lay.dp_replicas != 0) | (lay.shards < 2))
 
 
+def _empty_stages(lay: LayoutBatch) -> np.ndarray:
+    """Where `stage_layers` leaves a stage none, shape (n,)."""
+    if not lay.stage_layers:
+        return np.zeros(len(lay), dtype=bool)
+    return np.array([uneven is not None and min(uneven) < 1 for uneven in lay.stage_layers])
+
+
 def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
     """What the present engine cannot run although the model of performance knows it."""
     lay = layouts
@@ -374,6 +379,7 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
         ),
+        ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
             "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",

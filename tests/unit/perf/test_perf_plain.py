@@ -34,6 +34,7 @@ SPACES: list[tuple[Any, int, int, Stack]] = [
     (catalog.model("llama-2-70b"), 64, 128, NEOX.stack),
     (MOE, 32, 64, GPU),
     (MOE, 16, 32, EAGER_CPU),
+    (catalog.model("gpt2-small"), 16, 32, EAGER_CPU),
 ]
 
 
@@ -120,7 +121,7 @@ def plain_step_s(case: Case) -> float:
         exposed.append(max(reduce - behind * drain, 0.0) + gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
-    tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0]
+    tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0] if stack.eager else 0.0
     world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
     return path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + stack.step_overhead_s
 
