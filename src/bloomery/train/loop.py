@@ -11,6 +11,7 @@ import torch
 
 from bloomery.data.shards import TokenDataset
 from bloomery.ledger.clock import Clock
+from bloomery.ledger.heartbeat import Heartbeat
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
@@ -25,9 +26,9 @@ from bloomery.train.session import Session, resume, save, save_now
 from bloomery.train.writer import Writer
 
 
-def run(job: Job, folder: Path, mesh: Mesh) -> int:
+def run(job: Job, folder: Path, mesh: Mesh, heartbeat: Heartbeat | None = None) -> int:
     """Train `job` in `folder` to its last step, from its newest good checkpoint. Returns the exit code."""
-    clock = Clock()
+    clock = Clock.of_process(heartbeat.enter) if heartbeat else Clock()
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
         start = resume(session)
@@ -35,6 +36,8 @@ def run(job: Job, folder: Path, mesh: Mesh) -> int:
     try:
         step = start
         while step < job.steps:
+            if heartbeat is not None:
+                heartbeat.step = step
             step = _step(session, step)
             if session.stopping and step < job.steps:
                 save_now(session, step)
@@ -78,7 +81,8 @@ def _step(session: Session, step: int) -> int:
 
 
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
-    recorder = Recorder(job, folder, mesh)
+    fence = read_fence(folder)
+    recorder = Recorder(job, folder, mesh, fence)
     engine = build(
         job.model,
         job.layout,
@@ -109,7 +113,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         Guard(job.guard),
         recorder,
         Writer(folder / "checkpoints", engine, optimizer, Keep(job.keep_checkpoints, job.keep_every)),
-        fence=read_fence(folder),
+        fence,
     )
 
     def request_stop(*_: Any) -> None:
@@ -130,7 +134,8 @@ def evaluate(session: Session, step: int) -> None:
         total, count = 0.0, 0
         for number in range(rounds):
             tokens, targets, _ = batches.get(number)
-            loss, n = session.engine.evaluate(tokens, targets)
+            with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
+                loss, n = session.engine.evaluate(tokens, targets)
             total, count = total + loss, count + n
         batches.close()
         mean = total / count
