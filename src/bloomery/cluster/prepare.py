@@ -16,6 +16,7 @@ from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
 from bloomery.perf.compilation import compilation_pays
 from bloomery.perf.estimate import estimate
+from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
@@ -34,6 +35,8 @@ WRITTEN = (
     "metrics.jsonl",
     "ledger.jsonl",
     "events.jsonl",
+    "supervision.jsonl",
+    "hangs",
     "evaluation.json",
     "report.html",
     "checkpoints",
@@ -110,6 +113,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         "world_size": layout.world_size,
         "cluster": cluster.name,
         "estimate": one.to_json(),
+        "ettr": goodput(cluster, parameter_count(run.model))[0],
         "collectives": rows,
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 
 from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
-from bloomery.cluster.supervisor import threads_per_rank
+from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
 from bloomery.spec.errors import BloomeryError, InputError

@@ -1,37 +1,31 @@
-"""Starts the processes of a run on this machine and watches them. Imports no torch; outlives what it starts.
+"""Keeps a run going: one writer per folder, a new start after every failure, an end to failures that repeat.
 
-A fresh rendezvous file for every start: restarted ranks never read a dead peer's address. Children die with their
-parent (PR_SET_PDEATHSIG), so nothing is orphaned; when one dies, the others are killed at once.
+What happened goes to `events.jsonl`; when each start began and ended to `supervision.jsonl`, from which the ledger
+tells the time that failures cost. Imports no torch, starts in milliseconds, outlives what it supervises.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import os
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
+from bloomery.ledger.sinks import JsonLines
+from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import write_atomically
+from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.reliability import Supervision
 
-POLL_S = 0.05
-PR_SET_PDEATHSIG = 1
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a world ended. `rank` and `cause` name the first process that failed; code 0 is success."""
-
-    code: int
-    rank: int | None = None
-    cause: str = ""
+LONGEST_BACK_OFF_S = 30.0
+SUPERVISION_FILE = "supervision.jsonl"
+GOOD = Outcome(0)
 
 
 @contextmanager
@@ -50,85 +44,109 @@ def run_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+@dataclass(frozen=True)
+class Failures:
+    """How often in a row the same thing has happened: `alike` counts one cause at one step."""
 
+    alike: int = 0
+    last: Outcome = GOOD
 
-def threads_per_rank(world_size: int) -> int:
-    """Cores shared evenly, at least one each; the probe measures by the same rule."""
-    return max(1, len(os.sched_getaffinity(0)) // world_size)
+    def after(self, outcome: Outcome) -> Failures:
+        """With one more."""
+        same = (outcome.step, outcome.rank, outcome.cause) == (self.last.step, self.last.rank, self.last.cause)
+        return Failures(self.alike + 1 if same else 1, outcome)
 
+    def back_off_s(self) -> float:
+        """Nothing after a first failure, then 1, 2, 4, ... seconds."""
+        return min(LONGEST_BACK_OFF_S, 2.0 ** (self.alike - 2)) if self.alike > 1 else 0.0
 
-def supervise(command: Sequence[str], world_size: int) -> Outcome:
-    """Run `command` once for each rank and wait. SIGTERM is passed on; SIGINT kills."""
-    with tempfile.TemporaryDirectory(prefix="bloomery-") as scratch:
-        processes = [_start(command, rank, world_size, Path(scratch)) for rank in range(world_size)]
-
-        def pass_on(number: int, _: object) -> None:
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
-
-        before = signal.signal(signal.SIGTERM, pass_on)
-        try:
-            return _watch(processes)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-
-
-def _start(command: Sequence[str], rank: int, world_size: int, scratch: Path) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
-        "OMP_WAIT_POLICY": "passive",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "BLOOMERY_RENDEZVOUS": f"file://{scratch / 'rendezvous'}",
-        "PYTHONWARNINGS": "ignore",
-        "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
-    }
-    return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
-
-
-def _watch(processes: list[subprocess.Popen[bytes]]) -> Outcome:
-    """Wait until all end well or one does not."""
-    while True:
-        codes = [process.poll() for process in processes]
-        for rank, code in enumerate(codes):
-            if code not in (None, 0):
-                return _settled(processes, rank)
-        if all(code == 0 for code in codes):
-            return Outcome(0)
-        time.sleep(POLL_S)
-
-
-def _settled(processes: list[subprocess.Popen[bytes]], rank: int) -> Outcome:
-    """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the culprit."""
-    time.sleep(4 * POLL_S)
-    codes = [process.poll() for process in processes]
-    killed = [r for r, code in enumerate(codes) if code is not None and code < 0]
-    rank = killed[0] if killed else rank
-    code = codes[rank] or 1
-    if code < 0:
-        return Outcome(1, rank, f"killed by {signal.Signals(-code).name}")
-    return Outcome(code, rank, f"exit code {code}")
+    def reason_to_end(self, starts: int, settings: Supervision) -> str:
+        """Why another start is of no use; empty when it is."""
+        if self.last.code == GAVE_UP:
+            return "training gave up; the reason is above"
+        what = f"rank {self.last.rank} ended ({self.last.cause})"
+        if self.alike >= settings.same_failures:
+            return f"{what} {self.alike} times in a row at step {self.last.step}; see events.jsonl"
+        if starts > settings.restarts:
+            return f"{what}; run the same command again to resume"
+        return ""
 
 
 def launch(module: str, folder: Path, world_size: int) -> int:
-    """Run `python -m module folder` on `world_size` ranks. Returns 0 or a documented code.
+    """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
-    Raises BloomeryError that names the rank and the cause when a process fails.
+    Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
+    failed at the same step for the same cause several times in a row.
     """
-    with run_lock(folder):
-        outcome = supervise([sys.executable, "-m", module, str(folder)], world_size)
-    if outcome.code in (0, 75):
-        return outcome.code
-    if outcome.code in (2, 3):
-        raise SystemExit(outcome.code)
-    raise BloomeryError(f"{folder}: rank {outcome.rank} ended ({outcome.cause}); run the same command again to resume")
+    settings = read_job(folder).supervision
+    failures, starts, waited_s = Failures(), 0, 0.0
+    with run_lock(folder), Stopping().handled() as stopping:
+        while True:
+            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s)
+            starts += 1
+            if outcome.code in (0, STOPPED_BY_SIGNAL):
+                return outcome.code
+            if outcome.code in (2, 3):
+                raise SystemExit(outcome.code)
+            if stopping.asked:
+                return STOPPED_BY_SIGNAL
+            failures = failures.after(outcome)
+            end = failures.reason_to_end(starts, settings)
+            waited_s = failures.back_off_s()
+            _record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
+            if end:
+                raise BloomeryError(f"{folder}: {end}")
+            if _asked_within(stopping, waited_s):
+                return STOPPED_BY_SIGNAL
+
+
+def _one_start(
+    module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
+) -> Outcome:
+    """Take the next fencing number, run the world to its end, and book it."""
+    fence = read_fence(folder) + 1
+    write_atomically(folder / FENCE_FILE, str(fence))
+    began, started = time.time(), time.monotonic()
+    outcome = supervise(module, folder, world_size, settings, stopping)
+    account = JsonLines(folder / SUPERVISION_FILE)
+    account.write(
+        {
+            "fence": fence,
+            "began": began,
+            "wall_s": time.monotonic() - started,
+            "waited_s": waited_s,
+            "forked_s": outcome.forked_s,
+            "world_size": world_size,
+            "code": outcome.code,
+            "rank": outcome.rank,
+            "cause": outcome.cause,
+            "step": outcome.step,
+            "detect_s": outcome.detect_s,
+        }
+    )
+    account.close()
+    return outcome
+
+
+def _record(folder: Path, outcome: Outcome, then: str) -> None:
+    """Write the failure down, with every rank's stacks where there are any, and say it at the terminal."""
+    values: dict[str, object] = {"step": outcome.step, "phase": outcome.phase, "cause": outcome.cause}
+    if any(outcome.stacks):
+        path = folder / "hangs" / f"step_{max(outcome.step, 0):06d}.txt"
+        text = "".join(f"rank {rank}\n{stack or 'no answer'}\n" for rank, stack in enumerate(outcome.stacks))
+        write_atomically(path, text)
+        values["stacks"] = str(path.relative_to(folder))
+    events = JsonLines(folder / "events.jsonl")
+    events.write({"time": time.time(), "event": "worker_failed", "rank": outcome.rank, **values, "then": then})
+    events.close()
+    if then:
+        where = f"in step {outcome.step + 1}" if outcome.step >= 0 else "before the first step"
+        print(f"warning: rank {outcome.rank} {outcome.cause} {where}; {then}", file=sys.stderr, flush=True)
+
+
+def _asked_within(stopping: Stopping, seconds: float) -> bool:
+    """Wait; True as soon as a signal asks to stop."""
+    until = time.monotonic() + seconds
+    while not stopping.asked and time.monotonic() < until:
+        time.sleep(POLL_S)
+    return stopping.asked

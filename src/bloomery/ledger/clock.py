@@ -24,16 +24,19 @@ class Clock:
     True
     """
 
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
+    def __init__(
+        self, now: Callable[[], float] = time.perf_counter, entered: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """`entered` is told the bucket that runs from now on, at every change."""
+        self._now, self._entered = now, entered
         self._stack = [OUTSIDE]
         self._seconds: dict[str, float] = {}
         self._since = now()
 
     @classmethod
-    def of_process(cls) -> Clock:
+    def of_process(cls, entered: Callable[[str], None] = lambda _: None) -> Clock:
         """A clock that ran since this process was created: imports before it are booked to `startup`."""
-        clock = cls()
+        clock = cls(entered=entered)
         clock._seconds["startup"] = max(0.0, time.time() - psutil.Process().create_time())
         return clock
 
@@ -48,11 +51,13 @@ class Clock:
         """Book the time inside to `name`; an inner bucket's time is taken out of the outer one."""
         self._charge()
         self._stack.append(name)
+        self._entered(name)
         try:
             yield
         finally:
             self._charge()
             self._stack.pop()
+            self._entered(self._stack[-1])
 
     def lap(self) -> dict[str, float]:
         """Seconds by bucket since the last lap; they sum to the wall time between."""

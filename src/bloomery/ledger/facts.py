@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bloomery.ledger.goodput import BUCKETS as GOODPUT_BUCKETS
+from bloomery.ledger.goodput import goodput
 from bloomery.ledger.markup import seconds
-from bloomery.ledger.reconcile import Reconciliation, memory_parts, read_plan, reconcile
+from bloomery.ledger.reconcile import Compared, Reconciliation, memory_parts, read_plan, reconcile
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import BloomeryError, InputError
@@ -39,10 +41,20 @@ def gather(run_dir: str | Path) -> dict[str, Any]:
         "communication": _communication(plan, reconciled),
         "memory_parts": memory_parts(estimate),
         "memory_limit_bytes": estimate.memory_limit_bytes,
+        "goodput": _goodput(run_dir, plan),
         "completions": evaluation.get("completions", []),
         "environment": _read_json(run_dir / "environment.json"),
         "run_yaml": path.read_text(encoding="utf-8"),
     }
+
+
+def _goodput(run_dir: Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """The account of failures, with the planner's expectation; empty where the run was not supervised."""
+    found = goodput(run_dir)
+    if found is None:
+        return {}
+    ratio = Compared(plan.get("ettr"), found.ettr)
+    return {**found.to_json(), "ettr": ratio.to_json(), "meaning": GOODPUT_BUCKETS}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -49,6 +49,7 @@ def render(facts: dict[str, Any]) -> str:
         communication=sections.communication(facts),
         memory=sections.memory(facts),
         ledger=sections.ledger(facts),
+        goodput=sections.goodput(facts),
         events=sections.events(facts),
         environment=sections.environment(facts),
         run_yaml=text(facts["run_yaml"]),

@@ -241,6 +241,27 @@ def ledger(facts: Facts) -> str:
     return key + f'<div class="wide">{chart}</div>' + detail
 
 
+def goodput(facts: Facts) -> str:
+    """What failures cost: wall time by bucket, and ETTR beside what was expected."""
+    found = facts["goodput"]
+    if not found:
+        return '<p class="quiet">Not supervised.</p>'
+    rows = [
+        [f"<b>{text(name.replace('_', ' '))}</b><small>{text(meaning)}</small>", f"{taken:,.2f}", share(taken / wall)]
+        for name, meaning in found["meaning"].items()
+        for taken, wall in [(found["seconds"][name], found["wall_s"])]
+        if taken
+    ]
+    rows.append(["<b>wall time</b>", f"{found['wall_s']:,.2f}", share(1.0)])
+    formula = "" if found["formula"] is None else f", {share(found['formula'])} by Daly's formula from these figures"
+    said = (
+        f"<p><b>ETTR {share(found['ettr']['measured'])}</b> (useful time over wall time) in {found['starts']} starts "
+        f"with {found['failures']} failures; the plan expected {share(found['ettr']['predicted'])}{formula}. "
+        f"Writing checkpoints beside the steps made them {found['contention_s']:.2f} s longer in all.</p>"
+    )
+    return said + table(["where the time went", "seconds", "share"], rows, emphasised=[len(rows) - 1])
+
+
 def events(facts: Facts) -> str:
     """Incidents of every stage, in their order; what several ranks wrote alike is one line."""
     ranks = dict[tuple[str, str, str], list[str]]()

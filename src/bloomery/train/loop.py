@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.ledger.clock import Clock
+from bloomery.ledger.heartbeat import Heartbeat
 from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
@@ -26,9 +27,9 @@ from bloomery.train.session import Session, resume, save, save_now
 from bloomery.train.writer import Writer
 
 
-def run(job: Job, folder: Path, mesh: Mesh) -> int:
+def run(job: Job, folder: Path, mesh: Mesh, heartbeat: Heartbeat | None = None) -> int:
     """Train `job` in `folder` to its last step, from its newest good checkpoint. Returns the exit code."""
-    clock = Clock()
+    clock = Clock.of_process(heartbeat.enter) if heartbeat else Clock()
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
         start = resume(session)
@@ -36,6 +37,8 @@ def run(job: Job, folder: Path, mesh: Mesh) -> int:
     try:
         step = start
         while step < job.steps:
+            if heartbeat is not None:
+                heartbeat.step = step
             step = _step(session, step)
             if session.stopping and step < job.steps:
                 save_now(session, step)
@@ -93,7 +96,8 @@ def _compiled(job: Job, mesh: Mesh, recorder: Recorder) -> bool:
 
 
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
-    recorder = Recorder(job, folder, mesh)
+    fence = read_fence(folder)
+    recorder = Recorder(job, folder, mesh, fence)
     engine = build(
         job.model,
         job.layout,
@@ -118,7 +122,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         recorder,
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
         ProfileWindow(job.profile, folder, mesh.rank),
-        fence=read_fence(folder),
+        fence,
     )
 
     def request_stop(*_: Any) -> None:
@@ -138,7 +142,8 @@ def evaluate(session: Session, step: int) -> None:
         rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
         total, count = 0.0, 0
         for number in range(rounds):
-            loss, n = session.engine.evaluate(batches.get(number))
+            with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
+                loss, n = session.engine.evaluate(batches.get(number))
             total, count = total + loss, count + n
         batches.close()
         mean = total / count

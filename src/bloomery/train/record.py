@@ -24,8 +24,8 @@ from bloomery.train.live_line import LiveLine
 class Recorder:
     """Rank 0 writes metrics and draws the line; every rank appends its own ledger lines."""
 
-    def __init__(self, job: Job, folder: Path, mesh: Mesh) -> None:
-        self.job, self.mesh = job, mesh
+    def __init__(self, job: Job, folder: Path, mesh: Mesh, fence: int) -> None:
+        self.job, self.mesh, self.fence = job, mesh, fence
         self._ledger = JsonLines(folder / "ledger.jsonl")
         self._events = JsonLines(folder / "events.jsonl")
         self._metrics = JsonLines(folder / "metrics.jsonl") if mesh.rank == 0 else None
@@ -88,6 +88,7 @@ class Recorder:
             {
                 "rank": self.mesh.rank,
                 "step": step,
+                "fence": self.fence,
                 "wall_s": wall,
                 "buckets": buckets,
                 **({"writing_s": writing_s} if writing_s else {}),

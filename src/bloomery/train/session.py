@@ -20,7 +20,13 @@ from bloomery.train.guard import Guard
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
+from bloomery.train.replicas import disagreeing
 from bloomery.train.writer import Writer
+
+
+class CorruptionError(Exception):
+    """The weights in memory are not to be trusted; those of the newest checkpoint are. A new start heals it."""
+
 
 MAX_FAILED_SAVES = 3
 """Saves that fail one after the other until training stops: what cannot be saved is not worth computing."""
@@ -114,6 +120,8 @@ def _agree(session: Session, value: int) -> int:
 def save(session: Session, step: int) -> None:
     """Start saving the state after `step` steps; training goes on as soon as the snapshot is taken."""
     job = session.job
+    with session.clock.bucket("checkpoint"):
+        _check_replicas(session, step)
     state = {
         "step": step,
         "cursor": session.batches.first_sample(step),
@@ -124,6 +132,17 @@ def save(session: Session, step: int) -> None:
     }
     with session.clock.bucket("checkpoint"):
         session.writer.start(state)
+
+
+def _check_replicas(session: Session, step: int) -> None:
+    """Raises CorruptionError when replicas differ: the newest checkpoint was taken of agreeing ones."""
+    odd = disagreeing(session.engine, session.optimizers)
+    if not odd:
+        return
+    session.writer.wait()
+    if session.mesh.rank == 0:
+        session.recorder.event("replicas_differ", step=step, culprit_ranks=list(odd))
+    raise CorruptionError(f"step {step}: parameters of ranks {', '.join(map(str, odd))} differ from their replicas'")
 
 
 def save_now(session: Session, step: int) -> None:

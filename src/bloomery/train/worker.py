@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError
-from bloomery.spec.job import GAVE_UP, read_job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, read_job
 from bloomery.train.loop import run
+from bloomery.train.session import CorruptionError
 
 
 def main() -> int:
     """Join the world, train, leave. Returns the exit code."""
     folder = Path(sys.argv[1])
     job = read_job(folder)
+    heartbeat = _signs_of_life()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -27,8 +32,11 @@ def main() -> int:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
-        code = run(job, folder, mesh)
+        code = run(job, folder, mesh, heartbeat)
         meshes.stop(mesh)
+    except CorruptionError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return CORRUPTED
     except BloomeryError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return GAVE_UP if error.exit_code == 1 else error.exit_code
@@ -37,6 +45,16 @@ def main() -> int:
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
     return code
+
+
+def _signs_of_life() -> Heartbeat | None:
+    """The heartbeat, and stacks of all threads on SIGUSR2, where a supervisor has said where to put them."""
+    scratch = os.environ.get("BLOOMERY_SCRATCH")
+    if scratch is None:
+        return None
+    rank = int(os.environ["RANK"])
+    faulthandler.register(signal.SIGUSR2, file=stack_file(Path(scratch), rank).open("w"), all_threads=True)
+    return Heartbeat(beat_file(Path(scratch), rank))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""The processes of one start of a run on this machine: started, watched, killed together. Imports no torch.
+
+Ranks are forked from one process that has imported torch (multiprocessing's fork server): after the first, a start
+takes a fraction of a second. Each start has a rendezvous file of its own, so restarted ranks never read a dead peer's
+address. Ranks die with that process and it with this one: nothing is orphaned. When one dies or hangs, all are killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+from bloomery.cluster.watch import Hang, find_hang, process_state
+from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file
+from bloomery.spec.files import write_atomically
+from bloomery.spec.reliability import Supervision
+
+POLL_S = 0.05
+STACKS_S = 0.5
+"""Given to ranks to write their stacks before they are killed."""
+PR_SET_PDEATHSIG = 1
+PRELOADED = ["bloomery.train.worker"]
+"""Imported once, by the process that ranks are forked from."""
+PROCESSES_FILE = ".processes"
+"""The process numbers of the ranks, in the run's folder: for those who want to look at one (py-spy, gdb)."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a world ended. `rank` and `cause` name the first process that failed; code 0 is success.
+
+    `step`: the furthest any rank had begun. `detect_s`: from the fault to its detection, where it can be told.
+    `stacks`: what each rank was doing, by rank, when it hung. `forked_s`: until all processes were there.
+    """
+
+    code: int
+    rank: int | None = None
+    cause: str = ""
+    step: int = -1
+    phase: str = ""
+    detect_s: float = 0.0
+    stacks: tuple[str, ...] = ()
+    forked_s: float = 0.0
+
+
+def threads_per_rank(world_size: int) -> int:
+    """Cores shared evenly, at least one each; the probe measures by the same rule."""
+    return max(1, len(os.sched_getaffinity(0)) // world_size)
+
+
+class World:
+    """The processes of one start. SIGTERM and SIGUSR1 are passed on to them; leaving kills what still runs."""
+
+    def __init__(self, module: str, folder: Path, world_size: int, scratch: Path, settings: Supervision) -> None:
+        self.scratch, self.settings = scratch, settings
+        self.started = time.monotonic()
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.processes = [
+            context.Process(target=_rank, args=(module, str(folder), _environment(rank, world_size, scratch)))
+            for rank in range(world_size)
+        ]
+        for process in self.processes:
+            process.start()
+        self.forked_s = time.monotonic() - self.started
+        self._polled = self.started
+        self._lenient_until = 0.0
+
+    def signal(self, number: int) -> None:
+        """Send a signal to every process that runs."""
+        for process in self.processes:
+            if process.pid is not None and process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def beats(self) -> list[Beat]:
+        """Every rank's last sign of life."""
+        unheard = Beat(0, self.started)
+        return [read_beat(beat_file(self.scratch, rank)) or unheard for rank in range(len(self.processes))]
+
+    def watch(self) -> Outcome:
+        """Wait until all end well, or one does not or hangs."""
+        while True:
+            codes = [process.exitcode for process in self.processes]
+            if all(code == 0 for code in codes):
+                return Outcome(0, step=self._step())
+            for rank, code in enumerate(codes):
+                if code not in (None, 0):
+                    return self._settled(rank)
+            hang = self._hang()
+            if hang is not None:
+                return self._hung(hang)
+            time.sleep(POLL_S)
+
+    def _step(self) -> int:
+        return max(beat.step for beat in self.beats())
+
+    def _hang(self) -> Hang | None:
+        """A hang, unless this process itself was held up (a laptop that slept): then all get their time again."""
+        now = time.monotonic()
+        if now - self._polled > 1.0:
+            self._lenient_until = now + self.settings.hang_floor_s
+        self._polled = now
+        if now < self._lenient_until:
+            return None
+        states = [process_state(process.pid or 0) for process in self.processes]
+        return find_hang(self.beats(), states, now, self.settings)
+
+    def _hung(self, hang: Hang) -> Outcome:
+        self.signal(signal.SIGUSR2)
+        time.sleep(STACKS_S)
+        files = [stack_file(self.scratch, rank) for rank in range(len(self.processes))]
+        stacks = tuple(file.read_text(errors="replace") if file.exists() else "" for file in files)
+        return Outcome(1, hang.rank, hang.cause, hang.step, hang.phase, hang.silent_s, stacks)
+
+    def _settled(self, rank: int) -> Outcome:
+        """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
+        culprit."""
+        time.sleep(4 * POLL_S)
+        codes = [process.exitcode for process in self.processes]
+        killed = [r for r, code in enumerate(codes) if code is not None and code < 0]
+        rank = killed[0] if killed else rank
+        code = codes[rank] or 1
+        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return Outcome(1 if code < 0 else code, rank, cause, self._step(), self.beats()[rank].phase)
+
+    def kill(self) -> None:
+        """SIGKILL to all at once: a stopped or hung process ignores anything milder."""
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+
+def _environment(rank: int, world_size: int, scratch: Path) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
+        "OMP_WAIT_POLICY": "passive",
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "BLOOMERY_RENDEZVOUS": f"file://{scratch / 'rendezvous'}",
+        "BLOOMERY_SCRATCH": str(scratch),
+        "PYTHONWARNINGS": "ignore",
+        "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
+    }
+
+
+def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
+    """What a forked process does: become a rank that lives no longer than its parent, and run the module's `main`."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.clear()
+    os.environ.update(environment)
+    warnings.simplefilter("ignore")
+    sys.argv = [module, folder]
+    sys.exit(importlib.import_module(module).main())
+
+
+class Stopping:
+    """Whether SIGTERM or SIGUSR1 has come; while a world runs it gets the signal too."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.world: World | None = None
+
+    def __call__(self, number: int, _: object) -> None:
+        self.asked = True
+        if self.world is not None:
+            self.world.signal(number)
+
+    @contextmanager
+    def handled(self) -> Iterator[Stopping]:
+        """Handle both signals inside."""
+        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def supervise(module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping) -> Outcome:
+    """Run the `main` of a module once for each rank, with `folder` as its argument, and wait."""
+    with tempfile.TemporaryDirectory(prefix="bloomery-") as scratch:
+        world = World(module, folder, world_size, Path(scratch), settings)
+        stopping.world = world
+        try:
+            write_atomically(folder / PROCESSES_FILE, json.dumps([process.pid for process in world.processes]))
+            return replace(world.watch(), forked_s=world.forked_s)
+        finally:
+            stopping.world = None
+            world.kill()

@@ -1,0 +1,119 @@
+"""Where the wall time of a run went, failures included: buckets that add up, and ETTR, the share that trained.
+
+`supervision.jsonl` says when each start of the run's processes began and ended, `ledger.jsonl` what rank 0 did in it.
+Time between two commands (a job waiting in a queue) is nobody's and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bloomery.ledger.sinks import read_lines
+from bloomery.perf.goodput import ettr
+
+BUCKETS = {
+    "train": "steps that count",
+    "evaluate": "held-out evaluation",
+    "checkpoint": "stalls by checkpoints",
+    "skipped": "steps whose update was left out",
+    "lost_work": "steps that had to be done again, and the one a failure cut short",
+    "detect": "from a fault to its detection",
+    "restart": "ending, waiting and starting processes",
+    "load": "joining, building the model, loading",
+}
+USEFUL = ("train", "evaluate")
+ADDS_UP = 0.005
+"""Largest share of wall time by which rank 0's ledger may exceed what the supervisor measured (DESIGN rule 4)."""
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds by bucket, which sum to `wall_s`. `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
+    gives for the interval, stall, recovery and failure rate as measured (None without a failure)."""
+
+    wall_s: float
+    seconds: dict[str, float]
+    starts: int
+    failures: int
+    ettr: float
+    formula: float | None
+    contention_s: float
+    gap: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def goodput(run_dir: Path) -> Goodput | None:
+    """The account of a run folder; None where nothing was supervised."""
+    starts = read_lines(run_dir / "supervision.jsonl")
+    if not starts:
+        return None
+    lines = [line for line in read_lines(run_dir / "ledger.jsonl") if line.get("rank") == 0]
+    verdicts = {row["step"]: row.get("verdict") for row in read_lines(run_dir / "metrics.jsonl") if "verdict" in row}
+    last = {line["step"]: number for number, line in enumerate(lines)}
+    seconds, checkpoints, worst = dict.fromkeys(BUCKETS, 0.0), 0, 0.0
+    for start in starts:
+        mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
+        booked = 0.0
+        for number, line in mine:
+            stall, evaluation = (line["buckets"].get(name, 0.0) for name in ("checkpoint", "evaluate"))
+            checkpoints += stall > 0
+            seconds["checkpoint"] += stall
+            seconds["evaluate"] += evaluation
+            rest = line["wall_s"] - stall - evaluation
+            seconds[_kind(line["step"], number, last, verdicts)] += rest
+            booked += line["wall_s"]
+        left = start["wall_s"] - booked - start["forked_s"]
+        worst = max(worst, -left / start["wall_s"])
+        seconds["restart"] += start["forked_s"] + start["waited_s"]
+        failed = start["code"] not in (0, 75)
+        detect = min(max(left, 0.0), start["detect_s"]) if failed else 0.0
+        seconds["detect"] += detect
+        seconds["lost_work" if failed else "restart"] += left - detect
+    wall = sum(start["wall_s"] + start["waited_s"] for start in starts)
+    failures = sum(start["code"] not in (0, 75) for start in starts)
+    return Goodput(
+        wall_s=wall,
+        seconds=seconds,
+        starts=len(starts),
+        failures=failures,
+        ettr=sum(seconds[name] for name in USEFUL) / wall,
+        formula=_formula(seconds, wall, failures, checkpoints),
+        contention_s=_contention_s(lines),
+        gap=worst,
+    )
+
+
+def _kind(step: int, number: int, last: dict[int, int], verdicts: dict[int, Any]) -> str:
+    """The bucket of one ledger line; -1 is a start, -2 an end. A step done again counts where it was done last."""
+    if step == -1:
+        return "load"
+    if step == -2:
+        return "restart"
+    if last[step] != number:
+        return "lost_work"
+    return "skipped" if verdicts.get(step) in ("skip", "rewind") else "train"
+
+
+def _formula(seconds: dict[str, float], wall_s: float, failures: int, checkpoints: int) -> float | None:
+    """`perf.goodput.ettr` with what was measured: tau, C, M and R of this very run."""
+    if not failures or not checkpoints or not seconds["train"]:
+        return None
+    recovery_s = (seconds["detect"] + seconds["restart"] + seconds["load"]) / failures
+    useful_s = sum(seconds[name] for name in USEFUL)
+    return float(ettr(useful_s / checkpoints, seconds["checkpoint"] / checkpoints, wall_s / failures, recovery_s))
+
+
+def _contention_s(lines: Sequence[dict[str, Any]]) -> float:
+    """Seconds that steps took longer because a checkpoint was being written beside them: mean over mean without."""
+    steps = [line for line in lines if line["step"] > 0 and not line["buckets"].get("checkpoint")]
+    beside = [line["wall_s"] for line in steps if line.get("writing_s")]
+    alone = [line["wall_s"] for line in steps if not line.get("writing_s")]
+    if not beside or not alone:
+        return 0.0
+    return max(0.0, sum(beside) - len(beside) * sum(alone) / len(alone))

@@ -1,0 +1,88 @@
+"""A rank's sign of life: what it is doing, since when, at which step, and how long each phase has taken at most.
+
+Some 100 bytes in a mapped file per rank: a write costs microseconds and survives the process, so a supervisor reads it
+without asking anybody. Times are of the monotonic clock, which all processes of a machine share and nobody sets.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log")
+WAITING = "communicate"
+"""The phase in which a rank may be waiting for another one's fault."""
+PHASE_OF = {
+    "startup": "startup",
+    "data": "load",
+    "compute": "compute",
+    "optimizer": "optimize",
+    "checkpoint": "save",
+    "evaluate": "evaluate",
+    "logging": "log",
+}
+"""Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
+FORGET = 0.999
+"""The longest time of a phase shrinks by this at each visit, so that one slow minute is not remembered for good."""
+_HEAD = struct.Struct("<QdqQ")
+_LONGEST = struct.Struct(f"<{len(PHASES)}d")
+
+
+def beat_file(folder: Path, rank: int) -> Path:
+    """Where a rank's heartbeat is."""
+    return folder / f"beat_{rank:05d}"
+
+
+def stack_file(folder: Path, rank: int) -> Path:
+    """Where a rank writes its stacks when it is asked to (SIGUSR2)."""
+    return folder / f"stack_{rank:05d}.txt"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One reading. `changes`: phases entered so far; `longest_s`: by phase, 0 where a phase has never ended."""
+
+    changes: int
+    since: float
+    step: int = -1
+    phase: str = "startup"
+    longest_s: tuple[float, ...] = (0.0,) * len(PHASES)
+
+
+class Heartbeat:
+    """The writing side, entered from `Clock` at every change of bucket."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("w+b") as stream:
+            stream.truncate(_HEAD.size + _LONGEST.size)
+            self._map = mmap.mmap(stream.fileno(), 0)
+        self.step = -1
+        self._changes, self._since, self._phase = 0, time.monotonic(), 0
+        self._longest = [0.0] * len(PHASES)
+
+    def enter(self, bucket: str) -> None:
+        """The rank has changed to `bucket`, or has got on inside it."""
+        now = time.monotonic()
+        before = self._phase
+        self._longest[before] = max(now - self._since, self._longest[before] * FORGET)
+        self._phase = PHASES.index(PHASE_OF.get(bucket, WAITING))
+        self._changes, self._since = self._changes + 1, now
+        _LONGEST.pack_into(self._map, _HEAD.size, *self._longest)
+        _HEAD.pack_into(self._map, 0, self._changes, now, self.step, self._phase)
+
+
+def read_beat(path: Path) -> Beat | None:
+    """The last sign of a rank; None before its first."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if len(content) < _HEAD.size + _LONGEST.size:
+        return None
+    changes, since, step, phase = _HEAD.unpack_from(content)
+    if not changes or phase >= len(PHASES):
+        return None
+    return Beat(changes, since, step, PHASES[phase], _LONGEST.unpack_from(content, _HEAD.size))

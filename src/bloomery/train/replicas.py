@@ -1,0 +1,79 @@
+"""Silent corruption: ranks that must hold the same bits are asked whether they do, before every checkpoint.
+
+Ranks that hold the same rectangles hold the same values: data-parallel replicas all parameters and moments, tensor-
+parallel ranks their norms (BLOOM's drifted apart unnoticed for 17,000 steps). A checkpoint is written from one replica,
+so it is taken of agreeing ones only. What ZeRO 2 and 3 cut over ranks has no second copy and is not covered.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bloomery.parallel.engine import Engine, LocalShard
+from bloomery.train.optimizers import Optimizers
+
+
+def checksum(tensors: Sequence[Tensor]) -> int:
+    """A sum over the bit patterns that one flipped bit of any tensor changes."""
+    total = 0
+    for number, tensor in enumerate(tensors, start=1):
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+        # Each tensor's sum is weighed by its place, so that two swapped tensors do not go unnoticed.
+        total += number * int(tensor.contiguous().view(words).sum(dtype=torch.int64))
+    return total % (1 << 62)
+
+
+def disagreeing(engine: Engine, optimizers: Optimizers) -> tuple[int, ...]:
+    """The ranks whose replicated parameters or moments differ from the majority of those that should hold the same.
+
+    Where two hold different values and there is no third, both are named. Every rank calls and gets the same answer.
+    """
+    mesh, layout = engine.mesh, engine.layout
+    if mesh.world_size == 1:
+        return ()
+    cut, whole = list[LocalShard](), list[LocalShard]()
+    for item in engine.shards():
+        (whole if engine.table[item.shard.name].tp_dim is None else cut).append(item)
+    # Kernels that add up in any order leave replicated gradients alike only where a message makes them so.
+    apart = mesh.tp_rank if mesh.device.type == "cuda" and not layout.sequence_parallel else 0
+    mine = torch.tensor(
+        [_place(cut, 0), _checksum_of(cut, optimizers), _place(whole, apart), _checksum_of(whole, optimizers)],
+        device=mesh.device,
+    )
+    every = [torch.empty_like(mine) for _ in range(mesh.world_size)]
+    dist.all_gather(every, mine)
+    rows = torch.stack(every).tolist()
+    odd = {*odd_ones([row[0] for row in rows], [row[1] for row in rows])}
+    return tuple(sorted(odd.union(odd_ones([row[2] for row in rows], [row[3] for row in rows]))))
+
+
+def _place(items: Sequence[LocalShard], apart: int) -> int:
+    """A number that ranks share which hold the same rectangles (`apart`: and must not be compared otherwise)."""
+    return zlib.crc32(repr([apart, *((i.shard.name, i.shard.offsets, i.shard.shape) for i in items)]).encode())
+
+
+def _checksum_of(items: Sequence[LocalShard], optimizers: Optimizers) -> int:
+    """Of parameters and of the moments laid out like them."""
+    moments = [item.local(moment) for item in items for moment in optimizers.moments(item.parameter).values()]
+    return checksum([*(item.local() for item in items), *moments])
+
+
+def odd_ones(groups: Sequence[Hashable], values: Sequence[int]) -> list[int]:
+    """Positions whose value is not that of most in their group; all of a group without a majority.
+
+    >>> odd_ones("aaabb", [1, 1, 2, 5, 6])
+    [2, 3, 4]
+    """
+    found = []
+    for group in dict.fromkeys(groups):
+        members = [position for position, own in enumerate(groups) if own == group]
+        (common, count), *_ = Counter(values[position] for position in members).most_common(1)
+        agreed = count * 2 > len(members) or len(members) == 1
+        found += [position for position in members if not agreed or values[position] != common]
+    return sorted(found)

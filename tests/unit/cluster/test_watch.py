@@ -1,0 +1,70 @@
+"""Who hangs is told from heartbeats: the culprit is named, and nobody who only takes long for a reason."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from bloomery.cluster.watch import find_hang
+from bloomery.ledger.heartbeat import PHASES, Beat, Heartbeat, read_beat
+from bloomery.spec.reliability import Supervision
+
+NOW = 1000.0
+SETTINGS = Supervision(hang_floor_s=5, hang_factor=5, first_phase_s=300)
+RUNNING = ("S", "S", "S", "S")
+
+
+def beat(phase: str, silent_s: float, step: int = 7, changes: int = 100, **longest_s: float) -> Beat:
+    """A rank that has been in `phase` for so long; `longest_s` by phase, a tenth of a second where not given."""
+    return Beat(changes, NOW - silent_s, step, phase, tuple(longest_s.get(name, 0.1) for name in PHASES))
+
+
+def test_a_rank_that_computes_for_ever_is_the_culprit_and_not_those_that_wait_for_it() -> None:
+    beats = [beat("communicate", 20), beat("communicate", 20), beat("compute", 20.1), beat("communicate", 20)]
+    hang = find_hang(beats, RUNNING, NOW, SETTINGS)
+    assert hang is not None
+    assert (hang.rank, hang.phase, hang.step) == (2, "compute", 7)
+
+
+def test_a_long_evaluation_or_save_of_a_usual_length_is_legal() -> None:
+    for phase in ("evaluate", "save"):
+        beats = [beat(phase, 60, **{phase: 30}), beat("communicate", 60)]
+        assert find_hang(beats, RUNNING[:2], NOW, SETTINGS) is None
+
+
+def test_what_has_never_ended_before_is_given_time() -> None:
+    first = Beat(1, NOW - 200, -1, "startup")
+    assert find_hang([first, first], RUNNING[:2], NOW, SETTINGS) is None
+    assert find_hang([first, first], RUNNING[:2], NOW + 200, SETTINGS) is not None
+
+
+def test_a_stopped_process_is_found_though_all_seem_to_wait() -> None:
+    hang = find_hang([beat("communicate", 6)] * 3, ("S", "T", "S"), NOW, SETTINGS)
+    assert hang is not None and hang.rank == 1
+
+
+def test_when_all_wait_the_rank_behind_is_the_culprit() -> None:
+    behind = [beat("communicate", 9, step=8), beat("communicate", 9, step=7), beat("communicate", 9, step=8)]
+    apart = [beat("communicate", 9), beat("communicate", 9), beat("communicate", 9, changes=102)]
+    for beats, rank in ((behind, 1), (apart, 2)):
+        hang = find_hang(beats, RUNNING[:3], NOW, SETTINGS)
+        assert hang is not None and hang.rank == rank
+
+
+def test_a_short_wait_is_no_hang() -> None:
+    assert find_hang([beat("communicate", 4), beat("compute", 4)], RUNNING[:2], NOW, SETTINGS) is None
+
+
+def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "beat"
+    heart = Heartbeat(path)
+    assert read_beat(path) is None
+    before = time.monotonic()
+    for heart.step, bucket in enumerate(("data", "compute", "dp_comm")):
+        heart.enter(bucket)
+    read = read_beat(path)
+    assert read is not None
+    assert (read.phase, read.step, read.changes) == ("communicate", 2, 3)
+    assert before <= read.since <= time.monotonic()
+    assert read.longest_s[PHASES.index("compute")] > 0
+    assert read_beat(tmp_path / "none") is None

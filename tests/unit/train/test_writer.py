@@ -1,0 +1,81 @@
+"""Shards are what the library reads, hashed as written; what is kept, set aside and cleared is what should be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bloomery.data.order import joined, past
+from bloomery.spec.commit import checkpoint_folders, sha256_of
+from bloomery.train.checkpoint import Keep, clear_unfinished, set_aside
+from bloomery.train.replicas import checksum, odd_ones
+from bloomery.train.shard_file import write_shard
+
+
+def test_a_shard_is_read_by_the_library_and_its_hash_is_the_files(tmp_path: Path) -> None:
+    tensors = {
+        "a": torch.randn(3, 5),
+        "scalar": torch.tensor(2.0, dtype=torch.float64),
+        "none": torch.empty(0, 4),
+        "b": torch.randn(7).bfloat16(),
+        "n": torch.arange(4),
+    }
+    record = write_shard(tmp_path / "shard.safetensors", tensors)
+    read = load_file(tmp_path / "shard.safetensors")
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+    assert record.sha256 == sha256_of(tmp_path / "shard.safetensors")
+    assert record.bytes == (tmp_path / "shard.safetensors").stat().st_size
+
+
+def folders(place: Path, *names: str) -> None:
+    for name in names:
+        (place / name).mkdir()
+        (place / name / "file").write_text(name)
+
+
+def test_the_newest_the_spaced_and_the_one_before_the_trouble_stay(tmp_path: Path) -> None:
+    folders(tmp_path, *(f"step_{step:06d}" for step in range(10, 80, 10)))
+    gone = [path.name for path in Keep(newest=2, spaced=40).outdated(tmp_path, trouble_since=35)]
+    assert gone == ["step_000050", "step_000020", "step_000010"]
+    assert len(Keep(newest=2).outdated(tmp_path)) == 5
+
+
+def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
+    folders(tmp_path, "writing_000009_1_2", "replaced_000006", "step_000003", "replaced_000003")
+    clear_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000006"]
+    assert (tmp_path / "step_000003" / "file").read_text() == "step_000003"
+
+
+def test_what_is_set_aside_is_kept_and_no_longer_found(tmp_path: Path) -> None:
+    for _ in range(2):
+        folders(tmp_path, "step_000003")
+        set_aside(tmp_path / "step_000003", "damaged")
+    assert len(list(tmp_path.glob("damaged_*"))) == 2
+    assert checkpoint_folders(tmp_path) == []
+
+
+def test_passed_over_samples_are_left_out_and_the_order_goes_on() -> None:
+    ranges = joined([(8, 16), (24, 32), (12, 20)])
+    assert ranges == [(8, 20), (24, 32)]
+    taken = [past(position, ranges) for position in range(20)]
+    assert taken == [index for index in range(40) if not (8 <= index < 20 or 24 <= index < 32)]
+
+
+@pytest.mark.parametrize("bit", [0, 15, 31])
+def test_every_flipped_bit_changes_the_checksum(bit: int) -> None:
+    tensors = [torch.randn(5, 7), torch.randn(3)]
+    before = checksum(tensors)
+    words = tensors[1].view(torch.int32)
+    words[2] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
+    assert checksum(tensors) != before
+
+
+def test_the_odd_one_of_three_is_named_and_both_of_two() -> None:
+    assert odd_ones("aaabb", [1, 1, 2, 5, 6]) == [2, 3, 4]
+    assert odd_ones("aabb", [1, 1, 5, 5]) == []
+    assert odd_ones("ab", [1, 2]) == []
