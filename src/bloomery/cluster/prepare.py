@@ -233,6 +233,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         checkpoint_every=train.checkpoint_every,
         keep_checkpoints=train.keep_checkpoints,
         evaluate_every=train.evaluate_every,
+        heldout_tokens=run.evaluate.max_tokens,
         log_every=train.log_every,
         tensorboard=train.tensorboard,
         model_flops=expected["model_flops"],
