@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -151,12 +151,8 @@ def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[t
     return merged
 
 
-def _worker(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> None:
+def _train_cases(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> None:
     """One rank: every case in turn, results to `folder/<case>.<rank>.npy` (an object array read back by the test)."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     for case in cases:
         rendezvous = f"file://{folder / case.name}.rendezvous" if world_size > 1 else None
         result = train_case(case, rank, rendezvous)
@@ -169,11 +165,26 @@ def _worker(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> 
 
 def run_cases(world_size: int, cases: Sequence[Case], folder: Path, timeout_s: float = 300) -> None:
     """Run the cases on `world_size` processes; raise when one fails or hangs."""
+    run_ranks(world_size, _train_cases, cases, folder, timeout_s=timeout_s)
+
+
+def _as_rank(rank: int, world_size: int, work: Callable[..., None], *arguments: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+    work(rank, world_size, *arguments)
+
+
+def run_ranks(world_size: int, work: Callable[..., None], *arguments: Any, timeout_s: float = 300) -> None:
+    """Run `work(rank, world_size, *arguments)` on so many processes; raise when one fails or hangs."""
     context = get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.pipelining"]
     )
-    workers = [context.Process(target=_worker, args=(rank, world_size, cases, folder)) for rank in range(world_size)]
+    workers = [
+        context.Process(target=_as_rank, args=(rank, world_size, work, *arguments)) for rank in range(world_size)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

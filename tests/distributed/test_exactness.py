@@ -38,6 +38,18 @@ def table() -> list[Case]:
         Case("gpt", "tp=2,pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
         Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2"),
         Case("tied", "tp=2,dp=2,micro_batch=2"),
+        Case("llama", "dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,zero=1"),
+        Case("llama", "pp=2,dp=2,zero=1,micro_batch=2"),
+        Case("gpt", "tp=2,dp=2,zero=1,sp=true,micro_batch=2"),
+        Case("tied", "tp=2,dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,replicas=2,zero=2"),
+        Case("llama", "dp=4,replicas=2,zero=3,recompute=full"),
+        Case("gpt", "tp=2,dp=4,replicas=2,zero=3,sp=true"),
+        Case("llama", "tp=2,sp=true,recompute=selective,micro_batch=2"),
+        Case("gpt", "tp=2,recompute=selective,micro_batch=2"),
+        Case("llama", "dp=2,zero=3,recompute=selective,micro_batch=2"),
+        Case("llama", "tp=2,pp=2,sp=true,recompute=selective,micro_batch=2"),
     ]
     cases += [
         Case("llama", layout, optimizer="muon")
@@ -53,7 +65,14 @@ def table() -> list[Case]:
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
-    for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
+    for layout in (
+        "tp=2,micro_batch=2",
+        "tp=2,pp=2,sp=true,micro_batch=2",
+        "dp=2,zero=2",
+        "dp=2,zero=1",
+        "pp=2,micro_batch=2",
+        "tp=2,sp=true,recompute=selective",
+    )
 ]
 REFERENCES = {
     (c.model, c.masked, c.optimizer): Case(c.model, "micro_batch=8", c.masked, optimizer=c.optimizer) for c in CASES

@@ -57,8 +57,8 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
 def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
 
-    With replicas each rank's cut gradients are also summed over them, booked like the rest; a two-dimensional mesh would
-    have FSDP send that message itself, unbooked.
+    With replicas each rank's cut gradients are also summed over them, booked like the rest: on a two-dimensional mesh
+    FSDP would send that message itself, unbooked.
     """
     assert mesh.device_mesh is not None
     axis = mesh.device_mesh["dp"]

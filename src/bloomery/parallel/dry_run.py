@@ -47,7 +47,7 @@ class RankAccount:
 
     `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
     steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
-    `working_bytes`: what a recomputed layer makes again for its own backward pass. `weight_copies_bytes`: autocast's copies
+    `working_bytes`: what a recomputed layer makes again for its backward pass. `weight_copies_bytes`: autocast's copies
     of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
     `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step are added up.
     `executed`: the (layers, micro-batches) of the steps that were really run.

@@ -163,7 +163,7 @@ class Engine:
                     sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
 
     def update(self, optimizer: Steps) -> None:
-        """The optimizer's step over what this rank updates; afterwards every rank has the parameters it computes with."""
+        """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
         optimizer.step()
         self.gather_updated()
 

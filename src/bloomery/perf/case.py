@@ -223,6 +223,20 @@ class Case:
         return self, self.kinds
 
     @property
+    def sent(self) -> LayoutBatch:
+        """The layouts as far as the shard table's messages go under this stack, which may differ from our engine's.
+
+        ZeRO 1 sends what an all-reduce is made of, in two halves: other stacks' constants were fitted with it timed as
+        one. Others keep (or hide) what our selective recomputation gathers again.
+        """
+        changed, columns = dict[str, np.ndarray](), vars(self.lay)
+        if not self.stack.eager and "zero_stage" in columns:
+            changed["zero_stage"] = np.where(self.lay.zero_stage == 1, 0, self.lay.zero_stage)
+        if self.stack.selective_share is not None and "recompute" in columns:
+            changed["recompute"] = np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute)
+        return self.lay.having(**changed)
+
+    @property
     def accelerator(self) -> Accelerator:
         """The device of one rank."""
         return self.cluster.accelerator
@@ -319,7 +333,7 @@ class Case:
         precision, shape = self.precision, StageShape(ranks.layers, ranks.first, ranks.last)
         rows = stage_collectives(
             self.model,
-            self.lay,
+            self.sent,
             shape,
             ranks.index,
             seq_len=self.seq_len,

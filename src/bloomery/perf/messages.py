@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import FULL, PART, SELECTIVE, Case, Ranks
+from bloomery.perf.case import FULL, PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.memory import parameters_on
 from bloomery.perf.table import Table
@@ -76,13 +76,9 @@ PARTS = {"layer": LAYER, "embedding": EMBEDDING, "head": HEAD}
 def _part(case: Case, name: str) -> Inner:
     """Tensor-parallel messages of one layer or one end."""
     widths = {"stream_bytes": case.precision.stream, "block_bytes": case.precision.compute}
-    lay, ours = case.lay, case.stack.selective_share is None
-    if not ours:
-        # Others keep what selective recomputation in our engine gathers again, or hide it.
-        lay = lay.having(recompute=np.where(lay.recompute == SELECTIVE, 0, lay.recompute))
     rows = case.once(
-        f"messages of {name}, ours {ours}",
-        lambda: tensor_collectives(case.model, lay, PARTS[name], seq_len=case.seq_len, **widths),
+        f"messages of {name}, gathered again {case.stack.selective_share is None}",
+        lambda: tensor_collectives(case.model, case.sent, PARTS[name], seq_len=case.seq_len, **widths),
     )
     return _tensor(case, rows, case.lay.cp)
 
@@ -155,11 +151,7 @@ def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
 
 
 def data_messages(case: Case) -> Data:
-    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks.
-
-    ZeRO 1 sends what an all-reduce is made of, in two halves. For stacks other than our own it is timed as one: their
-    constants were fitted so.
-    """
+    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks."""
     ranks, widths = (
         case.kinds,
         {
@@ -168,11 +160,9 @@ def data_messages(case: Case) -> Data:
         },
     )
     shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    lay, eager = case.lay, case.stack.eager
-    if not eager:
-        lay = lay.having(zero_stage=np.where(lay.zero_stage == 1, 0, lay.zero_stage))
     rows = case.once(
-        f"data-parallel messages, eager {eager}", lambda: data_collectives(case.model, lay, shape, **widths)
+        f"data-parallel messages, eager {case.stack.eager}",
+        lambda: data_collectives(case.model, case.sent, shape, **widths),
     )
     groups = {"dp": group_of(case.lay, "data"), "replica": group_of(case.lay, "replica")}
     nothing = np.zeros(np.shape(ranks.layers))
