@@ -148,7 +148,7 @@ class Case:
         return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)
 
     def under(self, cluster: Cluster, stack: Stack) -> Case:
-        """The same layouts on other hardware of the same precision, or other software; what only layouts decide is kept."""
+        """The same layouts on other hardware of the same precision, or with other software; knows what they decide."""
         again = replace(self, cluster=cluster, stack=stack)
         again.__dict__["known"] = self.known
         return again
