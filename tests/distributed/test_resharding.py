@@ -33,6 +33,8 @@ LAYOUTS = (
     "pp=2,vpp=2,dp=2,zero=2,micro_batch=2",
     "pp=2,schedule=zbv,micro_batch=1",
 )
+MUON = Optimizer(name="muon")
+"""Has both kinds of state: one moment of matrices, two of the rest."""
 STEPS = 2
 """Steps before the checkpoint, and after it: the second of those reads what the loaded moments made of the first."""
 
@@ -54,7 +56,7 @@ class Training:
             UNEVEN, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64", seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
-        return cls(engine, build_optimizers(engine, Optimizer(weight_decay=0.1)))
+        return cls(engine, build_optimizers(engine, MUON))
 
     def steps(self, first: int, count: int, rate: float) -> list[float]:
         """Train so many steps; their losses."""
@@ -74,7 +76,7 @@ class Training:
         return losses
 
     def digest(self) -> str:
-        """Of every parameter and both its moments, put together from all ranks."""
+        """Of every parameter and its moments, put together from all ranks."""
         import torch.distributed as dist
 
         mine = [

@@ -249,6 +249,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         guard=train.guard,
         supervision=train.supervision,
         evaluate_every=train.evaluate_every,
+        heldout_tokens=run.evaluate.max_tokens,
         log_every=train.log_every,
         document_mask=train.document_mask,
         metrics=train.metrics,

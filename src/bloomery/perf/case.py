@@ -19,7 +19,6 @@ from bloomery.spec.parameters import (
     Parameter,
     embedding_parameters,
     head_parameters,
-    is_hidden_matrix,
     layer_parameters,
 )
 from bloomery.spec.shard_table import Collective, StageShape, stage_collectives
@@ -150,8 +149,7 @@ class Case:
         return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)
 
     def under(self, cluster: Cluster, stack: Stack) -> Case:
-        """The same layouts on other hardware of the same precision, or with other software; what only layouts decide
-        is kept, so that asking again is cheap."""
+        """The same layouts on other hardware of the same precision, or with other software; knows what they decide."""
         again = replace(self, cluster=cluster, stack=stack)
         again.__dict__["known"] = self.known
         return again
@@ -278,11 +276,6 @@ class Case:
         return _held(self.model, "embedding")
 
     @OfLayouts
-    def hidden_matrices(self) -> Held:
-        """The matrices of one layer, those that Muon moves."""
-        return _held(self.model, "hidden matrices")
-
-    @OfLayouts
     def head(self) -> Held:
         """Parameters after the layers when they share a stage with the embedding."""
         return _held(self.model, "head")
@@ -391,8 +384,6 @@ def _held(model: Model, part: str) -> Held:
         return Held.of(layer_parameters(model.model_copy(update={"moe": None}) if model.moe else model, 0))
     if part == "last":
         return Held.of(layer_parameters(model, model.layers - 1))
-    if part == "hidden matrices":
-        return Held.of([p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)])
     if part == "embedding":
         return Held.of(embedding_parameters(model))
     return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))

@@ -21,10 +21,12 @@ from bloomery.perf.case import (
     SELECTIVE,
     ZBV,
     Case,
+    Held,
     Ranks,
 )
 from bloomery.perf.table import blocks
 from bloomery.spec.loss import loss_rows
+from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
@@ -122,7 +124,8 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
-        matrices = ranks.layers * case.hidden_matrices.dense(lay)
+        inside = layer_parameters(case.model, case.model.layers - 1)
+        matrices = ranks.layers * Held.of([p for p in inside if is_hidden_matrix(p)]).dense(lay)
         states = states - precision.norm * _cut(case, matrices, 0.0, lay.zero_stage >= 1)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),

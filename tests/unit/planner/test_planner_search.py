@@ -65,6 +65,7 @@ def test_no_layout_evaluated_by_itself_is_faster_than_the_winner() -> None:
                     global_batch=run.train.global_batch,
                     seq_len=run.train.seq_len,
                     dtype=run_dtype(run, cluster),
+                    optimizer=run.train.optimizer.name,
                 )
                 times.append(float(alone.step_time_s[0]))
     assert answer.best[0].step_time_s <= min(times) * (1 + 1e-9)

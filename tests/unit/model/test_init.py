@@ -1,0 +1,57 @@
+"""Where weights start: what must hold of a model before its first step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bloomery.model.init import initial_value
+from bloomery.model.transformer import Transformer
+from bloomery.spec.errors import InputError
+from bloomery.spec.model import Model
+from bloomery.spec.parameters import all_parameters
+
+SHAPE = {"layers": 3, "hidden": 64, "heads": 4, "vocab": 512, "max_seq_len": 16}
+
+
+def started(model: Model) -> Transformer:
+    """The model as a run starts it."""
+    module, table = Transformer(model), {parameter.name: parameter for parameter in all_parameters(model)}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(initial_value(model, table[name], 0, torch.float32))
+    return module
+
+
+def test_under_unit_stream_every_token_is_as_likely_as_any_other() -> None:
+    logits = started(Model(**SHAPE, init="unit_stream"))(torch.arange(16)[None])
+    torch.testing.assert_close(logits.log_softmax(-1), torch.full_like(logits, -math.log(512)))
+
+
+def test_under_unit_stream_layers_start_as_the_identity_on_a_stream_of_size_one() -> None:
+    module = started(Model(**SHAPE, init="unit_stream"))
+    tokens = torch.arange(16)[None]
+    view = module.view(tokens, 0, None, None)
+    before = module.embed(tokens, view.positions_s)
+    after = before
+    for layer in module.blocks():
+        after = layer(after, view)
+    torch.testing.assert_close(after, before)
+    assert float(before.detach().square().mean().sqrt()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_by_default_weights_are_gpt2s() -> None:
+    module = started(Model(**SHAPE))
+    deviations = {
+        name: float(parameter.detach().std()) for name, parameter in module.named_parameters() if parameter.dim() == 2
+    }
+    for name, found in deviations.items():
+        written = name.endswith((".o.weight", ".down.weight"))
+        assert found == pytest.approx(0.02 / math.sqrt(6) if written else 0.02, rel=0.1), name
+
+
+def test_a_head_that_is_the_embedding_cannot_start_at_zero() -> None:
+    with pytest.raises(InputError, match="needs an untied head"):
+        Model.checked({**SHAPE, "init": "unit_stream", "tie_embeddings": True})

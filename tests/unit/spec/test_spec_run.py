@@ -1,0 +1,28 @@
+"""What a run refuses of optimizer and model together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bloomery.spec.catalog import cluster
+from bloomery.spec.errors import InputError
+from bloomery.spec.run import Run
+
+MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
+EXPERTS = {"experts": 4, "top_k": 1, "expert_ffn_hidden": 32}
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "reason"),
+    [
+        ({}, {"scaling": "mup"}, "mup needs model.init unit_stream"),
+        ({"moe": EXPERTS}, {"name": "muon"}, "does not train mixture-of-experts"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model: dict[str, Any], optimizer: dict[str, Any], reason: str) -> None:
+    described = {"model": {**MODEL, **model}, "cluster": cluster("this-machine").model_dump()}
+    with pytest.raises(InputError, match=reason):
+        Run.checked({**described, "train": {"optimizer": optimizer}})
+    Run.checked({**described, "train": {"optimizer": {"name": "adamw"}}})
