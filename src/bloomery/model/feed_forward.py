@@ -11,12 +11,12 @@ from bloomery.spec.model import Model
 class FeedForward(nn.Module):
     """down(silu(gate x) * up x), or down(gelu(up x))."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, width: int) -> None:
         super().__init__()
         if model.gated:
-            self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
+            self.gate = nn.Linear(model.hidden, width, bias=model.bias)
+        self.up = nn.Linear(model.hidden, width, bias=model.bias)
+        self.down: nn.Module = nn.Linear(width, model.hidden, bias=model.bias)
         self.gated = model.gated
 
     def forward(self, x_bsd: Tensor) -> Tensor:
