@@ -19,7 +19,7 @@ import numpy as np
 
 from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
 RECORDED = 2
@@ -43,6 +43,20 @@ MODELS = {
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
         mla=LatentAttention(
             q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+    ),
+    "mixtral": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        moe=MixtureOfExperts(
+            experts=8, top_k=2, expert_ffn_hidden=16, aux_loss_coefficient=0.1, z_loss_coefficient=0.01
+        ),
+    ),
+    "deepseek": Model(
+        layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        moe=MixtureOfExperts(
+            experts=8, top_k=3, expert_ffn_hidden=16, shared_experts=2, first_dense_layers=1, scoring="sigmoid",
+            groups=4, top_groups=2, group_score="two_best", routed_scaling_factor=2.5,
+            balancing="bias", bias_update_rate=0.1,
         ),
     ),
 }  # fmt: skip
@@ -104,6 +118,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 statistics = engine.statistics(part)
                 engine.clip(1.0, statistics.grad_norm)
                 optimizer.step()
+                engine.balance_experts()
                 optimizer.zero_grad()
             executed += seen
             losses.append(statistics.loss)
@@ -148,7 +163,7 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Cou
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    whole = {axis for axis in ("tp", "dp", "pp", "ep") if getattr(layout, axis) == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (axis, op, size), count in counted.items():
         merged[("world" if axis in whole else axis, op, size)] += count

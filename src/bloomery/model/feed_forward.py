@@ -16,7 +16,9 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Activation] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": squared_relu,
@@ -28,12 +30,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """down(activation(gate x) * up x) of gated models, else down(activation(up x))."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, width: int) -> None:
         super().__init__()
         if model.gated:
-            self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
+            self.gate = nn.Linear(model.hidden, width, bias=model.bias)
+        self.up = nn.Linear(model.hidden, width, bias=model.bias)
+        self.down: nn.Module = nn.Linear(width, model.hidden, bias=model.bias)
         self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 1. Stage cut: only the layers of this pipeline rank are ever built (on the meta device, no memory).
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
-3. Recomputation wraps whole layers, so their tensor-parallel messages are inside and are repeated with them.
-4. FSDP wraps layers last: it gathers exactly what the layer computes with.
-5. The pipeline schedule (in `engine.build`) drives finished stages.
+3. Expert cut: mixtures send their tokens to the ranks that hold the experts (cut like any parameter in step 2).
+4. Recomputation wraps whole layers, so the messages of tensors and experts are inside and are repeated with them.
+5. FSDP wraps layers last: it gathers exactly what the layer computes with.
+6. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bloomery.model.init import initial_value, rectangle
+from bloomery.model.init import initial_rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.data_parallel import shard_over_data
+from bloomery.parallel.expert import send_to_experts
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters
-from bloomery.spec.shard_table import tensor_shard
 
 
 def lay_out(
@@ -43,6 +44,8 @@ def lay_out(
         fill(stage, model, table, mesh, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis)
+        if layout.ep > 1:
+            send_to_experts(stage, mesh, measure)
         if layout.recompute == "full":
             recompute_layers(stage)
         if layout.dp > 1 and layout.zero_stage >= 2:
@@ -63,9 +66,9 @@ def fill(
         for name, empty in list(module.named_parameters(recurse=False)):
             if id(empty) not in filled:
                 parameter = table[f"{module_name}.{name}"]
-                whole = initial_value(model, parameter, seed, dtype)
-                local = rectangle(whole, tensor_shard(parameter, mesh.layout.tp, mesh.tp_rank))
-                filled[id(empty)] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
+                local = initial_rectangle(model, parameter, mesh.shard(parameter), seed, dtype)
+                local = local.to(mesh.device, copy=True).contiguous()
+                filled[id(empty)] = nn.Parameter(local, requires_grad=empty.requires_grad)
             setattr(module, name, filled[id(empty)])
 
 

@@ -13,9 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import Shard
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
+from bloomery.parallel.expert import expert_parameters, mixtures
 from bloomery.parallel.mesh import Mesh
 
 
@@ -53,12 +55,28 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
 
 
 def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
-    """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward."""
+    """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
+
+    Experts are cut in dimension 1, their rows. Where they lie on several ranks they are wrapped by themselves, over
+    the ranks that hold the same ones, or left alone where there is no other.
+    """
     assert mesh.device_mesh is not None
-    axis = mesh.device_mesh["dp"]
+    axis, free = mesh.device_mesh["dp"], mesh.layout.zero_stage == 3
+    experts, alone = expert_parameters(stage), set[torch.nn.Parameter]()
+
+    def cut(parameter: torch.nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter in experts else None
+
+    if mesh.expert_mesh is not None and mesh.layout.dp == mesh.layout.ep:
+        alone = experts
+    elif mesh.expert_mesh is not None:
+        for mixture in mixtures([stage]):
+            fully_shard(
+                mixture.experts, mesh=mesh.expert_mesh["edp"], reshard_after_forward=free, shard_placement_fn=cut
+            )
     for layer in stage.blocks():
-        fully_shard(layer, mesh=axis, reshard_after_forward=mesh.layout.zero_stage == 3)
-    fully_shard(stage, mesh=axis, reshard_after_forward=False)
+        fully_shard(layer, mesh=axis, reshard_after_forward=free, shard_placement_fn=cut, ignored_params=alone)
+    fully_shard(stage, mesh=axis, reshard_after_forward=False, ignored_params=alone)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -85,12 +103,18 @@ def whole_gradient_bytes(stage: Transformer) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 
-def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:
-    """Parameters of each layer, and those outside the layers: what one message carries."""
+def units(stage: Transformer, *, experts_apart: bool) -> list[tuple[str, list[torch.nn.Parameter]]]:
+    """Parameters of each layer, and those outside the layers: what one message carries, with its axis.
+
+    `experts_apart`: ranks hold different experts, whose parameters are a unit of their own over the edp axis.
+    """
+    experts = expert_parameters(stage) if experts_apart else set()
     inside = [list(layer.parameters()) for layer in stage.blocks()]
     in_layers = {id(parameter) for unit in inside for parameter in unit}
     outside = [parameter for parameter in stage.parameters() if id(parameter) not in in_layers]
-    return [unit for unit in [*inside, outside] if unit]
+    found = [("dp", [parameter for parameter in unit if parameter not in experts]) for unit in [*inside, outside]]
+    found += [("edp", [parameter for parameter in unit if parameter in experts]) for unit in inside]
+    return [unit for unit in found if unit[1]]
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

@@ -172,8 +172,9 @@ def _step(
         engine.summed_statistics(part)
         gradients = sum(_bytes(p.grad) for p in engine.parameters().values() if p.grad is not None)
         optimizer.step()
+        engine.balance_experts()
         optimizer.zero_grad()
-    parameters = engine.parameters().values()
+    parameters = [parameter for parameter in engine.parameters().values() if parameter.requires_grad]
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),

@@ -18,23 +18,29 @@ from bloomery.model.transformer import Transformer
 from bloomery.parallel.apply import lay_out
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
+from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.tensor import loss_sum
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter
-from bloomery.spec.shard_table import Shard, tensor_shard
+from bloomery.spec.shard_table import Shard
 
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What every rank agrees on after a step's backward, in one message."""
+    """What every rank agrees on after a step's backward, in one message.
+
+    Of mixtures of experts: `router_loss` (not in `loss`), and by how much the fullest expert exceeds the mean.
+    """
 
     loss: float
     grad_norm: float
     nonfinite: int
     stop: int
+    router_loss: float = 0.0
+    expert_imbalance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Engine:
         self.n_targets = 1
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
+        self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -97,6 +104,9 @@ class Engine:
         part of the mean loss (zero except on the last stage).
         """
         self.n_targets = n_targets
+        layout = self.layout
+        for mixture in mixtures(self.stages.values()):
+            mixture.router.loss_share = 1 / (len(tokens_bs) * layout.dp * layout.cp * layout.tp)
         if self.schedule is None:
             return self._accumulate(tokens_bs, targets_bs)
         losses: list[Tensor] = []
@@ -128,32 +138,41 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: replicated data parallelism, tensors that tp ranks hold alike."""
-        if self.layout.dp > 1 and self.layout.zero_stage < 2:
+        """Sum what the backward pass left partial: replicated data parallelism, uncut tensors under tensor parallelism;
+        and what the routers did."""
+        layout = self.layout
+        if layout.dp > 1 and layout.zero_stage < 2:
             for stage in self.stages.values():
-                for unit in units(stage):
+                for axis, unit in units(stage, experts_apart=layout.ep > 1):
                     gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+                    if axis == "dp" or layout.dp > layout.ep:
+                        sum_flat(gradients, self.mesh.group(axis), self.measure, "dp_comm")
         if self.axis is not None:
-            every, table = self.layout.sequence_parallel, self.table
-            replicated = [
+            partial = [
                 _plain(parameter.grad)
                 for name, parameter in self.parameters().items()
-                if table[name].tp_dim is None and (every or table[name].tp_partial) and parameter.grad is not None
+                if self.table[name].partial_over_tp(layout.sequence_parallel) and parameter.grad is not None
             ]
-            if replicated:
-                sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+            if partial:
+                sum_flat(partial, self.mesh.group("tp"), self.measure, "tp_comm")
+        self.routed = summed_routing(self.stages.values(), self.mesh, self.measure)
+
+    def balance_experts(self) -> None:
+        """After an optimizer step: move the biases that even out the experts' load."""
+        if self.routed is not None:
+            move_biases(self.stages.values(), self.routed)
 
     def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
         """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.
 
         `nonfinite` counts ranks with a non-finite loss or gradient, `stop` those that were asked to stop.
         """
-        loss_value, square_sum, bad, stops = self.summed_statistics(loss_part, stop).tolist()
-        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops))
+        loss_value, square_sum, bad, stops, *routing = self.summed_statistics(loss_part, stop).tolist()
+        return StepStatistics(loss_value, square_sum**0.5, int(bad), int(stops), *routing)
 
     def summed_statistics(self, loss_part: Tensor, stop: bool = False) -> Tensor:
-        """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, shape (4,), not yet read."""
+        """(loss, squared gradient norm, non-finite ranks, stopping ranks) over the world, not yet read; of a mixture of
+        experts the router's loss and the imbalance too."""
         named = {name: _plain(p.grad) for name, p in self.parameters().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
@@ -161,15 +180,20 @@ class Engine:
         last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
-        vector = torch.stack((loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))))
+        numbers = [loss.to(squares.device), squares, nonfinite, torch.full_like(squares, float(stop))]
+        if self.model.moe is not None:
+            routed, nothing = self.routed, torch.zeros_like(squares)
+            numbers += [nothing, nothing] if routed is None else [routed.loss, routed.imbalance]
+        vector = torch.stack(numbers)
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)
         return vector
 
     def _replicas(self, name: str) -> int:
-        tp = self.layout.tp if self.table[name].tp_dim is None else 1
-        return tp * (self.layout.dp if self.layout.zero_stage < 2 else 1)
+        parameter, layout = self.table[name], self.layout
+        tp = layout.tp if parameter.tp_dim is None else 1
+        return tp * (layout.dp // (layout.ep if parameter.expert else 1) if layout.zero_stage < 2 else 1)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
@@ -220,17 +244,26 @@ class Engine:
         """The rectangles of this rank: what a checkpoint writes and reads, for parameters and moments alike."""
         mesh, layout = self.mesh, self.layout
         for name, parameter in self.parameters().items():
-            shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
-            owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
+            entry = self.table[name]
+            shard = mesh.shard(entry)
+            owner = mesh.tp_rank == 0 or entry.tp_dim is not None
+            replica = mesh.dp_rank // (layout.ep if entry.expert else 1)
             if isinstance(parameter, DTensor):
-                rows = -(-shard.shape[0] // layout.dp)
-                start = min(mesh.dp_rank * rows, shard.shape[0])
-                n = min(rows, shard.shape[0] - start)
-                offsets = (shard.offsets[0] + start, *shard.offsets[1:])
-                shard = Shard(name, shard.global_shape, (n, *shard.shape[1:]), offsets)
+                shard = _rows(shard, entry.data_dim, parameter.device_mesh.size(), replica)
             else:
-                owner = owner and mesh.dp_rank == 0
+                owner = owner and replica == 0
             yield LocalShard(shard, parameter, owner)
+
+
+def _rows(shard: Shard, dim: int, ranks: int, rank: int) -> Shard:
+    """What one of `ranks` has of a rectangle that ZeRO cuts along `dim`."""
+    whole = shard.shape[dim]
+    rows = -(-whole // ranks)
+    start = min(rank * rows, whole)
+    shape, offsets = list(shard.shape), list(shard.offsets)
+    shape[dim] = min(rows, whole - start)
+    offsets[dim] += start
+    return Shard(shard.name, shard.global_shape, tuple(shape), tuple(offsets))
 
 
 def _plain(tensor: Tensor) -> Tensor:

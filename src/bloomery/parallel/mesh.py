@@ -1,6 +1,7 @@
 """The device mesh: who talks to whom. The only file that starts and stops process groups.
 
-Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours.
+Order, outermost first: pp, dp, tp; ranks of one tensor-parallel group are neighbours. Expert parallelism splits dp into
+(edp, ep): ep consecutive data-parallel ranks share out the experts, edp ranks have the same ones.
 """
 
 from __future__ import annotations
@@ -17,16 +18,22 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
+from bloomery.spec.parameters import Parameter
+from bloomery.spec.shard_table import Shard, tensor_shard
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `device_mesh` is None when the world is one process: then nothing is ever sent."""
+    """This rank's place. `device_mesh` is None when the world is one process: then nothing is ever sent.
+
+    `expert_mesh`: the same ranks with dp split into edp and ep, where experts lie on several ranks.
+    """
 
     layout: Layout
     device: torch.device
     rank: int
     device_mesh: DeviceMesh | None
+    expert_mesh: DeviceMesh | None = None
 
     @property
     def world_size(self) -> int:
@@ -48,13 +55,32 @@ class Mesh:
         """Position on the pipeline axis."""
         return self.rank // (self.layout.tp * self.layout.dp)
 
+    @property
+    def ep_rank(self) -> int:
+        """Position on the expert-parallel axis."""
+        return self.dp_rank % self.layout.ep
+
+    def shard(self, parameter: Parameter) -> Shard:
+        """This rank's rectangle of a parameter, before ZeRO."""
+        return tensor_shard(parameter, self.layout.tp, self.tp_rank, self.layout.ep, self.ep_rank)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that have a group."""
+        if self.device_mesh is None:
+            return ()
+        return ("world", "pp", "dp", "tp", *(("edp", "ep") if self.expert_mesh is not None else ()))
+
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of `tp`, `dp`, `pp` or `world`."""
+        """The process group of one of `axes`."""
         assert self.device_mesh is not None, "one process has no groups"
         if axis == "world":
             world = dist.group.WORLD
             assert world is not None
             return world
+        if axis in ("edp", "ep"):
+            assert self.expert_mesh is not None, "no experts are cut"
+            return self.expert_mesh.get_group(axis)
         return self.device_mesh.get_group(axis)
 
 
@@ -101,7 +127,10 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
 def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     axes = ("pp", "dp", "tp")
     device_mesh = init_device_mesh(device.type, (layout.pp, layout.dp, layout.tp), mesh_dim_names=axes)
-    return Mesh(layout, device, rank, device_mesh)
+    expert_mesh = None
+    if layout.ep > 1:
+        expert_mesh = device_mesh._unflatten("dp", (layout.dp // layout.ep, layout.ep), ("edp", "ep"))
+    return Mesh(layout, device, rank, device_mesh, expert_mesh)
 
 
 def stop(mesh: Mesh) -> None:

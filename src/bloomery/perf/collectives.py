@@ -34,13 +34,16 @@ class Group:
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
-    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp)."""
+    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp); edp (the
+    ranks of data that hold the same experts)."""
     if axis == "tp":
         return Group(lay.tp, np.ones_like(lay.tp))
     if axis == "cp":
         return Group(lay.cp, lay.tp)
     if axis == "data":
         return Group(lay.dp * lay.cp, lay.tp)
+    if axis == "edp":
+        return Group(np.maximum(lay.dp * lay.cp // lay.ep, 1), lay.tp * lay.ep)
     if axis == "world":
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp

@@ -101,11 +101,14 @@ def _projections(case: Case) -> tuple[Any, Any]:
     model, tp, h = case.model, case.lay.tp, case.model.hidden
     out = _linear(case, case.tokens, model.output_width / tp, h)
     if model.mla is not None:
-        mla, query = model.mla, model.query_width / tp
-        down, up = mla.kv_lora_rank + mla.qk_rope_head_dim, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
-        pairs = [_linear(case, case.tokens, h, down), _linear(case, case.tokens, mla.kv_lora_rank, up), out]
-        pairs.append(_linear(case, case.tokens, mla.q_lora_rank or h, query))
-        return _summed([*pairs, _linear(case, case.tokens, h, mla.q_lora_rank)] if mla.q_lora_rank else pairs)
+        mla = model.mla
+        up = model.heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
+        pairs = [_linear(case, case.tokens, h, mla.kv_lora_rank + mla.qk_rope_head_dim), out]
+        pairs.append(_linear(case, case.tokens, mla.kv_lora_rank, up))
+        pairs.append(_linear(case, case.tokens, mla.q_lora_rank or h, model.query_width / tp))
+        if mla.q_lora_rank:
+            pairs.append(_linear(case, case.tokens, h, mla.q_lora_rank))
+        return _summed(pairs)
     if not case.stack.serial_launch:
         return _summed([_linear(case, case.tokens, h, (model.query_width + 2 * model.kv_width) / tp), out])
     query, key = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))

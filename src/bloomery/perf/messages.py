@@ -20,9 +20,10 @@ from bloomery.spec.shard_table import (
     EMBEDDING,
     HEAD,
     LAYER,
+    MOE_LAYER,
     Collective,
-    StageShape,
     data_collectives,
+    expert_collectives,
     norm_collectives,
     pipeline_collectives,
     tensor_collectives,
@@ -30,7 +31,7 @@ from bloomery.spec.shard_table import (
 )
 
 FORWARD_SHARE = 1 / 3
-"""Of context- and expert-parallel messages, the part in the forward pass (keys and values, without gradients)."""
+"""Of context-parallel messages, the part in the forward pass (keys and values, without gradients)."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,7 @@ def _tensor(case: Case, rows: Sequence[Collective], cut: Any) -> Inner:
 
 def _norms(case: Case, ranks: Ranks) -> Inner:
     """A micro-batch's share of the sums over norms' gradients, which follow the last one's backward pass."""
-    shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    rows = norm_collectives(case.model, case.lay, shape, gradient_bytes=case.precision.gradient)
+    rows = norm_collectives(case.model, case.lay, ranks.shape, gradient_bytes=case.precision.gradient)
     return _tensor(case, rows, 1) * (1 / case.micro_batches)
 
 
@@ -116,22 +116,32 @@ def _context_s(case: Case) -> Inner:
     model, cp = case.model, case.lay.cp
     block = case.tokens * 2 * model.kv_width / case.lay.tp * case.precision.compute
     hop = collective_s(case.cluster, "send", group_of(case.lay, "cp"), block)
-    return _both_ways(case, (3 + (case.lay.recompute == FULL)) * (cp - 1) * hop)
+    seconds = (1.0 - case.stack.inner_overlap) * (3 + (case.lay.recompute == FULL)) * (cp - 1) * hop
+    return Inner(FORWARD_SHARE * seconds, (1 - FORWARD_SHARE) * seconds, 0.0, 0.0)
 
 
 def _experts_s(case: Case) -> Inner:
-    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed."""
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed.
+
+    Our engine sends all tokens from each tensor-parallel rank; others under sequence parallelism 1/tp of them.
+    """
     if case.model.moe is None or not np.any(case.lay.ep > 1):
         return NO_MESSAGES
-    routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
-    one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
-    return _both_ways(case, (4 + 2 * (case.lay.recompute == FULL)) * np.where(case.lay.ep > 1, one, 0.0))
-
-
-def _both_ways(case: Case, seconds: Any) -> Inner:
-    """Messages of one layer beside tensor parallelism's."""
-    seconds = (1.0 - case.stack.inner_overlap) * seconds
-    return Inner(FORWARD_SHARE * seconds, (1 - FORWARD_SHARE) * seconds, 0.0, 0.0)
+    rows = case.once(
+        "messages of experts",
+        lambda: expert_collectives(
+            case.model, case.lay, MOE_LAYER, seq_len=case.seq_len, block_bytes=case.precision.compute
+        ),
+    )
+    whole = case.stack.eager | (case.lay.sequence_parallel == 0)
+    group, cut = group_of(case.lay, "ep"), case.lay.cp * np.where(whole, 1, case.lay.tp)
+    seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
+    for row in rows:
+        one = collective_s(case.cluster, "all_to_all", group, row.bytes_each / cut)
+        direction = "forward" if row.phase == "forward" else "backward"
+        seconds[direction] = seconds[direction] + row.count * one
+    exposed = 1.0 - case.stack.inner_overlap
+    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
 
 
 def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
@@ -151,7 +161,8 @@ def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
 
 
 def data_messages(case: Case) -> Data:
-    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks."""
+    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks; and what
+    else a mixture of experts sends once a step."""
     ranks, widths = (
         case.kinds,
         {
@@ -159,15 +170,19 @@ def data_messages(case: Case) -> Data:
             "gradient_bytes": case.precision.gradient,
         },
     )
-    shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    rows = case.once("data-parallel messages", lambda: data_collectives(case.model, case.lay, shape, **widths))
-    group, nothing = group_of(case.lay, "data"), np.zeros(np.shape(ranks.layers))
+    rows = case.once("data-parallel messages", lambda: _data_rows(case, ranks, **widths))
+    groups = {axis: group_of(case.lay, "data" if axis == "dp" else axis) for axis in {row.axis for row in rows}}
+    nothing = np.zeros(np.shape(ranks.layers))
     seconds = {"reduce": nothing + _context_gradients_s(case, ranks), "gather": nothing, "gather_each": nothing}
     for row in rows:
-        one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], row.bytes_each)
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
     return Data(**seconds)
+
+
+def _data_rows(case: Case, ranks: Ranks, **widths: int) -> list[Collective]:
+    return data_collectives(case.model, case.lay, ranks.shape, **widths)
 
 
 def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
@@ -182,7 +197,7 @@ def _context_gradients_s(case: Case, ranks: Ranks) -> Any:
 
 def statistics_s(case: Case) -> Any:
     """Seconds of the step's statistics over all ranks, shape (n,)."""
-    rows = world_collectives(case.lay)
+    rows = world_collectives(case.model, case.lay)
     group = group_of(case.lay, "world")
     times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
     return sum(times, np.zeros(len(case.lay)))

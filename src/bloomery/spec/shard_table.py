@@ -18,12 +18,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bloomery.spec.expert_messages import dispatch_rows, expert_replicas, routing_row
 from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
 
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
+STATISTICS, ROUTED_STATISTICS = 4, 6
+"""Numbers that all ranks agree on after a step; a mixture of experts adds its router's loss and its imbalance."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Collective:
     """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
     step or, where `each` says so, in one micro-batch.
 
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input.
+    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter and all_to_all its input. Axes are
+    those of the mesh, `world`, and `edp`: the data-parallel ranks that hold the same experts.
     """
 
     site: str
@@ -52,33 +56,40 @@ class Collective:
 
 @dataclass(frozen=True)
 class StageShape:
-    """What a pipeline rank holds: layers in all, whether it has the embedding or the head; arrays or plain numbers."""
+    """What a pipeline rank holds: layers in all, whether it has the embedding or the head, how many of the layers are
+    mixtures of experts; arrays or plain numbers."""
 
     layers: Any
     first: Any
     last: Any
+    moe_layers: Any = 0
 
 
 LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
+MOE_LAYER = StageShape(1, False, False, 1)
 """The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
 
 
 def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int) -> StageShape:
     """Layers and ends of `pipeline_rank` under each layout (default split: remainder to the middle stages)."""
     rank = np.broadcast_to(np.asarray(pipeline_rank), (len(lay),))
-    layers = np.zeros(len(lay), dtype=np.int64)
+    layers, dense = np.zeros(len(lay), dtype=np.int64), np.zeros(len(lay), dtype=np.int64)
     stages = lay.pp * lay.vpp
     base, extra = model.layers // stages, model.layers % stages
-    for chunk in range(int(lay.vpp.max())):
-        stage = chunk * lay.pp + rank
+    dense_layers = model.moe.first_dense_layers if model.moe else model.layers
+    start = np.zeros(len(lay), dtype=np.int64)
+    for stage in range(int(stages.max())):
         # The remainder goes to the stages nearest the middle, ties to the earlier one: as `stage_split`.
         place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
-        layers += np.where(chunk < lay.vpp, base + (place < extra), 0)
-    if lay.stage_layers:
-        for i, uneven in enumerate(lay.stage_layers):
-            if uneven is not None:
-                layers[i] = sum(uneven[int(rank[i]) :: int(lay.pp[i])])
-    return StageShape(layers, rank == 0, rank == lay.pp - 1)
+        count = np.where(stage < stages, base + (place < extra), 0)
+        if lay.stage_layers:
+            uneven = [split[stage : stage + 1] if split is not None else () for split in lay.stage_layers]
+            count = np.array([own[0] if own else even for own, even in zip(uneven, count, strict=True)])
+        mine = stage % lay.pp == rank
+        layers += count * mine
+        dense += np.clip(dense_layers - start, 0, count) * mine
+        start += count
+    return StageShape(layers, rank == 0, rank == lay.pp - 1, layers - dense)
 
 
 def collectives(
@@ -126,10 +137,11 @@ def stage_collectives(
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     return [
         *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
+        *expert_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
-        *world_collectives(lay),
+        *world_collectives(model, lay),
     ]
 
 
@@ -184,6 +196,17 @@ def tensor_collectives(
     return rows.rows
 
 
+def expert_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+) -> list[Collective]:
+    """Expert parallelism in one micro-batch. Under tensor parallelism every rank sends all tokens: its part of each
+    expert's width needs them whole."""
+    rows = _Rows("micro_batch")
+    for row in dispatch_rows(model, lay, shape.moe_layers, seq_len=seq_len, block_bytes=block_bytes):
+        rows.add(*row)
+    return rows.rows
+
+
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
@@ -199,20 +222,21 @@ def pipeline_collectives(
     return rows.rows
 
 
-def world_collectives(lay: LayoutBatch) -> list[Collective]:
-    """The step's statistics."""
+def world_collectives(model: Model, lay: LayoutBatch) -> list[Collective]:
+    """The step's statistics, in float64."""
     rows = _Rows()
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 4 * 8)
+    numbers = STATISTICS if model.moe is None else ROUTED_STATISTICS
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, numbers * 8)
     return rows.rows
 
 
 def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
-    """Elements of these parameters on one tp rank with the first dimension padded to a multiple of dp (as FSDP2)."""
+    """Elements of these parameters on one tp rank with ZeRO's dimension padded to a multiple of dp (as FSDP2)."""
     total: Any = 0
-    for (shape, tp_dim), copies in Counter((p.shape, p.tp_dim) for p in parameters).items():
-        first = shape[0] // tp if tp_dim == 0 else shape[0] + 0 * dp
-        rest = prod(shape[1:]) // (tp if tp_dim == 1 else 1)
-        total = total + copies * -(-first // dp) * dp * rest
+    for (shape, tp_dim, dim), copies in Counter((p.shape, p.tp_dim, p.data_dim) for p in parameters).items():
+        rows = shape[dim] // tp if tp_dim == dim else shape[dim] + 0 * dp
+        rest = prod(shape) // shape[dim] // (tp if tp_dim not in (None, dim) else 1)
+        total = total + copies * -(-rows // dp) * dp * rest
     return total
 
 
@@ -222,59 +246,95 @@ def _local(parameters: Iterable[Parameter], tp: Any) -> Any:
     return sum((copies * (size // (tp if cut else 1)) for (size, cut), copies in counted.items()), 0 * tp)
 
 
-def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
-    """(parameters that every rank of a data-parallel group has, those of routed experts, which lie on ep ranks)."""
-    return [p for p in layer if not p.expert], [p for p in layer if p.expert]
+@dataclass(frozen=True)
+class _Unit:
+    """What one message carries: parts with how often each is there (or where), 1/`share` of them on a rank; `ranks` on
+    `axis` have it, `held` such units lie on a rank. `buffers` are gathered like the rest but have no gradients."""
+
+    site: str
+    axis: str
+    ranks: Any
+    held: Any
+    parts: list[tuple[Sequence[Parameter], Any]]
+    share: Any = 1
+    buffers: Sequence[Parameter] = ()
+
+    def elements(self, tp: Any) -> Any:
+        """On one rank, before ZeRO."""
+        return sum(_local(part, tp) * there for part, there in self.parts) // self.share
+
+    def padded(self, tp: Any) -> Any:
+        """The same, each tensor padded to rows for all ranks."""
+        return sum(_padded(part, tp, self.ranks) * there for part, there in self.parts) // self.share
+
+
+def _kinds(model: Model, shape: StageShape) -> list[tuple[Any, tuple[Parameter, ...]]]:
+    """The layers of a rank, all alike or dense ones before mixtures of experts: how many, and the parameters of one."""
+    last = layer_parameters(model, model.layers - 1)
+    if model.is_routed(model.layers - 1) and not model.is_routed(0):
+        return [(shape.layers - shape.moe_layers, layer_parameters(model, 0)), (shape.moe_layers, last)]
+    return [(shape.layers, last)]
+
+
+def _units(model: Model, lay: LayoutBatch, shape: StageShape) -> Iterator[_Unit]:
+    """Each layer, the experts of a layer where they lie on ranks of their own, what stands outside the layers."""
+    for held, parameters in _kinds(model, shape):
+        experts = [p for p in parameters if p.expert]
+        buffers = [p for p in parameters if p.kind == "buffer"]
+        parts: list[tuple[Sequence[Parameter], Any]] = [
+            ([p for p in parameters if not p.expert and p.kind != "buffer"], 1)
+        ]
+        if experts:
+            replicas, apart = expert_replicas(lay), lay.ep > 1
+            yield _Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep)
+            parts.append((experts, ~apart))
+        yield _Unit("layer", "dp", lay.dp, held, parts, buffers=buffers)
+    yield _Unit("ends", "dp", lay.dp, np.asarray(shape.first) | shape.last, _ends(model, shape))
 
 
 def data_collectives(
     model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
 ) -> list[Collective]:
-    """Gradients and parameters over data-parallel ranks. Units: each layer, and what a stage holds outside its layers.
+    """Gradients and parameters over data-parallel ranks. Units: each layer, and what a stage holds outside its layers;
+    experts on ep ranks by themselves, over the ranks that have the same.
 
     Replicated: one all-reduce a unit and step. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for
     each micro-batch's forward and backward.
     """
-    rows = _Rows()
-    layer = layer_parameters(model, model.layers - 1)
-    ends = _ends(model, shape)
+    rows, third = _Rows(), _Rows("micro_batch")
     sharded, replicated = (lay.dp > 1) & (lay.zero_stage >= 2), (lay.dp > 1) & (lay.zero_stage < 2)
-    common, experts = _apart(layer)
-    unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
-    rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    outside = sum(_local(part, lay.tp) * held for part, held in ends)
-    has_ends = np.asarray(shape.first) | shape.last
-    rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
-    if not np.any(sharded):
-        return rows.rows
-    gathered = _padded(common, lay.tp, lay.dp)
-    if experts:
-        gathered = gathered + _padded(experts, lay.tp, np.maximum(lay.dp // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, lay.dp) * held for part, held in ends)
-    third = _Rows("micro_batch")
-    for gathers, where in ((rows, sharded & (lay.zero_stage == 2)), (third, sharded & (lay.zero_stage == 3))):
-        gathers.add("fsdp.layer", "dp", "all_gather", "forward", where * shape.layers, gathered * parameter_bytes)
-        gathers.add("fsdp.ends", "dp", "all_gather", "forward", where * has_ends, outside * parameter_bytes)
-    where = sharded & (lay.zero_stage == 3)
-    third.add("fsdp.layer", "dp", "all_gather", "backward", where * shape.layers, gathered * parameter_bytes)
-    rows.add("fsdp.layer", "dp", "reduce_scatter", "backward", sharded * shape.layers, gathered * gradient_bytes)
-    rows.add("fsdp.ends", "dp", "reduce_scatter", "backward", sharded * has_ends, outside * gradient_bytes)
+    for unit in _units(model, lay, shape):
+        site, axis, held = unit.site, unit.axis, unit.held
+        reduced = unit.elements(lay.tp) * gradient_bytes
+        rows.add(f"gradients.{site}", axis, "all_reduce", "step", replicated * held, reduced)
+        if not np.any(sharded):
+            continue
+        padded = unit.padded(lay.tp)
+        gathered = (padded + _padded(unit.buffers, lay.tp, lay.dp)) * parameter_bytes
+        once, each = sharded & (lay.zero_stage == 2), sharded & (lay.zero_stage == 3)
+        rows.add(f"fsdp.{site}", axis, "all_gather", "forward", once * held, gathered)
+        third.add(f"fsdp.{site}", axis, "all_gather", "forward", each * held, gathered)
+        if site != "ends":
+            third.add(f"fsdp.{site}", axis, "all_gather", "backward", each * held, gathered)
+        rows.add(f"fsdp.{site}", axis, "reduce_scatter", "backward", sharded * held, padded * gradient_bytes)
+    for row in routing_row(model, lay, shape.moe_layers):
+        rows.add(*row)
     return rows.rows + third.rows
 
 
 def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
     """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
-    parallelism, where each rank has seen its own tokens; else of those inside attention, where it has seen its heads.
+    parallelism, where each rank has seen its own tokens; else of those where it has seen its heads or its experts.
     """
     rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.norms_sharded, lay.dp, 1)
-    uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
-    norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
-    for part, there in _ends(model, shape):
-        norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
-    partial = _padded([p for p in uncut if p.tp_partial], lay.tp, cut) // cut * shape.layers
-    norms = np.where(lay.sequence_parallel == 1, norms, partial)
+    norms: Any = 0
+    for held, part in [*_kinds(model, shape), *((there, part) for part, there in _ends(model, shape))]:
+        every, some = (
+            _padded([p for p in part if p.partial_over_tp(sequence)], lay.tp, cut) // cut for sequence in (True, False)
+        )
+        norms = norms + np.where(lay.sequence_parallel == 1, every, some) * held
     summed = (lay.tp > 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
     return rows.rows
@@ -308,8 +368,7 @@ def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterat
             yield from head_parameters(model)
 
 
-def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:
-    """The rectangle one tensor-parallel rank holds."""
-    shape = parameter.local_shape(tp)
-    offsets = tuple(n * tp_rank if dim == parameter.tp_dim else 0 for dim, n in enumerate(shape))
-    return Shard(parameter.name, parameter.shape, shape, offsets)
+def tensor_shard(parameter: Parameter, tp: int, tp_rank: int, ep: int = 1, ep_rank: int = 0) -> Shard:
+    """The rectangle one tensor- and expert-parallel rank holds."""
+    shape, places = parameter.local_shape(tp, ep), {parameter.tp_dim: tp_rank, parameter.ep_dim: ep_rank}
+    return Shard(parameter.name, parameter.shape, shape, tuple(n * places.get(dim, 0) for dim, n in enumerate(shape)))

@@ -77,6 +77,7 @@ def _step(session: Session, step: int) -> bool:
             for group in session.optimizer.param_groups:
                 group["lr"] = rate
             session.optimizer.step()
+            engine.balance_experts()
         session.optimizer.zero_grad()
     if verdict != "ok":
         _incident(session, step, verdict, statistics)
