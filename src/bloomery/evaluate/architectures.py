@@ -97,8 +97,8 @@ def config_of(model: Model) -> tuple[Family, Values]:
 
 
 def _structure(model: Model) -> Values:
-    """What decides the logits, and which tensors there are: not how a router learns, nor what a structure is called."""
-    values = model.model_dump(exclude={"name", "source"})
+    """What decides the logits, and which tensors there are: not how weights start or a router learns, nor a name."""
+    values = model.model_dump(exclude={"name", "source", "init"})
     if model.moe is not None:
         if not model.moe.first_dense_layers:
             del values["ffn_hidden"]

@@ -16,19 +16,25 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-Activation = Callable[[Tensor], Tensor]
+def swiglu(gate_bsf: Tensor, up_bsf: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv 2002.05202)."""
+    return F.silu(gate_bsf) * up_bsf
 
-ACTIVATIONS: dict[str, Activation] = {
+
+ACTIVATIONS: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": squared_relu,
-    "swiglu": F.silu,
+    "swiglu": swiglu,
 }
-"""What each `Model.activation` does to the up projection, or to the gate where there is one."""
+"""What each `Model.activation` does to the up projection, or to gate and up."""
 
 
 class FeedForward(nn.Module):
-    """down(activation(gate x) * up x) of gated models, else down(activation(up x))."""
+    """down(activate(gate x, up x)) of gated models, else down(activate(up x)).
+
+    `activate` may be replaced from outside by what keeps less.
+    """
 
     def __init__(self, model: Model, width: int) -> None:
         super().__init__()
@@ -36,9 +42,10 @@ class FeedForward(nn.Module):
             self.gate = nn.Linear(model.hidden, width, bias=model.bias)
         self.up = nn.Linear(model.hidden, width, bias=model.bias)
         self.down: nn.Module = nn.Linear(width, model.hidden, bias=model.bias)
-        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
+        self.gated = model.gated
+        self.activate: Callable[..., Tensor] = ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        y_bsf = self.activation(self.gate(x_bsd)) * self.up(x_bsd) if self.gated else self.activation(self.up(x_bsd))
-        return self.down(y_bsf)
+        inputs = (self.gate(x_bsd), self.up(x_bsd)) if self.gated else (self.up(x_bsd),)
+        return self.down(self.activate(*inputs))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from bloomery.model.feed_forward import ACTIVATIONS, Activation, FeedForward
+from bloomery.model.feed_forward import ACTIVATIONS, FeedForward
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
 
@@ -179,6 +179,10 @@ def on_host(tokens_e: Tensor, rows: int) -> list[int]:
     return tokens_e.tolist()
 
 
+Activate = Callable[..., Tensor]
+"""What stands between the projections into an expert and the one out of it, of as many inputs."""
+
+
 class ExpertMatrices(nn.Module):
     """One projection of every expert: weight (experts, out, in)."""
 
@@ -194,7 +198,7 @@ class Experts(nn.Module):
         super().__init__()
         if model.bias:
             raise InputError("experts have no biases here", where="model.bias", found=True, accepted="false")
-        self.gated, self.activation = model.gated, ACTIVATIONS[model.activation]
+        self.gated, self.activate = model.gated, ACTIVATIONS[model.activation]
         if model.gated:
             self.gate = ExpertMatrices(moe.experts, moe.expert_ffn_hidden, model.hidden)
         self.up = ExpertMatrices(moe.experts, moe.expert_ffn_hidden, model.hidden)
@@ -205,11 +209,11 @@ class Experts(nn.Module):
         matrices = [self.gate, self.up, self.down] if self.gated else [self.up, self.down]
         weights = [matrix.weight.to(x_rd.dtype) for matrix in matrices]
         if x_rd.is_cuda and x_rd.dtype == torch.bfloat16:
-            return grouped(x_rd, tokens_e, weights, self.activation)
-        return one_by_one(x_rd, tokens_e, weights, self.activation)
+            return grouped(x_rd, tokens_e, weights, self.activate)
+        return one_by_one(x_rd, tokens_e, weights, self.activate)
 
 
-def grouped(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activation: Activation) -> Tensor:
+def grouped(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activate: Activate) -> Tensor:
     """All experts in one kernel for each projection; the host need not know how many rows each has. bfloat16."""
     ends_e = tokens_e.cumsum(0).to(torch.int32)
 
@@ -217,20 +221,14 @@ def grouped(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activation: A
         return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends_e)
 
     inner = [times(x_rd, weight) for weight in weights[:-1]]
-    return times(_activated(inner, activation), weights[-1])
+    return times(activate(*inner), weights[-1])
 
 
-def one_by_one(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activation: Activation) -> Tensor:
+def one_by_one(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activate: Activate) -> Tensor:
     """One expert after the other."""
     parts = x_rd.split(on_host(tokens_e, x_rd.shape[0]))
     experts = zip(parts, *(weight.unbind(0) for weight in weights), strict=True)
-    inner = ((_activated([F.linear(x, w) for w in own[:-1]], activation), own[-1]) for x, *own in experts)
-    return torch.cat([F.linear(y, down) for y, down in inner])
-
-
-def _activated(inner: list[Tensor], activation: Activation) -> Tensor:
-    """activation(gate) * up of two, activation(up) of one."""
-    return activation(inner[0]) * inner[1] if len(inner) == 2 else activation(inner[0])
+    return torch.cat([F.linear(activate(*(F.linear(x, w) for w in own[:-1])), own[-1]) for x, *own in experts])
 
 
 AtExperts = Callable[[Experts, Tensor, Tensor], Tensor]

@@ -257,6 +257,11 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             np.full(len(lay), model.mask == "prefix"),
         ),
         (
+            "sliding_window",
+            "context parallelism does not know sliding windows",
+            (lay.cp > 1) & (model.sliding_window is not None),
+        ),
+        (
             "zero3_pipeline",
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
