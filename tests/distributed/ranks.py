@@ -37,7 +37,10 @@ MODELS = {
     ),
     "qk-norm": Model(
         layers=4, hidden=32, heads=4, kv_heads=2, head_dim=12, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
-        qk_norm=True, sliding_window=3, activation="relu2",
+        qk_norm=True, activation="relu2",
+    ),
+    "window": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN, sliding_window=3,
     ),
     "latent": Model(
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,

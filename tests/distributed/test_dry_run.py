@@ -55,7 +55,8 @@ def chosen() -> list[Case]:
     )
     return [
         *(case for case in CASES if case.layout in alone and not case.masked),
-        *(case for case in CASES if case.model != "llama" and "vpp" not in case.layout),
+        # What masked attention keeps is its kernel's choice: no formula here.
+        *(case for case in CASES if case.model not in ("llama", "window") and "vpp" not in case.layout),
         *(case for case in CASES if "recompute" in case.layout or "pp=4" in case.layout),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=2,zero=2,micro_batch=2", dtype="bfloat16"),
@@ -79,6 +80,15 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     copies = 3 + (2 if model.gated else 1) if tp == 1 and compute < stream else 2
     inputs = copies * tokens * model.hidden * compute
     attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + max(4, compute) * model.heads)
+    if model.qk_norm:
+        # Each head's norm keeps its input, the normalised input and a statistic, and gives rotation its output.
+        attention += tokens / tp * compute * (model.heads + model.kv_heads) * (2 * model.head_dim + 1)
+    if model.mla is not None:
+        # Padded values and output are as wide as keys; cut back, the output is copied for its projection. A latent is
+        # kept before and after its norm, and normalised with a statistic; the rotary key lies beside one of them.
+        query, key_value = model.mla.q_lora_rank, model.mla.kv_lora_rank
+        attention += tokens / tp * compute * model.heads * model.mla.v_head_dim
+        attention += tokens * compute * (3 * query + 1 + 3 * key_value + 1 + model.mla.qk_rope_head_dim)
     return norms + inputs + attention + tokens / tp * model.ffn_hidden * compute * (4 if model.gated else 2)
 
 

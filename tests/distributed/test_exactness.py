@@ -41,6 +41,7 @@ def table() -> list[Case]:
         Case("qk-norm", "tp=2,micro_batch=4"),
         Case("qk-norm", "tp=2,dp=2,zero=2,micro_batch=2"),
         Case("qk-norm", "tp=2,pp=2,sp=true,micro_batch=2,recompute=full"),
+        Case("window", "tp=2,pp=2,sp=true,micro_batch=2"),
         Case("latent", "tp=2,micro_batch=4"),
         Case("latent", "tp=2,dp=2,zero=3,micro_batch=2"),
         Case("latent", "tp=2,pp=2,sp=true,micro_batch=2"),

@@ -7,7 +7,7 @@ One rank stands for each class: the first, a middle and the last pipeline rank. 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from bloomery.perf.precision import precision_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.parameters import attention_parameters
 from bloomery.spec.shard_table import collectives
 
 EXACT, CLOSE = 0.0, 0.01
@@ -190,15 +191,22 @@ def _totals(executed: Counter[Message], planned: Counter[Message]) -> tuple[Mess
 def rank_flops(case: Case, account: RankAccount) -> float:
     """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage.
 
-    The engine's recomputation stops before a layer's last product, whose result nothing needs.
+    The engine's recomputation stops before a layer's last product, whose result nothing needs. Its masks skip nothing,
+    so a sliding window saves nothing; values of latent attention are padded to the width of keys, and projections down
+    to latents are the same on every tensor-parallel rank.
     """
-    forward = forward_flops(case.model, case.seq_len)
+    model, tp = case.model.model_copy(update={"sliding_window": None}), int(case.lay.tp[0])
+    forward = forward_flops(model, case.seq_len)
+    alike = sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix" and p.tp_partial)
+    padded = case.seq_len * (model.query_width - model.output_width)
+    more = 2.0 * case.seq_len * model.layers * ((tp - 1) * alike + padded)
+    forward = replace(forward, projections=forward.projections + more)
     down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
     again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
     share = account.layers / case.model.layers * (3 * forward.layers + again)
     head = 3 * forward.head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
     sequences = account.micro_batches * int(case.lay.micro_batch[0])
-    return float(sequences * (share + head) / case.lay.tp[0])
+    return float(sequences * (share + head) / tp)
 
 
 def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:

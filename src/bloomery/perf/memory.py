@@ -145,16 +145,19 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
 def _attention_widths(case: Case) -> Any:
     """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
 
-    Our engine pads the values of latent attention; its RMSNorm keeps a normalised input beside the input.
+    Our engine pads the values of latent attention, and so what attention gives back; its RMSNorm keeps a normalised
+    input and one figure beside the input.
     """
-    model, inside = case.model, case.tokens / case.lay.tp
-    if model.mla is not None:
-        latents = case.tokens * (2 * (model.mla.q_lora_rank + model.mla.kv_lora_rank) + model.rotary_width)
-        values = model.kv_width if case.stack.eager else model.value_width
-        return latents + inside * (model.query_width + model.kv_width + values + model.output_width)
-    normed = model.query_width + model.kv_width if model.qk_norm else 0
-    normed = normed * (2 if case.stack.eager else 1)
-    return inside * (2 * model.query_width + 2 * model.kv_width + normed)
+    model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
+    if mla is not None:
+        query, key_value = mla.q_lora_rank, mla.kv_lora_rank
+        norms = (query + 1 if query else 0) + key_value + 1 if eager else 0
+        latents = case.tokens * (2 * (query + key_value) + model.rotary_width + norms)
+        heads = 4 * model.query_width if eager else model.query_width + model.kv_width + model.value_width
+        return latents + inside * (heads + model.output_width)
+    width = model.query_width + model.kv_width
+    norms = (2 * width + model.heads + model.kv_heads if eager else width) if model.qk_norm else 0
+    return inside * (2 * width + norms)
 
 
 def _outer_bytes(case: Case) -> Any:
