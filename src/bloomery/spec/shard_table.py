@@ -328,8 +328,8 @@ def router_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gra
     step (with it they are among `norm_collectives`)."""
     rows = _Rows()
     routers = [p for p in layer_parameters(model, model.layers - 1) if p.partial_over_tp(False)]
-    partial = (lay.tp > 1) & (lay.sequence_parallel == 0) & (np.asarray(shape.moe_layers) > 0)
-    if routers and np.any(partial):
+    if routers:
+        partial = (lay.tp > 1) & (lay.sequence_parallel == 0) & (np.asarray(shape.moe_layers) > 0)
         cut = np.where(lay.zero_stage >= 2, lay.dp, 1)
         each = _padded(routers, lay.tp, cut) // cut * shape.moe_layers * gradient_bytes
         rows.add("router_gradients", "tp", "all_reduce", "step", partial, each)
