@@ -19,7 +19,7 @@ import numpy as np
 
 from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.run import Optimizer
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
@@ -38,12 +38,29 @@ MODELS = {
     ),
     "qk-norm": Model(
         layers=4, hidden=32, heads=4, kv_heads=2, head_dim=12, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
-        qk_norm=True, sliding_window=3, activation="relu2",
+        qk_norm=True, activation="relu2",
+    ),
+    "window": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN, sliding_window=3,
     ),
     "latent": Model(
         layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
         mla=LatentAttention(
             q_lora_rank=10, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6
+        ),
+    ),
+    "mixtral": Model(
+        layers=4, hidden=32, heads=4, kv_heads=2, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        moe=MixtureOfExperts(
+            experts=8, top_k=2, expert_ffn_hidden=16, aux_loss_coefficient=0.1, z_loss_coefficient=0.01
+        ),
+    ),
+    "deepseek": Model(
+        layers=4, hidden=32, heads=4, ffn_hidden=64, vocab=VOCAB, max_seq_len=SEQ_LEN,
+        moe=MixtureOfExperts(
+            experts=8, top_k=3, expert_ffn_hidden=16, shared_experts=2, first_dense_layers=1, scoring="sigmoid",
+            groups=4, top_groups=2, group_score="two_best", routed_scaling_factor=2.5,
+            balancing="bias", bias_update_rate=0.1,
         ),
     ),
 }  # fmt: skip
@@ -63,14 +80,16 @@ class Case:
     dtype: str = "float64"
     mask: Literal["causal", "prefix", "documents", "both"] = "causal"
     optimizer: str = "adamw"
+    balanced: bool = False
+    """Experts are taken in turns instead of chosen, so that every one gets as many tokens as any other."""
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         mask = "" if self.mask == "causal" else f"-{self.mask}"
-        masked = "-masked" if self.masked else ""
-        return f"{self.model}-{layout}{masked}{mask}-{self.optimizer}-{self.dtype}"
+        marks = ("-masked" if self.masked else "") + ("-balanced" if self.balanced else "")
+        return f"{self.model}-{layout}{marks}{mask}-{self.optimizer}-{self.dtype}"
 
     @property
     def structure(self) -> Model:
@@ -128,6 +147,8 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
+        if case.balanced:
+            take_turns(engine)
         optimizer = build_optimizers(engine, OPTIMIZERS[case.optimizer])
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
@@ -166,6 +187,22 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         meshes.stop(mesh)
 
 
+def take_turns(engine: Any) -> None:
+    """Every router of the engine: the first token to the first experts, the next one to the next, and round again."""
+    import torch
+
+    from bloomery.parallel.expert import mixtures
+
+    for mixture in mixtures(engine.stages.values()):
+        moe = mixture.router.moe
+
+        def choose(scores_bse: torch.Tensor, experts: int = moe.experts, k: int = moe.top_k) -> torch.Tensor:
+            turns = torch.arange(scores_bse.shape[0] * scores_bse.shape[1] * k)
+            return (turns % experts).view(*scores_bse.shape[:2], k)
+
+        mixture.router.choose = choose
+
+
 def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Counter[tuple[str, str, int]]:
     """What the shard table says this rank sends in one step: (axis, op, bytes) and how often."""
     from bloomery.spec.shard_table import collectives
@@ -186,7 +223,7 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
     """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
     lies on the pipeline's axis, and of two ranks it is its group."""
-    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp, "ep": layout.ep}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
     for (name, op, size), count in counted.items():

@@ -7,7 +7,7 @@ One rank stands for each class: the first, a middle and the last pipeline rank. 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from bloomery.perf.precision import precision_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.parameters import attention_parameters
 from bloomery.spec.shard_table import collectives
 
 EXACT, CLOSE = 0.0, 0.01
@@ -170,7 +171,7 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
     """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
     lies on the pipeline's axis, and of two ranks it is its group."""
-    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
+    sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp, "ep": layout.ep}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     answer = Counter[Message]()
     for (name, op, size), count in counted.items():
@@ -193,24 +194,35 @@ def _totals(executed: Counter[Message], planned: Counter[Message]) -> tuple[Mess
 def rank_flops(case: Case, account: RankAccount) -> float:
     """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage.
 
-    The engine's recomputation stops before a layer's last product, whose result nothing needs.
+    The engine's recomputation stops before a layer's last product, whose result nothing needs. Its masks skip nothing,
+    so a sliding window saves nothing; values of latent attention are padded to the width of keys, and projections down
+    to latents are the same on every tensor-parallel rank.
     """
-    forward = forward_flops(case.model, case.seq_len)
-    skipped = forward.attention * (1 - context_attention_share(case.model, int(case.lay.cp[0])))
-    forward = replace(forward, attention=forward.attention - skipped)
-    down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
-    again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
-    share = account.layers / case.model.layers * (3 * forward.layers + again)
-    head = 3 * forward.head * case.ranks(np.array([account.pipeline_rank])).last[0]
-    sequences = account.micro_batches * int(case.lay.micro_batch[0])
-    return float(sequences * (share + head) / (case.lay.tp[0] * case.lay.cp[0]))
+    model, lay = case.model.model_copy(update={"sliding_window": None}), case.lay
+    tp, cp, full = int(lay.tp[0]), int(lay.cp[0]), lay.recompute[0] == FULL
+    ranks = case.ranks(np.array([account.pipeline_rank]))
+    alike = sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix" and p.tp_partial)
+    padded = model.query_width - model.output_width
+    more = 2.0 * case.seq_len * ((tp - 1) * alike + padded)
+    total = 0.0
+    for layers, moe in ((ranks.dense_layers[0], None), (ranks.moe_layers[0], model.moe)):
+        one = model.model_copy(update={"layers": 1, "moe": moe and moe.model_copy(update={"first_dense_layers": 0})})
+        forward = forward_flops(one, case.seq_len)
+        skipped = forward.attention * (1 - context_attention_share(model, cp))
+        # Every tensor-parallel rank routes all tokens.
+        layer = (forward.layers - skipped + more - forward.router) / tp + forward.router
+        width = model.ffn_hidden if moe is None else moe.shared_experts * moe.expert_ffn_hidden
+        down = 2 * case.seq_len * model.hidden * width / tp
+        total += layers * (3 * layer + (layer - down if full else 0.0))
+    head = 3 * forward_flops(model, case.seq_len).head * ranks.last[0]
+    return float(account.micro_batches * int(lay.micro_batch[0]) * (total + head / tp) / cp)
 
 
 def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:
     """Everything but messages. `held_layers`: layers x micro-batches in flight at the peak, from the schedule."""
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
-    dense, _ = parameters_on(case, ranks)
+    held = sum(float(part[0]) for part in parameters_on(case, ranks))
     one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
     recompute = case.lay.recompute[0]
     kept = account.layer_activation_bytes / account.layers
@@ -219,7 +231,7 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
     found = [
-        Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
+        Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
         Line("gradients at the peak", "bytes", gradients, memory["gradients"], state),
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bloomery.evaluate import expert_configs as experts
 from bloomery.evaluate.rope_parameters import rope_of, rope_parameters_of
 from bloomery.model.names import Family
 from bloomery.spec.errors import InputError, nearest_match
@@ -63,7 +64,9 @@ def family_of(model: Model) -> Family:
     if model.norm == "layernorm" or model.position == "learned":
         return "gpt2"
     if model.mla is not None:
-        return "deepseek_v3"
+        return "deepseek_v2" if model.moe is not None and model.moe.scoring == "softmax" else "deepseek_v3"
+    if model.moe is not None:
+        return "qwen3_moe" if model.qk_norm else "mixtral"
     if model.qk_norm:
         return "qwen3"
     if model.qkv_bias:
@@ -81,16 +84,40 @@ def config_of(model: Model) -> tuple[Family, Values]:
     values = model.model_dump()
     config = {theirs: values[ours] for ours, theirs in architecture.keys.items()}
     config = {"architectures": [architecture.class_name], "model_type": family, **config, **architecture.fixed}
-    config |= architecture.write(model) | {"torch_dtype": "float32", "use_cache": True}
-    again = model_of(config, model.name, "config.json").model_dump()
-    lost = [name for name in values if values[name] != again[name] and name != "source"]
+    config |= {**architecture.write(model), "torch_dtype": "float32", "use_cache": True}
+    again = model_of(config, model.name, "config.json")
+    lost = _differences(_structure(model), _structure(again))
     if lost:
         raise InputError(
             f"no Hugging Face family has this structure; {architecture.class_name}, the nearest, cannot say",
             where="model",
-            found=", ".join(f"{name}: {values[name]}" for name in lost),
+            found=", ".join(lost),
         )
     return family, config
+
+
+def _structure(model: Model) -> Values:
+    """What decides the logits, and which tensors there are: not how weights start or a router learns, nor a name."""
+    values = model.model_dump(exclude={"name", "source", "init"})
+    if model.moe is not None:
+        if not model.moe.first_dense_layers:
+            del values["ffn_hidden"]
+        learning = {"balancing", "aux_loss_coefficient", "bias_update_rate", "z_loss_coefficient"}
+        moe = {key: value for key, value in values["moe"].items() if key not in learning}
+        values["moe"] = {**moe, "balancing by bias": model.moe.balancing == "bias"}
+    return values
+
+
+def _differences(asked: Values, said: Values) -> list[str]:
+    """`key: value` of what was asked and not said."""
+    lost = list[str]()
+    for key, value in asked.items():
+        other = said.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            lost += [f"{key}.{line}" for line in _differences(value, other)]
+        elif value != other:
+            lost.append(f"{key}: {value}")
+    return lost
 
 
 def model_of(config: Config, name: str, where: str) -> Model:
@@ -114,13 +141,12 @@ def family_in(config: Config, where: str) -> Family:
     return names[found]
 
 
-def _window(config: Config, where: str) -> int | None:
-    """Sliding window of every layer. Raises InputError where only some layers have one."""
+def _window(config: Config, where: str, first: int = 0) -> int | None:
+    """Sliding window of every layer (from layer `first` on). Raises InputError where only some layers have one."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is None or window >= config.get("max_position_embeddings", window + 1):
         return None
     layers = config.get("num_hidden_layers") or 0
-    first = config.get("max_window_layers", 0) if "use_sliding_window" in config else 0
     default = ["full_attention"] * first + ["sliding_attention"] * max(0, layers - first)
     kinds = set((config.get("layer_types") or default)[:layers])
     if kinds == {"full_attention"}:
@@ -150,11 +176,12 @@ def _to_mistral(model: Model) -> Values:
 
 
 def _qwen2(config: Config, where: str) -> Values:
-    return {"qkv_bias": True, **_mistral(config, where)}
+    window = _window(config, where, config["max_window_layers"])
+    return {"qkv_bias": True, "sliding_window": window, **rope_of(config, where)}
 
 
 def _qwen3(config: Config, where: str) -> Values:
-    return {"qk_norm": True, **_mistral(config, where)}
+    return {**_qwen2(config, where), "qkv_bias": False, "qk_norm": True}
 
 
 def _to_qwen(model: Model) -> Values:
@@ -176,20 +203,53 @@ def _to_gpt2(model: Model) -> Values:
     return {"activation_function": _ACTIVATIONS.get(model.activation, model.activation)}
 
 
-def _deepseek(config: Config, where: str) -> Values:
+def _mixtral(config: Config, where: str) -> Values:
+    return {**_mistral(config, where), "moe": experts.mixtral(config)}
+
+
+def _to_mixtral(model: Model) -> Values:
+    assert model.moe is not None
+    return {**_to_mistral(model), **experts.to_mixtral(model.moe)}
+
+
+def _qwen3_moe(config: Config, where: str) -> Values:
+    return {"qk_norm": True, **_mistral(config, where), "moe": experts.qwen3_moe(config, where)}
+
+
+def _to_qwen3_moe(model: Model) -> Values:
+    assert model.moe is not None
+    windowed = {"use_sliding_window": model.sliding_window is not None}
+    return {**windowed, **_to_mistral(model), **experts.to_qwen3_moe(model.moe)}
+
+
+def _deepseek(config: Config, where: str, moe: Values) -> Values:
     mla = {key: config.get(key) for key in _MLA_KEYS if config.get(key) is not None}
-    return {"mla": mla, **rope_of(config, where)}
+    routed = moe["first_dense_layers"] < config["num_hidden_layers"]
+    return {"mla": mla, "moe": moe if routed else None, **rope_of(config, where)}
+
+
+def _deepseek_v2(config: Config, where: str) -> Values:
+    return _deepseek(config, where, experts.deepseek_v2(config, where))
+
+
+def _deepseek_v3(config: Config, where: str) -> Values:
+    return _deepseek(config, where, experts.deepseek_v3(config))
 
 
 def _to_deepseek(model: Model) -> Values:
     assert model.mla is not None
     mla = {key: getattr(model.mla, key) for key in _MLA_KEYS}
-    return {**mla, "q_lora_rank": model.mla.q_lora_rank or None, **rope_parameters_of(model)}
+    moe: Values = {"first_k_dense_replace": model.layers}
+    if model.moe is not None:
+        write = experts.to_deepseek_v2 if model.moe.scoring == "softmax" else experts.to_deepseek_v3
+        moe = write(model.moe)
+    return {**mla, "q_lora_rank": model.mla.q_lora_rank or None, **moe, **rope_parameters_of(model)}
 
 
 _DEEPSEEK_KEYS = {ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"}
 _DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6}
 """The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms."""
+_QWEN_DEFAULT = {"rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 ARCHITECTURES: dict[Family, Architecture] = {
     "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default={"rms_norm_eps": 1e-6}),
@@ -201,14 +261,20 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _qwen2,
         _to_qwen,
         fixed=_SILU,
-        default={"rms_norm_eps": 1e-6, "use_sliding_window": False, "max_window_layers": 28},
+        default=_QWEN_DEFAULT,
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         _qwen3,
         _to_qwen,
         fixed={**_SILU, "attention_bias": False},
-        default={"rms_norm_eps": 1e-6, "head_dim": 128, "use_sliding_window": False, "max_window_layers": 28},
+        default={
+            "rms_norm_eps": 1e-6,
+            "head_dim": 128,
+            "use_sliding_window": False,
+            "max_window_layers": 28,
+            "sliding_window": 4096,
+        },
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -222,11 +288,28 @@ ARCHITECTURES: dict[Family, Architecture] = {
         },
         default={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
     ),
+    "mixtral": Architecture("MixtralForCausalLM", _mixtral, _to_mixtral, fixed=_SILU),
+    "qwen3_moe": Architecture(
+        "Qwen3MoeForCausalLM",
+        _qwen3_moe,
+        _to_qwen3_moe,
+        fixed={**_SILU, "attention_bias": False},
+        default={"rms_norm_eps": 1e-6, "use_sliding_window": False},
+    ),
+    "deepseek_v2": Architecture(
+        "DeepseekV2ForCausalLM",
+        _deepseek_v2,
+        _to_deepseek,
+        keys=_DEEPSEEK_KEYS,
+        fixed={**_DEEPSEEK_FIXED, "mlp_bias": False, "norm_topk_prob": False},
+        default={"first_k_dense_replace": 0},
+    ),
     "deepseek_v3": Architecture(
         "DeepseekV3ForCausalLM",
-        _deepseek,
+        _deepseek_v3,
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
         fixed={**_DEEPSEEK_FIXED, "rope_interleave": True},
+        default={"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
     ),
 }

@@ -56,14 +56,13 @@ class Attention(nn.Module):
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden). With `past`, keys and values of earlier positions are read too and these join."""
-        q_bhsk, k_bhsk, v_bhsk = (self._heads(project(x_bsd)) for project in (self.q, self.k, self.v))
+        q_bshk, k_bshk, v_bshk = (p(x_bsd).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
         if self.qk_norm:
-            q_bhsk, k_bhsk = self.q_norm(q_bhsk), self.k_norm(k_bhsk)
+            # Before heads change places with positions: a norm of the view would keep a copy of it besides.
+            q_bshk, k_bshk = self.q_norm(q_bshk), self.k_norm(k_bshk)
+        q_bhsk, k_bhsk, v_bhsk = (x_bshk.transpose(1, 2) for x_bshk in (q_bshk, k_bshk, v_bshk))
         q_bhsk, k_bhsk = view.rotated(q_bhsk), view.rotated(k_bhsk)
         if past is not None:
             k_bhsk, v_bhsk = past.extend(k_bhsk, v_bhsk)
         y_bhsk = self.attend(q_bhsk, k_bhsk, v_bhsk, view)
         return self.o(y_bhsk.transpose(1, 2).flatten(2))
-
-    def _heads(self, x_bsd: Tensor) -> Tensor:
-        return x_bsd.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -36,12 +36,12 @@ class FeedForward(nn.Module):
     `activate` may be replaced from outside by what keeps less.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, width: int) -> None:
         super().__init__()
         if model.gated:
-            self.gate = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.up = nn.Linear(model.hidden, model.ffn_hidden, bias=model.bias)
-        self.down: nn.Module = nn.Linear(model.ffn_hidden, model.hidden, bias=model.bias)
+            self.gate = nn.Linear(model.hidden, width, bias=model.bias)
+        self.up = nn.Linear(model.hidden, width, bias=model.bias)
+        self.down: nn.Module = nn.Linear(width, model.hidden, bias=model.bias)
         self.gated = model.gated
         self.activate = ACTIVATIONS[model.activation]
 

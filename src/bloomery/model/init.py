@@ -10,20 +10,38 @@ small beside the stream at any width. Norms start at one, biases at zero.
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter
-from bloomery.spec.shard_table import Shard
+from bloomery.spec.shard_table import Shard, tensor_shard
 
 STANDARD_DEVIATION = 0.02
 
 
 def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dtype) -> Tensor:
     """The whole initial tensor of one parameter, on CPU."""
-    if parameter.kind == "bias" or (parameter.kind == "norm" and parameter.name.endswith(".bias")):
+    return initial_rectangle(model, parameter, tensor_shard(parameter, 1, 0), seed, dtype)
+
+
+def initial_rectangle(model: Model, parameter: Parameter, shard: Shard, seed: int, dtype: torch.dtype) -> Tensor:
+    """The part of the initial tensor that a shard holds. Each expert is drawn by itself: all would not fit a rank."""
+    if not parameter.expert:
+        return rectangle(_drawn(model, parameter, parameter.name, seed, dtype), shard)
+    one = replace(parameter, shape=parameter.shape[1:])
+    inner = Shard(shard.name, one.shape, shard.shape[1:], shard.offsets[1:])
+    mine = range(shard.offsets[0], shard.offsets[0] + shard.shape[0])
+    return torch.stack(
+        [rectangle(_drawn(model, one, f"{parameter.name}:{expert}", seed, dtype), inner) for expert in mine]
+    )
+
+
+def _drawn(model: Model, parameter: Parameter, name: str, seed: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of the parameter's shape and kind, random numbers by `name`."""
+    if parameter.kind in ("bias", "buffer") or (parameter.kind == "norm" and parameter.name.endswith(".bias")):
         return torch.zeros(parameter.shape, dtype=dtype)
     if parameter.kind == "norm":
         return torch.ones(parameter.shape, dtype=dtype)
@@ -32,7 +50,7 @@ def initial_value(model: Model, parameter: Parameter, seed: int, dtype: torch.dt
     if unit and (writes_residual or parameter.name == "head.weight"):
         return torch.zeros(parameter.shape, dtype=dtype)
     # PyTorch's CPU generator reads 32 bits of the seed: run and name are hashed into them together.
-    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{parameter.name}".encode()))
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     deviation = STANDARD_DEVIATION / (2 * model.layers) ** 0.5 if writes_residual else STANDARD_DEVIATION
     if unit and parameter.name == "embedding.weight":
         deviation = 1.0

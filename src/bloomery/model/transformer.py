@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bloomery.model.attention import Attention, KeyValues
-from bloomery.model.feed_forward import FeedForward
 from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
+from bloomery.model.mixture import feed_forward
 from bloomery.model.rotary import rotary_tables
 from bloomery.model.view import View
-from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
 
@@ -31,11 +30,11 @@ def norm(model: Model) -> nn.Module:
 class Layer(nn.Module):
     """Pre-norm residual layer: x + attention(norm x), then x + ffn(norm x)."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, layer: int) -> None:
         super().__init__()
         attention = Attention if model.mla is None else LatentAttention
         self.attention_norm, self.attention = norm(model), attention(model)
-        self.ffn_norm, self.ffn = norm(model), FeedForward(model)
+        self.ffn_norm, self.ffn = norm(model), feed_forward(model, layer)
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden)."""
@@ -57,8 +56,6 @@ class Transformer(nn.Module):
 
     def __init__(self, model: Model, layers: range | None = None) -> None:
         super().__init__()
-        if model.moe is not None:
-            raise InputError("mixture-of-experts models can be planned but not trained yet", where="model.moe")
         layers = range(model.layers) if layers is None else layers
         first, last = layers.start == 0, layers.stop == model.layers
         self.model = model
@@ -67,7 +64,7 @@ class Transformer(nn.Module):
         self.embedding: nn.Module | None = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.position == "learned"
         self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
-        self.layers = nn.ModuleDict({str(layer): Layer(model) for layer in layers})
+        self.layers = nn.ModuleDict({str(layer): Layer(model, layer) for layer in layers})
         self.norm = norm(model) if last else None
         self.head = Head(model.hidden, model.vocab) if last else None
         if self.head is not None and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:

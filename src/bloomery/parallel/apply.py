@@ -4,8 +4,9 @@
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
    Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
+   Mixtures send their tokens to the ranks that hold the experts.
 3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
-4. Full recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated;
+4. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
    selective wraps single operators of finished layers.
 5. FSDP wraps layers last: it gathers exactly what the layer computes with.
 6. The pipeline schedule (in `engine.build`) drives finished stages.
@@ -16,19 +17,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bloomery.model.init import initial_value, rectangle
+from bloomery.model.init import initial_rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
+from bloomery.parallel.expert import send_to_experts
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters, owning_name
-from bloomery.spec.shard_table import tensor_shard
 
 
 def lay_out(
@@ -57,6 +58,8 @@ def lay_out(
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
+        if layout.ep > 1:
+            send_to_experts(stage, mesh, measure)
         if compiled:
             compile_layers(stage)
         if layout.recompute == "full":
@@ -85,11 +88,10 @@ def fill(
     Raises KeyError when a module's parameter is not in the table: nothing is skipped silently.
     """
     for module_name, module in stage.named_modules():
-        for own, _ in list(module.named_parameters(recurse=False)):
+        for own, empty in list(module.named_parameters(recurse=False)):
             name = owning_name(model, f"{module_name}.{own}")
             if name not in filled:
-                parameter = table[name]
-                whole = initial_value(model, parameter, seed, dtype)
-                local = rectangle(whole, tensor_shard(parameter, mesh.layout.tp, mesh.tp_rank))
-                filled[name] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
+                local = initial_rectangle(model, table[name], mesh.shard(table[name]), seed, dtype)
+                local = local.to(mesh.device, copy=True).contiguous()
+                filled[name] = nn.Parameter(local, requires_grad=empty.requires_grad)
             setattr(module, own, filled[name])

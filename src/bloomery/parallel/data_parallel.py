@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import Shard
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
+from bloomery.parallel.expert import expert_parameters, mixtures
 from bloomery.parallel.mesh import Mesh
 
 
@@ -59,13 +61,26 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
 
     With replicas each rank's cut gradients are also summed over them, booked like the rest: on a two-dimensional mesh
-    FSDP would send that message itself, unbooked.
+    FSDP would send that message itself, unbooked. Experts are cut in dimension 1, their rows. Where they lie on several
+    ranks they are wrapped by themselves, over the ranks that hold the same ones, or left alone where there is no other.
     """
     assert mesh.device_mesh is not None
-    axis = mesh.device_mesh["dp"]
+    axis, free = mesh.device_mesh["dp"], mesh.layout.zero_stage == 3
+    experts, alone = expert_parameters(stage), set[torch.nn.Parameter]()
+
+    def cut(parameter: torch.nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter in experts else None
+
+    if mesh.expert_mesh is not None and mesh.layout.dp == mesh.layout.ep:
+        alone = experts
+    elif mesh.expert_mesh is not None:
+        for mixture in mixtures([stage]):
+            fully_shard(
+                mixture.experts, mesh=mesh.expert_mesh["edp"], reshard_after_forward=free, shard_placement_fn=cut
+            )
     for layer in stage.blocks():
-        fully_shard(layer, mesh=axis, reshard_after_forward=mesh.layout.zero_stage == 3)
-    fully_shard(stage, mesh=axis, reshard_after_forward=False)
+        fully_shard(layer, mesh=axis, reshard_after_forward=free, shard_placement_fn=cut, ignored_params=alone)
+    fully_shard(stage, mesh=axis, reshard_after_forward=False, ignored_params=alone)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -103,16 +118,21 @@ def whole_gradient_bytes(stage: Transformer) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 
-def units(stages: Sequence[Transformer]) -> list[list[torch.nn.Parameter]]:
-    """Parameters of each layer, and of each stage those outside its layers: what one message carries. A parameter that
-    two stages share is in one unit."""
-    answer: list[list[torch.nn.Parameter]] = []
+def units(stages: Sequence[Transformer], *, experts_apart: bool) -> list[tuple[str, list[torch.nn.Parameter]]]:
+    """Parameters of each layer, and of each stage those outside its layers: what one message carries, with its axis.
+    A parameter that two stages share is in one unit.
+
+    `experts_apart`: ranks hold different experts, whose parameters are a unit of their own over the edp axis.
+    """
+    experts = {p for stage in stages for p in expert_parameters(stage)} if experts_apart else set()
+    answer: list[tuple[str, list[torch.nn.Parameter]]] = []
     seen: set[int] = set()
     for module in [module for stage in stages for module in (*stage.blocks(), stage)]:
         unit = [parameter for parameter in module.parameters() if id(parameter) not in seen]
         seen.update(id(parameter) for parameter in unit)
-        answer += [unit] if unit else []
-    return answer
+        answer.append(("dp", [parameter for parameter in unit if parameter not in experts]))
+        answer.append(("edp", [parameter for parameter in unit if parameter in experts]))
+    return [unit for unit in answer if unit[1]]
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

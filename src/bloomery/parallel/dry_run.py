@@ -82,7 +82,8 @@ def dry_run(
     ranges = stages_of(model, layout)
     layers = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank))
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
-    stage_depths = [0] if layers <= WHOLE_STAGE else [1, 2]
+    dense = _dense_layers(model, layout, pipeline_rank)
+    stage_depths = [0] if layers <= max(WHOLE_STAGE, dense + 2) else [dense + 1, dense + 2]
     least = least_micro_batches(layout)
     step_lengths = [least, least + 1]
     if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
@@ -115,9 +116,21 @@ def least_micro_batches(layout: Layout) -> int:
 
 
 def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
-    """The same model and layout with `depth` layers in every stage."""
-    cut = model.model_copy(update={"layers": depth * layout.n_stages})
+    """The same model and layout with `depth` layers in every stage, dense ones before experts in the first alone."""
+    changes: dict[str, Any] = {"layers": depth * layout.n_stages}
+    if model.moe is not None:
+        dense = min(model.moe.first_dense_layers, depth)
+        changes["moe"] = model.moe.model_copy(update={"first_dense_layers": dense})
+    cut = model.model_copy(update=changes)
     return cut, layout.model_copy(update={"stage_layers": None})
+
+
+def _dense_layers(model: Model, layout: Layout, pipeline_rank: int) -> int:
+    """Layers without experts on a rank of a model that has layers of both kinds; these are no part of the line."""
+    if model.moe is None:
+        return 0
+    held = [layer for stage in stages_of(model, layout)[pipeline_rank :: layout.pp] for layer in stage]
+    return sum(not model.is_routed(layer) for layer in held)
 
 
 def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
@@ -130,6 +143,9 @@ def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> 
 
     if layout.recompute == "none":
         return 0
+    if model.moe is not None:
+        routed = model.moe.model_copy(update={"first_dense_layers": 0})
+        model = model.model_copy(update={"moe": routed})
     return kept("none") - (kept("selective") if layout.recompute == "selective" else 0)
 
 
@@ -189,7 +205,7 @@ def _step(
         gradients = sum(_bytes(p.grad) for p in engine.updated().values() if p.grad is not None)
         engine.update(optimizer)
         optimizer.zero_grad()
-    parameters = engine.parameters().values()
+    parameters = [parameter for parameter in engine.parameters().values() if parameter.requires_grad]
     moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),

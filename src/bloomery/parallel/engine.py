@@ -20,15 +20,16 @@ from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
+from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
-from bloomery.parallel.update_shards import UpdateShards, rows_of
+from bloomery.parallel.update_shards import UpdateShards
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name
-from bloomery.spec.shard_table import Shard, tensor_shard
+from bloomery.spec.shard_table import Shard
 
 
 class Votes(NamedTuple):
@@ -47,13 +48,18 @@ NO_VOTES = Votes()
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """What every rank agrees on after a step's backward, in one message. `groups`: norms by `spec.modules.GROUPS`."""
+    """What every rank agrees on after a step's backward, in one message. `groups`: norms by `spec.modules.GROUPS`.
+
+    Of mixtures of experts: `router_loss` (not in `loss`), and by how much the fullest expert exceeds the mean.
+    """
 
     loss: float
     grad_norm: float
     nonfinite: int
     votes: Votes
     groups: tuple[float, ...]
+    router_loss: float = 0.0
+    expert_imbalance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class Engine:
         self.n_targets = 1
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
+        self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
 
@@ -155,6 +162,8 @@ class Engine:
         """
         batch = self._own(batch)
         self.n_targets = batch.n_targets
+        for mixture in mixtures(self.stages.values()):
+            mixture.router.loss_share = 1 / (len(batch.tokens_bs) * self.layout.data_ranks * self.layout.tp)
         if self.schedule is None:
             return self._accumulate(batch)
         losses: list[Tensor] = []
@@ -185,16 +194,16 @@ class Engine:
 
     def reduce_gradients(self) -> None:
         """Sum what the backward pass left partial: what tp ranks hold alike, a tied embedding on both ends of a
-        pipeline, then whole data-parallel gradients."""
+        pipeline, then whole data-parallel gradients; and what the routers did."""
+        layout = self.layout
         if self.axis is not None:
-            every, table = self.layout.sequence_parallel, self.table
-            replicated = [
+            partial = [
                 _plain(parameter.grad)
                 for name, parameter in self.parameters().items()
-                if table[name].tp_dim is None and (every or table[name].tp_partial) and parameter.grad is not None
+                if self.table[name].partial_over_tp(layout.sequence_parallel) and parameter.grad is not None
             ]
-            if replicated:
-                sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+            if partial:
+                sum_flat(partial, self.mesh.group("tp"), self.measure, "tp_comm")
         if self._tied_apart and "embedding.weight" in self.parameters():
             gradient = self.parameters()["embedding.weight"].grad
             assert gradient is not None
@@ -202,15 +211,19 @@ class Engine:
                 dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
-        elif self.layout.data_ranks > 1 and self.layout.zero_stage == 0:
-            for unit in units(list(self.stages.values())):
+        elif layout.data_ranks > 1 and layout.zero_stage == 0:
+            for axis, unit in units(list(self.stages.values()), experts_apart=layout.ep > 1):
                 gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+                if axis == "dp" or layout.data_ranks > layout.ep:
+                    sum_flat(gradients, self.mesh.group(axis), self.measure, "dp_comm")
+        self.routed = summed_routing(self.stages.values(), self.mesh, self.measure)
 
     def update(self, optimizer: Steps) -> None:
         """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
         optimizer.step()
         self.gather_updated()
+        if self.routed is not None:
+            move_biases(self.stages.values(), self.routed, self.mesh)
 
     def gather_updated(self) -> None:
         """Bring together what each rank updated (or loaded) alone: under ZeRO 1 the rows of whole parameters."""
@@ -221,9 +234,10 @@ class Engine:
         """Loss, global gradient norm and `votes`, in one all-reduce over the world; `nonfinite` counts ranks with a
         non-finite loss or gradient."""
         loss, bad, *rest = self.summed_statistics(loss_part, votes).tolist()
-        counts, squares = rest[: len(Votes._fields)], rest[len(Votes._fields) :]
+        counts, rest = rest[: len(Votes._fields)], rest[len(Votes._fields) :]
+        squares, routing = rest[: len(GROUPS)], rest[len(GROUPS) :]
         groups = tuple(square**0.5 for square in squares)
-        return StepStatistics(loss, sum(squares) ** 0.5, int(bad), Votes(*map(int, counts)), groups)
+        return StepStatistics(loss, sum(squares) ** 0.5, int(bad), Votes(*map(int, counts)), groups, *routing)
 
     def square_norms(self) -> tuple[list[str], Tensor]:
         """Names of what this rank updates and its squared gradient norms, divided by how many ranks hold the same."""
@@ -243,15 +257,22 @@ class Engine:
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
         said = torch.tensor(votes, dtype=torch.float64, device=squares.device)
         vector = torch.cat((torch.stack((loss.to(squares.device), nonfinite)), said, groups))
+        if self.model.moe is not None:
+            routed, nothing = self.routed, torch.zeros_like(squares)
+            numbers = (nothing, nothing) if routed is None else (routed.loss, routed.imbalance)
+            vector = torch.cat((vector, torch.stack(numbers)))
         if self.mesh.world_size > 1:
             with self.measure("other"):
                 dist.all_reduce(vector)
         return vector
 
     def _replicas(self, name: str) -> int:
-        tp = self.layout.tp if self.table[name].tp_dim is None else 1
+        parameter, layout = self.table[name], self.layout
+        tp = layout.tp if parameter.tp_dim is None else 1
+        if parameter.expert and layout.ep > 1:
+            return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else 1)
         ends = 2 if self._tied_apart and name == "embedding.weight" else 1
-        return ends * tp * (self.layout.data_ranks if self.layout.zero_stage == 0 else self.layout.dp_replicas)
+        return ends * tp * (layout.data_ranks if layout.zero_stage == 0 else layout.dp_replicas)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
@@ -293,18 +314,31 @@ class Engine:
         """The rectangles of this rank: what a checkpoint writes and reads, for parameters and moments alike."""
         mesh, layout = self.mesh, self.layout
         for name, parameter in self.updated().items():
-            shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
-            owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
+            entry = self.table[name]
+            shard, owner = mesh.shard(entry), mesh.tp_rank == 0 or entry.tp_dim is not None
             if self._tied_apart and name == "embedding.weight":
                 owner = owner and 0 in self.stages
+            ranks, place, same = layout.shards, mesh.shard_rank, mesh.data_rank
+            if entry.expert and layout.ep > 1:
+                ranks, same = layout.data_ranks // layout.ep, mesh.data_rank // layout.ep
+                place = same
             if layout.zero_stage >= 1:
-                start, n = rows_of(shard.shape[0], layout.shards, mesh.shard_rank)
+                shard = _rows(shard, entry.data_dim, ranks, place)
                 owner = owner and mesh.replica == 0
-                offsets = (shard.offsets[0] + start, *shard.offsets[1:])
-                shard = Shard(name, shard.global_shape, (n, *shard.shape[1:]), offsets)
             else:
-                owner = owner and mesh.data_rank == 0
+                owner = owner and same == 0
             yield LocalShard(shard, parameter, owner)
+
+
+def _rows(shard: Shard, dim: int, ranks: int, rank: int) -> Shard:
+    """What one of `ranks` has of a rectangle that ZeRO cuts along `dim`."""
+    whole = shard.shape[dim]
+    rows = -(-whole // ranks)
+    start = min(rank * rows, whole)
+    shape, offsets = list(shard.shape), list(shard.offsets)
+    shape[dim] = min(rows, whole - start)
+    offsets[dim] += start
+    return Shard(shard.name, shard.global_shape, tuple(shape), tuple(offsets))
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -344,7 +378,7 @@ def build(
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
-        every_unit = units(list(stages.values()))
+        every_unit = [unit for _, unit in units(list(stages.values()), experts_apart=False)]
         engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)

@@ -2,7 +2,8 @@
 
 Order, outermost first: pp, dp, cp, tp; ranks of one tensor-parallel group are neighbours. The group called `dp`, as the
 axis of its messages, joins dp and cp: ranks that hold the same parameters and see other tokens. With replicas it is two
-axes: `replica`, and inside it `dp`, over whose ranks ZeRO cuts.
+axes: `replica`, and inside it `dp`, over whose ranks ZeRO cuts. Expert parallelism splits it into (edp, ep): ep
+consecutive ranks share out the experts, edp ranks have the same ones.
 """
 
 from __future__ import annotations
@@ -19,17 +20,23 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
+from bloomery.spec.parameters import Parameter
+from bloomery.spec.shard_table import Shard, tensor_shard
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place. `device_mesh` is None when the world is one process: then nothing is ever sent."""
+    """This rank's place. `device_mesh` is None when the world is one process: then nothing is ever sent.
+
+    `expert_mesh`: the same ranks with dp split into edp and ep, where experts lie on several ranks.
+    """
 
     layout: Layout
     device: torch.device
     rank: int
     device_mesh: DeviceMesh | None
     context_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     ends: dist.ProcessGroup | None = None
 
     @property
@@ -72,6 +79,24 @@ class Mesh:
         """Position on the pipeline axis."""
         return self.rank // (self.layout.tp * self.layout.data_ranks)
 
+    @property
+    def ep_rank(self) -> int:
+        """Position on the expert-parallel axis."""
+        return self.dp_rank % self.layout.ep
+
+    def shard(self, parameter: Parameter) -> Shard:
+        """This rank's rectangle of a parameter, before ZeRO."""
+        return tensor_shard(parameter, self.layout.tp, self.tp_rank, self.layout.ep, self.ep_rank)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that have a group."""
+        if self.device_mesh is None:
+            return ()
+        context = () if self.context_mesh is None else ("cp",)
+        experts = () if self.expert_mesh is None else ("edp", "ep")
+        return ("world", *(self.device_mesh.mesh_dim_names or ()), *context, *experts)
+
     def group(self, axis: str) -> dist.ProcessGroup:
         """The process group of one of `axes`, or `ends`: the first and the last pipeline rank, for them alone."""
         assert self.device_mesh is not None, "one process has no groups"
@@ -85,15 +110,10 @@ class Mesh:
         if axis == "cp":
             assert self.context_mesh is not None, "no context parallelism"
             return self.context_mesh.get_group()
+        if axis in ("edp", "ep"):
+            assert self.expert_mesh is not None, "no experts are cut"
+            return self.expert_mesh.get_group(axis)
         return self.device_mesh.get_group(axis)
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """The axes that have a group."""
-        if self.device_mesh is None:
-            return ()
-        context = () if self.context_mesh is None else ("cp",)
-        return ("world", *(self.device_mesh.mesh_dim_names or ()), *context)
 
 
 def start(layout: Layout, device: torch.device, init_method: str | None = None, timeout_s: float = 600.0) -> Mesh:
@@ -141,11 +161,13 @@ def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     if layout.dp_replicas == 1:
         del axes["replica"]
     device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    ends = _ends(layout, rank, device_mesh)
-    if layout.cp == 1:
-        return Mesh(layout, device, rank, device_mesh, ends=ends)
-    apart = device_mesh["dp"]._unflatten(0, (layout.shards // layout.cp, layout.cp), ("batch", "cp"))
-    return Mesh(layout, device, rank, device_mesh, apart["cp"], ends)
+    context_mesh = expert_mesh = None
+    if layout.cp > 1:
+        split = (layout.shards // layout.cp, layout.cp)
+        context_mesh = device_mesh["dp"]._unflatten(0, split, ("batch", "cp"))["cp"]
+    if layout.ep > 1:
+        expert_mesh = device_mesh._unflatten("dp", (layout.shards // layout.ep, layout.ep), ("edp", "ep"))
+    return Mesh(layout, device, rank, device_mesh, context_mesh, expert_mesh, _ends(layout, rank, device_mesh))
 
 
 def _ends(layout: Layout, rank: int, device_mesh: DeviceMesh) -> dist.ProcessGroup | None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from bloomery.model.feed_forward import FeedForward
 from bloomery.model.transformer import Transformer
 
 
@@ -41,7 +42,8 @@ def recompute_outputs(stage: Transformer) -> None:
     for layer in stage.blocks():
         for norm in (layer.attention_norm, layer.ffn_norm):
             norm.forward = partial(_normalised, norm.forward, norm)  # type: ignore[method-assign]
-        layer.ffn.activate = partial(made_again, layer.ffn.activate)
+        if isinstance(layer.ffn, FeedForward):
+            layer.ffn.activate = partial(made_again, layer.ffn.activate)
         layer.forward = partial(_keeping_recipes, layer.forward)  # type: ignore[method-assign]
 
 

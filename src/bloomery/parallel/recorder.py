@@ -21,9 +21,10 @@ _OPERATORS = {
     "allreduce_": ("all_reduce", 0),
     "_allgather_base_": ("all_gather", 0),
     "_reduce_scatter_base_": ("reduce_scatter", 1),
+    "alltoall_base_": ("all_to_all", 1),
     "send": ("send", 0),
 }
-"""c10d operator: our name, and which argument is the payload (gather: its output; reduce-scatter: its input)."""
+"""c10d operator: our name, and which argument is the payload (gather: output; reduce-scatter and all-to-all: input)."""
 
 _NOT_SENT = {"recv_", "recv_any_source_", "wait_tensor", "check_for_nan"}
 """The other end of a send, and what moves nothing. Any operator named nowhere here is counted under its own name."""

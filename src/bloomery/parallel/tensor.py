@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bloomery.model.mixture import Mixture
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
 from bloomery.parallel.recompute import made_again, narrowed
@@ -76,6 +77,9 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: 
 
     enter_layer = enter if keep_inputs or not axis.sequence_parallel else enter_again
 
+    def leave(_: nn.Module, inputs: Any, y_bsd: Tensor) -> Tensor:
+        return leave_block(y_bsd, axis)
+
     stage.sequence_cut = axis.size if axis.sequence_parallel else 1
     if stage.embedding is not None:
         stage.embedding = VocabularyEmbedding(stage.embedding, axis)
@@ -85,7 +89,11 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: 
         layer.attention.register_forward_pre_hook(enter_layer)
         layer.attention.o = RowLinear(layer.attention.o, axis)
         layer.ffn.register_forward_pre_hook(enter_layer)
-        layer.ffn.down = RowLinear(layer.ffn.down, axis)
+        if isinstance(layer.ffn, Mixture):
+            # Routed and shared experts make partial sums of one tensor, which leave together.
+            layer.ffn.register_forward_hook(leave)
+        else:
+            layer.ffn.down = RowLinear(layer.ffn.down, axis)
     if stage.head is not None:
         stage.head.register_forward_pre_hook(enter)
         stage.head.axis = axis

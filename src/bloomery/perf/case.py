@@ -53,10 +53,11 @@ class Held:
 
     @classmethod
     def of(cls, parameters: Sequence[Parameter]) -> Held:
-        """Sum `parameters`."""
+        """Sum `parameters` that are trained."""
+        trained = [p for p in parameters if p.kind != "buffer"]
 
         def total(expert: bool, cut: bool) -> int:
-            return sum(p.size for p in parameters if p.expert == expert and (p.tp_dim is not None) == cut)
+            return sum(p.size for p in trained if p.expert == expert and (p.tp_dim is not None) == cut)
 
         return cls(total(False, True), total(False, False), total(True, True), total(True, False))
 
@@ -83,6 +84,11 @@ class Ranks:
     def dense_layers(self) -> np.ndarray:
         """Layers with a plain feed-forward block."""
         return self.layers - self.moe_layers
+
+    @property
+    def shape(self) -> StageShape:
+        """What the shard table asks of them."""
+        return StageShape(self.layers, self.first, self.last, self.moe_layers)
 
     @classmethod
     def stacked(cls, several: Sequence[Ranks]) -> Ranks:
@@ -324,7 +330,7 @@ class Case:
     def collectives_of(self, ranks: Ranks) -> list[Collective]:
         """The shard table's messages of `ranks` (n,) or (kinds, n) in one step: the plain list that `perf.messages`
         times part by part."""
-        precision, shape = self.precision, StageShape(ranks.layers, ranks.first, ranks.last)
+        precision, shape = self.precision, ranks.shape
         rows = stage_collectives(
             self.model,
             self.sent,

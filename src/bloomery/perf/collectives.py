@@ -35,13 +35,16 @@ class Group:
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
     """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp, inside
-    one replica), replica (the same place in each), ends (the first and the last pipeline rank)."""
+    one replica), edp (the ranks of data that hold the same experts), replica (the same place in each), ends (the first
+    and the last pipeline rank)."""
     if axis == "tp":
         return Group(lay.tp, np.ones_like(lay.tp))
     if axis == "cp":
         return Group(lay.cp, lay.tp)
     if axis == "data":
         return Group(lay.shards, lay.tp)
+    if axis == "edp":
+        return Group(np.maximum(lay.data_ranks // lay.ep, 1), lay.tp * lay.ep)
     if axis == "replica":
         return Group(lay.dp_replicas, lay.tp * lay.shards)
     if axis == "world":

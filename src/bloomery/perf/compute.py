@@ -102,11 +102,14 @@ def _projections(case: Case) -> tuple[Any, Any]:
     model, tp, h = case.model, case.lay.tp, case.model.hidden
     out = _linear(case, case.tokens, model.output_width / tp, h)
     if model.mla is not None:
-        mla, query = model.mla, model.query_width / tp
-        down, up = mla.kv_lora_rank + mla.qk_rope_head_dim, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
-        pairs = [_linear(case, case.tokens, h, down), _linear(case, case.tokens, mla.kv_lora_rank, up), out]
-        pairs.append(_linear(case, case.tokens, mla.q_lora_rank or h, query))
-        return _summed([*pairs, _linear(case, case.tokens, h, mla.q_lora_rank)] if mla.q_lora_rank else pairs)
+        mla = model.mla
+        up = model.heads * (mla.qk_nope_head_dim + mla.v_head_dim) / tp
+        pairs = [_linear(case, case.tokens, h, mla.kv_lora_rank + mla.qk_rope_head_dim), out]
+        pairs.append(_linear(case, case.tokens, mla.kv_lora_rank, up))
+        pairs.append(_linear(case, case.tokens, mla.q_lora_rank or h, model.query_width / tp))
+        if mla.q_lora_rank:
+            pairs.append(_linear(case, case.tokens, h, mla.q_lora_rank))
+        return _summed(pairs)
     if not case.stack.serial_launch:
         return _summed([_linear(case, case.tokens, h, (model.query_width + 2 * model.kv_width) / tp), out])
     q, k = (_linear(case, case.tokens, h, width / tp) for width in (model.query_width, model.kv_width))
@@ -126,11 +129,11 @@ def _down(case: Case) -> Any:
 
 
 def _experts(case: Case) -> tuple[Any, Any]:
-    """Routed experts under a balanced router, shared experts, and the router itself."""
+    """Routed experts on the fullest rank (`Stack.expert_imbalance`), shared experts, and the router itself."""
     model, lay = case.model, case.lay
     assert model.moe is not None
     here = model.moe.experts / lay.ep
-    rows = case.tokens * model.moe.top_k / here
+    rows = case.tokens * model.moe.top_k / here * np.where(lay.ep > 1, case.stack.expert_imbalance, 1.0)
     width = model.moe.expert_ffn_hidden / lay.tp
     copies = 2 if model.gated else 1
     pairs = [_linear(case, rows, model.hidden, width, here * copies), _linear(case, rows, width, model.hidden, here)]

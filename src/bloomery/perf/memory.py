@@ -26,6 +26,7 @@ from bloomery.perf.case import (
 )
 from bloomery.perf.table import blocks
 from bloomery.spec.loss import loss_rows
+from bloomery.spec.model import MixtureOfExperts
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
@@ -152,7 +153,9 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        outer = outer + 2 * model.moe.top_k * inside * model.hidden * precision.compute
+        # Copies of tokens on their way to experts and back; every tensor-parallel rank of our engine has them whole.
+        routed = case.tokens if stack.eager else inside
+        outer = outer + 2 * model.moe.top_k * routed * model.hidden * precision.compute
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
@@ -171,16 +174,19 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
 def _attention_widths(case: Case) -> Any:
     """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
 
-    Our engine pads the values of latent attention; its RMSNorm keeps a normalised input beside the input.
+    Our engine pads the values of latent attention, and so what attention gives back; its RMSNorm keeps a normalised
+    input and one figure beside the input.
     """
-    model, inside = case.model, case.tokens / case.lay.tp
-    if model.mla is not None:
-        latents = case.tokens * (2 * (model.mla.q_lora_rank + model.mla.kv_lora_rank) + model.rotary_width)
-        values = model.kv_width if case.stack.eager else model.value_width
-        return latents + inside * (model.query_width + model.kv_width + values + model.output_width)
-    normed = model.query_width + model.kv_width if model.qk_norm else 0
-    normed = normed * (2 if case.stack.eager else 1)
-    return inside * (2 * model.query_width + 2 * model.kv_width + normed)
+    model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
+    if mla is not None:
+        query, key_value = mla.q_lora_rank, mla.kv_lora_rank
+        norms = (query + 1 if query else 0) + key_value + 1 if eager else 0
+        latents = case.tokens * (2 * (query + key_value) + model.rotary_width + norms)
+        heads = 4 * model.query_width if eager else model.query_width + model.kv_width + model.value_width
+        return latents + inside * (heads + model.output_width)
+    width = model.query_width + model.kv_width
+    norms = (2 * width + model.heads + model.kv_heads if eager else width) if model.qk_norm else 0
+    return inside * (2 * width + norms)
 
 
 def _outer_bytes(case: Case) -> Any:
@@ -201,8 +207,24 @@ def _eager_outer_bytes(case: Case) -> Any:
     model, precision, h = case.model, case.precision, case.model.hidden
     norm = 2 * h + 1 if model.norm == "rmsnorm" else h + 2
     norms = 2 * case.stream_tokens * precision.stream * norm
-    copies = np.where((case.lay.tp == 1) & (precision.compute < precision.stream), 5 if model.gated else 4, 2)
+    narrowed = (case.lay.tp == 1) & (precision.compute < precision.stream)
+    if model.moe is not None:
+        return norms + case.tokens * _eager_mixture_inputs(case, model.moe, narrowed)
+    copies = np.where(narrowed, 5 if model.gated else 4, 2)
     return norms + copies * case.tokens * h * precision.compute
+
+
+def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarray) -> Any:
+    """Bytes a token that a layer with experts keeps as inputs of its blocks, and for its routing.
+
+    The router reads its input in float32 at least, and keeps its scores; indices are 64-bit: the experts of a token
+    and both orders of the copies.
+    """
+    h, compute = case.model.hidden, case.precision.compute
+    wide = max(4, compute)
+    shared = np.where(narrowed, 2 if case.model.gated else 1, int(compute < wide)) * (moe.shared_experts > 0)
+    scores = moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
+    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + scores
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import FULL, PART, Case, Ranks
+from bloomery.perf.case import PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
@@ -19,10 +19,11 @@ from bloomery.spec.shard_table import (
     EMBEDDING,
     HEAD,
     LAYER,
+    MOE_LAYER,
     Collective,
-    StageShape,
     context_collectives,
     data_collectives,
+    expert_collectives,
     norm_collectives,
     pipeline_collectives,
     tensor_collectives,
@@ -31,7 +32,6 @@ from bloomery.spec.shard_table import (
 )
 
 FORWARD_SHARE = 1 / 3
-"""Of expert-parallel messages, the part in the forward pass."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,7 @@ def _tensor(case: Case, rows: Sequence[Collective]) -> Inner:
 
 def _norms(case: Case, ranks: Ranks) -> Inner:
     """A micro-batch's share of the sums over norms' gradients, which follow the last one's backward pass."""
-    shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    rows = norm_collectives(case.model, case.lay, shape, gradient_bytes=case.precision.gradient)
+    rows = norm_collectives(case.model, case.lay, ranks.shape, gradient_bytes=case.precision.gradient)
     return _tensor(case, rows) * (1 / case.micro_batches)
 
 
@@ -130,14 +129,27 @@ def _context_s(case: Case) -> Inner:
 
 
 def _experts_s(case: Case) -> Inner:
-    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed."""
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed.
+
+    Our engine sends all tokens from each tensor-parallel rank; others under sequence parallelism 1/tp of them.
+    """
     if case.model.moe is None or not np.any(case.lay.ep > 1):
         return NO_MESSAGES
-    routed = case.stream_tokens * case.model.moe.top_k * case.model.hidden * case.precision.compute
-    one = collective_s(case.cluster, "all_to_all", group_of(case.lay, "ep"), routed)
-    seconds = (4 + 2 * (case.lay.recompute == FULL)) * np.where(case.lay.ep > 1, one, 0.0)
-    seconds = (1.0 - case.stack.inner_overlap) * seconds
-    return Inner(FORWARD_SHARE * seconds, (1 - FORWARD_SHARE) * seconds, 0.0, 0.0)
+    rows = case.once(
+        "messages of experts",
+        lambda: expert_collectives(
+            case.model, case.lay, MOE_LAYER, seq_len=case.seq_len, block_bytes=case.precision.compute
+        ),
+    )
+    whole = case.stack.eager | (case.lay.sequence_parallel == 0)
+    group, cut = group_of(case.lay, "ep"), np.where(whole, 1, case.lay.tp)
+    seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
+    for row in rows:
+        one = collective_s(case.cluster, "all_to_all", group, row.bytes_each / cut)
+        direction = "forward" if row.phase == "forward" else "backward"
+        seconds[direction] = seconds[direction] + row.count * one
+    exposed = 1.0 - case.stack.inner_overlap
+    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
 
 
 def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
@@ -157,7 +169,8 @@ def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
 
 
 def data_messages(case: Case) -> Data:
-    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks."""
+    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks; and what
+    else a mixture of experts sends once a step."""
     ranks, widths = (
         case.kinds,
         {
@@ -165,12 +178,11 @@ def data_messages(case: Case) -> Data:
             "gradient_bytes": case.precision.gradient,
         },
     )
-    shape = StageShape(ranks.layers, ranks.first, ranks.last)
     rows = case.once(
         f"data-parallel messages, eager {case.stack.eager}",
-        lambda: data_collectives(case.model, case.sent, shape, **widths),
+        lambda: data_collectives(case.model, case.sent, ranks.shape, **widths),
     )
-    groups = {"dp": group_of(case.lay, "data"), "replica": group_of(case.lay, "replica")}
+    groups = {axis: group_of(case.lay, "data" if axis == "dp" else axis) for axis in {row.axis for row in rows}}
     nothing = np.zeros(np.shape(ranks.layers))
     seconds = {"reduce": nothing, "gather": nothing, "gather_each": nothing}
     for row in rows:
@@ -187,8 +199,7 @@ def tied_s(case: Case) -> Any:
     """
     if not case.stack.eager:
         return np.zeros(len(case.lay))
-    ends = StageShape(case.first.layers, case.first.first, case.first.last)
-    rows = tied_collectives(case.model, case.lay, ends, gradient_bytes=case.precision.gradient)
+    rows = tied_collectives(case.model, case.lay, case.first.shape, gradient_bytes=case.precision.gradient)
     group = group_of(case.lay, "ends")
     times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
     return sum(times, np.zeros(len(case.lay)))
@@ -196,7 +207,7 @@ def tied_s(case: Case) -> Any:
 
 def statistics_s(case: Case) -> Any:
     """Seconds of the step's statistics over all ranks, shape (n,)."""
-    rows = world_collectives(case.lay)
+    rows = world_collectives(case.model, case.lay)
     group = group_of(case.lay, "world")
     times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
     return sum(times, np.zeros(len(case.lay)))

@@ -161,7 +161,7 @@ class StepTimes:
 
     @cached_property
     def _data_parallel(self) -> Lookup[DataParallel]:
-        case, index = self.case.over(*MODEL_STATE)
+        case, index = self.case.over(*MODEL_STATE, *(("sequence_parallel",) if self.case.model.moe else ()))
         return Lookup(DataParallel.of(case), index)
 
     @cached_property

@@ -64,8 +64,7 @@ def divisors(n: int) -> tuple[int, ...]:
 def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     """Every (tp, pp, dp, cp, ep) with tp*pp*dp*cp = world_size, shape (m, 5).
 
-    Expert parallelism appears only where the engine need not run it, and in powers that divide both the data-parallel
-    ranks and the experts of a mixture.
+    Expert parallelism appears in degrees that divide both the data-parallel ranks and the experts of a mixture.
     """
     rows: list[tuple[int, ...]] = []
     for tp in divisors(world_size):
@@ -73,7 +72,7 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
             rest = world_size // (tp * pp)
             for cp in divisors(rest):
                 dp = rest // cp
-                shared = gcd(dp, model.moe.experts) if model.moe and not runnable_only else 1
+                shared = gcd(dp, model.moe.experts) if model.moe else 1
                 rows += [(tp, pp, dp, cp, ep) for ep in divisors(shared)]
     return np.array(rows, dtype=np.int64)
 

@@ -145,7 +145,7 @@ def _model(row: Mapping[str, str], profile: Profile) -> Model:
         "hidden": hidden,
         "heads": heads,
         "kv_heads": round(_number(row, "kv_heads") or heads),
-        "head_dim": known.head_dim if known is not None and known.hidden == hidden else 0,
+        **(_attention_of(known) if known is not None and known.hidden == hidden else {}),
         "ffn_hidden": round(_number(row, "ffn_hidden") or 4 * hidden),
         "vocab": round(_number(row, "vocab") or MEGATRON_VOCABULARY),
         "max_seq_len": _integer(row, "seq_len"),
@@ -157,11 +157,16 @@ def _model(row: Mapping[str, str], profile: Profile) -> Model:
     }
     if values["heads"] % values["kv_heads"]:
         raise Unusable(f"{values['kv_heads']} kv heads do not divide {heads} heads")
-    if values["head_dim"] == 0 and gated and (hidden // heads) % 2:
+    if not values.get("head_dim") and gated and (hidden // heads) % 2:
         values["position"] = "learned"
     if row.get("moe"):
         values["moe"] = _experts(row, values, known)
     return Model.model_validate(values)
+
+
+def _attention_of(known: Model) -> dict[str, Any]:
+    """What rows do not say of a model's attention."""
+    return {"head_dim": known.head_dim, "qk_norm": known.qk_norm, "mla": known.mla}
 
 
 def _experts(row: Mapping[str, str], values: dict[str, Any], known: Model | None) -> MixtureOfExperts:

@@ -372,8 +372,7 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     """What the present engine cannot run although the model of performance knows it."""
     lay = layouts
     rules: list[tuple[str, str, Any]] = [
-        ("expert_parallel", "the engine does not run expert parallelism yet", lay.ep > 1),
-        ("moe", "the engine does not train mixture-of-experts models yet", np.full(len(lay), model.moe is not None)),
+        *_expert_rules(model, lay),
         (
             "zero3_pipeline",
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
@@ -387,6 +386,39 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
         ),
     ]
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
+    """What of a mixture of experts the engine cannot lay out."""
+    if model.moe is None:
+        return []
+    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.data_ranks // lay.ep, 1)
+    rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
+    return [
+        ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
+        ("expert_zero1", "mixtures of experts run with ZeRO 0, 2 and 3", lay.zero_stage == 1),
+        ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
+        (
+            "expert_selective",
+            "selective recomputation does not know experts: recompute whole layers or nothing",
+            lay.recompute == RECOMPUTE.index("selective"),
+        ),
+        (
+            "expert_ffn",
+            f"tp cuts experts too and must divide expert_ffn_hidden {width}",
+            width % lay.tp != 0,
+        ),
+        (
+            "expert_rows",
+            f"ZeRO cuts experts over dp/ep ranks, which must divide expert_ffn_hidden {width} / tp and hidden",
+            (lay.zero_stage >= 2) & rows,
+        ),
+        (
+            "sequence_balance",
+            "the auxiliary loss counts whole sequences: with cp > 1 use balancing bias",
+            (lay.cp > 1) & (model.moe.balancing == "aux_loss"),
+        ),
+    ]
 
 
 def check_layout(

@@ -11,13 +11,47 @@ from bloomery.spec.base import Noun
 
 
 class MixtureOfExperts(Noun):
-    """Routed experts in place of the feed-forward block (from layer `first_dense_layers` on)."""
+    """Routed experts in place of the feed-forward block (from layer `first_dense_layers` on). No token is dropped.
+
+    A token goes to the `top_k` experts of highest score: a softmax over all experts (Shazeer et al. 2017, 1701.06538)
+    or a sigmoid of each (DeepSeek-V3, 2412.19437). Their outputs are weighted by these scores, made to add up to one
+    with `normalize_top_k` (Mixtral, 2401.04088: the same as a softmax over the chosen), times `routed_scaling_factor`.
+    With `groups` > 1 only experts of the `top_groups` best groups are considered (DeepSeek-V2, 2405.04434); a group is
+    as good as its best expert or as the sum of its two best.
+
+    `balancing`: `aux_loss` adds `aux_loss_coefficient` times the loss of Switch Transformers (2101.03961) for each
+    sequence; `bias` adds a number to each expert's score for the choice alone and moves it by `bias_update_rate` after
+    each step, up for experts with too few tokens and down for those with too many (Wang et al. 2024, 2408.15664).
+    `z_loss_coefficient`: of the mean squared log-sum-exp of the router's logits (ST-MoE, 2202.08906).
+    """
 
     experts: int = Field(ge=2)
     top_k: int = Field(ge=1)
     expert_ffn_hidden: int = Field(ge=1)
     shared_experts: int = Field(default=0, ge=0)
     first_dense_layers: int = Field(default=0, ge=0)
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    normalize_top_k: bool = True
+    routed_scaling_factor: float = Field(default=1.0, gt=0)
+    groups: int = Field(default=1, ge=1)
+    top_groups: int = Field(default=1, ge=1)
+    group_score: Literal["best", "two_best"] = "best"
+    balancing: Literal["aux_loss", "bias", "none"] = "aux_loss"
+    aux_loss_coefficient: float = Field(default=0.01, ge=0)
+    bias_update_rate: float = Field(default=0.001, ge=0)
+    z_loss_coefficient: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> MixtureOfExperts:
+        if self.experts % self.groups or self.top_groups > self.groups:
+            raise ValueError(f"groups {self.groups} must divide experts {self.experts} and be at least top_groups")
+        reachable = self.experts // self.groups * self.top_groups
+        if self.top_k > reachable:
+            of = f" in {self.top_groups} groups" if self.groups > 1 else ""
+            raise ValueError(f"top_k {self.top_k} exceeds the {reachable} experts{of}")
+        if self.group_score == "two_best" and self.experts // self.groups < 2:
+            raise ValueError("group_score two_best needs two experts in a group")
+        return self
 
 
 class Model(Noun):
@@ -83,8 +117,6 @@ class Model(Noun):
             self._check_latent(self.mla)
         if self.init == "unit_stream" and self.tie_embeddings:
             raise ValueError("init unit_stream needs an untied head: it starts embeddings at one and the head at zero")
-        if self.moe and self.moe.top_k > self.moe.experts:
-            raise ValueError(f"moe.top_k {self.moe.top_k} exceeds moe.experts {self.moe.experts}")
         return self
 
     def _check_latent(self, mla: LatentAttention) -> None:
@@ -103,6 +135,10 @@ class Model(Noun):
         ):
             if wrong:
                 raise ValueError(f"mla does not go with {name}")
+
+    def is_routed(self, layer: int) -> bool:
+        """True when the layer's feed-forward block is a mixture of experts."""
+        return self.moe is not None and layer >= self.moe.first_dense_layers
 
     @property
     def gated(self) -> bool:

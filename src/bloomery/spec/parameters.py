@@ -12,17 +12,21 @@ from math import prod
 from typing import Literal
 
 from bloomery.spec.attention import LatentAttention
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 
-Kind = Literal["embedding", "matrix", "norm", "bias"]
+Kind = Literal["embedding", "matrix", "norm", "bias", "buffer"]
+"""A buffer is no weight: no optimizer touches it and it has no gradient, but a checkpoint carries it."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated). `expert`: lies on ep ranks.
+    """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated).
 
-    `tp_partial`: replicated, but used inside a block whose heads are cut, so that each tensor-parallel rank's backward
-    pass sees its own heads only and gradients are summed over them.
+    `expert`: of all routed experts, stacked in dimension 0, which expert parallelism cuts; ZeRO cuts dimension 1, so
+    that few experts lie on many ranks without padding.
+
+    `tp_partial`: replicated, but used where a tensor-parallel rank's backward pass sees its own part only: its heads,
+    or its part of the experts, whose answers a router weighs.
     """
 
     name: str
@@ -37,17 +41,43 @@ class Parameter:
         """Number of elements."""
         return prod(self.shape)
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """The shape one of `tp` ranks holds."""
-        return tuple(n // tp if dim == self.tp_dim else n for dim, n in enumerate(self.shape))
+    @property
+    def ep_dim(self) -> int | None:
+        """The dimension expert parallelism cuts."""
+        return 0 if self.expert else None
+
+    @property
+    def data_dim(self) -> int:
+        """The dimension ZeRO cuts."""
+        return 1 if self.expert else 0
+
+    def local_shape(self, tp: int, ep: int = 1) -> tuple[int, ...]:
+        """The shape one of `tp` x `ep` ranks holds, before ZeRO."""
+        cuts = {self.tp_dim: tp, self.ep_dim: ep}
+        return tuple(n // cuts.get(dim, 1) for dim, n in enumerate(self.shape))
+
+    def partial_over_tp(self, sequence_parallel: bool) -> bool:
+        """True when a tensor-parallel rank has only its part of the gradient of this uncut tensor, to be summed.
+
+        Under sequence parallelism each has seen its own tokens; those marked `tp_partial` are either way.
+        """
+        if self.tp_dim is not None or self.kind == "buffer":
+            return False
+        return sequence_parallel or self.tp_partial
 
 
-def _linear(name: str, n_out: int, n_in: int, bias: bool, tp_dim: int | None, expert: bool = False) -> list[Parameter]:
-    """A projection (out, in): cut by column (tp_dim 0) its bias is cut too, cut by row (1) the bias is replicated."""
-    weight = Parameter(f"{name}.weight", (n_out, n_in), "matrix", tp_dim, expert)
+def _linear(name: str, n_out: int, n_in: int, bias: bool, tp_dim: int | None, experts: int = 0) -> list[Parameter]:
+    """A projection (out, in): cut by column (tp_dim 0) its bias is cut too, cut by row (1) the bias is replicated.
+
+    With `experts`, so many of them in one tensor, the experts in dimension 0.
+    """
+    stack, stacked = ((experts,), 1) if experts else ((), 0)
+    place = None if tp_dim is None else tp_dim + stacked
+    weight = Parameter(f"{name}.weight", (*stack, n_out, n_in), "matrix", place, bool(experts))
     if not bias:
         return [weight]
-    return [weight, Parameter(f"{name}.bias", (n_out,), "bias", 0 if tp_dim == 0 else None, expert)]
+    place = place if tp_dim == 0 else None
+    return [weight, Parameter(f"{name}.bias", (*stack, n_out), "bias", place, bool(experts))]
 
 
 def _norm(model: Model, name: str) -> list[Parameter]:
@@ -92,10 +122,20 @@ def _latent_attention(model: Model, mla: LatentAttention, prefix: str) -> list[P
     return parameters + _linear(f"{prefix}.o", model.hidden, model.output_width, False, 1)
 
 
-def _feed_forward(model: Model, name: str, width: int, expert: bool = False) -> list[Parameter]:
-    gate = _linear(f"{name}.gate", width, model.hidden, model.bias, 0, expert) if model.gated else []
-    up = _linear(f"{name}.up", width, model.hidden, model.bias, 0, expert)
-    return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, expert)
+def _feed_forward(model: Model, name: str, width: int, experts: int = 0) -> list[Parameter]:
+    gate = _linear(f"{name}.gate", width, model.hidden, model.bias, 0, experts) if model.gated else []
+    up = _linear(f"{name}.up", width, model.hidden, model.bias, 0, experts)
+    return gate + up + _linear(f"{name}.down", model.hidden, width, model.bias, 1, experts)
+
+
+def _mixture(model: Model, moe: MixtureOfExperts, name: str) -> list[Parameter]:
+    parameters = [Parameter(f"{name}.router.weight", (moe.experts, model.hidden), "matrix", tp_partial=True)]
+    if moe.balancing == "bias":
+        parameters.append(Parameter(f"{name}.router.bias", (moe.experts,), "buffer"))
+    parameters += _feed_forward(model, f"{name}.experts", moe.expert_ffn_hidden, moe.experts)
+    if moe.shared_experts:
+        parameters += _feed_forward(model, f"{name}.shared", moe.shared_experts * moe.expert_ffn_hidden)
+    return parameters
 
 
 def is_hidden_matrix(parameter: Parameter) -> bool:
@@ -115,16 +155,9 @@ def _layer(model: Model, layer: int) -> list[Parameter]:
     parameters = _norm(model, f"{prefix}.attention_norm")
     parameters += attention_parameters(model, f"{prefix}.attention")
     parameters += _norm(model, f"{prefix}.ffn_norm")
-    moe = model.moe
-    if moe is None or layer < moe.first_dense_layers:
-        return parameters + _feed_forward(model, f"{prefix}.ffn", model.ffn_hidden)
-    parameters += _linear(f"{prefix}.ffn.router", moe.experts, model.hidden, False, None)
-    for expert in range(moe.experts):
-        parameters += _feed_forward(model, f"{prefix}.ffn.experts.{expert}", moe.expert_ffn_hidden, expert=True)
-    if moe.shared_experts:
-        width = moe.shared_experts * moe.expert_ffn_hidden
-        parameters += _feed_forward(model, f"{prefix}.ffn.shared", width)
-    return parameters
+    if model.moe is not None and model.is_routed(layer):
+        return parameters + _mixture(model, model.moe, f"{prefix}.ffn")
+    return parameters + _feed_forward(model, f"{prefix}.ffn", model.ffn_hidden)
 
 
 @lru_cache(maxsize=1024)

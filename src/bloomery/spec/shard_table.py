@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from bloomery.spec.expert_messages import dispatch_rows, expert_replicas, routing_row
 from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
@@ -32,6 +33,7 @@ from bloomery.spec.parameters import (
 
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
+"""Numbers that all ranks agree on after a step; a mixture of experts adds its router's loss and its imbalance."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Collective:
     """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
     step or, where `each` says so, in one micro-batch.
 
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input. Axes: tp, cp, pp, world,
-    and `dp` for all ranks that hold the same parameters, context-parallel ones among them.
+    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter and all_to_all its input. Axes are
+    those of the mesh and `world`; `dp` is all ranks that hold the same parameters, context-parallel ones among them,
+    `edp` those that hold the same experts.
     """
 
     site: str
@@ -61,14 +64,17 @@ class Collective:
 
 @dataclass(frozen=True)
 class StageShape:
-    """What a pipeline rank holds: layers in all, whether it has the embedding or the head; arrays or plain numbers."""
+    """What a pipeline rank holds: layers in all, whether it has the embedding or the head, how many of the layers are
+    mixtures of experts; arrays or plain numbers."""
 
     layers: Any
     first: Any
     last: Any
+    moe_layers: Any = 0
 
 
 LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
+MOE_LAYER = StageShape(1, False, False, 1)
 """The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
 
 
@@ -88,7 +94,27 @@ def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int)
             if uneven is not None:
                 here = stage_on(np.arange(lay.vpp[i]), rank[i], lay.pp[i], lay.v_shaped[i])
                 layers[i] = sum(uneven[stage] for stage in here.tolist())
-    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1))
+    routed: Any = (
+        0 if model.moe is None else layers - _dense_layers(model.moe.first_dense_layers, lay, rank, base, extra)
+    )
+    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1), routed)
+
+
+def _dense_layers(first: int, lay: LayoutBatch, rank: np.ndarray, base: np.ndarray, extra: np.ndarray) -> np.ndarray:
+    """Of the `first` layers of a model, those on a pipeline rank, shape (n,). `base`, `extra`: the default split."""
+    dense, start, stages = np.zeros(len(lay), dtype=np.int64), np.zeros(len(lay), dtype=np.int64), lay.pp * lay.vpp
+    for stage in range(int(stages.max())):
+        if np.all(start >= first):
+            break
+        place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
+        count = np.where(stage < stages, base + (place < extra), 0)
+        if lay.stage_layers:
+            uneven = [split[stage : stage + 1] if split is not None else () for split in lay.stage_layers]
+            count = np.array([own[0] if own else even for own, even in zip(uneven, count, strict=True)])
+        mine = stage_on(stage // lay.pp, rank, lay.pp, lay.v_shaped) == stage
+        dense += np.clip(first - start, 0, count) * mine
+        start += count
+    return dense
 
 
 def collectives(
@@ -139,12 +165,13 @@ def stage_collectives(
     return [
         *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
         *context_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
+        *expert_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *tied_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),
-        *world_collectives(lay),
+        *world_collectives(model, lay),
     ]
 
 
@@ -227,6 +254,17 @@ def context_collectives(
     return rows.rows
 
 
+def expert_collectives(
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+) -> list[Collective]:
+    """Expert parallelism in one micro-batch. Under tensor parallelism every rank sends all tokens: its part of each
+    expert's width needs them whole."""
+    rows = _Rows("micro_batch")
+    for row in dispatch_rows(model, lay, shape.moe_layers, seq_len=seq_len, block_bytes=block_bytes):
+        rows.add(*row)
+    return rows.rows
+
+
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
@@ -259,23 +297,25 @@ def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
 
 
 N_STATISTICS = 5 + len(GROUPS)
-"""Numbers that all ranks add up in a step: loss, four counts of ranks, squared gradient norms by group of modules."""
+"""Numbers that all ranks add up in a step: loss, four counts of ranks, squared gradient norms by group of modules; of a
+mixture of experts two more, its routers' loss and the imbalance."""
 
 
-def world_collectives(lay: LayoutBatch) -> list[Collective]:
-    """The step's statistics."""
+def world_collectives(model: Model, lay: LayoutBatch) -> list[Collective]:
+    """The step's statistics, in float64."""
     rows = _Rows()
-    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 8 * N_STATISTICS)
+    numbers = N_STATISTICS + (0 if model.moe is None else 2)
+    rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, numbers * 8)
     return rows.rows
 
 
 def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
-    """Elements of these parameters on one tp rank with the first dimension padded to a multiple of dp (as FSDP2)."""
+    """Elements of these parameters on one tp rank with ZeRO's dimension padded to a multiple of dp (as FSDP2)."""
     total: Any = 0
-    for (shape, tp_dim), copies in Counter((p.shape, p.tp_dim) for p in parameters).items():
-        first = shape[0] // tp if tp_dim == 0 else shape[0] + 0 * dp
-        rest = prod(shape[1:]) // (tp if tp_dim == 1 else 1)
-        total = total + copies * -(-first // dp) * dp * rest
+    for (shape, tp_dim, dim), copies in Counter((p.shape, p.tp_dim, p.data_dim) for p in parameters).items():
+        rows = shape[dim] // tp if tp_dim == dim else shape[dim] + 0 * dp
+        rest = prod(shape) // shape[dim] // (tp if tp_dim not in (None, dim) else 1)
+        total = total + copies * -(-rows // dp) * dp * rest
     return total
 
 
@@ -285,65 +325,103 @@ def _local(parameters: Iterable[Parameter], tp: Any) -> Any:
     return sum((copies * (size // (tp if cut else 1)) for (size, cut), copies in counted.items()), 0 * tp)
 
 
-def _apart(layer: Sequence[Parameter]) -> tuple[list[Parameter], list[Parameter]]:
-    """(parameters that every rank of a data-parallel group has, those of routed experts, which lie on ep ranks)."""
-    return [p for p in layer if not p.expert], [p for p in layer if p.expert]
+@dataclass(frozen=True)
+class _Unit:
+    """What one message carries: parts with how often each is there (or where), 1/`share` of them on a rank; `ranks` on
+    `axis` have it, `held` such units lie on a rank. `buffers` are gathered like the rest but have no gradients."""
+
+    site: str
+    axis: str
+    ranks: Any
+    held: Any
+    parts: list[tuple[Sequence[Parameter], Any]]
+    share: Any = 1
+    buffers: Sequence[Parameter] = ()
+
+    def elements(self, tp: Any) -> Any:
+        """On one rank, before ZeRO."""
+        return sum(_local(part, tp) * there for part, there in self.parts) // self.share
+
+    def padded(self, tp: Any) -> Any:
+        """The same, each tensor padded to rows for all ranks."""
+        return sum(_padded(part, tp, self.ranks) * there for part, there in self.parts) // self.share
+
+
+def _kinds(model: Model, shape: StageShape) -> list[tuple[Any, tuple[Parameter, ...]]]:
+    """The layers of a rank, all alike or dense ones before mixtures of experts: how many, and the parameters of one."""
+    last = layer_parameters(model, model.layers - 1)
+    if model.is_routed(model.layers - 1) and not model.is_routed(0):
+        return [(shape.layers - shape.moe_layers, layer_parameters(model, 0)), (shape.moe_layers, last)]
+    return [(shape.layers, last)]
+
+
+def _units(model: Model, lay: LayoutBatch, shape: StageShape) -> Iterator[_Unit]:
+    """Each layer, the experts of a layer where they lie on ranks of their own, what stands outside the layers."""
+    for held, parameters in _kinds(model, shape):
+        experts = [p for p in parameters if p.expert]
+        buffers = [p for p in parameters if p.kind == "buffer"]
+        parts: list[tuple[Sequence[Parameter], Any]] = [
+            ([p for p in parameters if not p.expert and p.kind != "buffer"], 1)
+        ]
+        if experts:
+            replicas, apart = expert_replicas(lay), lay.ep > 1
+            yield _Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep)
+            parts.append((experts, ~apart))
+        yield _Unit("layer", "dp", lay.shards, held, parts, buffers=buffers)
+    for ends, there in _end_units(model, lay, shape):
+        yield _Unit("ends", "dp", lay.shards, there, ends)
 
 
 def data_collectives(
     model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
 ) -> list[Collective]:
     """Gradients and parameters over ranks that hold the same ones (dp x cp). Units: each layer, and what a stage holds
-    outside its layers.
+    outside its layers; experts on ep ranks by themselves, over the ranks that have the same.
 
     Replicated: one all-reduce a unit and step. ZeRO 1: gradients are reduce-scattered after the step's last micro-batch
     and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
     micro-batch's forward and backward. With replicas each rank's gradients are also summed over them (HSDP).
     """
     rows, third = _Rows(), _Rows("micro_batch")
-    common, experts = _apart(layer_parameters(model, model.layers - 1))
-    ends = _end_units(model, lay, shape)
-    replicated = (lay.data_ranks > 1) & (lay.zero_stage == 0)
-    unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
-    rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    for parts, there in ends:
-        outside = sum(_local(part, lay.tp) * held for part, held in parts) * gradient_bytes
-        rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * there, outside)
-    cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1)
-    if not np.any(cut):
-        return rows.rows
-    layer = _padded(common, lay.tp, lay.shards)
-    if experts:
-        layer = layer + _padded(experts, lay.tp, np.maximum(lay.shards // lay.ep, 1)) // lay.ep
+    cut, replicated = (lay.data_ranks > 1) & (lay.zero_stage >= 1), (lay.data_ranks > 1) & (lay.zero_stage == 0)
     across = cut & (lay.dp_replicas > 1)
-    apart = [(sum(_padded(part, lay.tp, lay.shards) * held for part, held in parts), there) for parts, there in ends]
-    for name, count, elements in (("layer", shape.layers, layer), *(("ends", there, size) for size, there in apart)):
-        gathered, reduced = elements * parameter_bytes, elements * gradient_bytes
-        site = f"zero.{name}"
-        rows.add(site, "dp", "reduce_scatter", "backward", cut * count, reduced)
-        rows.add(site, "replica", "all_reduce", "backward", across * count, reduced // lay.shards)
-        rows.add(site, "dp", "all_gather", "step", cut * (lay.zero_stage == 1) * count, gathered)
-        rows.add(site, "dp", "all_gather", "forward", cut * (lay.zero_stage == 2) * count, gathered)
-        third.add(site, "dp", "all_gather", "forward", cut * (lay.zero_stage == 3) * count, gathered)
-    # What lies outside the layers stays gathered from forward to backward.
-    where = cut & (lay.zero_stage == 3)
-    third.add("zero.layer", "dp", "all_gather", "backward", where * shape.layers, layer * parameter_bytes)
+    for unit in _units(model, lay, shape):
+        site, axis, held = f"zero.{unit.site}", unit.axis, unit.held
+        reduced = unit.elements(lay.tp) * gradient_bytes
+        rows.add(f"gradients.{unit.site}", axis, "all_reduce", "step", replicated * held, reduced)
+        if not np.any(cut):
+            continue
+        padded = unit.padded(lay.tp)
+        gathered, reduced = (
+            (padded + _padded(unit.buffers, lay.tp, lay.shards)) * parameter_bytes,
+            padded * gradient_bytes,
+        )
+        rows.add(site, axis, "reduce_scatter", "backward", cut * held, reduced)
+        rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // lay.shards)
+        rows.add(site, axis, "all_gather", "step", cut * (lay.zero_stage == 1) * held, gathered)
+        rows.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 2) * held, gathered)
+        third.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 3) * held, gathered)
+        if unit.site != "ends":
+            # What lies outside the layers stays gathered from forward to backward.
+            third.add(site, axis, "all_gather", "backward", cut * (lay.zero_stage == 3) * held, gathered)
+    for row in routing_row(model, lay, shape.moe_layers):
+        rows.add(*row)
     return rows.rows + third.rows
 
 
 def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
     """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
-    parallelism, where each rank has seen its own tokens; else of those inside attention, where it has seen its heads.
+    parallelism, where each rank has seen its own tokens; else of those where it has seen its heads or its experts.
     """
     rows = _Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.norms_sharded, lay.shards, 1)
-    uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
-    norms = _padded(uncut, lay.tp, cut) // cut * shape.layers
-    for part, there in _ends(model, shape):
-        norms = norms + _padded([p for p in part if p.tp_dim is None], lay.tp, cut) // cut * there
-    partial = _padded([p for p in uncut if p.tp_partial], lay.tp, cut) // cut * shape.layers
-    norms = np.where(lay.sequence_parallel == 1, norms, partial)
+    norms: Any = 0
+    for held, part in [*_kinds(model, shape), *((there, part) for part, there in _ends(model, shape))]:
+        every, some = (
+            _padded([p for p in part if p.partial_over_tp(sequence)], lay.tp, cut) // cut for sequence in (True, False)
+        )
+        norms = norms + np.where(lay.sequence_parallel == 1, every, some) * held
     summed = (lay.tp > 1) & (norms > 0)
     rows.add("norm_gradients", "tp", "all_reduce", "step", summed, norms * gradient_bytes)
     return rows.rows
@@ -407,8 +485,7 @@ def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterat
                 yield embedding_parameters(model)[0]
 
 
-def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:
-    """The rectangle one tensor-parallel rank holds."""
-    shape = parameter.local_shape(tp)
-    offsets = tuple(n * tp_rank if dim == parameter.tp_dim else 0 for dim, n in enumerate(shape))
-    return Shard(parameter.name, parameter.shape, shape, offsets)
+def tensor_shard(parameter: Parameter, tp: int, tp_rank: int, ep: int = 1, ep_rank: int = 0) -> Shard:
+    """The rectangle one tensor- and expert-parallel rank holds."""
+    shape, places = parameter.local_shape(tp, ep), {parameter.tp_dim: tp_rank, parameter.ep_dim: ep_rank}
+    return Shard(parameter.name, parameter.shape, shape, tuple(n * places.get(dim, 0) for dim, n in enumerate(shape)))

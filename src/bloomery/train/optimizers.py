@@ -130,16 +130,22 @@ class Optimizers:
             part.state.clear()
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
-        """What its optimizer remembers of a parameter and lays out like it."""
-        return MOMENTUM if isinstance(self._owner[id(parameter)], Muon) else ADAMW_MOMENTS
+        """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
+        owner = self._owner.get(id(parameter))
+        if owner is None:
+            return ()
+        return MOMENTUM if isinstance(owner, Muon) else ADAMW_MOMENTS
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The moments of a parameter by name; empty before the first step."""
-        state = self._owner[id(parameter)].state.get(parameter, {})
-        return {name: state[name] for name in self.moment_names(parameter) if name in state}
+        names = self.moment_names(parameter)
+        state = self._owner[id(parameter)].state.get(parameter, {}) if names else {}
+        return {name: state[name] for name in names if name in state}
 
     def start_moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
         """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps."""
+        if not self.moment_names(parameter):
+            return {}
         state = self._owner[id(parameter)].state[parameter]
         moments = {name: torch.zeros_like(parameter) for name in self.moment_names(parameter)}
         state.update(moments)
@@ -166,7 +172,7 @@ def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
     by_setting = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in engine.updated().items():
         entry = engine.table[name]
-        if settings.name == "muon" and is_hidden_matrix(entry):
+        if entry.kind == "buffer" or (settings.name == "muon" and is_hidden_matrix(entry)):
             continue
         decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
         by_setting[decay, lr_factor(settings, entry, engine.model.hidden)].append(parameter)

@@ -64,6 +64,8 @@ class Recorder:
             "memory_bytes": self._peak_bytes(),
             "verdict": verdict,
         }
+        if self.job.model.moe is not None:
+            row |= {"router_loss": statistics.router_loss, "expert_imbalance": statistics.expert_imbalance}
         finite = {key: None if value != value else value for key, value in row.items()}
         if done % self.job.log_every == 0 or done == self.job.steps:
             self.metrics(finite)

@@ -11,8 +11,7 @@ from bloomery.model.rotary import frequencies, rotary_tables, rotate
 from bloomery.model.transformer import Transformer
 from bloomery.model.view import View, visible
 from bloomery.spec.attention import LatentAttention, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
-from bloomery.spec.errors import InputError
-from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.model import Model
 from bloomery.spec.parameters import all_parameters, parameter_count
 
 LLAMA = Model(layers=2, hidden=16, heads=4, kv_heads=2, ffn_hidden=24, vocab=32, max_seq_len=12)
@@ -113,12 +112,6 @@ def test_initial_values_are_a_pure_function_of_seed_and_name() -> None:
     first, again = (initial_value(LLAMA, matrix, 3, torch.float32) for _ in range(2))
     assert torch.equal(first, again)
     assert not torch.equal(first, initial_value(LLAMA, matrix, 4, torch.float32))
-
-
-def test_mixture_of_experts_is_refused_in_one_line() -> None:
-    moe = LLAMA.model_copy(update={"moe": MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=8)})
-    with pytest.raises(InputError, match="mixture-of-experts"):
-        Transformer(moe)
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,20 @@ def test_mixture_of_experts_counts_what_one_token_passes_through() -> None:
     forward = forward_flops(model, 10)
     assert forward.feed_forward == 10 * 2 * 64 * 3 * (96 + 2 * 3 * 32)
     assert forward.router == 2 * 10 * 2 * 64 * 8
+
+
+def test_latent_attention_counts_its_own_matrices_and_its_narrower_values() -> None:
+    model = catalog.model("deepseek-v3")
+    forward = forward_flops(model, 4096)
+    down, up = 7168 * (1536 + 512 + 64), 1536 * 128 * (128 + 64) + 512 * 128 * (128 + 128)
+    assert forward.projections == 61 * 2 * 4096 * (down + up + 128 * 128 * 7168)
+    assert forward.attention == 61 * 2 * 4096**2 * 128 * (128 + 64 + 128)
+
+
+def test_a_sliding_window_leaves_the_pairs_it_shows() -> None:
+    windowed = Model(layers=1, hidden=64, heads=4, vocab=100, sliding_window=100)
+    whole = windowed.model_copy(update={"sliding_window": None})
+    shown = sum(min(i + 1, 100) for i in range(1000)) / sum(i + 1 for i in range(1000))
+    found = forward_flops(windowed, 1000).attention / forward_flops(whole, 1000).attention
+    assert found == pytest.approx(shown, rel=2e-3)
+    assert forward_flops(windowed, 100) == forward_flops(whole, 100)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bloomery.perf.case import FULL, Case, Ranks
+from bloomery.perf.case import Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
@@ -43,7 +43,9 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     seconds = calls = 0.0
     scatter = bool(case.lay.sequence_parallel[0] == 0) and case.stack.scatter_gather
     for row in filter(wanted, case.collectives_of(ranks)):
-        cut = {"pp": case.lay.tp if scatter else 1}
+        # Other stacks than ours send 1/tp of the tokens from each tensor-parallel rank under sequence parallelism.
+        spread = bool(case.lay.sequence_parallel[0]) and not case.stack.eager
+        cut = {"pp": case.lay.tp if scatter else 1, "ep": case.lay.tp if spread else 1}
         group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
         one = collective_s(case.cluster, row.op, group, row.bytes_each / cut.get(row.axis, 1))  # type: ignore[arg-type]
         seconds += float(row.count[0] * one[0])
@@ -51,29 +53,18 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     return seconds, calls
 
 
-def experts_s(case: Case, ranks: Ranks) -> float:
-    """Seconds of expert dispatch in a whole step."""
-    lay, model, again = case.lay, case.model, bool(case.lay.recompute[0] == FULL)
-    total: Any = np.zeros(1)
-    if model.moe is not None and lay.ep[0] > 1:
-        routed = case.stream_tokens * model.moe.top_k * model.hidden * case.precision.compute
-        one = collective_s(case.cluster, "all_to_all", group_of(lay, "ep"), routed)
-        total = ranks.moe_layers * (4 + 2 * again) * one
-    return float((case.micro_batches * total)[0])
-
-
 def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     """One rank of one layout."""
     stack, lay, m = case.stack, case.lay, float(case.micro_batches[0])
     work = stage_work(case, ranks)
-    shown, inner = 1 - stack.inner_overlap, experts_s(case, ranks)
-    context_s = messages_s(case, ranks, lambda row: row.axis == "cp" and row.phase == "forward")[0]
-    context_back_s = messages_s(case, ranks, lambda row: row.axis == "cp" and row.phase != "forward")[0]
+    shown = 1 - stack.inner_overlap
+    there = messages_s(case, ranks, lambda row: row.axis in ("cp", "ep") and row.phase == "forward")[0]
+    back = messages_s(case, ranks, lambda row: row.axis in ("cp", "ep") and row.phase != "forward")[0]
     forward_s, calls = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase == "forward")
     backward_s, calls_back = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase != "forward")
     tensor = (
-        shown * (forward_s + context_s + inner / 3) / m,
-        shown * (backward_s + context_back_s + 2 * inner / 3) / m,
+        shown * (forward_s + there) / m,
+        shown * (backward_s + back) / m,
     )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
     if not stack.serial_launch:
@@ -85,14 +76,15 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
             float(np.max(work.host_backward)) + call_s * calls_back / m,
         )
         device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
-    gradients = messages_s(case, ranks, lambda row: row.axis in ("dp", "replica") and row.op != "all_gather")[0]
+    once = {"dp", "edp", "replica"}
+    gradients = messages_s(case, ranks, lambda row: row.axis in once and row.op != "all_gather")[0]
     return {
         "busy": sum(device),
         "compute": sum(device) - sum(tensor),
         "backward": float(np.max(work.backward)),
         "layers": float(ranks.layers[0]),
         "reduce": gradients,
-        "gather": messages_s(case, ranks, lambda row: row.axis == "dp" and row.op == "all_gather")[0],
+        "gather": messages_s(case, ranks, lambda row: row.axis in once and row.op == "all_gather")[0],
     }
 
 

@@ -27,24 +27,54 @@ PUBLISHED_BILLIONS = {
     "megatron-530b": 530.0,
     "megatron-1t": 1008.0,  # 2104.04473 Table 1
     "tinyllama-1.1b": 1.1,
+    "llama-7b": 6.738,
+    "llama-65b": 65.286,
     "llama-2-7b": 6.738,
     "llama-2-13b": 13.016,
     "llama-2-70b": 68.977,
     "llama-3-8b": 8.030,
     "llama-3-70b": 70.554,
+    "llama-3.1-8b": 8.030,
+    "llama-3.1-70b": 70.554,
+    "llama-3.2-1b": 1.2358,
+    "llama-3.2-3b": 3.2127,
     "llama-3-405b": 405.85,
     "qwen2.5-0.5b": 0.494,
+    "qwen2.5-1.5b": 1.5437,
+    "qwen2.5-3b": 3.0859,
     "qwen2.5-7b": 7.616,
+    "qwen2.5-14b": 14.770,
+    "qwen2.5-32b": 32.764,
     "qwen2.5-72b": 72.706,
     "qwen3-0.6b": 0.596,
-    "qwen3-8b": 8.191,
+    "qwen3-1.7b": 1.7206,
+    "qwen3-4b": 4.0225,
+    "qwen3-8b": 8.1907,
+    "qwen3-14b": 14.768,
+    "qwen3-32b": 32.762,
     "mistral-7b": 7.242,
+    "mistral-7b-v0.3": 7.248,
     "smollm2-135m": 0.1345,
     "mixtral-8x7b": 46.703,
     "deepseek-moe-16b": 16.376,
+    "mixtral-8x22b": 140.62,
     "qwen3-30b-a3b": 30.532,
+    "qwen3-235b-a22b": 235.09,
+    "deepseek-v2-lite": 15.706,
+    "deepseek-v2": 235.74,
+    "deepseek-v3": 671.03,  # 2412.19437: 671 B; 684.5 B in its files with the second-token head
 }
-PUBLISHED_ACTIVE_BILLIONS = {"mixtral-8x7b": 12.9, "deepseek-moe-16b": 2.8, "qwen3-30b-a3b": 3.3}
+ROUNDED = {"gpt3-13b", "yuan-1.0-13b"}
+"""Published in whole billions."""
+PUBLISHED_ACTIVE_BILLIONS = {
+    "mixtral-8x7b": 12.9,
+    "mixtral-8x22b": 39.0,  # Mistral AI, 17 April 2024
+    "deepseek-moe-16b": 2.8,
+    "qwen3-30b-a3b": 3.3,
+    "qwen3-235b-a22b": 22.0,
+    "deepseek-v2": 21.0,
+    "deepseek-v3": 37.0,
+}
 
 
 @pytest.mark.parametrize(("kind", "least"), [("models", 20), ("accelerators", 12), ("clusters", 6)])
@@ -54,7 +84,8 @@ def test_the_catalog_is_as_wide_as_promised(kind: str, least: int) -> None:
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_BILLIONS))
 def test_parameters_are_the_published_ones(name: str) -> None:
-    assert parameter_count(catalog.model(name)) / 1e9 == pytest.approx(PUBLISHED_BILLIONS[name], rel=0.02)
+    tolerance = 0.02 if name in ROUNDED else 0.005
+    assert parameter_count(catalog.model(name)) / 1e9 == pytest.approx(PUBLISHED_BILLIONS[name], rel=tolerance)
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED_ACTIVE_BILLIONS))
@@ -65,10 +96,6 @@ def test_active_parameters_are_the_published_ones(name: str) -> None:
 
 def test_every_published_model_is_held_to_a_figure() -> None:
     assert {name for name in catalog.names("models") if not name.startswith("tiny-")} == set(PUBLISHED_BILLIONS)
-
-
-def test_yuan_has_its_parameters_to_half_a_percent() -> None:
-    assert parameter_count(catalog.model("yuan-1.0-245b")) == pytest.approx(245.7e9, rel=0.005)
 
 
 @pytest.mark.parametrize("name", catalog.names("models"))

@@ -103,15 +103,15 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("text", "model", "words"),
     [
-        ("dp=2", "mixtral-8x7b", "mixture-of-experts"),
         ("pp=2,stage_layers=32+0", "llama-3-8b", "no stage without layers"),
         ("pp=2,dp=2,zero=2,schedule=zbv", "qwen2.5-0.5b", "FSDP cannot cut for two stages"),
+        ("dp=6,zero=3", "mixtral-8x7b", "ZeRO cuts experts over dp/ep ranks"),
     ],
 )
 def test_what_the_engine_cannot_run_is_refused_only_for_running(text: str, model: str, words: str) -> None:
     layout = Layout.parse(text)
-    check_layout(catalog.model(model), layout, global_batch=64, seq_len=2048)
-    refused(layout, words, model=model, run=True)
+    check_layout(catalog.model(model), layout, global_batch=192, seq_len=2048)
+    refused(layout, words, model=model, batch=192, run=True)
 
 
 def test_many_layouts_are_judged_as_each_of_them_alone() -> None:
