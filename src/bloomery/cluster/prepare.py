@@ -267,6 +267,10 @@ def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
     if wanted is True and selective:
         problem = "a compiled layer decides itself what it keeps; recompute: none or full"
         raise InputError(problem, where="train.compile", found="true with recompute: selective")
+    if run.model.moe is not None and wanted is True:
+        raise InputError("routing depends on the data: mixtures of experts run uncompiled", where="train.compile")
+    if run.model.moe is not None:
+        return False
     return compilation_pays(step_time_s, steps) and not selective if wanted == "auto" else wanted
 
 

@@ -82,7 +82,7 @@ class Mesh:
     @property
     def ep_rank(self) -> int:
         """Position on the expert-parallel axis."""
-        return self.dp_rank % self.layout.ep
+        return self.data_rank % self.layout.ep
 
     def shard(self, parameter: Parameter) -> Shard:
         """This rank's rectangle of a parameter, before ZeRO."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bloomery.model.init import rectangle
 from bloomery.parallel.engine import Engine, LocalShard
@@ -169,15 +170,18 @@ def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
 
 def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
     """What AdamW moves. Matrices and embeddings decay; norms and biases do not."""
-    by_setting = defaultdict[tuple[float, float], list[nn.Parameter]](list)
+    by_setting = defaultdict[tuple[float, float, bool], list[nn.Parameter]](list)
     for name, parameter in engine.updated().items():
         entry = engine.table[name]
         if entry.kind == "buffer" or (settings.name == "muon" and is_hidden_matrix(entry)):
             continue
         decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
-        by_setting[decay, lr_factor(settings, entry, engine.model.hidden)].append(parameter)
+        # Experts that ZeRO cannot cut any further stand beside cut tensors; one kernel takes one kind.
+        cut = isinstance(parameter, DTensor)
+        by_setting[decay, lr_factor(settings, entry, engine.model.hidden), cut].append(parameter)
     return [
-        {"params": found, "weight_decay": decay, "lr_factor": factor} for (decay, factor), found in by_setting.items()
+        {"params": found, "weight_decay": decay, "lr_factor": factor}
+        for (decay, factor, _), found in by_setting.items()
     ]
 
 
