@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from bloomery.ledger.sinks import read_lines
 
-STEPS = 14
+STEPS = 40
 
 
 @pytest.fixture(scope="module")

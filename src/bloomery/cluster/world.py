@@ -31,7 +31,7 @@ POLL_S = 0.05
 STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
 PR_SET_PDEATHSIG = 1
-PRELOADED = ["bloomery.train.worker"]
+PRELOADED = ["bloomery.cluster.forked_from", "bloomery.train.worker"]
 """Imported once, by the process that ranks are forked from."""
 PROCESSES_FILE = ".processes"
 """The process numbers of the ranks, in the run's folder: for those who want to look at one (py-spy, gdb)."""
@@ -53,6 +53,11 @@ class Outcome:
     detect_s: float = 0.0
     stacks: tuple[str, ...] = ()
     forked_s: float = 0.0
+
+
+def die_with_parent() -> None:
+    """From now on this process is killed when the one that started it ends, however it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def threads_per_rank(world_size: int) -> int:
@@ -160,7 +165,7 @@ def _environment(rank: int, world_size: int, scratch: Path) -> dict[str, str]:
 
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
     """What a forked process does: become a rank that lives no longer than its parent, and run the module's `main`."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     os.environ.clear()
     os.environ.update(environment)
     warnings.simplefilter("ignore")
