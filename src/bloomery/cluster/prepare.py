@@ -261,7 +261,10 @@ def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
     if wanted is True and selective:
         problem = "a compiled layer decides itself what it keeps; recompute: none or full"
         raise InputError(problem, where="train.compile", found="true with recompute: selective")
-    return compilation_pays(step_time_s, steps) and not selective if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    # Messages break a layer into a dozen programs: what is then saved has not been measured.
+    return layout.tp == 1 and not selective and compilation_pays(step_time_s, steps)
 
 
 def _clear(folder: Path) -> None:
