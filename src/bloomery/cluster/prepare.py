@@ -269,9 +269,11 @@ def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
         raise InputError(problem, where="train.compile", found="true with recompute: selective")
     if run.model.moe is not None and wanted is True:
         raise InputError("routing depends on the data: mixtures of experts run uncompiled", where="train.compile")
-    if run.model.moe is not None:
-        return False
-    return compilation_pays(step_time_s, steps) and not selective if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    # Messages break a layer into a dozen programs: what is then saved has not been measured.
+    alone = layout.tp * layout.cp == 1 and run.model.moe is None
+    return alone and not selective and compilation_pays(step_time_s, steps)
 
 
 def _clear(folder: Path) -> None:
