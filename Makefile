@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-planner bench-search bench-time-to-loss calibrate
+.PHONY: help setup demo test check unit distributed e2e format clean bench-prediction bench-train bench-planner bench-search bench-time-to-loss calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -38,6 +38,14 @@ format: setup ## put the code in order
 
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py
+
+# PEERS: a folder with the environments hf and litgpt, made there when they are missing (PEERS=build/peers makes them here).
+bench-train: setup ## tokens/s and memory beside Hugging Face Trainer, litgpt and a plain loop (PEERS=DIR, BENCH="--rounds 5")
+	@$(if $(PEERS),test -x "$(PEERS)/hf/bin/python" || { $(PYTHON) -m venv "$(PEERS)/hf" && \
+	  "$(PEERS)/hf/bin/pip" install -q -c constraints.txt torch transformers accelerate; })
+	@$(if $(PEERS),test -x "$(PEERS)/litgpt/bin/python" || { $(PYTHON) -m venv "$(PEERS)/litgpt" && \
+	  "$(PEERS)/litgpt/bin/pip" install -q torch==2.13.0 && "$(PEERS)/litgpt/bin/pip" install -q litgpt; })
+	$(BIN)/python bench/train_speed.py $(if $(PEERS),--peers "$(PEERS)") $(BENCH)
 
 # RUNS: CSV files of published runs; MEMORY: layouts that ran out of memory; CALCULON: a checkout of the peer, to stand beside.
 bench-planner: setup ## the performance model on runs it has not seen; writes docs/accuracy.md (RUNS="A.csv B.csv" MEMORY=C.csv)

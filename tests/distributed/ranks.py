@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,6 +47,8 @@ MODELS = {
         ),
     ),
 }  # fmt: skip
+MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
+MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 
 OPTIMIZERS = {"adamw": Optimizer(lr=1e-2), "muon": Optimizer(name="muon", lr=1e-2)}
 
@@ -65,7 +67,7 @@ class Case:
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
-        layout = self.layout.replace(",", "-").replace("=", "")
+        layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         mask = "" if self.mask == "causal" else f"-{self.mask}"
         masked = "-masked" if self.masked else ""
         return f"{self.model}-{layout}{masked}{mask}-{self.optimizer}-{self.dtype}"
@@ -182,21 +184,19 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
 
 
 def by_axis(counted: Counter[tuple[str, str, int]], layout: Layout) -> Counter[tuple[str, str, int]]:
-    """An axis that spans every rank shares the world's process group: both are called world then."""
+    """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
+    lies on the pipeline's axis, and of two ranks it is its group."""
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     merged = Counter[tuple[str, str, int]]()
-    for (axis, op, size), count in counted.items():
+    for (name, op, size), count in counted.items():
+        axis = "pp" if name == "ends" else name
         merged[("world" if axis in whole else axis, op, size)] += count
     return merged
 
 
-def _worker(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> None:
+def _train_cases(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> None:
     """One rank: every case in turn, results to `folder/<case>.<rank>.npy` (an object array read back by the test)."""
-    import torch
-
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
     for case in cases:
         rendezvous = f"file://{folder / case.name}.rendezvous" if world_size > 1 else None
         result = train_case(case, rank, rendezvous)
@@ -209,11 +209,26 @@ def _worker(rank: int, world_size: int, cases: Sequence[Case], folder: Path) -> 
 
 def run_cases(world_size: int, cases: Sequence[Case], folder: Path, timeout_s: float = 300) -> None:
     """Run the cases on `world_size` processes; raise when one fails or hangs."""
+    run_ranks(world_size, _train_cases, cases, folder, timeout_s=timeout_s)
+
+
+def _as_rank(rank: int, world_size: int, work: Callable[..., None], *arguments: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GLOO_SOCKET_IFNAME="lo")
+    work(rank, world_size, *arguments)
+
+
+def run_ranks(world_size: int, work: Callable[..., None], *arguments: Any, timeout_s: float = 300) -> None:
+    """Run `work(rank, world_size, *arguments)` on so many processes; raise when one fails or hangs."""
     context = get_context("forkserver")
     context.set_forkserver_preload(
         ["torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.pipelining"]
     )
-    workers = [context.Process(target=_worker, args=(rank, world_size, cases, folder)) for rank in range(world_size)]
+    workers = [
+        context.Process(target=_as_rank, args=(rank, world_size, work, *arguments)) for rank in range(world_size)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

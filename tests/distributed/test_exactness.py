@@ -46,6 +46,18 @@ def table() -> list[Case]:
         Case("latent", "tp=2,pp=2,sp=true,micro_batch=2"),
         Case("latent", "tp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("latent", "pp=2,dp=2,vpp=2,micro_batch=1"),
+        Case("llama", "dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,zero=1"),
+        Case("llama", "pp=2,dp=2,zero=1,micro_batch=2"),
+        Case("gpt", "tp=2,dp=2,zero=1,sp=true,micro_batch=2"),
+        Case("tied", "tp=2,dp=2,zero=1,micro_batch=2"),
+        Case("llama", "dp=4,replicas=2,zero=2"),
+        Case("llama", "dp=4,replicas=2,zero=3,recompute=full"),
+        Case("gpt", "tp=2,dp=4,replicas=2,zero=3,sp=true"),
+        Case("llama", "tp=2,sp=true,recompute=selective,micro_batch=2"),
+        Case("gpt", "tp=2,recompute=selective,micro_batch=2"),
+        Case("llama", "dp=2,zero=3,recompute=selective,micro_batch=2"),
+        Case("llama", "tp=2,pp=2,sp=true,recompute=selective,micro_batch=2"),
     ]
     cases += [
         Case("llama", layout, optimizer="muon")
@@ -55,7 +67,45 @@ def table() -> list[Case]:
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
         )
     ]  # fmt: skip
-    return cases + context_cases()
+    return [*cases, *on_a_v(), *uneven(), *tied_across_stages(), *context_cases()]
+
+
+def on_a_v() -> list[Case]:
+    """Two chunks a rank, rank 0 at both ends, the backward pass in two parts (whole where layers are recomputed)."""
+    return [
+        Case("deep", "pp=4,micro_batch=1,schedule=zbv"),
+        Case("deep", "pp=4,micro_batch=1,schedule=dualpipev"),
+        Case("gpt", "pp=2,dp=2,micro_batch=1,schedule=zbv"),
+        Case("llama", "pp=2,dp=2,zero=2,micro_batch=1,schedule=dualpipev"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,schedule=zbv", masked=True),
+        Case("gpt", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=1,schedule=zbv"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,schedule=zbv,recompute=full"),
+        Case("llama", "pp=2,micro_batch=1,schedule=dualpipev,recompute=full"),
+    ]
+
+
+def uneven() -> list[Case]:
+    """Stages of different depth under every schedule that has one."""
+    return [
+        Case("llama", "pp=2,dp=2,zero=2,micro_batch=2,stage_layers=3+1"),
+        Case("deep", "pp=2,vpp=2,micro_batch=2,stage_layers=1+3+2+2"),
+        Case("deep", "pp=3,vpp=2,micro_batch=1,stage_layers=2+1+1+1+1+2,schedule=zbv"),
+        Case("deep", "pp=2,dp=2,zero=2,micro_batch=1,stage_layers=1+3+2+2,schedule=dualpipev"),
+    ]
+
+
+def tied_across_stages() -> list[Case]:
+    """One embedding on both ends of a pipeline, or used twice on the rank that has both ends of a V."""
+    return [
+        Case("tied", "pp=2,micro_batch=2"),
+        Case("tied", "pp=2,vpp=2,dp=2,micro_batch=1"),
+        Case("tied", "pp=4,dp=2,zero=2,micro_batch=1"),
+        Case("tied", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2"),
+        Case("tied-gpt", "tp=2,pp=2,sp=true,micro_batch=2"),
+        Case("tied-gpt", "pp=2,dp=2,micro_batch=2"),
+        Case("tied-gpt", "pp=2,micro_batch=2,schedule=zbv"),
+        Case("tied", "tp=2,pp=2,dp=2,sp=true,micro_batch=1,schedule=dualpipev"),
+    ]
 
 
 def context_cases() -> list[Case]:
@@ -83,6 +133,7 @@ def context_cases() -> list[Case]:
         Case("llama", "cp=2,dp=2,zero=2,micro_batch=2", optimizer="muon"),
         Case("latent", "cp=2,tp=2,sp=true,micro_batch=4"),
         Case("qk-norm", "cp=2,tp=2,micro_batch=4"),
+        Case("tied", "cp=2,pp=2,dp=2,micro_batch=1,schedule=zbv"),
         Case("llama", "cp=2,micro_batch=4", mask="prefix"),
         Case("llama", "dp=2,zero=2,micro_batch=2", mask="prefix"),
         Case("llama", "cp=2,micro_batch=4,cp_method=all_gather", mask="documents"),
@@ -98,8 +149,18 @@ def context_cases() -> list[Case]:
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
-    for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
-] + [Case("llama", f"cp=2,micro_batch=2,cp_method={method}", dtype="bfloat16") for method in ("ring", "all_gather")]
+    for layout in (
+        "tp=2,micro_batch=2",
+        "tp=2,pp=2,sp=true,micro_batch=2",
+        "dp=2,zero=2",
+        "dp=2,zero=1",
+        "pp=2,micro_batch=2",
+        "pp=2,micro_batch=2,schedule=zbv",
+        "tp=2,sp=true,recompute=selective",
+        "cp=2,micro_batch=2",
+        "cp=2,micro_batch=2,cp_method=all_gather",
+    )
+]
 REFERENCES = {
     (c.model, c.masked, c.mask, c.optimizer): Case(
         c.model, "micro_batch=8", c.masked, mask=c.mask, optimizer=c.optimizer

@@ -17,6 +17,7 @@ KIND_COLOURS = {
     "forward": "#54708a",
     "recompute": "#b6a6c4",
     "backward": MEASURED,
+    "backward weight": "#d98a63",
     "send forward": HELDOUT,
     "send backward": "#5f9c95",
 }

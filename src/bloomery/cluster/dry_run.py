@@ -168,11 +168,13 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 
 
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
-    """An axis that spans every rank shares the world's process group: both are called world then."""
+    """An axis that spans every rank shares the world's process group: both are called world then; the pair of ends
+    lies on the pipeline's axis, and of two ranks it is its group."""
     sizes = {"tp": layout.tp, "cp": layout.cp, "dp": layout.shards, "pp": layout.pp}
     whole = {axis for axis, size in sizes.items() if size == layout.world_size}
     answer = Counter[Message]()
-    for (axis, op, size), count in counted.items():
+    for (name, op, size), count in counted.items():
+        axis = "pp" if name == "ends" else name
         answer[("world" if axis in whole else axis, op, size)] += count
     return answer
 
@@ -199,7 +201,7 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
     again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
     share = account.layers / case.model.layers * (3 * forward.layers + again)
-    head = 3 * forward.head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
+    head = 3 * forward.head * case.ranks(np.array([account.pipeline_rank])).last[0]
     sequences = account.micro_batches * int(case.lay.micro_batch[0])
     return float(sequences * (share + head) / (case.lay.tp[0] * case.lay.cp[0]))
 
@@ -232,7 +234,7 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
 
 def _predicted_peak(case: Case, account: RankAccount, memory: dict[str, float]) -> float:
     """The model's activations at the peak without what it adds for the final norm and the head."""
-    last = account.pipeline_rank == case.lay.pp[0] - 1
+    last = case.ranks(np.array([account.pipeline_rank])).last[0]
     ends = case.stream_tokens[0] * case.model.hidden * (case.precision.stream + case.precision.compute)
     return float(memory["activations"] - last * ends)
 

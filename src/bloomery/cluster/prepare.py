@@ -14,6 +14,7 @@ from bloomery.cluster.supervisor import run_lock
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
+from bloomery.perf.compilation import compilation_pays
 from bloomery.perf.estimate import estimate
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
@@ -230,6 +231,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         model=run.model,
         layout=layout,
         dtype=dtype,
+        compiled=_compiled(run, layout, expected["step_time_s"]),
         seed=train.seed,
         seq_len=train.seq_len,
         global_batch=train.global_batch,
@@ -251,6 +253,16 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         peak_flops_per_s=expected["peak_flops_per_s"],
         mfu_convention=expected["convention"],
     )
+
+
+def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
+    """Whether layers are compiled. Raises InputError where that is asked for and the layout does not allow it."""
+    wanted, steps = run.train.compile, run.train.n_steps
+    selective = layout.recompute == "selective"
+    if wanted is True and selective:
+        problem = "a compiled layer decides itself what it keeps; recompute: none or full"
+        raise InputError(problem, where="train.compile", found="true with recompute: selective")
+    return compilation_pays(step_time_s, steps) and not selective if wanted == "auto" else wanted
 
 
 def _clear(folder: Path) -> None:

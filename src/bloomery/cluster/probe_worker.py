@@ -173,8 +173,16 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients.
     """
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
-    settings = {"seq_len": REFERENCE_SEQ_LEN, "global_batch": REFERENCE_BATCH}
-    engine = build(model, REFERENCE_LAYOUT, mesh, **settings, dtype=dtype, seed=0, measure=lambda _: nullcontext())
+    engine = build(
+        model,
+        REFERENCE_LAYOUT,
+        mesh,
+        seq_len=REFERENCE_SEQ_LEN,
+        global_batch=REFERENCE_BATCH,
+        dtype=dtype,
+        seed=0,
+        measure=lambda _: nullcontext(),
+    )
     optimizer = torch.optim.AdamW(engine.parameters().values(), lr=1e-4, fused=True)
     shape = (REFERENCE_BATCH, REFERENCE_SEQ_LEN)
     tokens = torch.randint(0, model.vocab, shape, device=device)

@@ -39,10 +39,11 @@ BUCKETS = (
     "evaluate",
     "logging",
     "startup",
+    "compile",
     "profile",
     "other",
 )
-_NOT_OF_A_STEP = ("checkpoint", "evaluate", "startup", "profile")
+_NOT_OF_A_STEP = ("checkpoint", "evaluate", "startup", "compile", "profile")
 
 WATERFALL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernel": ("kernels below peak", ("kernel",)),
@@ -251,7 +252,7 @@ def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, 
 
 
 def _has_pause(row: dict[str, Any]) -> bool:
-    return any(row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "profile"))
+    return any(row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "compile", "profile"))
 
 
 def _mean_buckets(steps: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:

@@ -31,6 +31,7 @@ COLOURS = {
     "logging": "#b9b2a8",
     "startup": "#8c97a3",
     "profile": "#c7a76c",
+    "compile": "#6f7f63",
     "other": "#d5cfc6",
 }
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#bccad5", "#d6dfe6", "#c9c3b8", "#e2ddd5")

@@ -4,10 +4,11 @@
 2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
    Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
-3. Full recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated;
+3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
+4. Full recomputation wraps whole layers, so their tensor- and context-parallel messages are inside and are repeated;
    selective wraps single operators of finished layers.
-4. FSDP wraps layers last: it gathers exactly what the layer computes with.
-5. The pipeline schedule (in `engine.build`) drives finished stages.
+5. FSDP wraps layers last: it gathers exactly what the layer computes with.
+6. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import nn
 from bloomery.model.init import initial_value, rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
+from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.mesh import Mesh
@@ -25,7 +27,7 @@ from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import Parameter, all_parameters
+from bloomery.spec.parameters import Parameter, all_parameters, owning_name
 from bloomery.spec.shard_table import tensor_shard
 
 
@@ -38,21 +40,25 @@ def lay_out(
     dtype: torch.dtype,
     seed: int,
     measure: Measure,
+    compiled: bool,
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
     """This rank's stages by index, ready to compute, and the parameter table by name."""
     layout = mesh.layout
     table = {parameter.name: parameter for parameter in all_parameters(model)}
     stages: dict[int, Transformer] = {}
-    for index, layers in enumerate(stages_of(model, layout)):
-        if index % layout.pp != mesh.pp_rank:
-            continue
+    if compiled:
+        book_compilation(measure)
+    ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
+    for index in layout.stages_on(mesh.pp_rank):
         with torch.device("meta"):
-            stage = Transformer(model, layers)
-        fill(stage, model, table, mesh, dtype=dtype, seed=seed)
+            stage = Transformer(model, ranges[index])
+        fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
+        if compiled:
+            compile_layers(stage)
         if layout.recompute == "full":
             recompute_layers(stage)
         elif layout.recompute == "selective":
@@ -64,18 +70,26 @@ def lay_out(
 
 
 def fill(
-    stage: Transformer, model: Model, table: dict[str, Parameter], mesh: Mesh, *, dtype: torch.dtype, seed: int
+    stage: Transformer,
+    model: Model,
+    table: dict[str, Parameter],
+    mesh: Mesh,
+    filled: dict[str, nn.Parameter],
+    *,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     """Put this rank's rectangle of every initial parameter into a stage built on the meta device.
 
+    `filled`: what the rank's stages have so far, by name; a tied head takes its embedding from it.
     Raises KeyError when a module's parameter is not in the table: nothing is skipped silently.
     """
-    filled: dict[int, nn.Parameter] = {}
     for module_name, module in stage.named_modules():
-        for name, empty in list(module.named_parameters(recurse=False)):
-            if id(empty) not in filled:
-                parameter = table[f"{module_name}.{name}"]
+        for own, _ in list(module.named_parameters(recurse=False)):
+            name = owning_name(model, f"{module_name}.{own}")
+            if name not in filled:
+                parameter = table[name]
                 whole = initial_value(model, parameter, seed, dtype)
                 local = rectangle(whole, tensor_shard(parameter, mesh.layout.tp, mesh.tp_rank))
-                filled[id(empty)] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
-            setattr(module, name, filled[id(empty)])
+                filled[name] = nn.Parameter(local.to(mesh.device, copy=True).contiguous())
+            setattr(module, own, filled[name])

@@ -58,8 +58,8 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
 def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
 
-    With replicas each rank's cut gradients are also summed over them, booked like the rest; a two-dimensional mesh
-    would have FSDP send that message itself, unbooked.
+    With replicas each rank's cut gradients are also summed over them, booked like the rest: on a two-dimensional mesh
+    FSDP would send that message itself, unbooked.
     """
     assert mesh.device_mesh is not None
     axis = mesh.device_mesh["dp"]
@@ -103,12 +103,16 @@ def whole_gradient_bytes(stage: Transformer) -> int:
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 
-def units(stage: Transformer) -> list[list[torch.nn.Parameter]]:
-    """Parameters of each layer, and those outside the layers: what one message carries."""
-    inside = [list(layer.parameters()) for layer in stage.blocks()]
-    in_layers = {id(parameter) for unit in inside for parameter in unit}
-    outside = [parameter for parameter in stage.parameters() if id(parameter) not in in_layers]
-    return [unit for unit in [*inside, outside] if unit]
+def units(stages: Sequence[Transformer]) -> list[list[torch.nn.Parameter]]:
+    """Parameters of each layer, and of each stage those outside its layers: what one message carries. A parameter that
+    two stages share is in one unit."""
+    answer: list[list[torch.nn.Parameter]] = []
+    seen: set[int] = set()
+    for module in [module for stage in stages for module in (*stage.blocks(), stage)]:
+        unit = [parameter for parameter in module.parameters() if id(parameter) not in seen]
+        seen.update(id(parameter) for parameter in unit)
+        answer += [unit] if unit else []
+    return answer
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

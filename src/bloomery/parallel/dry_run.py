@@ -48,8 +48,8 @@ class RankAccount:
 
     `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
     steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
-    `working_bytes`: what a recomputed layer makes again for its own backward pass. `weight_copies_bytes`: autocast's
-    copies of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
+    `working_bytes`: what a recomputed layer makes again for its backward pass. `weight_copies_bytes`: autocast's copies
+    of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
     `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step are added up.
     `executed`: the (layers, micro-batches) of the steps that were really run.
     """
@@ -79,10 +79,14 @@ def dry_run(
     """The account of `rank`. Raises InputError for what the engine cannot run."""
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
     pipeline_rank = rank // (layout.tp * layout.data_ranks)
-    layers = sum(len(stage) for stage in stages_of(model, layout)[pipeline_rank :: layout.pp])
+    ranges = stages_of(model, layout)
+    layers = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank))
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
     stage_depths = [0] if layers <= WHOLE_STAGE else [1, 2]
-    step_lengths = [micro_batches] if layers * micro_batches <= WHOLE_STEP else [1, 2]
+    least = least_micro_batches(layout)
+    step_lengths = [least, least + 1]
+    if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
+        step_lengths = [micro_batches]
     samples: list[dict[str, Any]] = []
     executed = []
     for depth in stage_depths:
@@ -105,9 +109,14 @@ def dry_run(
     )
 
 
+def least_micro_batches(layout: Layout) -> int:
+    """The shortest step that the layout's schedule can run."""
+    return layout.n_stages if layout.v_shaped else 1
+
+
 def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
     """The same model and layout with `depth` layers in every stage."""
-    cut = model.model_copy(update={"layers": depth * layout.pp * layout.vpp})
+    cut = model.model_copy(update={"layers": depth * layout.n_stages})
     return cut, layout.model_copy(update={"stage_layers": None})
 
 
@@ -116,7 +125,7 @@ def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> 
 
     def kept(recompute: str) -> int:
         part, cut = shallow(model, layout.model_copy(update={"recompute": recompute}), 1)
-        (step,) = _steps(part, cut, rank, [1], **settings)
+        (step,) = _steps(part, cut, rank, [least_micro_batches(layout)], **settings)
         return int(step["layer_activation_bytes"]) // layout.vpp
 
     if layout.recompute == "none":

@@ -27,7 +27,7 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
-from bloomery.spec.parameters import Parameter
+from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard, tensor_shard
 
 
@@ -100,7 +100,13 @@ class Engine:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
-        return {name: parameter for stage in self.stages.values() for name, parameter in stage.named_parameters()}
+        named = (pair for stage in self.stages.values() for pair in stage.named_parameters())
+        return {owning_name(self.model, name): parameter for name, parameter in named}
+
+    @property
+    def _tied_apart(self) -> bool:
+        """Whether the first and the last pipeline rank each hold a tied embedding."""
+        return self.model.tie_embeddings and self.layout.pp > 1 and not self.layout.v_shaped
 
     def updated(self) -> dict[str, nn.Parameter]:
         """What this rank's optimizer updates, by global name: its parameters, under ZeRO 1 its rows of them."""
@@ -153,7 +159,7 @@ class Engine:
             return self._accumulate(batch)
         losses: list[Tensor] = []
         with self.measure("pp_comm"), self._autocast():
-            first, last = 0 in self.stages, self.layout.pp * self.layout.vpp - 1 in self.stages
+            first, last = 0 in self.stages, self.layout.n_stages - 1 in self.stages
             inputs = (batch.tokens_bs,) if first else ()
             known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last else batch.seen
             target, found = (batch.targets_bs, losses) if last else (None, None)
@@ -178,7 +184,8 @@ class Engine:
         return total
 
     def reduce_gradients(self) -> None:
-        """Sum what the backward pass left partial: what tp ranks hold alike, then whole data-parallel gradients."""
+        """Sum what the backward pass left partial: what tp ranks hold alike, a tied embedding on both ends of a
+        pipeline, then whole data-parallel gradients."""
         if self.axis is not None:
             every, table = self.layout.sequence_parallel, self.table
             replicated = [
@@ -188,13 +195,17 @@ class Engine:
             ]
             if replicated:
                 sum_flat(replicated, self.mesh.group("tp"), self.measure, "tp_comm")
+        if self._tied_apart and "embedding.weight" in self.parameters():
+            gradient = self.parameters()["embedding.weight"].grad
+            assert gradient is not None
+            with self.measure("pp_comm"):
+                dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
         elif self.layout.data_ranks > 1 and self.layout.zero_stage == 0:
-            for stage in self.stages.values():
-                for unit in units(stage):
-                    gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                    sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
+            for unit in units(list(self.stages.values())):
+                gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+                sum_flat(gradients, self.mesh.group("dp"), self.measure, "dp_comm")
 
     def update(self, optimizer: Steps) -> None:
         """The optimizer's step over what this rank updates; then every rank has the parameters it computes with."""
@@ -227,7 +238,7 @@ class Engine:
         index = torch.tensor([GROUPS.index(group_of(name)) for name in names], device=each.device)
         groups = torch.zeros(len(GROUPS), dtype=torch.float64, device=each.device).index_add_(0, index, each)
         squares = groups.sum()
-        last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
+        last_stage = self.layout.n_stages - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
         said = torch.tensor(votes, dtype=torch.float64, device=squares.device)
@@ -239,7 +250,8 @@ class Engine:
 
     def _replicas(self, name: str) -> int:
         tp = self.layout.tp if self.table[name].tp_dim is None else 1
-        return tp * (self.layout.data_ranks if self.layout.zero_stage == 0 else self.layout.dp_replicas)
+        ends = 2 if self._tied_apart and name == "embedding.weight" else 1
+        return ends * tp * (self.layout.data_ranks if self.layout.zero_stage == 0 else self.layout.dp_replicas)
 
     def clip(self, max_norm: float, grad_norm: float) -> None:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
@@ -256,7 +268,7 @@ class Engine:
         """
         batch, self.n_targets = self._own(batch), 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        last_stage = self.layout.pp * self.layout.vpp - 1 in self.stages
+        last_stage = self.layout.n_stages - 1 in self.stages
         with self._autocast():
             if self.schedule is None:
                 for micro in batch.split(self.layout.micro_batch):
@@ -283,6 +295,8 @@ class Engine:
         for name, parameter in self.updated().items():
             shard = tensor_shard(self.table[name], layout.tp, mesh.tp_rank)
             owner = mesh.tp_rank == 0 or self.table[name].tp_dim is not None
+            if self._tied_apart and name == "embedding.weight":
+                owner = owner and 0 in self.stages
             if layout.zero_stage >= 1:
                 start, n = rows_of(shard.shape[0], layout.shards, mesh.shard_rank)
                 owner = owner and mesh.replica == 0
@@ -311,8 +325,12 @@ def build(
     dtype: str,
     seed: int,
     measure: Measure,
+    compiled: bool = False,
 ) -> Engine:
-    """Lay `model` over `mesh`. Raises InputError for what the engine cannot run, before any memory is taken."""
+    """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
+
+    Raises InputError for what the engine cannot run, before any memory is taken.
+    """
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=mesh.world_size, run=True)
     axis = None
     if layout.tp > 1:
@@ -320,11 +338,13 @@ def build(
     context = None
     if layout.cp > 1:
         context = ContextAxis(mesh.group("cp"), layout.cp, mesh.cp_rank, layout.cp_method, measure)
-    stages, table = lay_out(model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure)
+    stages, table = lay_out(
+        model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
+    )
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
-        every_unit = [unit for stage in stages.values() for unit in units(stage)]
+        every_unit = units(list(stages.values()))
         engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)

@@ -30,6 +30,7 @@ class Mesh:
     rank: int
     device_mesh: DeviceMesh | None
     context_mesh: DeviceMesh | None = None
+    ends: dist.ProcessGroup | None = None
 
     @property
     def world_size(self) -> int:
@@ -72,8 +73,11 @@ class Mesh:
         return self.rank // (self.layout.tp * self.layout.data_ranks)
 
     def group(self, axis: str) -> dist.ProcessGroup:
-        """The process group of one of `axes`."""
+        """The process group of one of `axes`, or `ends`: the first and the last pipeline rank, for them alone."""
         assert self.device_mesh is not None, "one process has no groups"
+        if axis == "ends":
+            assert self.ends is not None, "this rank is not at an end of a pipeline"
+            return self.ends
         if axis == "world":
             world = dist.group.WORLD
             assert world is not None
@@ -137,10 +141,24 @@ def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     if layout.dp_replicas == 1:
         del axes["replica"]
     device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-    if layout.cp == 1:
-        return Mesh(layout, device, rank, device_mesh)
-    apart = device_mesh["dp"]._unflatten(0, (layout.shards // layout.cp, layout.cp), ("batch", "cp"))
-    return Mesh(layout, device, rank, device_mesh, apart["cp"])
+    context_mesh = None
+    if layout.cp > 1:
+        apart = device_mesh["dp"]._unflatten(0, (layout.shards // layout.cp, layout.cp), ("batch", "cp"))
+        context_mesh = apart["cp"]
+    return Mesh(layout, device, rank, device_mesh, context_mesh, _ends(layout, rank, device_mesh))
+
+
+def _ends(layout: Layout, rank: int, device_mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """The group of this rank's pipeline's first and last rank, where it is one of them. Nothing connects before its
+    first message."""
+    if layout.pp == 2:
+        return device_mesh.get_group("pp")
+    inner = layout.data_ranks * layout.tp
+    pair = [rank % inner, (layout.pp - 1) * inner + rank % inner]
+    if layout.pp == 1 or rank not in pair:
+        return None
+    group: dist.ProcessGroup = dist.new_group(pair, use_local_synchronization=True)
+    return group
 
 
 def stop(mesh: Mesh) -> None:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from bloomery.model.transformer import Transformer
@@ -23,9 +30,12 @@ class MeasuredStage(PipelineStage):
 
     What is received lives from its message to the end of its backward pass. PyTorch's own stage has a buffer for every
     micro-batch of a step from the start and for good: hundreds of them where a few are in flight.
+
+    `splits`: whether the gradients of the weights wait for their own turn where the schedule has one.
     """
 
     measure: Measure
+    splits: bool
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch forward."""
@@ -35,13 +45,30 @@ class MeasuredStage(PipelineStage):
             _empty(self.args_recv_info[fwd_chunk_id])
         return output
 
-    def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """One micro-batch backward."""
+    def backward_one_chunk(
+        self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
+    ) -> None:
+        """One micro-batch backward; without `full_backward` only towards the input, if it `splits`."""
         with self.measure("compute"):
-            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward or not self.splits, last_backward)
         if self.has_backward:
             _empty(self.args_recv_info[bwd_chunk_id])
             _empty(self.grad_recv_info[bwd_chunk_id])
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        """The gradients of the weights of one micro-batch that went backward without them."""
+        if self.splits:
+            with self.measure("compute"):
+                super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+    def get_local_bwd_output(self, mb_index: int) -> Any:
+        """The gradient for the stage before on the same rank; none in an evaluation, where PyTorch's would raise."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs: tuple[Tensor | None, ...], mb_index: int) -> None:
+        """The gradient from the stage after on the same rank."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of one micro-batch's activations, into memory taken now."""
@@ -86,6 +113,12 @@ def _empty(infos: Sequence[Any]) -> None:
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
+_SEVERAL_CHUNKS: dict[str, type[ScheduleInterleaved1F1B | ScheduleZBVZeroBubble | ScheduleDualPipeV]] = {
+    "interleaved": ScheduleInterleaved1F1B,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
 
 def build_schedule(
     stages: dict[int, Transformer],
@@ -100,7 +133,7 @@ def build_schedule(
 ) -> Schedule:
     """The schedule over this rank's stages. Shapes are given, so nothing is inferred (or sent) at run time."""
     layout = mesh.layout
-    n_stages = layout.pp * layout.vpp
+    n_stages = layout.n_stages
     measured = []
     for index, module in stages.items():
         model = module.model
@@ -120,7 +153,7 @@ def build_schedule(
             output_args=loss_sum if index == n_stages - 1 else stream,
             group=mesh.group("pp"),
         )
-        stage.measure = measure
+        stage.measure, stage.splits = measure, layout.splits_backward
         measured.append(stage)
     return schedule_over(layout, measured, micro_batches, loss)
 
@@ -129,8 +162,8 @@ def schedule_over(
     layout: Layout, stages: Sequence[Any], micro_batches: int, loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Schedule:
     """PyTorch's schedule of that name over one rank's stages."""
-    if layout.schedule == "interleaved":
-        return ScheduleInterleaved1F1B(list(stages), micro_batches, loss_fn=loss, scale_grads=False)
+    if layout.vpp > 1:
+        return _SEVERAL_CHUNKS[layout.schedule](list(stages), micro_batches, loss_fn=loss, scale_grads=False)
     # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
     kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B
     return kind(stages[0], micro_batches, loss_fn=loss, scale_grads=False)

@@ -5,9 +5,9 @@
 *selective*: what is cheap to make again is not kept: the outputs of norms, the gathered inputs of blocks under sequence
 parallelism, and the outputs of activation functions. They are made again when the first of their readers needs them in
 the backward pass. Korthikanti et al. 2022 (arXiv 2205.05198) repeat the attention core, whose scores were large; fused
-attention keeps no scores, and repeating it would save one number a head and token. The results are bitwise those of
-keeping, but for autocast without tensor parallelism: there a block's input is converted once, not once a projection,
-so that one gradient comes back in the narrow format.
+attention keeps no scores, and repeating it would save one number a head and token. Forward passes are bitwise those of
+keeping; gradients may be added up in another order. Under autocast without tensor parallelism a block's input is
+converted once, not once a projection, so that its gradient is added up in the narrow format.
 
 How: such an output carries its recipe (`_Recipe`), and whoever saves the output in a layer for its backward pass (a
 matrix product) saves the recipe in its place. No graph or storage is changed.
@@ -143,7 +143,7 @@ def _keeping_recipes(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
 
 
 def _recipes_saved() -> AbstractContextManager[Any]:
-    # Only the innermost hooks are called, so those outside (which may count or move what is saved) are called here.
+    # Only the innermost hooks are called: those outside, which may count or move what is saved, are called from here.
     pack_outside, unpack_outside = torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, _same)
 
     def pack(tensor: Tensor) -> Any:

@@ -56,6 +56,8 @@ class _Recorder(TorchDispatchMode):
 @contextmanager
 def record(mesh: Mesh) -> Iterator[Counter[tuple[str, str, int]]]:
     """Count (axis, op, payload bytes) of this rank's messages inside the block."""
-    recorder = _Recorder({str(mesh.group(axis).group_name): axis for axis in mesh.axes})
+    axes = {str(mesh.ends.group_name): "ends"} if mesh.ends is not None else {}
+    axes |= {str(mesh.group(axis).group_name): axis for axis in mesh.axes}
+    recorder = _Recorder(axes)
     with recorder:
         yield recorder.seen

@@ -63,14 +63,14 @@ class _Script:
 
     submod, has_backward = None, True
 
-    def __init__(self, program: Program, index: int, n_stages: int, pp: int) -> None:
-        self.program, self.stage_index, self.num_stages = program, index, n_stages
-        self.group_size, self.group_rank = pp, index % pp
-        self.is_first, self.is_last = index == 0, index == n_stages - 1
+    def __init__(self, program: Program, index: int, layout: Layout) -> None:
+        self.program, self.stage_index, self.num_stages = program, index, layout.n_stages
+        self.layout, self.group_size, self.group_rank = layout, layout.pp, layout.rank_of(index)
+        self.is_first, self.is_last = index == 0, index == layout.n_stages - 1
         self.stage_index_to_group_rank: dict[int, int] = {}
 
     def _end(self, kind: str, direction: str, there: bool, other: int, receiver: int, micro: int) -> list[Transfer]:
-        return [Transfer(kind, other % self.group_size, (direction, receiver, micro))] if there else []
+        return [Transfer(kind, self.layout.rank_of(other), (direction, receiver, micro))] if there else []
 
     def get_fwd_recv_ops(self, micro: int) -> list[Transfer]:
         return self._end("recv", "forward", not self.is_first, self.stage_index - 1, self.stage_index, micro)
@@ -87,8 +87,22 @@ class _Script:
     def forward_one_chunk(self, micro: int, *_: Any, **__: Any) -> None:
         self.program.steps.append(("forward", (self.stage_index, micro)))
 
-    def backward_one_chunk(self, micro: int, *_: Any, **__: Any) -> None:
-        self.program.steps.append(("backward", (self.stage_index, micro)))
+    def backward_one_chunk(self, micro: int, *_: Any, full_backward: bool = True, **__: Any) -> None:
+        splits = self.layout.splits_backward and not full_backward
+        self.program.steps.append(("backward input" if splits else "backward", (self.stage_index, micro)))
+
+    def backward_weight_one_chunk(self, micro: int, *_: Any, **__: Any) -> None:
+        if self.layout.splits_backward:
+            self.program.steps.append(("backward weight", (self.stage_index, micro)))
+
+    def set_local_fwd_input(self, *_: Any) -> None:
+        """From the stage before on the same rank no message comes."""
+
+    def get_local_bwd_output(self, _: int) -> None:
+        """To the stage before on the same rank no message goes."""
+
+    def set_local_bwd_input(self, *_: Any) -> None:
+        """From the stage after on the same rank no message comes."""
 
     def perform_reduce_grad(self, _: int) -> None:
         """Nothing to scale."""
@@ -120,11 +134,9 @@ def schedule_order(model: Model, layout: Layout, micro_batches: int) -> Schedule
 
 def rank_programs(layout: Layout, micro_batches: int) -> list[Program]:
     """What every pipeline rank does in one step, as PyTorch's runtime asks it of the stages."""
-    n_stages = layout.pp * layout.vpp
     programs = [Program() for _ in range(layout.pp)]
     stages = [
-        [_Script(program, index, n_stages, layout.pp) for index in range(rank, n_stages, layout.pp)]
-        for rank, program in enumerate(programs)
+        [_Script(program, index, layout) for index in layout.stages_on(rank)] for rank, program in enumerate(programs)
     ]
     # One schedule serves every rank in turn: making it lays out the order of all of them.
     schedule = schedule_over(layout, stages[0], micro_batches, None)
@@ -222,12 +234,12 @@ def _move(
 
 
 def _most_held(program: Program, depth: list[int]) -> int:
-    """The most layers x micro-batches between their forward and their backward pass at any time."""
+    """The most layers x micro-batches between their forward and the end of their backward pass at any time."""
     held, most = 0, 0
     for kind, what in program.steps:
         if kind == "forward":
             held += depth[what[0]]
             most = max(most, held)
-        elif kind == "backward":
+        elif kind in ("backward", "backward weight"):
             held -= depth[what[0]]
     return most

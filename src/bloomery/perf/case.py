@@ -13,7 +13,8 @@ from bloomery.perf.precision import Precision, precision_of
 from bloomery.perf.stack import Stack, stack_of
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
-from bloomery.spec.layout import LayoutBatch, stage_split
+from bloomery.spec.collective import Collective, StageShape
+from bloomery.spec.layout import LayoutBatch, stage_on, stage_split
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
     Parameter,
@@ -22,22 +23,19 @@ from bloomery.spec.parameters import (
     is_hidden_matrix,
     layer_parameters,
 )
-from bloomery.spec.shard_table import Collective, StageShape, stage_collectives
+from bloomery.spec.shard_table import stage_collectives
 
 T = TypeVar("T")
 
 FULL, SELECTIVE = 2, 1
 """Indices into `spec.layout.RECOMPUTE`."""
-INTERLEAVED, GPIPE = 1, 2
+INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
-MICRO_BATCH = (
-    *MESH, "dp_replicas", "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages",
-    "micro_batches",
-)  # fmt: skip
+MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
@@ -224,6 +222,20 @@ class Case:
         return self, self.kinds
 
     @property
+    def sent(self) -> LayoutBatch:
+        """The layouts as far as the shard table's messages go under this stack, which may differ from our engine's.
+
+        ZeRO 1 sends what an all-reduce is made of, in two halves: other stacks' constants were fitted with it timed as
+        one. Others keep (or hide) what our selective recomputation gathers again.
+        """
+        changed, columns = dict[str, np.ndarray](), vars(self.lay)
+        if not self.stack.eager and "zero_stage" in columns:
+            changed["zero_stage"] = np.where(self.lay.zero_stage == 1, 0, self.lay.zero_stage)
+        if self.stack.selective_share is not None and "recompute" in columns:
+            changed["recompute"] = np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute)
+        return self.lay.having(**changed)
+
+    @property
     def accelerator(self) -> Accelerator:
         """The device of one rank."""
         return self.cluster.accelerator
@@ -320,7 +332,7 @@ class Case:
         precision, shape = self.precision, StageShape(ranks.layers, ranks.first, ranks.last)
         rows = stage_collectives(
             self.model,
-            self.lay,
+            self.sent,
             shape,
             ranks.index,
             seq_len=self.seq_len,
@@ -335,27 +347,30 @@ class Case:
     def ranks(self, index: np.ndarray) -> Ranks:
         """The pipeline ranks `index` (n,) of each layout."""
         table, row = self._stage_table
-        layers, moe = table[row, 0, index], table[row, 1, index]
-        return Ranks(index, layers, moe, index == 0, index == self.lay.pp - 1)
+        layers, moe, last = (table[row, i, index] for i in range(3))
+        return Ranks(index, layers, moe, index == 0, last == 1)
 
     def _named_rank(self, which: int) -> np.ndarray:
         """(n,): the fullest (0) or the heaviest (1) of the middle ranks."""
         table, row = self._stage_table
-        return table[row, 2, which]
+        return table[row, 3, which]
 
     @OfLayouts
     def _stage_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(splits, 3, ranks): layers, MoE layers and (fullest, heaviest) of each split; (n,): the row of a layout."""
+        """(splits, 4, ranks): layers, MoE layers, whether the last stage is there, and (fullest, heaviest) of each
+        split; (n,): the row of a layout."""
         lay = self.lay
         uneven = lay.stage_layers or (None,)
         number = {split: i for i, split in enumerate(dict.fromkeys(uneven))}
         which = np.broadcast_to(np.array([number[split] for split in uneven]), (len(lay),))
-        place, row = distinct([self._codes("pp"), self._codes("vpp"), Codes(which, len(number))])
+        cut = [self._codes(name) for name in ("pp", "vpp", "v_shaped")]
+        place, row = distinct([*cut, Codes(which, len(number))])
         most = int(lay.pp.max(initial=2))
-        table = np.zeros((len(place), 3, most), dtype=np.int64)
-        for i, (pp, vpp) in enumerate(zip(lay.pp[place].tolist(), lay.vpp[place].tolist(), strict=True)):
+        table = np.zeros((len(place), 4, most), dtype=np.int64)
+        columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
+        for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
             split = uneven[place[i]] if lay.stage_layers else None
-            table[i] = _stages(self.model, pp, split or stage_split(self.model.layers, pp * vpp), most)
+            table[i] = _stages(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
         return table, row
 
     @OfLayouts
@@ -381,16 +396,19 @@ def _held(model: Model, part: str) -> Held:
     return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))
 
 
-def _stages(model: Model, pp: int, split: tuple[int, ...], width: int) -> np.ndarray:
-    """(3, width): layers of each rank, MoE layers of each rank, and in the last row the fullest and heaviest rank."""
-    answer = np.zeros((3, width), dtype=np.int64)
-    starts = np.cumsum([0, *split]).tolist()
+def _stages(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], width: int) -> np.ndarray:
+    """(4, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, and in the last row the
+    fullest and heaviest rank. On a V all ranks have as many micro-batches in flight."""
+    answer = np.zeros((4, width), dtype=np.int64)
+    starts = np.cumsum([0, *split])
     dense = model.moe.first_dense_layers if model.moe else model.layers
-    for stage, count in enumerate(split):
-        answer[0, stage % pp] += count
-        answer[1, stage % pp] += max(0, starts[stage + 1] - max(starts[stage], dense))
+    moe = np.maximum(0, starts[1:] - np.maximum(starts[:-1], dense))
+    home = stage_on(np.arange(len(split)) // pp, np.arange(len(split)) % pp, pp, v_shaped) % pp
+    np.add.at(answer[0], home, split)
+    np.add.at(answer[1], home, moe)
+    answer[2, home[-1]] = 1
     if pp > 2:
         middle = answer[0, 1 : pp - 1]
-        answer[2, 0] = 1 + int(middle.argmax())
-        answer[2, 1] = 1 + int((middle * (pp - np.arange(1, pp - 1))).argmax())
+        flight = 1 if v_shaped else pp - np.arange(1, pp - 1)
+        answer[3, :2] = 1 + int(middle.argmax()), 1 + int((middle * flight).argmax())
     return answer

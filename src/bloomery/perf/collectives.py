@@ -35,7 +35,7 @@ class Group:
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
     """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp, inside
-    one replica), replica (the same place in each)."""
+    one replica), replica (the same place in each), ends (the first and the last pipeline rank)."""
     if axis == "tp":
         return Group(lay.tp, np.ones_like(lay.tp))
     if axis == "cp":
@@ -47,6 +47,8 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
     if axis == "world":
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp
+    if axis == "ends":
+        return Group(np.minimum(lay.pp, 2), np.maximum(lay.pp - 1, 1) * inner * lay.dp)
     return Group(lay.pp, inner * lay.dp) if axis == "pp" else Group(lay.ep if axis == "ep" else lay.dp, inner)
 
 

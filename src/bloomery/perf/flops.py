@@ -95,6 +95,12 @@ def backward_flops(model: Model, seq_len: int, *, causal: bool = False) -> float
     return 2 * forward_flops(model, seq_len, causal=causal).total
 
 
+def weights_share(model: Model, seq_len: int) -> float:
+    """Of a layer's backward FLOPs, those of gradients of weights: half, except of attention, which has no weights."""
+    forward = forward_flops(model, seq_len)
+    return (forward.layers - forward.attention) / (2 * forward.layers)
+
+
 def model_flops(model: Model, *, global_batch: int, seq_len: int, causal: bool = False) -> float:
     """FLOPs of one optimizer step without recomputation; full attention unless `causal`."""
     return 3 * global_batch * forward_flops(model, seq_len, causal=causal).total

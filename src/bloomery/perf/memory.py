@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, Case, Ranks
+from bloomery.perf.case import (
+    DUALPIPEV,
+    FULL,
+    GPIPE,
+    INTERLEAVED,
+    MICRO_BATCH,
+    MODEL_STATE,
+    SELECTIVE,
+    ZBV,
+    Case,
+    Ranks,
+)
 from bloomery.perf.table import blocks
 from bloomery.spec.loss import loss_rows
 
@@ -223,7 +234,8 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
 
     1F1B: min(m, p - i). GPipe: m. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v, which on the first rank is
-    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them.
+    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them. ZB-V keeps 2p half chunks on every rank, which is
+    1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more (DeepSeek-V3, 2412.19437, table 2).
     """
     lay, m, index = case.lay, case.micro_batches, ranks.index
     chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
@@ -231,7 +243,8 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     if case.stack.eager:
         # The engine runs GPipe where there are fewer micro-batches than stages.
         one_by_one = np.where(m < lay.pp, m, one_by_one)
-    return np.select([lay.schedule == GPIPE, lay.schedule == INTERLEAVED], [m, chunks / lay.vpp], one_by_one)
+    kinds = [lay.schedule == kind for kind in (GPIPE, INTERLEAVED, ZBV, DUALPIPEV)]
+    return np.select(kinds, [m, chunks / lay.vpp, lay.pp, lay.pp + 0.5], one_by_one)
 
 
 def _logits(case: Case, ranks: Ranks) -> Any:

@@ -11,21 +11,18 @@ from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import FULL, PART, SELECTIVE, Case, Ranks
+from bloomery.perf.case import FULL, PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
+from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, Collective, StageShape
 from bloomery.spec.shard_table import (
-    EMBEDDING,
-    HEAD,
-    LAYER,
-    Collective,
-    StageShape,
     context_collectives,
     data_collectives,
     norm_collectives,
     pipeline_collectives,
     tensor_collectives,
+    tied_collectives,
     world_collectives,
 )
 
@@ -76,13 +73,9 @@ PARTS = {"layer": LAYER, "embedding": EMBEDDING, "head": HEAD}
 def _part(case: Case, name: str) -> Inner:
     """Tensor-parallel messages of one layer or one end."""
     widths = {"stream_bytes": case.precision.stream, "block_bytes": case.precision.compute}
-    lay, ours = case.lay, case.stack.selective_share is None
-    if not ours:
-        # Others keep what selective recomputation in our engine gathers again, or hide it.
-        lay = lay.having(recompute=np.where(lay.recompute == SELECTIVE, 0, lay.recompute))
     rows = case.once(
-        f"messages of {name}, ours {ours}",
-        lambda: tensor_collectives(case.model, lay, PARTS[name], seq_len=case.seq_len, **widths),
+        f"messages of {name}, gathered again {case.stack.selective_share is None}",
+        lambda: tensor_collectives(case.model, case.sent, PARTS[name], seq_len=case.seq_len, **widths),
     )
     return _tensor(case, rows)
 
@@ -160,11 +153,7 @@ def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
 
 
 def data_messages(case: Case) -> Data:
-    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks.
-
-    ZeRO 1 sends what an all-reduce is made of, in two halves. For stacks other than our own it is timed as one: their
-    constants were fitted so.
-    """
+    """Gradients and parameters of `Case.kinds`, shape (3, n), over data-parallel (and context-parallel) ranks."""
     ranks, widths = (
         case.kinds,
         {
@@ -173,11 +162,9 @@ def data_messages(case: Case) -> Data:
         },
     )
     shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    lay, eager = case.lay, case.stack.eager
-    if not eager:
-        lay = lay.having(zero_stage=np.where(lay.zero_stage == 1, 0, lay.zero_stage))
     rows = case.once(
-        f"data-parallel messages, eager {eager}", lambda: data_collectives(case.model, lay, shape, **widths)
+        f"data-parallel messages, eager {case.stack.eager}",
+        lambda: data_collectives(case.model, case.sent, shape, **widths),
     )
     groups = {"dp": group_of(case.lay, "data"), "replica": group_of(case.lay, "replica")}
     nothing = np.zeros(np.shape(ranks.layers))
@@ -187,6 +174,15 @@ def data_messages(case: Case) -> Data:
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
     return Data(**seconds)
+
+
+def tied_s(case: Case) -> Any:
+    """Seconds in which a tied embedding's gradient is summed between the pipeline's ends, once a step, shape (n,)."""
+    ends = StageShape(case.first.layers, case.first.first, case.first.last)
+    rows = tied_collectives(case.model, case.lay, ends, gradient_bytes=case.precision.gradient)
+    group = group_of(case.lay, "ends")
+    times = (row.count * collective_s(case.cluster, "all_reduce", group, row.bytes_each) for row in rows)
+    return sum(times, np.zeros(len(case.lay)))
 
 
 def statistics_s(case: Case) -> Any:

@@ -1,4 +1,4 @@
-"""The pipeline's critical path: from seconds per stage to seconds per step, for 1F1B, interleaved and GPipe alike.
+"""The pipeline's critical path: from seconds per stage to seconds per step, for every schedule.
 
 A stage's micro-batch costs t_r (compute, tensor-parallel messages, sends). The slowest stage works through m of them
 without a pause while the others wait; before and after it the pipeline fills and drains through every other stage once,
@@ -7,7 +7,8 @@ a v-th of it when interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 
     T = m max_r t_r + (sum_r t_r - max_r t_r) / v
 
 For even stages this is (m + (p-1)/v) t: the bubble fraction (p-1)/(v m) of the paper. GPipe takes the same time as 1F1B
-and differs in memory. Averaged over ranks, T = m mean_r t_r + bubble; the bubble so includes waiting on a slow stage.
+and differs in memory. On a V the bubble is another (`v_bubble_s`). Averaged over ranks, T = m mean_r t_r + bubble; the
+bubble so includes waiting on a slow stage.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import Case
+from bloomery.perf.case import ZBV, Case
 
 
 def rank_counts(case: Case) -> np.ndarray:
@@ -37,7 +38,26 @@ def pipeline_s(micro_batches: Any, vpp: Any, slowest: Any, together: Any) -> Any
     return micro_batches * slowest + np.maximum(together - slowest, 0.0) / vpp
 
 
+def v_bubble_s(schedule: Any, pp: Any, forward: Any, inputs: Any, weights: Any) -> Any:
+    """Seconds in which a rank of a V waits in a step, shape (n,), of the seconds of one chunk and micro-batch: F
+    `forward`, B `inputs` (backward towards the input), W `weights`; B whole and W = 0 where backward is not split.
+
+    ZB-V (Qi et al. 2023, 2401.10241, section 6) has none for F = B = W but filling in that PyTorch's order does not
+    hide, DualPipeV (DeepSeek-V3, 2412.19437, table 2) at most (p - 1)(F + 2B - W). These are the longest paths through
+    the orders of `planner.orders`, exact for even stages with B >= F and a filled V (a test plays them):
+
+        ZB-V       max((p-1) B, 2(p-1)(B - W), B + (p-2) W)
+        DualPipeV  max((p-1)(2B - W) - F, (p-1)(F + B - W), (p-1) F, (p-1) B - F)
+    """
+    n, f, w = pp - 1, forward, weights
+    b = np.maximum(inputs, forward)
+    zbv = np.maximum(np.maximum(n * b, 2 * n * (b - w)), b + (n - 1) * w)
+    folded = np.maximum(np.maximum(n * (2 * b - w) - f, n * (f + b - w)), np.maximum(n * f, n * b - f))
+    return np.where(schedule == ZBV, zbv, folded)
+
+
 def ends_before_first(case: Case) -> np.ndarray:
     """How many ranks drain between the last backward of each of `Case.kinds` and that of the first rank, (3, n): in
-    their time a rank's reductions hide."""
-    return np.stack([0 * case.lay.pp, np.where(case.lay.pp > 2, case.fullest.index, 0), case.lay.pp - 1])
+    their time a rank's reductions hide. On a V all ranks end together."""
+    loop = ~(case.first.last & (case.lay.pp > 1))
+    return np.stack([0 * case.lay.pp, np.where(case.lay.pp > 2, case.fullest.index, 0), case.lay.pp - 1]) * loop

@@ -29,7 +29,7 @@ class Profile:
 
 
 PUBLISHED = replace(GPU, selective_share=0.0)
-"""Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept."""
+"""Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept anyway."""
 
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
 MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed"), recompute="full")

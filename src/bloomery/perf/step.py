@@ -12,12 +12,12 @@ import numpy as np
 
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.compute import Work, stage_work
-from bloomery.perf.flops import model_flops
+from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
-from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s
+from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
 from bloomery.perf.muon import muon_s
-from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts
+from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts, v_bubble_s
 from bloomery.perf.table import Lookup, Table
 
 
@@ -61,9 +61,33 @@ class MicroBatch(Table):
 
 
 @dataclass(frozen=True)
+class Turns(Table):
+    """Seconds of one chunk's turns for one micro-batch where stages lie on a V, on average over the chunks, (k,)."""
+
+    forward: Any
+    inputs: Any
+    weights: Any
+
+    @classmethod
+    def of(cls, case: Case) -> Turns:
+        """Of k cases; recomputed layers have their whole backward pass in `inputs` (`Layout.splits_backward`)."""
+        work = stage_work(case, case.kinds)
+        forward, backward = busy_s(case, work, inner_messages(case, case.kinds))
+        split = np.where(case.lay.recompute == 0, weights_share(case.model, case.seq_len), 0.0)
+        counts, chunks = rank_counts(case), 2.0 * case.lay.pp
+        weights = over_ranks(counts, split * work.backward) / chunks
+        return cls(
+            over_ranks(counts, forward) / chunks,
+            over_ranks(counts, backward) / chunks - weights,
+            weights,
+        )
+
+
+@dataclass(frozen=True)
 class Sends(Table):
     """Pipeline messages of one micro-batch, in seconds: each rank waits for one transfer each way and chunk. The first
-    rank sends forward for all of its chunks, the last one backward; every rank's share is the same."""
+    rank sends forward for all of its chunks, the last one backward; every rank's share is the same. On a V those
+    between its ends do."""
 
     seconds: Any
     chunks: Any
@@ -71,10 +95,12 @@ class Sends(Table):
     @classmethod
     def of(cls, case: Case) -> Sends:
         """Of k cases of a layout without its recomputation and ZeRO stage."""
-        return cls(sends(case, 0)[0] + sends(case, case.lay.pp - 1)[1], case.lay.vpp.astype(np.float64))
+        last, between = case.lay.pp - 1, np.minimum(1, case.lay.pp - 1)
+        forward, backward = np.where(case.lay.v_shaped, between, 0), np.where(case.lay.v_shaped, between, last)
+        return cls(sends(case, forward)[0] + sends(case, backward)[1], case.lay.vpp.astype(np.float64))
 
 
-SENDS = (*MESH, "sequence_parallel", "micro_batch", "vpp")
+SENDS = (*MESH, "sequence_parallel", "micro_batch", "vpp", "v_shaped")
 
 
 @dataclass(frozen=True)
@@ -111,6 +137,13 @@ class DataParallel(Table):
 
 
 @dataclass(frozen=True)
+class Tied(Table):
+    """Seconds in which a tied embedding's gradient is summed between the ends of the pipeline, (k,)."""
+
+    seconds: Any
+
+
+@dataclass(frozen=True)
 class StepTimes:
     """The tables of a case, and which row of each a layout has."""
 
@@ -131,6 +164,23 @@ class StepTimes:
         case, index = self.case.over(*MODEL_STATE)
         return Lookup(DataParallel.of(case), index)
 
+    @cached_property
+    def _turns(self) -> Lookup[Turns]:
+        case, index = self.case.over(*MICRO_BATCH)
+        return Lookup(Turns.of(case), index)
+
+    @cached_property
+    def _tied_s(self) -> Lookup[Tied]:
+        case, index = self.case.over(*MODEL_STATE)
+        return Lookup(Tied(tied_s(case)), index)
+
+    def _v_path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
+        """Seconds from the first forward to the end of the last backward where the stages lie on a V."""
+        turn, lay = self._turns[block], self.case.lay
+        each = send.seconds / 4
+        bubble = v_bubble_s(lay.schedule[block], lay.pp[block], turn.forward + each, turn.inputs + each, turn.weights)
+        return micro.count * (micro.slowest + send.seconds) + bubble
+
     def components(self, block: slice) -> dict[str, Any]:
         """Seconds of some layouts' steps by component (`spec.components`), those that can be none left out."""
         micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
@@ -144,14 +194,18 @@ class StepTimes:
             slowest=micro.slowest + send.seconds,
             together=micro.together + micro.ranks * send.seconds,
         )
+        v_shaped = self.case.lay.v_shaped[block]
+        if v_shaped.any():
+            path = np.where(v_shaped, self._v_path_s(block, micro, send), path)
         ideal = flops / data.peak_flops_per_s
         pp_comm = micro.count * send.seconds
+        tied = self._tied_s[block].seconds if self.case.model.tie_embeddings else 0.0
         return {
             "ideal": ideal,
             "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched,
             "recompute": micro.recompute_mean,
             "tp_comm": micro.tensor_mean,
-            "pp_comm": pp_comm,
+            "pp_comm": pp_comm + tied,
             "bubble": path - micro.busy_mean - pp_comm,
             "dp_comm": exposed,
             "optimizer": data.optimizer,

@@ -14,6 +14,7 @@ import numpy as np
 from bloomery.perf.case import Case, Ranks
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
+from bloomery.perf.flops import weights_share
 from bloomery.perf.memory import activation_bytes, memory_of
 from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.step import busy_s
@@ -79,7 +80,7 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     the device's work, the slots of that direction stretch.
     """
     layout = whole.lay.layout(i)
-    n = layout.pp * layout.vpp
+    n = layout.n_stages
     ranks, case = _stages(whole, i)
     work = stage_work(case, ranks)
     forward, backward = busy_s(case, work, inner_messages(case, ranks))
@@ -88,6 +89,7 @@ def stage_times(whole: Case, i: int) -> StageTimes:
         forward_s=_seconds(forward, n),
         recompute_s=_seconds(share * backward, n),
         backward_s=_seconds((1 - share) * backward, n),
+        weights_s=_seconds(weights_share(case.model, case.seq_len) * work.backward, n),
         **_transfers(whole, i),
     )
 
@@ -112,9 +114,10 @@ def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
 def _transfers(whole: Case, i: int) -> dict[str, float]:
     """Seconds of one transfer forward and one backward."""
     case = _copies(whole, i, 1)
-    chunks = float(case.lay.vpp[0])
-    forward = sends(case, 0)[0][0] / chunks
-    backward = sends(case, case.lay.pp - 1)[1][0] / chunks
+    # On a V the first rank sends forward once, down, and the last one backward once, down from the tip.
+    times = 1.0 if case.lay.v_shaped[0] else float(case.lay.vpp[0])
+    forward = sends(case, 0)[0][0] / times
+    backward = sends(case, case.lay.pp - 1)[1][0] / times
     return {"forward_send_s": float(forward), "backward_send_s": float(backward)}
 
 

@@ -1,26 +1,26 @@
-"""When each pipeline rank does what in one step: an exact event simulation of 1F1B, interleaved 1F1B and GPipe.
+"""When each pipeline rank does what in one step: an exact event simulation of every schedule.
 
 The closed form of `perf.pipeline` says how long a pipeline takes; this says why, slot by slot, with every stage at its
-own cost (Narayanan et al. 2021, arXiv 2104.04473, section 2.2, for the schedules; the interleaved order is Megatron's
-and PyTorch's `ScheduleInterleaved1F1B`). A send occupies the rank that sends, as the closed form has it; what a rank
+own cost, in the order of `planner.orders`. A send occupies the rank that sends, as the closed form has it; what a rank
 receives it can use when the send ends. Each event is visited once: O(p m v).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from bloomery.planner.orders import Turn, order_of
 from bloomery.spec.layout import Layout
 
-KINDS = ("forward", "send forward", "recompute", "backward", "send backward")
+KINDS = ("forward", "send forward", "recompute", "backward", "backward weight", "send backward")
 """What a pipeline rank can be busy with; between its slots it waits."""
 
 
 class Slot(NamedTuple):
-    """One piece of work of a pipeline rank; `stage` = chunk x pp + rank."""
+    """One piece of work of a pipeline rank; `Layout.stages_on` says which stages are its own."""
 
     rank: int
     kind: str
@@ -32,18 +32,22 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds of one micro-batch on each of the pp x vpp stages, and of one transfer between neighbours each way."""
+    """Seconds of one micro-batch on each of the pp x vpp stages, and of one transfer between neighbours each way.
+
+    `weights_s`: the part of `backward_s` that computes gradients of weights; it matters where a schedule splits it off.
+    """
 
     forward_s: tuple[float, ...]
     recompute_s: tuple[float, ...]
     backward_s: tuple[float, ...]
     forward_send_s: float
     backward_send_s: float
+    weights_s: tuple[float, ...] = ()
 
-    def rank_s(self, rank: int, pp: int) -> float:
+    def rank_s(self, rank: int, layout: Layout) -> float:
         """Seconds a pipeline rank computes for one micro-batch, all of its chunks."""
         parts = (self.forward_s, self.recompute_s, self.backward_s)
-        return sum(sum(part[rank::pp]) for part in parts)
+        return sum(part[stage] for part in parts for stage in layout.stages_on(rank))
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Timeline:
 
 def simulate(layout: Layout, micro_batches: int, times: StageTimes) -> Timeline:
     """Run the layout's schedule on stages that take `times`."""
-    pp, last = layout.pp, layout.pp * layout.vpp - 1
+    pp, last = layout.pp, layout.n_stages - 1
+    home = [layout.rank_of(stage) for stage in range(last + 1)]
     orders = [list(order_of(layout, micro_batches, rank)) for rank in range(pp)]
     position, clock = [0] * pp, [0.0] * pp
     # When the input of a forward (of a backward) of stage s and micro-batch i is there; None: not yet known.
@@ -90,33 +95,43 @@ def simulate(layout: Layout, micro_batches: int, times: StageTimes) -> Timeline:
     while waiting:
         rank = waiting.pop()
         while position[rank] < len(orders[rank]):
-            backward, stage, i = orders[rank][position[rank]]
-            begin = ready[backward][stage][i]
+            turn = orders[rank][position[rank]]
+            work, stage, i = turn
+            backward = work != "forward"
+            # Gradients of weights follow the rank's own turn towards the input.
+            begin = 0.0 if work == "backward weight" else ready[backward][stage][i]
             if begin is None:
                 break
             position[rank] += 1
-            clock[rank] = _run(done[rank], (rank, backward, stage, i), max(clock[rank], begin), times, last, pp)
             following = stage + (-1 if backward else 1)
+            sends = 0 <= following <= last and home[following] != rank and work != "backward weight"
+            clock[rank] = _run(done[rank], (rank, turn), max(clock[rank], begin), times, sends)
+            if work == "backward weight":
+                continue
             if 0 <= following <= last:
                 ready[backward][following][i] = clock[rank]
-                waiting.add(following % pp)
+                waiting.add(home[following])
             elif not backward:
                 ready[1][stage][i] = clock[rank]
     assert all(position[rank] == len(orders[rank]) for rank in range(pp)), "the schedule waits for itself"
     return Timeline(layout, micro_batches, tuple(slot for slots in done for slot in slots))
 
 
-def _run(
-    slots: list[Slot], what: tuple[int, bool, int, int], begin: float, times: StageTimes, last: int, pp: int
-) -> float:
-    """Append the slots of one forward or backward with its send; return when they end."""
-    rank, backward, stage, i = what
-    if backward:
-        parts = [("recompute", times.recompute_s[stage]), ("backward", times.backward_s[stage])]
-        parts.append(("send backward", times.backward_send_s if stage > 0 and pp > 1 else 0.0))
-    else:
+def _run(slots: list[Slot], what: tuple[int, Turn], begin: float, times: StageTimes, sends: bool) -> float:
+    """Append the slots of one turn with its send; return when they end."""
+    rank, (work, stage, i) = what
+    if work == "forward":
         parts = [("forward", times.forward_s[stage])]
-        parts.append(("send forward", times.forward_send_s if stage < last and pp > 1 else 0.0))
+    elif work == "backward":
+        parts = [("recompute", times.recompute_s[stage]), ("backward", times.backward_s[stage])]
+    else:
+        # The first stage sends no gradient on: PyTorch takes its backward pass whole, in the weights' turn.
+        weights_s = times.backward_s[stage] if stage == 0 else times.weights_s[stage]
+        inputs_s = times.backward_s[stage] - weights_s
+        parts = [("backward", inputs_s)] if work == "backward input" else [("backward weight", weights_s)]
+    if sends:
+        forward = work == "forward"
+        parts.append(("send forward", times.forward_send_s) if forward else ("send backward", times.backward_send_s))
     for kind, seconds in parts:
         if seconds > 0:
             slots.append(Slot(rank, kind, stage, i, begin, begin + seconds))
@@ -124,41 +139,12 @@ def _run(
     return begin
 
 
-def order_of(layout: Layout, micro_batches: int, rank: int) -> Iterator[tuple[bool, int, int]]:
-    """(is backward, stage, micro-batch) in the order in which a pipeline rank works.
-
-    1F1B: p - i - 1 forwards, then one forward and one backward in turn. Interleaved: the same over m v chunk steps with
-    2(p - i - 1) + (v - 1)p forwards first, p micro-batches through a chunk before the next one. GPipe: all forwards
-    first.
-    """
-    pp, vpp, steps = layout.pp, layout.vpp, micro_batches * layout.vpp
-    if layout.schedule == "gpipe":
-        ahead = steps
-    elif layout.schedule == "interleaved":
-        ahead = min(2 * (pp - rank - 1) + (vpp - 1) * pp, steps)
-    else:
-        ahead = min(pp - rank - 1, steps)
-
-    def step(k: int, backward: bool) -> tuple[bool, int, int]:
-        chunk = k // pp % vpp
-        if backward:
-            chunk = vpp - 1 - chunk
-        return backward, chunk * pp + rank, k // (pp * vpp) * pp + k % pp if vpp > 1 else k
-
-    for k in range(ahead):
-        yield step(k, False)
-    for k in range(ahead, steps):
-        yield step(k, False)
-        yield step(k - ahead, True)
-    for k in range(steps - ahead, steps):
-        yield step(k, True)
-
-
 def in_flight(slots: Sequence[Slot]) -> list[tuple[float, int, int]]:
     """(time, stage, +1 or -1) whenever a rank starts to keep activations of a micro-batch, and lets them go.
 
-    `slots` of one rank. Activations are kept from the start of the forward to the end of the backward.
+    `slots` of one rank, in their order. Activations are kept from the start of the forward to the end of the backward.
     """
     events = [(slot.start_s, slot.stage, 1) for slot in slots if slot.kind == "forward"]
-    events += [(slot.end_s, slot.stage, -1) for slot in slots if slot.kind == "backward"]
+    ended = {(s.stage, s.micro_batch): s.end_s for s in slots if s.kind in ("backward", "backward weight")}
+    events += [(end_s, stage, -1) for (stage, _), end_s in ended.items()]
     return sorted(events, key=lambda event: (event[0], event[2]))

@@ -17,6 +17,7 @@ GIB = float(2**30)
 COLOURS = {
     "forward": "thread_state_running",
     "backward": "thread_state_runnable",
+    "backward weight": "thread_state_uninterruptible",
     "recompute": "thread_state_iowait",
     "send forward": "grey",
     "send backward": "grey",

@@ -31,6 +31,7 @@ class Job(Noun):
     model: Model
     layout: Layout
     dtype: str
+    compiled: bool = False
     seed: int
     seq_len: int
     global_batch: int

@@ -20,8 +20,11 @@ from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.model import Model
 
 RECOMPUTE = ("none", "selective", "full")
-SCHEDULES = ("1f1b", "interleaved", "gpipe")
+SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
 CP_METHODS = ("ring", "all_gather")
+V_SCHEDULES = ("zbv", "dualpipev")
+"""Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
+2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
 
 
 class Layout(Noun):
@@ -40,24 +43,56 @@ class Layout(Noun):
     zero_stage: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
-    schedule: Literal["1f1b", "interleaved", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"] = "1f1b"
     recompute: Literal["none", "selective", "full"] = "none"
     stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each of the pp*vpp stages")
 
     @model_validator(mode="before")
     @classmethod
     def _interleaving_names_its_schedule(cls, values: object) -> object:
-        if isinstance(values, dict) and values.get("vpp", 1) != 1 and "schedule" not in values:
-            return {**values, "schedule": "interleaved"}
+        if isinstance(values, dict):
+            if values.get("schedule") in V_SCHEDULES:
+                return {"vpp": 2, **values}
+            if values.get("vpp", 1) != 1 and "schedule" not in values:
+                return {**values, "schedule": "interleaved"}
         return values
 
     @model_validator(mode="after")
     def _check(self) -> Layout:
-        if (self.vpp > 1) != (self.schedule == "interleaved"):
+        if self.v_shaped and self.vpp != 2:
+            raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: a V has vpp = 2")
+        if not self.v_shaped and (self.vpp > 1) != (self.schedule == "interleaved"):
             raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: interleaved means vpp > 1")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp * self.vpp:
             raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, pp*vpp is {self.pp * self.vpp}")
+        if self.stage_layers is not None and min(self.stage_layers) < 1:
+            raise ValueError(f"stage_layers {self.stage_layers}: every stage holds at least one layer")
         return self
+
+    @property
+    def n_stages(self) -> int:
+        """Pipeline stages, over all ranks."""
+        return self.pp * self.vpp
+
+    @property
+    def v_shaped(self) -> bool:
+        """Whether a rank's second chunk lies on the way back, so that rank 0 has both ends of the model."""
+        return self.schedule in V_SCHEDULES
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether gradients of weights have their own turn in the schedule. Recomputed layers have theirs at once:
+        PyTorch asks for them weight by weight, and each asking would recompute the layer."""
+        return self.v_shaped and self.recompute == "none"
+
+    def stages_on(self, pipeline_rank: int) -> tuple[int, ...]:
+        """The stages of a pipeline rank, in their order."""
+        return tuple(int(stage_on(chunk, pipeline_rank, self.pp, self.v_shaped)) for chunk in range(self.vpp))
+
+    def rank_of(self, stage: int) -> int:
+        """The pipeline rank that holds a stage."""
+        chunk, place = divmod(stage, self.pp)
+        return int(stage_on(chunk, place, self.pp, self.v_shaped)) - chunk * self.pp
 
     @property
     def world_size(self) -> int:
@@ -83,13 +118,14 @@ class Layout(Noun):
         parts += ["sp"] if self.sequence_parallel else []
         parts += [f"zero{self.zero_stage}"] if self.zero_stage else []
         parts += [f"mb{self.micro_batch}"]
+        parts += [self.schedule] if self.v_shaped else []
         parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
         return " ".join(parts)
 
     @classmethod
     def parse(cls, text: str) -> Layout:
-        """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb`,
-        `replicas` are short names."""
+        """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb`, `replicas` are short
+        names and the layers of stages are joined by plus signs: `stage_layers=3+5`."""
         short = {"sp": "sequence_parallel", "zero": "zero_stage", "mb": "micro_batch", "replicas": "dp_replicas"}
         values: dict[str, Any] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -107,6 +143,8 @@ class Layout(Noun):
             if key in values:
                 raise InputError("stands twice", where=f"--layout: {key}", found=text)
             values[key] = int(value) if value.isdecimal() else value
+            if key == "stage_layers":
+                values[key] = value.split("+")
         return cls.checked(values, where="--layout")
 
 
@@ -138,9 +176,18 @@ def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def stage_on(chunk: Any, pipeline_rank: Any, pp: Any, v_shaped: Any) -> Any:
+    """Which stage chunk `chunk` of a pipeline rank is: numbers or arrays that broadcast. The one place that says so.
+
+    Chunk c of rank r is stage c pp + r; where the stages go down and up a V, odd chunks run the other way: stage
+    c pp + (pp - 1 - r), so that neighbours at a turn share a rank. The same formula leads back from place to rank.
+    """
+    return chunk * pp + np.where(v_shaped & (chunk % 2 == 1), pp - 1 - pipeline_rank, pipeline_rank)
+
+
 def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
-    """The layer indices of each of the pp*vpp stages; stage s lives on pipeline rank s % pp."""
-    counts = layout.stage_layers or stage_split(model.layers, layout.pp * layout.vpp)
+    """The layer indices of each of the pp*vpp stages; `Layout.rank_of` says where a stage lives."""
+    counts = layout.stage_layers or stage_split(model.layers, layout.n_stages)
     starts = np.cumsum([0, *counts])
     return tuple(range(int(start), int(start) + count) for start, count in zip(starts[:-1], counts, strict=True))
 
@@ -197,6 +244,11 @@ class LayoutBatch:
     def shards(self) -> np.ndarray:
         """Ranks that ZeRO cuts over (`Layout.shards`), shape (n,)."""
         return self.data_ranks // self.dp_replicas
+
+    @cached_property
+    def v_shaped(self) -> np.ndarray:
+        """Where the stages go down and up a V, shape (n,)."""
+        return np.isin(self.schedule, [SCHEDULES.index(name) for name in V_SCHEDULES])
 
     @cached_property
     def norms_sharded(self) -> np.ndarray:
@@ -278,7 +330,12 @@ def layout_problems(
         ("sp_without_tp", "sequence parallel needs tp > 1", (lay.sequence_parallel == 1) & (lay.tp == 1)),
         ("batch", f"dp*micro_batch must divide global_batch {global_batch}", global_batch % shard != 0),
         ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
-        ("interleaving", "interleaving needs pp > 1", interleaved & (lay.pp == 1)),
+        ("interleaving", "interleaving needs pp > 1", (interleaved | lay.v_shaped) & (lay.pp == 1)),
+        (
+            "v_fill",
+            "to fill a V zbv needs 2 pp - 1 micro-batches at least, dualpipev 2 pp",
+            lay.v_shaped & (micro_batches < stages - (lay.schedule == SCHEDULES.index("zbv"))),
+        ),
         ("zero_without_dp", "ZeRO needs dp*cp > 1", (lay.zero_stage > 0) & (lay.dp * lay.cp == 1)),
         ("replicas", "dp_replicas must divide dp and leave two ranks or more to each", _uneven_replicas(lay)),
         (
@@ -317,11 +374,10 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
         ),
-        ("tied_pipeline", "tied embeddings need pp = 1", (lay.pp > 1) & model.tie_embeddings),
         (
-            "uneven_interleaving",
-            "interleaving needs pp*vpp to divide the layers or an explicit stage_layers",
-            (lay.vpp > 1) & (model.layers % (lay.pp * lay.vpp) != 0),
+            "tied_v_zero2",
+            "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
+            lay.v_shaped & (lay.zero_stage >= 2) & model.tie_embeddings,
         ),
     ]
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]

@@ -143,6 +143,11 @@ def head_parameters(model: Model) -> tuple[Parameter, ...]:
     return tuple(_norm(model, "norm") + head)
 
 
+def owning_name(model: Model, name: str) -> str:
+    """The name in the list of the parameter that a module calls `name`: a tied head's weight is the embedding's."""
+    return "embedding.weight" if model.tie_embeddings and name == "head.weight" else name
+
+
 def all_parameters(model: Model) -> list[Parameter]:
     """Every parameter once, in order."""
     layers = [parameter for layer in range(model.layers) for parameter in layer_parameters(model, layer)]

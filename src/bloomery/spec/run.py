@@ -85,6 +85,9 @@ class Train(Noun):
     steps: int | None = Field(default=None, ge=1)
     seed: int = 0
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    compile: bool | Literal["auto"] = Field(
+        default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"
+    )
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)

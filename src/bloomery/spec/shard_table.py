@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stages_of
+from bloomery.spec.collective import Collective, Rows, StageShape
+from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
 from bloomery.spec.parameters import (
@@ -34,44 +35,6 @@ LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
 
 
-@dataclass(frozen=True)
-class Collective:
-    """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
-    step or, where `each` says so, in one micro-batch.
-
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter its input. Axes: tp, cp, pp, world,
-    and `dp` for all ranks that hold the same parameters, context-parallel ones among them.
-    """
-
-    site: str
-    axis: str
-    op: str
-    phase: str
-    count: np.ndarray
-    bytes_each: np.ndarray
-    each: Literal["step", "micro_batch"] = "step"
-
-    def in_step(self, micro_batches: Any, n: int) -> Collective:
-        """The same in a whole step, shape (n,) at least."""
-        times = micro_batches if self.each == "micro_batch" else 1
-        values = np.broadcast_arrays(self.count * times, self.bytes_each, np.zeros(n, dtype=np.int64))
-        count, bytes_each = (array.astype(np.int64) for array in values[:2])
-        return replace(self, count=count, bytes_each=bytes_each, each="step")
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """What a pipeline rank holds: layers in all, whether it has the embedding or the head; arrays or plain numbers."""
-
-    layers: Any
-    first: Any
-    last: Any
-
-
-LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
-"""The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
-
-
 def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int) -> StageShape:
     """Layers and ends of `pipeline_rank` under each layout (default split: remainder to the middle stages)."""
     rank = np.broadcast_to(np.asarray(pipeline_rank), (len(lay),))
@@ -79,15 +42,16 @@ def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int)
     stages = lay.pp * lay.vpp
     base, extra = model.layers // stages, model.layers % stages
     for chunk in range(int(lay.vpp.max())):
-        stage = chunk * lay.pp + rank
+        stage = stage_on(chunk, rank, lay.pp, lay.v_shaped)
         # The remainder goes to the stages nearest the middle, ties to the earlier one: as `stage_split`.
         place = np.where(2 * stage < stages - 1, stages - 2 - 2 * stage, 2 * stage - stages + 1)
         layers += np.where(chunk < lay.vpp, base + (place < extra), 0)
     if lay.stage_layers:
         for i, uneven in enumerate(lay.stage_layers):
             if uneven is not None:
-                layers[i] = sum(uneven[int(rank[i]) :: int(lay.pp[i])])
-    return StageShape(layers, rank == 0, rank == lay.pp - 1)
+                here = stage_on(np.arange(lay.vpp[i]), rank[i], lay.pp[i], lay.v_shaped[i])
+                layers[i] = sum(uneven[stage] for stage in here.tolist())
+    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1))
 
 
 def collectives(
@@ -141,20 +105,10 @@ def stage_collectives(
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
+        *tied_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),
         *world_collectives(lay),
     ]
-
-
-class _Rows:
-    """Collects rows that happen at all."""
-
-    def __init__(self, each: Literal["step", "micro_batch"] = "step") -> None:
-        self.each, self.rows = each, list[Collective]()
-
-    def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
-        if np.any(count):
-            self.rows.append(Collective(site, axis, op, phase, np.asarray(count), np.asarray(bytes_each), self.each))
 
 
 def tensor_collectives(
@@ -165,7 +119,7 @@ def tensor_collectives(
     Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
     with it the input is gathered and the output reduce-scattered (the reverse backward).
     """
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     tokens = lay.micro_batch * seq_len // lay.cp
     payload = tokens * model.hidden * block_bytes
     stream = tokens * model.hidden * stream_bytes
@@ -205,7 +159,7 @@ def context_collectives(
     Ring: they pass on to the next rank cp - 1 times, backward again and with them, once they have left their own rank,
     their gradients. All-gather: gathered at once, backward again, and the gradients reduce-scattered.
     """
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * block_bytes
     hops = (lay.cp - 1) * (lay.cp_method == CP_METHODS.index("ring")) * shape.layers
     again = lay.recompute == 2
@@ -228,15 +182,31 @@ def context_collectives(
 def pipeline_collectives(
     model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
-    """One send per micro-batch and stage boundary each way; only what this rank sends is counted."""
-    rows = _Rows("micro_batch")
+    """One send per micro-batch and stage boundary each way; only what this rank sends is counted.
+
+    On a V the first and the last stage lie on rank 0, and the two stages at its tip on the last rank.
+    """
+    rows = Rows("micro_batch")
     payload = lay.micro_batch * seq_len // lay.cp * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
-    forward = lay.vpp - (rank == lay.pp - 1)
-    backward = lay.vpp - (rank == 0)
+    first, last = rank == 0, rank == lay.pp - 1
+    forward = lay.vpp - last - (first & lay.v_shaped)
+    backward = lay.vpp - first - (last & lay.v_shaped)
     each = payload // np.where(lay.sequence_parallel == 1, lay.tp, 1)
     rows.add("stage.activation", "pp", "send", "forward", (lay.pp > 1) * forward, each)
     rows.add("stage.gradient", "pp", "send", "backward", (lay.pp > 1) * backward, each)
+    return rows.rows
+
+
+def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
+    """The gradient of a tied embedding is summed once a step between the first and the last stage, which both hold it
+    (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
+    rows = Rows()
+    if model.tie_embeddings:
+        cut = np.where((lay.data_ranks > 1) & (lay.zero_stage >= 2), lay.shards, 1)
+        embedding = _padded([embedding_parameters(model)[0]], lay.tp, cut) // cut
+        apart = (lay.pp > 1) & (np.asarray(shape.first) != shape.last)
+        rows.add("tied_embedding", "ends", "all_reduce", "step", apart, embedding * gradient_bytes)
     return rows.rows
 
 
@@ -246,7 +216,7 @@ N_STATISTICS = 5 + len(GROUPS)
 
 def world_collectives(lay: LayoutBatch) -> list[Collective]:
     """The step's statistics."""
-    rows = _Rows()
+    rows = Rows()
     rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, 8 * N_STATISTICS)
     return rows.rows
 
@@ -282,24 +252,24 @@ def data_collectives(
     and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
     micro-batch's forward and backward. With replicas each rank's gradients are also summed over them (HSDP).
     """
-    rows, third = _Rows(), _Rows("micro_batch")
+    rows, third = Rows(), Rows("micro_batch")
     common, experts = _apart(layer_parameters(model, model.layers - 1))
-    ends = _ends(model, shape)
-    has_ends = np.asarray(shape.first) | shape.last
+    ends = _end_units(model, lay, shape)
     replicated = (lay.data_ranks > 1) & (lay.zero_stage == 0)
     unit = (_local(common, lay.tp) + (_local(experts, lay.tp) // lay.ep if experts else 0)) * gradient_bytes
-    outside = sum(_local(part, lay.tp) * held for part, held in ends)
     rows.add("gradients.layer", "dp", "all_reduce", "step", replicated * shape.layers, unit)
-    rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * has_ends, outside * gradient_bytes)
+    for parts, there in ends:
+        outside = sum(_local(part, lay.tp) * held for part, held in parts) * gradient_bytes
+        rows.add("gradients.ends", "dp", "all_reduce", "step", replicated * there, outside)
     cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1)
     if not np.any(cut):
         return rows.rows
     layer = _padded(common, lay.tp, lay.shards)
     if experts:
         layer = layer + _padded(experts, lay.tp, np.maximum(lay.shards // lay.ep, 1)) // lay.ep
-    outside = sum(_padded(part, lay.tp, lay.shards) * held for part, held in ends)
     across = cut & (lay.dp_replicas > 1)
-    for name, count, elements in (("layer", shape.layers, layer), ("ends", has_ends, outside)):
+    apart = [(sum(_padded(part, lay.tp, lay.shards) * held for part, held in parts), there) for parts, there in ends]
+    for name, count, elements in (("layer", shape.layers, layer), *(("ends", there, size) for size, there in apart)):
         gathered, reduced = elements * parameter_bytes, elements * gradient_bytes
         site = f"zero.{name}"
         rows.add(site, "dp", "reduce_scatter", "backward", cut * count, reduced)
@@ -317,7 +287,7 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
     parallelism, where each rank has seen its own tokens; else of those inside attention, where it has seen its heads.
     """
-    rows = _Rows()
+    rows = Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.norms_sharded, lay.shards, 1)
     uncut = [p for p in layer_parameters(model, model.layers - 1) if p.tp_dim is None]
@@ -334,7 +304,7 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
 def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
     """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
     tensor parallelism cut it over."""
-    rows = _Rows()
+    rows = Rows()
     layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
     sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
     rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
@@ -349,6 +319,21 @@ def _ends(model: Model, shape: StageShape) -> list[tuple[Sequence[Parameter], An
     return [(embedding_parameters(model), shape.first), (head_parameters(model), shape.last)]
 
 
+def _end_units(
+    model: Model, lay: LayoutBatch, shape: StageShape
+) -> list[tuple[list[tuple[Sequence[Parameter], Any]], Any]]:
+    """What stages hold outside their layers, one unit a stage, and where there is one. A single stage has both ends in
+    one unit; a last stage on another rank than the first has its own copy of a tied embedding."""
+    alone = (lay.pp == 1) & np.asarray(shape.last)
+    first: list[tuple[Sequence[Parameter], Any]]
+    first = [(embedding_parameters(model), np.asarray(shape.first)), (head_parameters(model), alone)]
+    last_only = np.asarray(shape.last) & ~alone
+    last: list[tuple[Sequence[Parameter], Any]] = [(head_parameters(model), last_only)]
+    if model.tie_embeddings:
+        last.append((embedding_parameters(model)[:1], last_only & ~np.asarray(shape.first)))
+    return [(first, np.asarray(shape.first)), (last, last_only)]
+
+
 @dataclass(frozen=True)
 class Shard:
     """The rectangle of one parameter on one rank: `shape` at `offsets` of `global_shape`."""
@@ -360,9 +345,9 @@ class Shard:
 
 
 def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterator[Parameter]:
-    """The parameters a pipeline rank holds, global shapes, in stage order."""
+    """The parameters a pipeline rank holds, global shapes, in stage order; a tied embedding lies at both ends."""
     for stage, layers in enumerate(stages_of(model, layout)):
-        if stage % layout.pp != pipeline_rank:
+        if layout.rank_of(stage) != pipeline_rank:
             continue
         if layers.start == 0:
             yield from embedding_parameters(model)
@@ -370,6 +355,8 @@ def stage_parameters(model: Model, layout: Layout, pipeline_rank: int) -> Iterat
             yield from layer_parameters(model, layer)
         if layers.stop == model.layers:
             yield from head_parameters(model)
+            if model.tie_embeddings and layout.rank_of(0) != pipeline_rank:
+                yield embedding_parameters(model)[0]
 
 
 def tensor_shard(parameter: Parameter, tp: int, tp_rank: int) -> Shard:

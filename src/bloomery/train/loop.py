@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 from bloomery.ledger.clock import Clock
+from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
@@ -80,6 +82,16 @@ def _step(session: Session, step: int) -> int:
     return done
 
 
+def _compiled(job: Job, mesh: Mesh, recorder: Recorder) -> bool:
+    """Whether layers are compiled: as the job says, unless this machine cannot, which is said once."""
+    problem = compiler_problem(mesh.device) if job.compiled else None
+    if problem is not None:
+        recorder.event("not_compiled", reason=problem)
+        if mesh.rank == 0:
+            print(f"{job.name}: layers run uncompiled, {problem}", file=sys.stderr, flush=True)
+    return job.compiled and problem is None
+
+
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
     recorder = Recorder(job, folder, mesh)
     engine = build(
@@ -91,6 +103,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         dtype=job.dtype,
         seed=job.seed,
         measure=clock.bucket,
+        compiled=_compiled(job, mesh, recorder),
     )
     optimizers = build_optimizers(engine, job.optimizer)
     session = Session(

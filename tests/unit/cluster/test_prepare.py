@@ -13,6 +13,7 @@ from bloomery.data.build import build
 from bloomery.spec import commit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
+from bloomery.spec.layout import Layout
 from bloomery.spec.run import Run
 
 
@@ -129,3 +130,23 @@ def test_an_interrupted_build_is_no_data(run: Run) -> None:
 def test_alignment_without_pairs_says_where_they_come_from(run: Run, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"align\.0\.pairs"):
         prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
+
+
+@pytest.mark.parametrize(
+    ("compile", "steps", "expected"),
+    [("auto", 2, False), ("auto", 10**9, True), (True, 2, True), (False, 10**9, False)],
+)
+def test_layers_are_compiled_where_asked_or_where_the_run_is_long_enough(
+    run: Run, compile: bool | str, steps: int, expected: bool
+) -> None:
+    _, job = prepare.prepare_pretraining(changed(run, compile=compile, steps=steps), world_size=1, fresh=False)
+    assert job.compiled is expected
+
+
+def test_compilation_with_selective_recomputation_is_refused(run: Run) -> None:
+    selective = Layout(recompute="selective")
+    wanted = changed(run, compile=True).model_copy(update={"layout": selective})
+    with pytest.raises(InputError, match="recompute"):
+        prepare.prepare_pretraining(wanted, world_size=1, fresh=False)
+    left = changed(run, compile="auto", steps=10**9).model_copy(update={"layout": selective})
+    assert not prepare.prepare_pretraining(left, world_size=1, fresh=False)[1].compiled

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from bloomery.parallel.schedule_order import Program, Transfer, play, schedule_order
+from bloomery.parallel.schedule_order import Program, Transfer, play, rank_programs, schedule_order
 from bloomery.perf.case import Case
 from bloomery.perf.memory import in_flight
+from bloomery.planner.orders import order_of
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 
@@ -19,6 +22,9 @@ LAYOUTS = [
     (Layout(pp=19, vpp=2), 76),
     (Layout(pp=4, vpp=19), 8),
     (Layout(pp=2, vpp=2), 2),
+    (Layout(pp=2, schedule="zbv", stage_layers=(19, 19, 19, 19)), 3),
+    (Layout(pp=19, schedule="zbv"), 40),
+    (Layout(pp=19, schedule="dualpipev"), 38),
 ]
 
 
@@ -26,7 +32,8 @@ LAYOUTS = [
 def test_every_message_arrives_and_memory_in_flight_is_the_models(layout: Layout, micro_batches: int) -> None:
     order = schedule_order(MODEL, layout, micro_batches)
     assert order.problems == ()
-    assert order.messages == 2 * (layout.pp * layout.vpp - 1) * order.micro_batches
+    inside = 1 if layout.v_shaped else 0  # at a V's tip neighbours share a rank
+    assert order.messages == 2 * (layout.n_stages - 1 - inside) * order.micro_batches
     cluster = catalog.cluster("selene-like")
     case = Case.of(MODEL, cluster, LayoutBatch.of([layout]), global_batch=micro_batches, seq_len=2048, dtype="bfloat16")
     for rank, held in enumerate(order.held_layers):
@@ -36,6 +43,17 @@ def test_every_message_arrives_and_memory_in_flight_is_the_models(layout: Layout
 
 def test_fewer_micro_batches_than_stages_are_all_in_flight_on_every_rank() -> None:
     assert schedule_order(MODEL, Layout(pp=4), 2).held_layers == (38, 38, 38, 38)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_planner_knows_every_ranks_order_of_work(schedule: Any, recompute: Any) -> None:
+    vpp = 1 if schedule in ("1f1b", "gpipe") else 2
+    for pp, micro_batches in ((2, 4), (3, 6), (4, 8), (4, 12), (5, 20)):
+        layout = Layout(pp=pp, vpp=vpp, schedule=schedule, recompute=recompute)
+        for rank, made in enumerate(rank_programs(layout, micro_batches)):
+            worked = [(kind, *what) for kind, what in made.steps if kind not in ("post", "wait")]
+            assert worked == [tuple(turn) for turn in order_of(layout, micro_batches, rank)], f"rank {rank} of {pp}"
 
 
 def program(*posts: list[Transfer]) -> Program:

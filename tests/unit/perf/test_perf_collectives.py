@@ -85,6 +85,14 @@ def test_groups_follow_the_mesh_order() -> None:
     assert strides == {"tp": 1, "cp": 2, "ep": 4, "dp": 4, "pp": 16, "world": 1}
 
 
+def test_replicas_lie_outside_the_ranks_that_zero_cuts_over() -> None:
+    lay = LayoutBatch.of([Layout(tp=2, dp=8, dp_replicas=2, zero_stage=3)])
+    found = {
+        axis: (int(group_of(lay, axis).size[0]), int(group_of(lay, axis).stride[0])) for axis in ("data", "replica")
+    }
+    assert found == {"data": (4, 2), "replica": (2, 8)}
+
+
 @given(st.integers(2, 64), st.floats(1, 1e9), st.floats(1.1, 10))
 def test_more_bytes_never_take_less_time(size: int, n_bytes: float, more: float) -> None:
     a, b = (collective_s(cluster(), "all_reduce", group(size, 1), x)[0] for x in (n_bytes, n_bytes * more))

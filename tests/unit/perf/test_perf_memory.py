@@ -7,7 +7,7 @@ import pytest
 
 from bloomery.perf.case import Case
 from bloomery.perf.memory import activation_bytes, in_flight, layer_activation_bytes, memory_of, worst_memory
-from bloomery.perf.stack import MEGATRON_2022
+from bloomery.perf.stack import GPU, MEGATRON_2022
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.parameters import parameter_count
@@ -38,6 +38,14 @@ def test_selective_recomputation_leaves_34_sbh() -> None:
     _, scores = layer_activation_bytes(one)
     ends = S * B * H / 8 * 4
     assert activation_bytes(one, one.first)[0] == pytest.approx(L * 34 * S * B * H / 8 + scores[0] + ends)
+
+
+def test_ours_keeps_the_inputs_of_norms_products_and_activation_alone() -> None:
+    one = case(Layout(tp=8, sequence_parallel=True, micro_batch=B, recompute="selective"), stack=GPU)
+    whole, dropped = layer_activation_bytes(one)
+    statistics = 4 * A * S * B / 8
+    # Two norms' inputs, queries, keys, values and output, and the activation function's input: 2 + 4 + 4 times 2 sbh.
+    assert whole[0] - dropped[0] == pytest.approx(S * B * H / 8 * 2 * (2 + 4 + 4) + statistics)
 
 
 def test_full_recomputation_keeps_2_sbh_and_one_layer() -> None:
@@ -72,6 +80,12 @@ def test_states_take_18_bytes_a_parameter_and_zero_cuts_them() -> None:
     assert found[0] == pytest.approx(18 * n)
     assert found[1] == pytest.approx((6 + 12 / 16) * n)
     assert found[2] == found[3] == pytest.approx(18 / 16 * n)
+
+
+def test_replicas_each_hold_the_whole_state() -> None:
+    layouts = [Layout(dp=16, dp_replicas=2, zero_stage=3, micro_batch=1), Layout(dp=8, zero_stage=3, micro_batch=1)]
+    found = [memory_of(one, one.first) for one in map(case, layouts)]
+    assert {part: found[0][part][0] for part in found[0]} == {part: found[1][part][0] for part in found[1]}
 
 
 def test_stages_together_hold_the_model_and_a_second_copy_of_a_tied_embedding() -> None:

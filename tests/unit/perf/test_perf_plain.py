@@ -84,7 +84,7 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
             float(np.max(work.host_backward)) + call_s * calls_back / m,
         )
         device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
-    gradients = messages_s(case, ranks, lambda row: row.axis == "dp" and row.op != "all_gather")[0]
+    gradients = messages_s(case, ranks, lambda row: row.axis in ("dp", "replica") and row.op != "all_gather")[0]
     return {
         "busy": sum(device),
         "compute": sum(device) - sum(tensor),
@@ -120,12 +120,13 @@ def plain_step_s(case: Case) -> float:
         exposed.append(max(reduce - behind * drain, 0.0) + gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
+    tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0]
     world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
-    return path + max(exposed) + stack.interference * max(beside) + optimizer + world + stack.step_overhead_s
+    return path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + stack.step_overhead_s
 
 
 def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estimates:
-    """n layouts drawn from a whole space, some of them with an uneven split or GPipe."""
+    """n layouts drawn from a whole space, some of them with an uneven split, GPipe or replicas."""
     space = enumerate_layouts(model, ranks, global_batch=batch, seq_len=SEQ, runnable_only=False).layouts
     rng = np.random.default_rng(0)
     layouts = [space.layout(int(i)) for i in rng.choice(len(space), n, replace=False)]
@@ -134,6 +135,8 @@ def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estima
         stages = layout.pp * layout.vpp
         split = tuple(int(x) for x in 1 + rng.multinomial(model.layers - stages, np.ones(stages) / stages))
         more += [layout.model_copy(update={"stage_layers": split}), layout.model_copy(update={"schedule": "gpipe"})]
+    cut = [layout for layout in layouts if layout.zero_stage >= 2 and layout.dp > 2 * layout.ep and layout.dp % 2 == 0]
+    more += [layout.model_copy(update={"dp_replicas": 2}) for layout in cut if layout.dp // 2 % layout.ep == 0]
     lay = LayoutBatch.of([*layouts, *more])
     return estimate(model, SELENE.cut(ranks), lay, global_batch=batch, seq_len=SEQ, dtype="float16", stack=stack)
 

@@ -35,6 +35,25 @@ def test_interleaving_names_its_schedule_by_itself() -> None:
     assert Layout.parse("pp=2,vpp=2").schedule == "interleaved"
     with pytest.raises(InputError, match="disagree"):
         Layout.parse("pp=2,vpp=2,schedule=gpipe")
+    assert Layout.parse("pp=2,schedule=zbv").vpp == 2
+    with pytest.raises(InputError, match="a V has vpp = 2"):
+        Layout.parse("pp=2,vpp=4,schedule=dualpipev")
+
+
+def test_layers_of_stages_are_read_from_the_command_line_and_none_is_empty() -> None:
+    assert Layout.parse("pp=2,stage_layers=3+5").stage_layers == (3, 5)
+    with pytest.raises(InputError, match="every stage holds at least one layer"):
+        Layout.parse("pp=2,stage_layers=0+8")
+
+
+@pytest.mark.parametrize("text", ["pp=4", "pp=4,vpp=3", "pp=4,schedule=zbv", "pp=5,schedule=dualpipev"])
+def test_every_stage_lies_on_one_rank_and_a_v_turns_on_the_last(text: str) -> None:
+    layout = Layout.parse(text)
+    held = {stage: rank for rank in range(layout.pp) for stage in layout.stages_on(rank)}
+    assert held == {stage: layout.rank_of(stage) for stage in range(layout.n_stages)}
+    if layout.v_shaped:
+        assert held[layout.pp - 1] == held[layout.pp] == layout.pp - 1
+        assert held[0] == held[layout.n_stages - 1] == 0
 
 
 def test_a_layouts_name_leaves_out_what_is_one() -> None:
@@ -74,6 +93,9 @@ def test_stages_hold_consecutive_layers() -> None:
         ("pp=1,vpp=2", "interleaving needs pp > 1"),
         ("dp=4,ep=2", "ep must divide 1 experts"),
         ("pp=3,vpp=2,mb=4", "micro-batches in multiples of pp"),
+        ("schedule=zbv", "interleaving needs pp > 1"),
+        ("pp=4,mb=16,schedule=zbv", "zbv needs 2 pp - 1 micro-batches"),
+        ("pp=4,mb=8,schedule=zbv,stage_layers=3+4+4+4+4+4+4+4", "must add up to 32"),
     ],
 )
 def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
@@ -84,7 +106,7 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
     ("text", "model", "words"),
     [
         ("dp=2", "mixtral-8x7b", "mixture-of-experts"),
-        ("pp=2", "qwen2.5-0.5b", "tied embeddings need pp = 1"),
+        ("pp=2,dp=2,zero=2,schedule=zbv", "qwen2.5-0.5b", "FSDP cannot cut for two stages"),
     ],
 )
 def test_what_the_engine_cannot_run_is_refused_only_for_running(text: str, model: str, words: str) -> None:

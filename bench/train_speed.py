@@ -1,0 +1,239 @@
+"""Tokens per second and peak memory of `bloomery train` beside other trainers on the same cores, model and samples.
+
+Ours is the product's own path (the console program, its worker, engine and loop), read from the run's ledger. Peers run
+through `bench/peers/*`, each in the environment it is given and each compiled and not: its faster variant counts. Runs
+alternate, round by round; medians are printed, and ours over the best peer. Peers without an environment are left out
+and named. Says nothing about several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from bloomery.data.shards import TokenDataset
+from bloomery.ledger.sinks import read_lines
+from bloomery.spec.model import Model
+
+HERE = Path(__file__).parent
+MODELS = {
+    "14m": Model(layers=6, hidden=384, heads=6, ffn_hidden=1024, vocab=4096, max_seq_len=512),
+    "60m": Model(layers=10, hidden=640, heads=10, ffn_hidden=1728, vocab=8192, max_seq_len=512),
+}
+OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip": 1.0}
+RUN = """name: {name}
+model: {{layers: {m.layers}, hidden: {m.hidden}, heads: {m.heads}, ffn_hidden: {m.ffn_hidden}, vocab: {m.vocab},
+  max_seq_len: {m.max_seq_len}}}
+cluster: this-machine
+layout: {{micro_batch: {batch}}}
+data: {{folder: {data}, vocab: {m.vocab}, max_bytes: {max_bytes}}}
+train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, dtype: {dtype}, checkpoint_every: 1000000,
+  compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
+out: {out}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: median seconds of a step after warm-up, peak memory, last loss."""
+
+    step_s: float
+    peak_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every trainer is given."""
+
+    model: Model
+    seq_len: int
+    batch: int
+    steps: int
+    warm_up: int
+    dtype: str
+    threads: int
+    scratch: Path
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step."""
+        return self.batch * self.seq_len
+
+
+def run_file(work: Workload, name: str, compiled: bool) -> Path:
+    """The description of our own run."""
+    path = work.scratch / f"{name}.yaml"
+    path.write_text(
+        RUN.format(
+            name=name, m=work.model, batch=work.batch, seq_len=work.seq_len, steps=work.steps, dtype=work.dtype,
+            compiled=str(compiled).lower(), data=work.scratch / f"data-{work.model.vocab}", out=work.scratch,
+            max_bytes=24 * work.tokens_per_step * work.steps,
+        )
+    )  # fmt: skip
+    return path
+
+
+def bloomery(*arguments: object) -> None:
+    """Run the console program; its own messages stand when it fails."""
+    done = subprocess.run([sys.executable, "-m", "bloomery", *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+def ours(work: Workload, compiled: bool) -> Outcome:
+    """One run of the product, from its ledger and metrics."""
+    path = run_file(work, "compiled" if compiled else "eager", compiled)
+    bloomery("train", path, "--fresh")
+    folder = work.scratch / path.stem
+    laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > work.warm_up]
+    losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
+    # The last step's lap has no more in it than the others; what follows it is booked to a lap of its own.
+    return Outcome(median(lap["wall_s"] for lap in laps), max(lap["peak_memory_bytes"] for lap in laps), losses[-1])
+
+
+def peer(work: Workload, python: Path, script: str, compiled: bool, samples: Path) -> Outcome:
+    """One run of a peer in its own environment."""
+    model = work.model
+    settings = {
+        "data": str(samples), "layers": model.layers, "hidden": model.hidden, "heads": model.heads,
+        "kv_heads": model.kv_heads, "ffn_hidden": model.ffn_hidden, "vocab": model.vocab, "seq_len": work.seq_len,
+        "batch": work.batch, "steps": work.steps, "threads": work.threads, "dtype": work.dtype, "compiled": compiled,
+        **OPTIMIZER,
+    }  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(work.threads),
+        "OMP_WAIT_POLICY": "passive",
+        "HF_HUB_OFFLINE": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    command = [str(python), str(HERE / "peers" / script), json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{script}: {done.stderr[-2000:]}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Outcome(median(found["step_s"][work.warm_up :]), found["peak_bytes"], found["losses"][-1])
+
+
+def samples_of(work: Workload) -> Path:
+    """The samples of our own run, in its order, as one array for the peers."""
+    bloomery("data", "build", run_file(work, "eager", False))
+    dataset = TokenDataset(work.scratch / f"data-{work.model.vocab}" / "train", seq_len=work.seq_len, seed=0)
+    rows = [dataset.sample(i) for i in range(work.batch * work.steps)]
+    path = work.scratch / "samples.npy"
+    np.save(path, np.stack([np.append(inputs, targets[-1]) for inputs, targets in rows]))
+    return path
+
+
+def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, variants: list[bool]) -> dict[str, Any]:
+    """Every trainer in every variant, round by round."""
+    samples = samples_of(work)
+    found: dict[tuple[str, bool], list[Outcome]] = {}
+    for number in range(rounds):
+        for compiled in variants:
+            found.setdefault(("bloomery", compiled), []).append(ours(work, compiled))
+            for name, (python, script) in peers.items():
+                found.setdefault((name, compiled), []).append(peer(work, python, script, compiled, samples))
+        print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
+    rows = [
+        {
+            "trainer": name, "compiled": compiled,
+            "tokens_per_s": work.tokens_per_step / median(one.step_s for one in outcomes),
+            "rounds_tokens_per_s": [work.tokens_per_step / one.step_s for one in outcomes],
+            "peak_bytes": median(one.peak_bytes for one in outcomes), "loss": outcomes[-1].loss,
+        }
+        for (name, compiled), outcomes in found.items()
+    ]  # fmt: skip
+    mine = max((row for row in rows if row["trainer"] == "bloomery"), key=lambda row: row["tokens_per_s"])
+    others = [row for row in rows if row["trainer"] != "bloomery"]
+    best = max(others, key=lambda row: row["tokens_per_s"], default=None)
+    leanest = min((row["peak_bytes"] for row in others), default=None)
+    return {
+        "rows": rows,
+        "speed_over_best_peer": mine["tokens_per_s"] / best["tokens_per_s"] if best else None,
+        "memory_over_best_peer": mine["peak_bytes"] / best["peak_bytes"] if best else None,
+        "memory_over_leanest_peer": mine["peak_bytes"] / leanest if leanest else None,
+    }
+
+
+def show(title: str, answer: dict[str, Any]) -> None:
+    """The table of one model and precision."""
+    print(
+        f"\n{title}\n{'trainer':16} {'compiled':>8} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}   tokens/s by round"
+    )
+    for row in answer["rows"]:
+        rounds = " ".join(f"{value:.0f}" for value in row["rounds_tokens_per_s"])
+        print(
+            f"{row['trainer']:16} {'yes' if row['compiled'] else 'no':>8} {row['tokens_per_s']:9.0f} "
+            f"{row['peak_bytes'] / 1e6:8.0f} {row['loss']:9.4f}   {rounds}"
+        )
+    if answer["speed_over_best_peer"]:
+        print(
+            f"ours at its faster setting over the fastest peer: {answer['speed_over_best_peer']:.2f} x tokens/s, "
+            f"{answer['memory_over_best_peer']:.2f} x its memory ({answer['memory_over_leanest_peer']:.2f} x the least)"
+        )
+
+
+def environments(options: argparse.Namespace) -> dict[str, tuple[Path, str]]:
+    """Peers that can run here; the others are named."""
+    known = {
+        "plain loop": (Path(sys.executable), "plain_loop.py"),
+        "hf trainer": (Path(options.peers) / "hf/bin/python", "hf_trainer.py"),
+        "litgpt": (Path(options.peers) / "litgpt/bin/python", "litgpt_loop.py"),
+    }
+    for name, (python, _) in known.items():
+        if not python.exists():
+            print(f"{name}: left out, no {python} (`make bench-train PEERS=DIR` makes it)", file=sys.stderr)
+    return {name: one for name, one in known.items() if one[0].exists()}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", default="build/peers", help="folder with the environments hf and litgpt")
+    parser.add_argument("--models", default="14m,60m")
+    parser.add_argument("--dtypes", help="default: float32, and bfloat16 where the processor has it")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--eager-only", action="store_true", help="nobody compiles")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    # `bloomery train` takes as many threads as it has cores: it is given those, and so is everybody else.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    fast = "avx512_bf16" in Path("/proc/cpuinfo").read_text() or "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    dtypes = options.dtypes.split(",") if options.dtypes else ["float32", *(["bfloat16"] if fast else [])]
+    if not fast:
+        print("this processor has no bfloat16 instructions: float32 only unless asked", file=sys.stderr)
+    answers = {}
+    for name in options.models.split(","):
+        for dtype in dtypes:
+            with tempfile.TemporaryDirectory() as scratch:
+                work = Workload(
+                    MODELS[name], options.seq_len, options.batch, options.steps, options.warm_up, dtype,
+                    options.threads, Path(scratch),
+                )  # fmt: skip
+                variants = [False] if options.eager_only else [False, True]
+                answer = answers[f"{name} {dtype}"] = measure(work, environments(options), options.rounds, variants)
+            if not options.json:
+                show(f"{name} {dtype}, batch {options.batch} x {options.seq_len}, {options.threads} threads", answer)
+    if options.json:
+        print(json.dumps(answers, indent=1))
+
+
+if __name__ == "__main__":
+    main()

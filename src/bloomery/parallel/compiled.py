@@ -1,0 +1,61 @@
+"""Layers compiled one by one by `torch.compile`: all layers of a stage are one program, compiled once.
+
+Messages stay outside (`collectives.enter_block` and `leave_block`, and attention over the keys of several ranks, are
+never traced), so what is sent and booked is what the uncompiled engine sends and books. Embedding, head and loss are
+left as they are: their work is matrix products.
+Compilation itself is booked to the ledger's bucket `compile`, whenever it happens.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.callback import on_compile_end, on_compile_start
+
+from bloomery.model.transformer import Transformer
+from bloomery.parallel.collectives import Measure
+
+CACHE = Path("~/.cache/bloomery/inductor")
+"""Compiled kernels of earlier runs; `TORCHINDUCTOR_CACHE_DIR` names another place."""
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device here, or None."""
+    if device.type != "cpu":
+        return None if find_spec("triton") else "no triton here"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return "no C++ compiler here"
+    return None
+
+
+def compile_layers(stage: Transformer) -> None:
+    """Replace each layer's forward by its compiled self. Shapes are fixed: a batch of another shape compiles again."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
+    # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    for layer in stage.blocks():
+        layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
+
+
+def book_compilation(measure: Measure) -> None:
+    """Book the time of every compilation in this process to its own bucket."""
+    running = ExitStack()
+
+    def start(_: Any) -> None:
+        running.enter_context(measure("compile"))
+
+    def end(_: Any) -> None:
+        running.close()
+
+    on_compile_start(start)
+    on_compile_end(end)

@@ -1,0 +1,53 @@
+"""Compiled layers compute what plain ones do, and their compilation has a bucket of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bloomery.ledger.clock import Clock
+from bloomery.parallel.batch import Batch
+from bloomery.parallel.compiled import compiler_problem
+from bloomery.parallel.engine import StepStatistics, build
+from bloomery.parallel.mesh import Mesh
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+
+MODEL = Model(layers=3, hidden=16, heads=2, ffn_hidden=32, vocab=32, max_seq_len=8)
+CPU = torch.device("cpu")
+
+
+def two_steps(compiled: bool, clock: Clock) -> list[StepStatistics]:
+    layout = Layout(micro_batch=2)
+    engine = build(
+        MODEL, layout, Mesh(layout, CPU, 0, None), seq_len=8, global_batch=4, dtype="float64", seed=0,
+        measure=clock.bucket, compiled=compiled,
+    )  # fmt: skip
+    tokens = torch.arange(32).reshape(4, 8)
+    found = []
+    for _ in range(2):
+        found.append(engine.statistics(engine.forward_backward(Batch(tokens, (tokens + 1) % 32, 32))))
+    return found
+
+
+@pytest.mark.skipif(compiler_problem(CPU) is not None, reason="no C++ compiler")
+def test_loss_and_gradients_are_those_of_plain_layers() -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    plain, clock = two_steps(False, Clock()), Clock()
+    for ours, theirs in zip(two_steps(True, clock), plain, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-12)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1, "layers share one program"
+    assert not counters["graph_break"]
+    assert clock.lap()["compile"] > 0
+
+
+def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "missing"),))
+    assert compiler_problem(CPU) == "no C++ compiler here"
