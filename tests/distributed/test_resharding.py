@@ -31,6 +31,7 @@ LAYOUTS = (
     "tp=2,pp=2,micro_batch=2",
     "tp=2,dp=2,zero=1,sp=true,micro_batch=2",
     "pp=2,vpp=2,dp=2,zero=2,micro_batch=2",
+    "cp=2,dp=2,zero=2,micro_batch=2",
     "pp=2,schedule=zbv,micro_batch=1",
 )
 MUON = Optimizer(name="muon")
@@ -62,13 +63,15 @@ class Training:
         """Train so many steps; their losses."""
         import torch
 
+        from bloomery.parallel.batch import Batch
+
         mesh, losses = self.engine.mesh, []
         share = GLOBAL_BATCH // mesh.layout.dp
         mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
         self.optimizers.set_rate(rate)
         for step in range(first, first + count):
             tokens, targets = (torch.from_numpy(values[mine]) for values in batch(step, masked=False))
-            part = self.engine.forward_backward(tokens, targets, GLOBAL_BATCH * SEQ_LEN)
+            part = self.engine.forward_backward(Batch(tokens, targets, GLOBAL_BATCH * SEQ_LEN))
             self.engine.reduce_gradients()
             losses.append(self.engine.statistics(part).loss)
             self.engine.update(self.optimizers)

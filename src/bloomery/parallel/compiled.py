@@ -1,7 +1,8 @@
 """Layers compiled one by one by `torch.compile`: all layers of a stage are one program, compiled once.
 
-Messages stay outside (`collectives.enter_block` and `leave_block` are never traced), so what is sent and booked is what
-the uncompiled engine sends and books. Embedding, head and loss are left as they are: their work is matrix products.
+Messages stay outside (`collectives.enter_block` and `leave_block`, and attention over the keys of several ranks, are
+never traced), so what is sent and booked is what the uncompiled engine sends and books. Embedding, head and loss are
+left as they are: their work is matrix products.
 Compilation itself is booked to the ledger's bucket `compile`, whenever it happens.
 """
 

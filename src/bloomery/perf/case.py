@@ -13,6 +13,7 @@ from bloomery.perf.precision import Precision, precision_of
 from bloomery.perf.stack import Stack, stack_of
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
+from bloomery.spec.collective import Collective, StageShape
 from bloomery.spec.layout import LayoutBatch, stage_on, stage_split
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
@@ -21,7 +22,7 @@ from bloomery.spec.parameters import (
     head_parameters,
     layer_parameters,
 )
-from bloomery.spec.shard_table import Collective, StageShape, stage_collectives
+from bloomery.spec.shard_table import stage_collectives
 
 T = TypeVar("T")
 
@@ -33,10 +34,7 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
-MICRO_BATCH = (
-    *MESH, "dp_replicas", "cp_method", "sequence_parallel", "micro_batch", "recompute", "norms_sharded", "stages",
-    "micro_batches",
-)  # fmt: skip
+MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""

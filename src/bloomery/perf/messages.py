@@ -15,12 +15,8 @@ from bloomery.perf.case import PART, Case, Ranks
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
+from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, MOE_LAYER, Collective
 from bloomery.spec.shard_table import (
-    EMBEDDING,
-    HEAD,
-    LAYER,
-    MOE_LAYER,
-    Collective,
     context_collectives,
     data_collectives,
     expert_collectives,

@@ -21,10 +21,10 @@ from bloomery.spec.model import Model
 
 RECOMPUTE = ("none", "selective", "full")
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
+CP_METHODS = ("ring", "all_gather")
 V_SCHEDULES = ("zbv", "dualpipev")
 """Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
 2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
-CP_METHODS = ("ring", "all_gather")
 
 
 class Layout(Noun):

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from bloomery.spec.collective import Collective, Rows, StageShape
 from bloomery.spec.expert_messages import dispatch_rows, expert_replicas, routing_row
 from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stage_on, stages_of
 from bloomery.spec.model import Model
@@ -34,48 +35,6 @@ from bloomery.spec.parameters import (
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
 """Numbers that all ranks agree on after a step; a mixture of experts adds its router's loss and its imbalance."""
-
-
-@dataclass(frozen=True)
-class Collective:
-    """What one rank does: `count` messages of `bytes_each`, arrays that broadcast to the layouts', in one optimizer
-    step or, where `each` says so, in one micro-batch.
-
-    Payload: all_reduce and send the tensor; all_gather its output; reduce_scatter and all_to_all its input. Axes are
-    those of the mesh and `world`; `dp` is all ranks that hold the same parameters, context-parallel ones among them,
-    `edp` those that hold the same experts.
-    """
-
-    site: str
-    axis: str
-    op: str
-    phase: str
-    count: np.ndarray
-    bytes_each: np.ndarray
-    each: Literal["step", "micro_batch"] = "step"
-
-    def in_step(self, micro_batches: Any, n: int) -> Collective:
-        """The same in a whole step, shape (n,) at least."""
-        times = micro_batches if self.each == "micro_batch" else 1
-        values = np.broadcast_arrays(self.count * times, self.bytes_each, np.zeros(n, dtype=np.int64))
-        count, bytes_each = (array.astype(np.int64) for array in values[:2])
-        return replace(self, count=count, bytes_each=bytes_each, each="step")
-
-
-@dataclass(frozen=True)
-class StageShape:
-    """What a pipeline rank holds: layers in all, whether it has the embedding or the head, how many of the layers are
-    mixtures of experts; arrays or plain numbers."""
-
-    layers: Any
-    first: Any
-    last: Any
-    moe_layers: Any = 0
-
-
-LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
-MOE_LAYER = StageShape(1, False, False, 1)
-"""The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
 
 
 def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int) -> StageShape:
@@ -175,17 +134,6 @@ def stage_collectives(
     ]
 
 
-class _Rows:
-    """Collects rows that happen at all."""
-
-    def __init__(self, each: Literal["step", "micro_batch"] = "step") -> None:
-        self.each, self.rows = each, list[Collective]()
-
-    def add(self, site: str, axis: str, op: str, phase: str, count: Any, bytes_each: Any) -> None:
-        if np.any(count):
-            self.rows.append(Collective(site, axis, op, phase, np.asarray(count), np.asarray(bytes_each), self.each))
-
-
 def tensor_collectives(
     model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int, block_bytes: int
 ) -> list[Collective]:
@@ -194,7 +142,7 @@ def tensor_collectives(
     Without sequence parallelism each block all-reduces its output forward and its input's gradient backward;
     with it the input is gathered and the output reduce-scattered (the reverse backward).
     """
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     tokens = lay.micro_batch * seq_len // lay.cp
     payload = tokens * model.hidden * block_bytes
     stream = tokens * model.hidden * stream_bytes
@@ -234,7 +182,7 @@ def context_collectives(
     Ring: they pass on to the next rank cp - 1 times, backward again and with them, once they have left their own rank,
     their gradients. All-gather: gathered at once, backward again, and the gradients reduce-scattered.
     """
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * block_bytes
     hops = (lay.cp - 1) * (lay.cp_method == CP_METHODS.index("ring")) * shape.layers
     again = lay.recompute == 2
@@ -259,7 +207,7 @@ def expert_collectives(
 ) -> list[Collective]:
     """Expert parallelism in one micro-batch. Under tensor parallelism every rank sends all tokens: its part of each
     expert's width needs them whole."""
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     for row in dispatch_rows(model, lay, shape.moe_layers, seq_len=seq_len, block_bytes=block_bytes):
         rows.add(*row)
     return rows.rows
@@ -272,7 +220,7 @@ def pipeline_collectives(
 
     On a V the first and the last stage lie on rank 0, and the two stages at its tip on the last rank.
     """
-    rows = _Rows("micro_batch")
+    rows = Rows("micro_batch")
     payload = lay.micro_batch * seq_len // lay.cp * model.hidden * stream_bytes
     rank = np.asarray(pipeline_rank)
     first, last = rank == 0, rank == lay.pp - 1
@@ -287,7 +235,7 @@ def pipeline_collectives(
 def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
     """The gradient of a tied embedding is summed once a step between the first and the last stage, which both hold it
     (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
-    rows = _Rows()
+    rows = Rows()
     if model.tie_embeddings:
         cut = np.where((lay.data_ranks > 1) & (lay.zero_stage >= 2), lay.shards, 1)
         embedding = _padded([embedding_parameters(model)[0]], lay.tp, cut) // cut
@@ -303,7 +251,7 @@ mixture of experts two more, its routers' loss and the imbalance."""
 
 def world_collectives(model: Model, lay: LayoutBatch) -> list[Collective]:
     """The step's statistics, in float64."""
-    rows = _Rows()
+    rows = Rows()
     numbers = N_STATISTICS + (0 if model.moe is None else 2)
     rows.add("statistics", "world", "all_reduce", "step", lay.world_size > 1, numbers * 8)
     return rows.rows
@@ -382,7 +330,7 @@ def data_collectives(
     and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
     micro-batch's forward and backward. With replicas each rank's gradients are also summed over them (HSDP).
     """
-    rows, third = _Rows(), _Rows("micro_batch")
+    rows, third = Rows(), Rows("micro_batch")
     cut, replicated = (lay.data_ranks > 1) & (lay.zero_stage >= 1), (lay.data_ranks > 1) & (lay.zero_stage == 0)
     across = cut & (lay.dp_replicas > 1)
     for unit in _units(model, lay, shape):
@@ -413,7 +361,7 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
     """Gradients of uncut parameters, summed once a step over the tensor-parallel ranks: of all under sequence
     parallelism, where each rank has seen its own tokens; else of those where it has seen its heads or its experts.
     """
-    rows = _Rows()
+    rows = Rows()
     # Under ZeRO each data-parallel rank holds its rows of them; where rows do not divide evenly, rank 0's (the most).
     cut = np.where(lay.norms_sharded, lay.shards, 1)
     norms: Any = 0
@@ -430,7 +378,7 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
 def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
     """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
     tensor parallelism cut it over."""
-    rows = _Rows()
+    rows = Rows()
     layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
     sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
     rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes

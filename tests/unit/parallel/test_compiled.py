@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bloomery.ledger.clock import Clock
+from bloomery.parallel.batch import Batch
 from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import StepStatistics, build
 from bloomery.parallel.mesh import Mesh
@@ -27,7 +28,7 @@ def two_steps(compiled: bool, clock: Clock) -> list[StepStatistics]:
     tokens = torch.arange(32).reshape(4, 8)
     found = []
     for _ in range(2):
-        found.append(engine.statistics(engine.forward_backward(tokens, (tokens + 1) % 32, 32)))
+        found.append(engine.statistics(engine.forward_backward(Batch(tokens, (tokens + 1) % 32, 32))))
     return found
 
 
