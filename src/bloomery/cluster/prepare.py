@@ -22,7 +22,8 @@ from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.job import JOB_FILE, Job, read_job
-from bloomery.spec.layout import Layout, LayoutBatch, check_layout
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
 from bloomery.spec.shard_table import collectives

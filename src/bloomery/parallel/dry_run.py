@@ -28,7 +28,8 @@ from bloomery.parallel.mesh import Mesh, pretend
 from bloomery.parallel.pipeline import expect_given_shapes, receive_buffers_bytes
 from bloomery.parallel.recorder import record
 from bloomery.parallel.tally import FlopTally, SavedTally
-from bloomery.spec.layout import Layout, check_layout, stages_of
+from bloomery.spec.layout import Layout, stages_of
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
 
 WHOLE_STEP = 16

@@ -25,7 +25,8 @@ from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.update_shards import UpdateShards
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout, check_layout
+from bloomery.spec.layout import Layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name

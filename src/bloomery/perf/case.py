@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
 
 from bloomery.perf.precision import Precision, precision_of
+from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import Stack, stack_of
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
-from bloomery.spec.collective import Collective, StageShape
+from bloomery.spec.collective import Collective
 from bloomery.spec.layout import LayoutBatch, stage_on, stage_split
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
-    Parameter,
     embedding_parameters,
     head_parameters,
     layer_parameters,
@@ -38,60 +38,6 @@ MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "norms_sharded", "stages", "mic
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
-
-
-@dataclass(frozen=True)
-class Held:
-    """Elements in some parameters by how tensor and expert parallelism cut them."""
-
-    cut: int
-    whole: int
-    expert_cut: int
-    expert_whole: int
-
-    @classmethod
-    def of(cls, parameters: Sequence[Parameter]) -> Held:
-        """Sum `parameters` that are trained."""
-        trained = [p for p in parameters if p.kind != "buffer"]
-
-        def total(expert: bool, cut: bool) -> int:
-            return sum(p.size for p in trained if p.expert == expert and (p.tp_dim is not None) == cut)
-
-        return cls(total(False, True), total(False, False), total(True, True), total(True, False))
-
-    def dense(self, lay: LayoutBatch) -> np.ndarray:
-        """Elements on one rank outside the experts, shape (n,)."""
-        return self.cut / lay.tp + self.whole
-
-    def experts(self, lay: LayoutBatch) -> np.ndarray:
-        """Elements of routed experts on one rank, shape (n,)."""
-        return (self.expert_cut / lay.tp + self.expert_whole) / lay.ep
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """One pipeline rank of each layout, shape (n,): its index, layers (and those of them that are MoE), and ends."""
-
-    index: np.ndarray
-    layers: np.ndarray
-    moe_layers: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-
-    @property
-    def dense_layers(self) -> np.ndarray:
-        """Layers with a plain feed-forward block."""
-        return self.layers - self.moe_layers
-
-    @property
-    def shape(self) -> StageShape:
-        """What the shard table asks of them."""
-        return StageShape(self.layers, self.first, self.last, self.moe_layers)
-
-    @classmethod
-    def stacked(cls, several: Sequence[Ranks]) -> Ranks:
-        """Several ranks of each layout, shape (len(several), n)."""
-        return cls(*(np.stack([getattr(one, f.name) for one in several]) for f in fields(cls)))
 
 
 class OfLayouts(Generic[T]):

@@ -11,19 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import (
-    DUALPIPEV,
-    FULL,
-    GPIPE,
-    INTERLEAVED,
-    MICRO_BATCH,
-    MODEL_STATE,
-    SELECTIVE,
-    ZBV,
-    Case,
-    Held,
-    Ranks,
-)
+from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, ZBV, Case
+from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.table import blocks
 from bloomery.spec.loss import loss_rows
 from bloomery.spec.model import MixtureOfExperts

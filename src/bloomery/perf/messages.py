@@ -11,23 +11,20 @@ from typing import Any, cast
 
 import numpy as np
 
-from bloomery.perf.case import PART, Case, Ranks
+from bloomery.perf.case import PART, Case
 from bloomery.perf.collectives import collective_s, group_of
+from bloomery.perf.ranks import Ranks
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, MOE_LAYER, Collective
+from bloomery.spec.data_messages import data_collectives, norm_collectives, tied_collectives
 from bloomery.spec.shard_table import (
     context_collectives,
-    data_collectives,
     expert_collectives,
-    norm_collectives,
     pipeline_collectives,
     tensor_collectives,
-    tied_collectives,
     world_collectives,
 )
-
-FORWARD_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)

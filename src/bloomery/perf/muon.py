@@ -14,8 +14,8 @@ from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_s
 from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.collective import StageShape
+from bloomery.spec.data_messages import matrix_collectives
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
-from bloomery.spec.shard_table import matrix_collectives
 
 NEWTON_SCHULZ_STEPS = 5
 

@@ -18,14 +18,8 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import MESH
-from bloomery.spec.layout import (
-    RECOMPUTE,
-    SCHEDULES,
-    LayoutBatch,
-    LayoutProblem,
-    layout_problems,
-    runnable_problems,
-)
+from bloomery.spec.layout import RECOMPUTE, SCHEDULES, LayoutBatch
+from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.

@@ -16,7 +16,8 @@ import numpy as np
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
 from bloomery.planner.explain import TIE, shortage_bytes
 from bloomery.planner.search import Evaluated, Found
-from bloomery.spec.layout import RECOMPUTE, layout_problems, runnable_problems
+from bloomery.spec.layout import RECOMPUTE
+from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
 
 GIB = float(2**30)

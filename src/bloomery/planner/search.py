@@ -21,7 +21,8 @@ from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import Layout, LayoutBatch, check_layout, runnable_problems
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 

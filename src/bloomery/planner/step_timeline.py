@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.case import Case, Ranks
+from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
 from bloomery.perf.flops import weights_share
 from bloomery.perf.memory import activation_bytes, memory_of
 from bloomery.perf.messages import inner_messages, sends
+from bloomery.perf.ranks import Ranks
 from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
 from bloomery.spec.layout import stages_of

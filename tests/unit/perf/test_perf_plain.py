@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bloomery.perf.case import Case, Ranks
+from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.perf.memory import PARTS, memory_of, updated_parameters
 from bloomery.perf.profiles import NEOX
+from bloomery.perf.ranks import Ranks
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.perf.step import optimizer_s
 from bloomery.planner.enumerate import enumerate_layouts

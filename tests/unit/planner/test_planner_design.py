@@ -18,7 +18,7 @@ from bloomery.planner.laws import law
 from bloomery.planner.search import plan
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import check_layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 

@@ -11,7 +11,8 @@ import pytest
 from bloomery.planner.enumerate import Enumeration, enumerate_layouts
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout, check_layout
+from bloomery.spec.layout import Layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -15,7 +15,8 @@ from bloomery.planner.pareto import front_of, pareto_front, parts_of, spread
 from bloomery.planner.search import estimates_on, search
 from bloomery.planner.sensitivity import changes, sensitivities
 from bloomery.spec import catalog
-from bloomery.spec.layout import Layout, check_layout
+from bloomery.spec.layout import Layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.run import Run
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -16,7 +16,8 @@ from bloomery.planner.search import plan, run_dtype
 from bloomery.spec import catalog
 from bloomery.spec.components import COMPONENTS
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import Layout, LayoutBatch, check_layout
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.run import Run
 
 EXAMPLES = Path(__file__).parents[3] / "examples"

@@ -8,7 +8,7 @@ import pytest
 
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import check_layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
 
 # Parameters in billions as published: model cards and config indexes on huggingface.co (total size of the safetensors

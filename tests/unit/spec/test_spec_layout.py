@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout, LayoutBatch, check_layout, layout_problems, stage_split, stages_of
+from bloomery.spec.layout import Layout, LayoutBatch, stage_split, stages_of
+from bloomery.spec.layout_rules import check_layout, layout_problems
 
 LLAMA = catalog.model("llama-3-8b")
 

@@ -1,0 +1,160 @@
+"""The rules that layouts must keep, as arithmetic that works on one layout or on a million: the planner and the trainer
+call the same functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.spec.errors import InputError
+from bloomery.spec.layout import RECOMPUTE, SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.model import Model
+
+
+@dataclass(frozen=True)
+class LayoutProblem:
+    """One broken rule: `broken` has shape (n,); `reason` says it for a person."""
+
+    rule: str
+    reason: str
+    broken: np.ndarray
+
+
+def layout_problems(
+    model: Model, layouts: LayoutBatch, *, global_batch: int, seq_len: int, world_size: int | None = None
+) -> list[LayoutProblem]:
+    """Every structural rule with the layouts that break it (memory is the planner's and not judged here)."""
+    lay = layouts
+    stages = lay.pp * lay.vpp
+    shard = lay.dp * lay.micro_batch
+    micro_batches = np.maximum(global_batch // np.maximum(shard, 1), 1)
+    experts = model.moe.experts if model.moe else 1
+    interleaved = lay.schedule == SCHEDULES.index("interleaved")
+    rules: list[tuple[str, str, Any]] = [
+        ("heads", f"tp must divide {model.heads} heads", model.heads % lay.tp != 0),
+        ("kv_heads", f"tp must divide {model.kv_heads} kv heads", model.kv_heads % lay.tp != 0),
+        ("ffn", f"tp must divide ffn_hidden {model.ffn_hidden}", model.ffn_hidden % lay.tp != 0),
+        ("vocab", f"tp must divide vocab {model.vocab}", model.vocab % lay.tp != 0),
+        ("layers", f"pp*vpp must not exceed {model.layers} layers", stages > model.layers),
+        (
+            "sequence",
+            f"tp*cp must divide seq_len {seq_len} under sequence or context parallelism",
+            np.where((lay.sequence_parallel == 1) | (lay.cp > 1), seq_len % (lay.tp * lay.cp) != 0, False),
+        ),
+        (
+            "zigzag",
+            f"2*cp must divide seq_len {seq_len}: each context-parallel rank takes one piece from either end",
+            (lay.cp > 1) & (seq_len % (2 * lay.cp) != 0),
+        ),
+        ("sp_without_tp", "sequence parallel needs tp > 1", (lay.sequence_parallel == 1) & (lay.tp == 1)),
+        ("batch", f"dp*micro_batch must divide global_batch {global_batch}", global_batch % shard != 0),
+        ("bubble", "interleaving needs micro-batches in multiples of pp", interleaved & (micro_batches % lay.pp != 0)),
+        ("interleaving", "interleaving needs pp > 1", (interleaved | lay.v_shaped) & (lay.pp == 1)),
+        (
+            "v_fill",
+            "to fill a V zbv needs 2 pp - 1 micro-batches at least, dualpipev 2 pp",
+            lay.v_shaped & (micro_batches < stages - (lay.schedule == SCHEDULES.index("zbv"))),
+        ),
+        ("zero_without_dp", "ZeRO needs dp*cp > 1", (lay.zero_stage > 0) & (lay.dp * lay.cp == 1)),
+        ("replicas", "dp_replicas must divide dp and leave two ranks or more to each", _uneven_replicas(lay)),
+        (
+            "replicas_zero",
+            "dp_replicas needs ZeRO 2 or 3: below, every data-parallel rank is a replica anyway",
+            (lay.dp_replicas > 1) & (lay.zero_stage < 2),
+        ),
+        ("experts", f"ep must divide {experts} experts", experts % lay.ep != 0),
+        (
+            "expert_group",
+            "ep must divide dp (dp / dp_replicas, where there are replicas)",
+            (lay.dp // lay.dp_replicas) % lay.ep != 0,
+        ),
+    ]
+    if world_size is not None:
+        rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
+    if lay.stage_layers:
+        wrong = [uneven is not None and sum(uneven) != model.layers for uneven in lay.stage_layers]
+        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", np.array(wrong)))
+    return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def _uneven_replicas(lay: LayoutBatch) -> np.ndarray:
+    """(n,): replicas that are not equal groups of two or more ranks."""
+    return (lay.dp_replicas > 1) & ((lay.dp % lay.dp_replicas != 0) | (lay.shards < 2))
+
+
+def _empty_stages(lay: LayoutBatch) -> np.ndarray:
+    """Where `stage_layers` leaves a stage none, shape (n,)."""
+    if not lay.stage_layers:
+        return np.zeros(len(lay), dtype=bool)
+    return np.array([uneven is not None and min(uneven) < 1 for uneven in lay.stage_layers])
+
+
+def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
+    """What the present engine cannot run although the model of performance knows it."""
+    lay = layouts
+    rules: list[tuple[str, str, Any]] = [
+        *_expert_rules(model, lay),
+        (
+            "zero3_pipeline",
+            "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
+            (lay.zero_stage == 3) & (lay.pp > 1),
+        ),
+        ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
+        (
+            "tied_v_zero2",
+            "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
+            lay.v_shaped & (lay.zero_stage >= 2) & model.tie_embeddings,
+        ),
+    ]
+    return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
+
+
+def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
+    """What of a mixture of experts the engine cannot lay out."""
+    if model.moe is None:
+        return []
+    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.data_ranks // lay.ep, 1)
+    rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
+    return [
+        ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
+        ("expert_zero1", "mixtures of experts run with ZeRO 0, 2 and 3", lay.zero_stage == 1),
+        ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
+        (
+            "expert_selective",
+            "selective recomputation does not know experts: recompute whole layers or nothing",
+            lay.recompute == RECOMPUTE.index("selective"),
+        ),
+        (
+            "expert_ffn",
+            f"tp cuts experts too and must divide expert_ffn_hidden {width}",
+            width % lay.tp != 0,
+        ),
+        (
+            "expert_rows",
+            f"ZeRO cuts experts over dp/ep ranks, which must divide expert_ffn_hidden {width} / tp and hidden",
+            (lay.zero_stage >= 2) & rows,
+        ),
+        (
+            "sequence_balance",
+            "the auxiliary loss counts whole sequences: with cp > 1 use balancing bias",
+            (lay.cp > 1) & (model.moe.balancing == "aux_loss"),
+        ),
+    ]
+
+
+def check_layout(
+    model: Model, layout: Layout, *, global_batch: int, seq_len: int, world_size: int | None = None, run: bool = False
+) -> None:
+    """Raise InputError with the first broken rule. With `run`, also what the engine cannot run."""
+    batch = LayoutBatch.of([layout])
+    problems: Iterable[LayoutProblem] = layout_problems(
+        model, batch, global_batch=global_batch, seq_len=seq_len, world_size=world_size
+    )
+    if run:
+        problems = [*problems, *runnable_problems(model, batch)]
+    for problem in problems:
+        if problem.broken[0]:
+            raise InputError(problem.reason, where="layout", found=layout.describe())
