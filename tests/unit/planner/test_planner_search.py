@@ -132,9 +132,9 @@ def test_when_nothing_fits_the_tightest_shortage_is_told() -> None:
 
 
 def test_when_no_layout_keeps_the_rules_the_reasons_are_told() -> None:
-    with pytest.raises(InputError, match=r"no layout of gpt2-xl keeps the rules on 8 ranks.*must not exceed 4 layers"):
-        small = ("model=gpt2-xl", "model.layers=4", "train.seq_len=1024", "train.global_batch=7")
-        planned("llama3-8b", *small, runnable_only=True)
+    model = "model={name: odd, layers: 1, hidden: 50, heads: 25, vocab: 101}"
+    with pytest.raises(InputError, match=r"no layout of odd keeps the rules on 8 ranks.*tp must divide 25 heads"):
+        planned("llama3-8b", model, "train.seq_len=1022", "train.global_batch=7", runnable_only=True)
 
 
 def test_more_ranks_than_the_cluster_has_are_refused() -> None:
