@@ -73,12 +73,15 @@ class Case:
     layout: str
     masked: bool = False
     dtype: str = "float64"
+    balanced: bool = False
+    """Experts are taken in turns instead of chosen, so that every one gets as many tokens as any other."""
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "")
-        return f"{self.model}-{layout}{'-masked' if self.masked else ''}-{self.dtype}"
+        marks = ("-masked" if self.masked else "") + ("-balanced" if self.balanced else "")
+        return f"{self.model}-{layout}{marks}-{self.dtype}"
 
 
 def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -107,6 +110,8 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
+        if case.balanced:
+            take_turns(engine)
         optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
@@ -146,6 +151,22 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         }  # fmt: skip
     finally:
         meshes.stop(mesh)
+
+
+def take_turns(engine: Any) -> None:
+    """Every router of the engine: the first token to the first experts, the next one to the next, and round again."""
+    import torch
+
+    from bloomery.parallel.expert import mixtures
+
+    for mixture in mixtures(engine.stages.values()):
+        moe = mixture.router.moe
+
+        def choose(scores_bse: torch.Tensor, experts: int = moe.experts, k: int = moe.top_k) -> torch.Tensor:
+            turns = torch.arange(scores_bse.shape[0] * scores_bse.shape[1] * k)
+            return (turns % experts).view(*scores_bse.shape[:2], k)
+
+        mixture.router.choose = choose
 
 
 def planned(model: Model, layout: Layout, pipeline_rank: int, dtype: str) -> Counter[tuple[str, str, int]]:

@@ -24,7 +24,8 @@ from bloomery.parallel.tally import FlopTally, SavedTally
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.parameters import parameter_count
 from bloomery.spec.shard_table import stage_parameters
 
 CLUSTER = catalog.cluster("selene-like")
@@ -55,9 +56,8 @@ def chosen() -> list[Case]:
     )
     return [
         *(case for case in CASES if case.layout in alone and not case.masked),
-        # What masked attention keeps is its kernel's choice: no formula here.
-        *(case for case in CASES if case.model not in ("llama", "window") and "vpp" not in case.layout),
-        *(case for case in CASES if "recompute" in case.layout or "pp=4" in case.layout),
+        *(c for c in CASES if c.model in ("gpt", "tied", "qk-norm", "latent") and "vpp" not in c.layout),
+        *(c for c in CASES if ("recompute" in c.layout or "pp=4" in c.layout) and MODELS[c.model].moe is None),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=2,zero=2,micro_batch=2", dtype="bfloat16"),
     ]
@@ -141,6 +141,30 @@ def test_llama_405b_on_16384_ranks() -> None:
         assert kept == pytest.approx(kept_bytes(LLAMA, LLAMA_LAYOUT, 8192, "bfloat16"), rel=1e-9)
         # Between micro-batches FSDP keeps gradients whole, whatever the ZeRO stage.
         assert one.account.whole_gradient_bytes == 4 * one.account.parameters
+
+
+def test_a_mixture_of_experts_of_a_trillion_parameters_on_1024_ranks() -> None:
+    moe = MixtureOfExperts(
+        experts=384, top_k=8, expert_ffn_hidden=2048, shared_experts=1, first_dense_layers=1, scoring="sigmoid",
+        balancing="bias",
+    )  # fmt: skip
+    model = Model(
+        layers=61, hidden=7168, heads=64, kv_heads=8, head_dim=128, ffn_hidden=18432, vocab=163840, max_seq_len=4096,
+        moe=moe,
+    )  # fmt: skip
+    assert parameter_count(model) == pytest.approx(1.03e12, rel=0.01)
+    layout = Layout(pp=16, dp=64, ep=64, recompute="full")
+    found = compare(model, layout, CLUSTER, seq_len=4096, global_batch=4096, dtype="bfloat16")
+    assert found.agrees
+    assert [one.account.layers for one in found.classes] == [3, 4, 3]
+
+
+@pytest.mark.parametrize("text", ["micro_batch=2", "dp=2,ep=2", "tp=2,dp=4,ep=2,sp=true,zero=2"])
+def test_a_rank_of_experts_holds_computes_and_sends_what_is_predicted(text: str) -> None:
+    moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, shared_experts=1)
+    model = Model(layers=2, hidden=512, heads=8, ffn_hidden=1024, vocab=1024, max_seq_len=256, moe=moe)
+    found = compare(model, Layout.parse(text), CLUSTER, seq_len=256, global_batch=8, dtype="bfloat16")
+    assert all(one.agrees for one in found.classes), found.classes
 
 
 @pytest.mark.parametrize(

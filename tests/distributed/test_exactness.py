@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,13 +49,40 @@ def table() -> list[Case]:
         Case("latent", "tp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("latent", "pp=2,dp=2,vpp=2,micro_batch=1"),
     ]
-    return cases
+    return cases + expert_cases()
+
+
+def expert_cases() -> list[Case]:
+    """Both balancings, with and without expert parallelism, beside every other axis."""
+    mixtral = (
+        "dp=2,zero=3,micro_batch=2",
+        "tp=2,micro_batch=4",
+        "dp=2,ep=2,zero=3,micro_batch=2,recompute=full",
+        "dp=4,ep=2,zero=3,micro_batch=1",
+        "dp=4,ep=4,zero=3,micro_batch=1",
+        "tp=2,dp=2,ep=2,micro_batch=2",
+        "pp=2,dp=2,ep=2,micro_batch=2",
+    )
+    deepseek = (
+        "dp=2,micro_batch=2",
+        "dp=2,ep=2,micro_batch=4",
+        "tp=2,sp=true,micro_batch=4",
+        "dp=4,ep=2,zero=2,micro_batch=1",
+        "tp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=2",
+        "tp=2,pp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=1,vpp=2",
+    )
+    return [Case("mixtral", layout) for layout in mixtral] + [Case("deepseek", layout) for layout in deepseek]
 
 
 CASES = table()
 BFLOAT16 = [
     Case("llama", layout, dtype="bfloat16")
     for layout in ("tp=2,micro_batch=2", "tp=2,pp=2,sp=true,micro_batch=2", "dp=2,zero=2", "pp=2,micro_batch=2")
+]
+BALANCED = [
+    Case("mixtral", "tp=2,dp=2,ep=2,micro_batch=2,recompute=full", balanced=True),
+    Case("deepseek", "dp=4,ep=4,micro_batch=1", balanced=True),
+    Case("mixtral", "dp=4,ep=2,zero=2,micro_batch=2", dtype="bfloat16", balanced=True),
 ]
 REFERENCES = {(c.model, c.masked): Case(c.model, "micro_batch=8", c.masked) for c in CASES}
 
@@ -68,7 +96,7 @@ def world_size(case: Case) -> int:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case run once, by world size."""
     path = tmp_path_factory.mktemp("exactness")
-    everything = [*REFERENCES.values(), *CASES, *BFLOAT16]
+    everything = [*REFERENCES.values(), *CASES, *BFLOAT16, *BALANCED]
     for size in sorted({world_size(case) for case in everything}):
         run_cases(size, [case for case in everything if world_size(case) == size], path)
     return path
@@ -88,7 +116,27 @@ def test_layout_equals_one_process(case: Case, folder: Path) -> None:
         np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("case", [*CASES, *BFLOAT16], ids=lambda case: case.name)
+def even(messages: list[list[Any]]) -> list[list[Any]]:
+    """Those whose size no router decides."""
+    return [message for message in messages if message[1] != "all_to_all"]
+
+
+@pytest.mark.parametrize("case", [*CASES, *BFLOAT16, *BALANCED], ids=lambda case: case.name)
 def test_planned_collectives_equal_executed_ones(case: Case, folder: Path) -> None:
+    routed = Layout.parse(case.layout).ep > 1 and not case.balanced
     for rank in results(case, world_size(case), folder):
-        assert rank["executed"] == rank["planned"], f"rank {rank['rank']}"
+        executed, planned = rank["executed"], rank["planned"]
+        assert (even(executed), even(planned)) == (even(planned), even(planned)), f"rank {rank['rank']}"
+        assert routed or executed == planned, f"rank {rank['rank']}"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if Layout.parse(c.layout).ep > 1], ids=lambda case: case.name)
+def test_messages_to_experts_are_as_many_as_planned_and_together_as_large(case: Case, folder: Path) -> None:
+    found = results(case, world_size(case), folder)
+    sums = {}
+    for side in ("executed", "planned"):
+        sent = [[message for message in rank[side] if message[1] == "all_to_all"] for rank in found]
+        counts = [sum(count for *_, count in messages) for messages in sent]
+        sums[side] = (counts, sum(size * count for messages in sent for *_, size, count in messages))
+    assert sums["executed"] == sums["planned"]
+    assert sums["planned"][1] > 0

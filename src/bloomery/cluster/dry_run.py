@@ -7,7 +7,7 @@ One rank stands for each class: the first, a middle and the last pipeline rank. 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -170,7 +170,7 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
 
 def merged(counted: Counter[Message], layout: Layout) -> Counter[Message]:
     """An axis that spans every rank shares the world's process group: both are called world then."""
-    whole = {axis for axis in ("tp", "dp", "pp") if getattr(layout, axis) == layout.world_size}
+    whole = {axis for axis in ("tp", "dp", "pp", "ep") if getattr(layout, axis) == layout.world_size}
     answer = Counter[Message]()
     for (axis, op, size), count in counted.items():
         answer[("world" if axis in whole else axis, op, size)] += count
@@ -196,24 +196,29 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     to latents are the same on every tensor-parallel rank.
     """
     model, tp = case.model.model_copy(update={"sliding_window": None}), int(case.lay.tp[0])
-    forward = forward_flops(model, case.seq_len)
+    full = case.lay.recompute[0] == FULL
     alike = sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix" and p.tp_partial)
     padded = case.seq_len * (model.query_width - model.output_width)
-    more = 2.0 * case.seq_len * model.layers * ((tp - 1) * alike + padded)
-    forward = replace(forward, projections=forward.projections + more)
-    down = 2 * case.seq_len * case.model.hidden * case.model.ffn_hidden * case.model.layers
-    again = (forward.layers - down) if case.lay.recompute[0] == FULL else 0.0
-    share = account.layers / case.model.layers * (3 * forward.layers + again)
-    head = 3 * forward.head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
-    sequences = account.micro_batches * int(case.lay.micro_batch[0])
-    return float(sequences * (share + head) / tp)
+    ranks = case.ranks(np.array([account.pipeline_rank]))
+    total = 0.0
+    for layers, moe in ((ranks.dense_layers[0], None), (ranks.moe_layers[0], model.moe)):
+        one = model.model_copy(update={"layers": 1, "moe": moe and moe.model_copy(update={"first_dense_layers": 0})})
+        forward = forward_flops(one, case.seq_len)
+        # Every tensor-parallel rank routes all tokens, and projects them down to all latents.
+        whole = forward.router + 2 * case.seq_len * alike
+        layer = (forward.layers - whole + 2 * case.seq_len * padded) / tp + whole
+        width = model.ffn_hidden if moe is None else moe.shared_experts * moe.expert_ffn_hidden
+        down = 2 * case.seq_len * model.hidden * width / tp
+        total += layers * (3 * layer + (layer - down if full else 0.0))
+    head = 3 * forward_flops(model, case.seq_len).head if account.pipeline_rank == case.lay.pp[0] - 1 else 0.0
+    return float(account.micro_batches * int(case.lay.micro_batch[0]) * (total + head / tp))
 
 
 def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:
     """Everything but messages. `held_layers`: layers x micro-batches in flight at the peak, from the schedule."""
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
-    dense, _ = parameters_on(case, ranks)
+    held = sum(float(part[0]) for part in parameters_on(case, ranks))
     one_layer = float(np.ravel(layer_activation_bytes(case)[0])[0])
     kept = account.layer_activation_bytes / account.layers
     peak = held_layers * kept + account.working_bytes
@@ -221,7 +226,7 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE if case.lay.zero_stage[0] >= 2 else EXACT
     found = [
-        Line("parameters before ZeRO", "elements", account.parameters, float(dense[0]), EXACT),
+        Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
         Line("gradients at the peak", "bytes", gradients, memory["gradients"], state),
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),

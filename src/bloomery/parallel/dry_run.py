@@ -80,7 +80,8 @@ def dry_run(
     pipeline_rank = rank // (layout.tp * layout.dp)
     layers = sum(len(stage) for stage in stages_of(model, layout)[pipeline_rank :: layout.pp])
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
-    stage_depths = [0] if layers <= WHOLE_STAGE else [1, 2]
+    dense = _dense_layers(model, layout, pipeline_rank)
+    stage_depths = [0] if layers <= max(WHOLE_STAGE, dense + 2) else [dense + 1, dense + 2]
     step_lengths = [micro_batches] if layers * micro_batches <= WHOLE_STEP else [1, 2]
     samples: list[dict[str, Any]] = []
     executed = []
@@ -105,15 +106,30 @@ def dry_run(
 
 
 def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
-    """The same model and layout with `depth` layers in every stage."""
-    cut = model.model_copy(update={"layers": depth * layout.pp * layout.vpp})
+    """The same model and layout with `depth` layers in every stage, dense ones before experts in the first alone."""
+    changes: dict[str, Any] = {"layers": depth * layout.pp * layout.vpp}
+    if model.moe is not None:
+        dense = min(model.moe.first_dense_layers, depth)
+        changes["moe"] = model.moe.model_copy(update={"first_dense_layers": dense})
+    cut = model.model_copy(update=changes)
     return cut, layout.model_copy(update={"stage_layers": None})
+
+
+def _dense_layers(model: Model, layout: Layout, pipeline_rank: int) -> int:
+    """Layers without experts on a rank of a model that has layers of both kinds; these are no part of the line."""
+    if model.moe is None:
+        return 0
+    held = [layer for stage in stages_of(model, layout)[pipeline_rank :: layout.pp] for layer in stage]
+    return sum(not model.is_routed(layer) for layer in held)
 
 
 def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
     """What one layer saves without recomputation, where a backward pass recomputes it; else 0."""
     if layout.recompute != "full":
         return 0
+    if model.moe is not None:
+        routed = model.moe.model_copy(update={"first_dense_layers": 0})
+        model = model.model_copy(update={"moe": routed})
     part, cut = shallow(model, layout.model_copy(update={"recompute": "none"}), 1)
     (step,) = _steps(part, cut, rank, [1], **settings)
     return int(step["layer_activation_bytes"]) // layout.vpp

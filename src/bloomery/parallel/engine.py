@@ -160,7 +160,7 @@ class Engine:
     def balance_experts(self) -> None:
         """After an optimizer step: move the biases that even out the experts' load."""
         if self.routed is not None:
-            move_biases(self.stages.values(), self.routed)
+            move_biases(self.stages.values(), self.routed, self.mesh)
 
     def statistics(self, loss_part: Tensor, stop: bool = False) -> StepStatistics:
         """Loss and global gradient norm, in one all-reduce over the world; squares are divided by their replicas.

@@ -116,7 +116,7 @@ def summed_routing(stages: Iterable[Transformer], mesh: Mesh, measure: Measure) 
     return Routed(tokens_le, torch.stack(losses).sum() if losses else fullest_l.new_zeros(()), fullest_l.sum() / same)
 
 
-def move_biases(stages: Iterable[Transformer], routed: Routed) -> None:
+def move_biases(stages: Iterable[Transformer], routed: Routed, mesh: Mesh) -> None:
     """Up by the rate for experts that had fewer tokens than the mean, down for more (arXiv 2408.15664, algorithm 1)."""
     for mixture, tokens_e in zip(mixtures(stages), routed.tokens_le.double(), strict=True):
         bias = mixture.router.bias
@@ -126,7 +126,7 @@ def move_biases(stages: Iterable[Transformer], routed: Routed) -> None:
         local = bias.detach()
         if isinstance(local, DTensor):
             rows = -(-len(move_e) // local.device_mesh.size())
-            start = local.device_mesh.get_local_rank() * rows
+            start = mesh.dp_rank * rows
             local = local.to_local()
             move_e = move_e[start : start + len(local)]
         local.add_(move_e.to(local.dtype))

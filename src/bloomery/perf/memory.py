@@ -13,6 +13,7 @@ import numpy as np
 
 from bloomery.perf.case import FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, Case, Ranks
 from bloomery.perf.table import blocks
+from bloomery.spec.model import MixtureOfExperts
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
 """Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
@@ -131,7 +132,9 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        outer = outer + 2 * model.moe.top_k * inside * model.hidden * precision.compute
+        # Copies of tokens on their way to experts and back; every tensor-parallel rank of our engine has them whole.
+        routed = case.tokens if stack.eager else inside
+        outer = outer + 2 * model.moe.top_k * routed * model.hidden * precision.compute
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
@@ -178,8 +181,24 @@ def _eager_outer_bytes(case: Case) -> Any:
     model, precision, h = case.model, case.precision, case.model.hidden
     norm = 2 * h + 1 if model.norm == "rmsnorm" else h + 2
     norms = 2 * case.stream_tokens * precision.stream * norm
-    copies = np.where((case.lay.tp == 1) & (precision.compute < precision.stream), 5 if model.gated else 4, 2)
+    narrowed = (case.lay.tp == 1) & (precision.compute < precision.stream)
+    if model.moe is not None:
+        return norms + case.tokens * _eager_mixture_inputs(case, model.moe, narrowed)
+    copies = np.where(narrowed, 5 if model.gated else 4, 2)
     return norms + copies * case.tokens * h * precision.compute
+
+
+def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarray) -> Any:
+    """Bytes a token that a layer with experts keeps as inputs of its blocks, and for its routing.
+
+    The router reads its input in float32 at least, and keeps its scores; indices are 64-bit: the experts of a token
+    and both orders of the copies.
+    """
+    h, compute = case.model.hidden, case.precision.compute
+    wide = max(4, compute)
+    shared = np.where(narrowed, 2 if case.model.gated else 1, int(compute < wide)) * (moe.shared_experts > 0)
+    scores = moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
+    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + scores
 
 
 @dataclass(frozen=True)

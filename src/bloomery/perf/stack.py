@@ -17,6 +17,9 @@ copies, whole on every tensor-parallel rank where they are gathered. `gradient_b
 stack departs from its precision's.
 
 `selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention.
+`expert_imbalance`: tokens of the fullest expert-parallel rank over the mean, which all ranks wait for; 1 is a router
+in perfect balance (a run's metrics report how far its router is from it).
+
 `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
 tensor-, context- and expert-parallel messages that runs beside compute.
 
@@ -83,6 +86,7 @@ class Stack:
     saved_width: tuple[int, int]
     step_overhead_s: float
     serial_launch: bool
+    expert_imbalance: float = 1.0
 
     def layer_kernels(self, *, moe: bool) -> Passes:
         """Kernels of one layer in each direction."""

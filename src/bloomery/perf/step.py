@@ -127,7 +127,7 @@ class StepTimes:
 
     @cached_property
     def _data_parallel(self) -> Lookup[DataParallel]:
-        case, index = self.case.over(*MODEL_STATE)
+        case, index = self.case.over(*MODEL_STATE, *(("sequence_parallel",) if self.case.model.moe else ()))
         return Lookup(DataParallel.of(case), index)
 
     def components(self, block: slice) -> dict[str, Any]:

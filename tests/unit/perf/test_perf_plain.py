@@ -43,6 +43,9 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     scatter = bool(case.lay.sequence_parallel[0] == 0) and case.stack.scatter_gather
     for row in filter(wanted, case.collectives_of(ranks)):
         cut = {"tp": 1 if row.phase == "step" else case.lay.cp, "pp": case.lay.cp * (case.lay.tp if scatter else 1)}
+        # Other stacks than ours send 1/tp of the tokens from each tensor-parallel rank under sequence parallelism.
+        spread = bool(case.lay.sequence_parallel[0]) and not case.stack.eager
+        cut["ep"] = case.lay.cp * (case.lay.tp if spread else 1)
         group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
         one = collective_s(case.cluster, row.op, group, row.bytes_each / cut.get(row.axis, 1))  # type: ignore[arg-type]
         seconds += float(row.count[0] * one[0])
@@ -50,27 +53,27 @@ def messages_s(case: Case, ranks: Ranks, wanted: Callable[[Any], bool]) -> tuple
     return seconds, calls
 
 
-def context_and_experts_s(case: Case, ranks: Ranks) -> float:
-    """Seconds of ring attention and of expert dispatch in a whole step."""
-    lay, model, again = case.lay, case.model, bool(case.lay.recompute[0] == FULL)
-    block = case.tokens * 2 * model.kv_width / lay.tp * case.precision.compute
+def context_s(case: Case, ranks: Ranks) -> float:
+    """Seconds of ring attention in a whole step."""
+    lay, again = case.lay, bool(case.lay.recompute[0] == FULL)
+    block = case.tokens * 2 * case.model.kv_width / lay.tp * case.precision.compute
     hop = collective_s(case.cluster, "send", group_of(lay, "cp"), block)
-    total = ranks.layers * (3 + again) * (lay.cp - 1) * hop
-    if model.moe is not None and lay.ep[0] > 1:
-        routed = case.stream_tokens * model.moe.top_k * model.hidden * case.precision.compute
-        one = collective_s(case.cluster, "all_to_all", group_of(lay, "ep"), routed)
-        total = total + ranks.moe_layers * (4 + 2 * again) * one
-    return float((case.micro_batches * total)[0])
+    return float((case.micro_batches * ranks.layers * (3 + again) * (lay.cp - 1) * hop)[0])
 
 
 def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     """One rank of one layout."""
     stack, lay, m = case.stack, case.lay, float(case.micro_batches[0])
     work = stage_work(case, ranks)
-    shown, inner = 1 - stack.inner_overlap, context_and_experts_s(case, ranks)
+    shown, inner = 1 - stack.inner_overlap, context_s(case, ranks)
     forward_s, calls = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase == "forward")
     backward_s, calls_back = messages_s(case, ranks, lambda row: row.axis == "tp" and row.phase != "forward")
-    tensor = (shown * (forward_s + inner / 3) / m, shown * (backward_s + 2 * inner / 3) / m)
+    there = messages_s(case, ranks, lambda row: row.axis == "ep" and row.phase == "forward")[0]
+    back = messages_s(case, ranks, lambda row: row.axis == "ep" and row.phase != "forward")[0]
+    tensor = (
+        shown * (forward_s + there + inner / 3) / m,
+        shown * (backward_s + back + 2 * inner / 3) / m,
+    )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
     if not stack.serial_launch:
         call_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
@@ -81,7 +84,8 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
             float(np.max(work.host_backward)) + call_s * calls_back / m,
         )
         device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
-    gradients = messages_s(case, ranks, lambda row: row.axis == "dp" and row.op != "all_gather")[0]
+    once = {"dp", "edp"}
+    gradients = messages_s(case, ranks, lambda row: row.axis in once and row.op != "all_gather")[0]
     if lay.dp[0] == 1 and lay.cp[0] > 1:
         n_bytes = sum(parameters_on(case, ranks)) * case.precision.gradient
         gradients += float(collective_s(case.cluster, "all_reduce", group_of(lay, "data"), n_bytes)[0])
@@ -91,7 +95,7 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
         "backward": float(np.max(work.backward)),
         "layers": float(ranks.layers[0]),
         "reduce": gradients,
-        "gather": messages_s(case, ranks, lambda row: row.axis == "dp" and row.op == "all_gather")[0],
+        "gather": messages_s(case, ranks, lambda row: row.axis in once and row.op == "all_gather")[0],
     }
 
 

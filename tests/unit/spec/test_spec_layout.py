@@ -82,13 +82,15 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
         ("cp=2", "llama-3-8b", "context parallelism"),
         ("dp=2,zero=1", "llama-3-8b", "stages 0, 2 and 3"),
         ("recompute=selective", "llama-3-8b", "whole layers or nothing"),
+        ("dp=2,ep=2,cp=2", "mixtral-8x7b", "context parallelism"),
+        ("dp=6,zero=3", "mixtral-8x7b", "ZeRO cuts experts over dp/ep ranks"),
         ("pp=2", "qwen2.5-0.5b", "tied embeddings need pp = 1"),
     ],
 )
 def test_what_the_engine_cannot_run_is_refused_only_for_running(text: str, model: str, words: str) -> None:
     layout = Layout.parse(text)
-    check_layout(catalog.model(model), layout, global_batch=64, seq_len=2048)
-    refused(layout, words, model=model, run=True)
+    check_layout(catalog.model(model), layout, global_batch=192, seq_len=2048)
+    refused(layout, words, model=model, batch=192, run=True)
 
 
 def test_many_layouts_are_judged_as_each_of_them_alone() -> None:
