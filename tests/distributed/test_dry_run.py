@@ -61,7 +61,8 @@ def chosen() -> list[Case]:
         "cp=2,pp=2,vpp=2,micro_batch=2",
         "cp=2,tp=2,dp=2,zero=2,sp=true,micro_batch=2",
     )
-    plain = [case for case in CASES if "cp=" not in case.layout and case.mask == "causal"]
+    dense = [case for case in CASES if MODELS[case.model].moe is None]
+    plain = [case for case in dense if "cp=" not in case.layout and case.mask == "causal"]
     return [
         *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
         *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),

@@ -200,17 +200,17 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     """
     model, lay = case.model.model_copy(update={"sliding_window": None}), case.lay
     tp, cp, full = int(lay.tp[0]), int(lay.cp[0]), lay.recompute[0] == FULL
-    ranks = case.ranks(np.array([account.pipeline_rank]))
     alike = sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix" and p.tp_partial)
-    padded = model.query_width - model.output_width
-    more = 2.0 * case.seq_len * ((tp - 1) * alike + padded)
+    padded = case.seq_len * (model.query_width - model.output_width)
+    ranks = case.ranks(np.array([account.pipeline_rank]))
     total = 0.0
     for layers, moe in ((ranks.dense_layers[0], None), (ranks.moe_layers[0], model.moe)):
         one = model.model_copy(update={"layers": 1, "moe": moe and moe.model_copy(update={"first_dense_layers": 0})})
         forward = forward_flops(one, case.seq_len)
+        # Every tensor-parallel rank routes all tokens, and projects them down to all latents.
+        whole = forward.router + 2 * case.seq_len * alike
         skipped = forward.attention * (1 - context_attention_share(model, cp))
-        # Every tensor-parallel rank routes all tokens.
-        layer = (forward.layers - skipped + more - forward.router) / tp + forward.router
+        layer = (forward.layers - skipped - whole + 2 * padded) / tp + whole
         width = model.ffn_hidden if moe is None else moe.shared_experts * moe.expert_ffn_hidden
         down = 2 * case.seq_len * model.hidden * width / tp
         total += layers * (3 * layer + (layer - down if full else 0.0))

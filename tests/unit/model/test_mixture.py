@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bloomery.model.feed_forward import swiglu
 from bloomery.model.generate import Cache, forward_cached
 from bloomery.model.init import initial_rectangle, initial_value, rectangle
 from bloomery.model.mixture import Mixture, grouped, one_by_one
@@ -146,7 +147,7 @@ def test_the_grouped_kernel_computes_what_one_expert_after_the_other_does() -> N
     ]
     answers, upstream = [], torch.randn(16, 16).bfloat16()
     for way in (grouped, one_by_one):
-        y_rd = way(x_rd, tokens_e, weights)
+        y_rd = way(x_rd, tokens_e, weights, swiglu)
         answers.append((y_rd, *torch.autograd.grad(y_rd, (x_rd, *weights), upstream)))
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)
