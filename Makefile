@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e chaos format clean bench-prediction bench-train bench-planner bench-search bench-time-to-loss calibrate
+.PHONY: help setup demo test check unit distributed e2e chaos format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -49,6 +49,9 @@ bench-train: setup ## tokens/s and memory beside Hugging Face Trainer, litgpt an
 	@$(if $(PEERS),test -x "$(PEERS)/litgpt/bin/python" || { $(PYTHON) -m venv "$(PEERS)/litgpt" && \
 	  "$(PEERS)/litgpt/bin/pip" install -q torch==2.13.0 && "$(PEERS)/litgpt/bin/pip" install -q litgpt; })
 	$(BIN)/python bench/train_speed.py $(if $(PEERS),--peers "$(PEERS)") $(BENCH)
+
+bench-gpu: setup ## MFU on one GPU, predicted beside measured, beside peers (TINY=1: small, on the CPU; PEERS=DIR)
+	$(BIN)/python bench/gpu/mfu.py $(if $(TINY),--tiny) $(if $(PEERS),--peers "$(PEERS)")
 
 # RUNS: CSV files of published runs; MEMORY: layouts that ran out of memory; CALCULON: a checkout of the peer, to stand beside.
 bench-planner: setup ## the performance model on runs it has not seen; writes docs/accuracy.md (RUNS="A.csv B.csv" MEMORY=C.csv)

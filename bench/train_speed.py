@@ -32,11 +32,10 @@ MODELS = {
 }
 OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip": 1.0}
 RUN = """name: {name}
-model: {{layers: {m.layers}, hidden: {m.hidden}, heads: {m.heads}, ffn_hidden: {m.ffn_hidden}, vocab: {m.vocab},
-  max_seq_len: {m.max_seq_len}}}
-cluster: this-machine
+model: {model}
+cluster: {cluster}
 layout: {{micro_batch: {batch}}}
-data: {{folder: {data}, vocab: {m.vocab}, max_bytes: {max_bytes}}}
+data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
 train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, dtype: {dtype}, checkpoint_every: 1000000,
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
 out: {out}
@@ -71,13 +70,15 @@ class Workload:
         return self.batch * self.seq_len
 
 
-def run_file(work: Workload, name: str, compiled: bool) -> Path:
+def run_file(work: Workload, name: str, compiled: bool, cluster: Path | None = None) -> Path:
     """The description of our own run."""
     path = work.scratch / f"{name}.yaml"
     path.write_text(
         RUN.format(
-            name=name, m=work.model, batch=work.batch, seq_len=work.seq_len, steps=work.steps, dtype=work.dtype,
-            compiled=str(compiled).lower(), data=work.scratch / f"data-{work.model.vocab}", out=work.scratch,
+            name=name, vocab=work.model.vocab, model=work.model.model_dump_json(exclude_none=True),
+            cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len, steps=work.steps,
+            dtype=work.dtype, compiled=str(compiled).lower(), out=work.scratch,
+            data=work.scratch / f"data-{work.model.vocab}",
             max_bytes=24 * work.tokens_per_step * work.steps,
         )
     )  # fmt: skip
@@ -91,9 +92,9 @@ def bloomery(*arguments: object) -> None:
         sys.exit(done.stderr)
 
 
-def ours(work: Workload, compiled: bool) -> Outcome:
+def ours(work: Workload, compiled: bool, cluster: Path | None = None) -> Outcome:
     """One run of the product, from its ledger and metrics."""
-    path = run_file(work, "compiled" if compiled else "eager", compiled)
+    path = run_file(work, "compiled" if compiled else "eager", compiled, cluster)
     bloomery("train", path, "--fresh")
     folder = work.scratch / path.stem
     laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > work.warm_up]
@@ -126,9 +127,9 @@ def peer(work: Workload, python: Path, script: str, compiled: bool, samples: Pat
     return Outcome(median(found["step_s"][work.warm_up :]), found["peak_bytes"], found["losses"][-1])
 
 
-def samples_of(work: Workload) -> Path:
+def samples_of(work: Workload, cluster: Path | None = None) -> Path:
     """The samples of our own run, in its order, as one array for the peers."""
-    bloomery("data", "build", run_file(work, "eager", False))
+    bloomery("data", "build", run_file(work, "eager", False, cluster))
     dataset = TokenDataset(work.scratch / f"data-{work.model.vocab}" / "train", seq_len=work.seq_len, seed=0)
     rows = [dataset.sample(i) for i in range(work.batch * work.steps)]
     path = work.scratch / "samples.npy"

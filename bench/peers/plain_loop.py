@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_settings import Settings, read_settings, resident_bytes, timed_loop
+from train_settings import Settings, device, read_settings, resident_bytes, timed_loop
 
 
 class Block(nn.Module):
@@ -71,12 +71,12 @@ class Llama(nn.Module):
 def main() -> None:
     """Train as told."""
     settings, base = read_settings(), resident_bytes()
-    module: nn.Module = Llama(settings)
+    module: nn.Module = Llama(settings).to(device())
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
     )
     forward = torch.compile(module) if settings.compiled else module
-    narrow = torch.autocast("cpu", torch.bfloat16) if settings.dtype == "bfloat16" else contextlib.nullcontext()
+    narrow = torch.autocast(device().type, torch.bfloat16) if settings.dtype == "bfloat16" else contextlib.nullcontext()
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
         with narrow:

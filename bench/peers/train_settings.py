@@ -41,6 +41,11 @@ class Settings:
     clip: float
 
 
+def device() -> torch.device:
+    """The GPU where there is one, as our own worker chooses."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def read_settings() -> Settings:
     """The settings of this process, whose threads are set."""
     values = json.loads(sys.argv[1])
@@ -67,6 +72,8 @@ def resident_bytes() -> int:
 def answer(seconds: list[float], base_bytes: int, losses: list[float]) -> None:
     """Print the result line."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base_bytes
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
     print(json.dumps({"step_s": seconds, "peak_bytes": peak, "losses": losses}), flush=True)
 
 
@@ -74,7 +81,7 @@ def timed_loop(settings: Settings, step: Callable[[torch.Tensor, torch.Tensor], 
     """Run every step, reading the loss of each as a trainer that shows it does, and answer."""
     seconds, losses, since = [], [], time.perf_counter()
     for tokens, targets in batches(settings):
-        losses.append(float(step(tokens, targets)))
+        losses.append(float(step(tokens.to(device()), targets.to(device()))))
         now = time.perf_counter()
         seconds.append(now - since)
         since = now

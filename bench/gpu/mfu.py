@@ -1,0 +1,121 @@
+"""MFU of `bloomery train` on one GPU, predicted beside measured, and beside other trainers on the same card.
+
+The machine is probed first (its cluster file is written to --out: the accelerator's calibration); each run is the
+product's own command, planned on that file. MFU: the convention and the peak that its plan names. Without a GPU
+`--tiny` runs the same way through small models on the CPU: that shows that the script works, not what a GPU does.
+
+Float8 is not measured: the engine has none yet. What a mixture of experts does is shown without a peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from train_speed import Outcome, Workload, bloomery, environments, ours, peer, samples_of
+
+from bloomery.spec.model import MixtureOfExperts, Model
+
+VOCAB = 32_768
+SIZES = {
+    "0.4b": (Model(layers=24, hidden=1024, heads=16, ffn_hidden=2816, vocab=VOCAB, max_seq_len=2048), 16),
+    "1.3b": (Model(layers=24, hidden=2048, heads=16, ffn_hidden=5504, vocab=VOCAB, max_seq_len=2048), 8),
+    # Half of Llama 2 7B's layers: 16 bytes a parameter of all of them do not fit 80 GB.
+    "7b-half": (Model(layers=16, hidden=4096, heads=32, ffn_hidden=11008, vocab=VOCAB, max_seq_len=2048), 2),
+    "moe": (
+        Model(
+            layers=16, hidden=1024, heads=16, ffn_hidden=2816, vocab=VOCAB, max_seq_len=2048,
+            moe=MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=2816),
+        ),
+        8,
+    ),
+}  # fmt: skip
+"""Model and sequences of a batch."""
+TINY = {
+    "tiny": (Model(layers=2, hidden=64, heads=4, ffn_hidden=176, vocab=1024, max_seq_len=128), 4),
+    "tiny-moe": (
+        Model(
+            layers=2, hidden=64, heads=4, ffn_hidden=176, vocab=1024, max_seq_len=128,
+            moe=MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=88),
+        ),
+        4,
+    ),
+}  # fmt: skip
+DENSE_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense peaks of data sheets (NVIDIA H100, H200 and A100 product briefs), by what the device's name contains."""
+
+
+def measured(work: Workload, cluster: Path, peers: dict[str, tuple[Path, str]], compiled: bool) -> dict[str, Any]:
+    """Ours with its plan, and each peer, on one model."""
+    samples = samples_of(work, cluster)
+    found = {"bloomery": ours(work, compiled, cluster)}
+    plan = json.loads((work.scratch / ("compiled" if compiled else "eager") / "plan.json").read_text())["estimate"]
+    if work.model.moe is None:
+        found |= {name: peer(work, python, script, compiled, samples) for name, (python, script) in peers.items()}
+    return {
+        "model_flops": plan["model_flops"],
+        "convention": plan["convention"],
+        "predicted_step_s": plan["step_time_s"],
+        "planned_peak_flops_per_s": plan["peak_flops_per_s"],
+        "systems": {name: vars(one) for name, one in found.items()},
+    }
+
+
+def data_sheet_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a known device, else None: never a guess."""
+    return next((peak for part, peak in DENSE_BF16_FLOPS.items() if part in name), None)
+
+
+def show(name: str, dtype: str, row: dict[str, Any], peak: float) -> None:
+    """One model's table."""
+    print(f"\n{name} {dtype}: predicted step {row['predicted_step_s']:.4f} s; MFU by {row['convention']}")
+    for system, one in row["systems"].items():
+        outcome = Outcome(**one)
+        mfu = row["model_flops"] / outcome.step_s / peak
+        print(f"  {system:12} {outcome.step_s:9.4f} s  MFU {mfu:6.1%}  {outcome.peak_bytes / 2**30:6.2f} GiB")
+
+
+def main() -> None:
+    """Probe, then every model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", help="default: all of the setting")
+    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="small models, on whatever device there is")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--peers", default="build/peers", help="environments of the peers")
+    parser.add_argument("--eager", action="store_true", help="nobody compiles")
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="cluster file and results")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available() and not options.tiny:
+        sys.exit("no GPU here; --tiny shows on the CPU that the script works")
+    sizes, dtype = TINY if options.tiny else SIZES, options.dtype or ("float32" if options.tiny else "bfloat16")
+    options.out.mkdir(parents=True, exist_ok=True)
+    cluster = options.out / "machine.yaml"
+    bloomery("probe", "--quick", "--out", cluster)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    rows = {}
+    for name in options.models.split(",") if options.models else sizes:
+        model, batch = sizes[name]
+        with tempfile.TemporaryDirectory() as scratch:
+            threads = len(os.sched_getaffinity(0))
+            work = Workload(model, model.max_seq_len, batch, options.steps, 5, dtype, threads, Path(scratch))
+            compiled = not options.eager and model.moe is None
+            rows[name] = measured(work, cluster.resolve(), environments(options), compiled)
+        peak = data_sheet_peak(device) or rows[name]["planned_peak_flops_per_s"]
+        source = "data sheet" if data_sheet_peak(device) else "best measured product"
+        show(name, dtype, rows[name], peak)
+        print(f"  peak {peak / 1e12:.3g} TFLOP/s ({source}) of {device}")
+    (options.out / "mfu.json").write_text(json.dumps({"device": device, "dtype": dtype, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
