@@ -33,6 +33,11 @@ STACKS_S = 0.5
 PR_SET_PDEATHSIG = 1
 PRELOADED = ["bloomery.cluster.forked_from", "bloomery.train.worker"]
 """Imported once, by the process that ranks are forked from."""
+READ_AT_IMPORT = {
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from those that work
+    "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
+}
+"""What libraries read once, when the process that ranks are forked from imports them."""
 PROCESSES_FILE = ".processes"
 """The process numbers of the ranks, in the run's folder: for those who want to look at one (py-spy, gdb)."""
 
@@ -71,6 +76,8 @@ class World:
     def __init__(self, module: str, folder: Path, world_size: int, scratch: Path, settings: Supervision) -> None:
         self.scratch, self.settings = scratch, settings
         self.started = time.monotonic()
+        for name, value in READ_AT_IMPORT.items():
+            os.environ.setdefault(name, value)
         context = get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.processes = [
@@ -154,12 +161,10 @@ def _environment(rank: int, world_size: int, scratch: Path) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
-        "OMP_WAIT_POLICY": "passive",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "BLOOMERY_RENDEZVOUS": f"file://{scratch / 'rendezvous'}",
         "BLOOMERY_SCRATCH": str(scratch),
         "PYTHONWARNINGS": "ignore",
-        "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
     }
 
 
