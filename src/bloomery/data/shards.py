@@ -36,7 +36,7 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]], facts: dict[s
             hashes[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
         manifest = {**facts, "content_hash": content_hash, "files": hashes}
-        _write(partial / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _write(partial / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1).encode())
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -57,11 +57,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
     manifest = read_json(path)
+    if manifest.get("sha256", "") not in ("", _own_hash(manifest)):
+        raise InputError("content does not match its own hash; build the data again", where=str(path))
     for name, record in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != record["bytes"]:
             raise InputError("missing or torn; build the data again", where=str(file))
     return manifest
+
+
+def _own_hash(manifest: dict[str, Any]) -> str:
+    """The hash of everything a manifest says but the hash."""
+    said = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def verify(folder: Path) -> None:

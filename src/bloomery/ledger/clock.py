@@ -34,9 +34,9 @@ class Clock:
         self._since = now()
 
     @classmethod
-    def of_process(cls, entered: Callable[[str], None] = lambda _: None) -> Clock:
+    def of_process(cls) -> Clock:
         """A clock that ran since this process was created: imports before it are booked to `startup`."""
-        clock = cls(entered=entered)
+        clock = cls()
         clock._seconds["startup"] = max(0.0, time.time() - psutil.Process().create_time())
         return clock
 

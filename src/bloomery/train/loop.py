@@ -27,9 +27,11 @@ from bloomery.train.session import Session, resume, save, save_now
 from bloomery.train.writer import Writer
 
 
-def run(job: Job, folder: Path, mesh: Mesh, heartbeat: Heartbeat | None = None) -> int:
-    """Train `job` in `folder` to its last step, from its newest good checkpoint. Returns the exit code."""
-    clock = Clock.of_process(heartbeat.enter) if heartbeat else Clock()
+def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat | None = None) -> int:
+    """Train `job` in `folder` to its last step, from its newest good checkpoint. Returns the exit code.
+
+    `clock` has run since the process began.
+    """
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
         start = resume(session)

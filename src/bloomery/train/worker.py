@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError
@@ -24,6 +25,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     job = read_job(folder)
     heartbeat = _signs_of_life()
+    clock = Clock(entered=heartbeat.enter) if heartbeat else Clock()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -31,8 +33,9 @@ def main() -> int:
     else:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
-        code = run(job, folder, mesh, heartbeat)
+        with clock.bucket("startup"):
+            mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
+        code = run(job, folder, mesh, clock, heartbeat)
         meshes.stop(mesh)
     except CorruptionError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
