@@ -64,6 +64,8 @@ MODELS = {
         ),
     ),
 }  # fmt: skip
+MODELS["wide-window"] = MODELS["llama"].model_copy(update={"sliding_window": 6})
+"""Wider than what one of two context-parallel ranks has of a sequence, narrower than all of it."""
 MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
 MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 

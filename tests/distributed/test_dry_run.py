@@ -67,7 +67,7 @@ def chosen() -> list[Case]:
         *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
         *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
         # What masked attention keeps is its kernel's choice: no formula here.
-        *(case for case in plain if case.model not in ("llama", "window") and "vpp" not in case.layout),
+        *(case for case in plain if case.model not in ("llama", "window", "wide-window") and "vpp" not in case.layout),
         *(case for case in plain if "recompute" in case.layout or "pp=4" in case.layout),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=2,zero=2,micro_batch=2", dtype="bfloat16"),

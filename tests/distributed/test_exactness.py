@@ -135,6 +135,7 @@ def context_cases() -> list[Case]:
         Case("llama", "cp=2,dp=2,zero=2,micro_batch=2", optimizer="muon"),
         Case("latent", "cp=2,tp=2,sp=true,micro_batch=4"),
         Case("qk-norm", "cp=2,tp=2,micro_batch=4"),
+        Case("wide-window", "cp=2,micro_batch=4"),
         Case("tied", "cp=2,pp=2,dp=2,micro_batch=1,schedule=zbv"),
         Case("llama", "cp=2,micro_batch=4", mask="prefix"),
         Case("llama", "dp=2,zero=2,micro_batch=2", mask="prefix"),

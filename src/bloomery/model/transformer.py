@@ -51,7 +51,8 @@ class Transformer(nn.Module):
     """The layers `layers` of a model, with the embedding when they include the first and the head when the last.
 
     A whole model is the default; a pipeline stage is the same class over a range (absent parts are None).
-    `sequence_cut`: over how many ranks the hidden states between stages are cut (sequence parallelism).
+    `sequence_cut`: over how many ranks the hidden states between stages are cut (sequence parallelism); `context_cut`:
+    over how many the sequence itself is (context parallelism).
     """
 
     def __init__(self, model: Model, layers: range | None = None) -> None:
@@ -60,7 +61,7 @@ class Transformer(nn.Module):
         first, last = layers.start == 0, layers.stop == model.layers
         self.model = model
         self.positions: Callable[[int, torch.device], Tensor] = in_order
-        self.sequence_cut = 1
+        self.sequence_cut = self.context_cut = 1
         self.embedding: nn.Module | None = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.position == "learned"
         self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
@@ -100,7 +101,8 @@ class Transformer(nn.Module):
         model = self.model
         tokens = x.shape[1] * (1 if self.embedding is not None else self.sequence_cut)
         positions_s = self.positions(tokens, x.device) + start
-        window = model.sliding_window if start + tokens > (model.sliding_window or start + tokens) else None
+        whole = start + tokens * self.context_cut
+        window = model.sliding_window if whole > (model.sliding_window or whole) else None
         if model.position == "learned":
             return View(positions_s, None, documents_bs, prefix_b, window)
         kind = x.device.type

@@ -230,6 +230,6 @@ def apply_context_parallel(stage: Transformer, axis: ContextAxis) -> None:
     def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
         return _ContextAttention.apply(q_bhsk, k_bhsk, v_bhsk, axis, view, scale)
 
-    stage.positions = axis.positions
+    stage.positions, stage.context_cut = axis.positions, axis.size
     for layer in stage.blocks():
         layer.attention.attend = attend
