@@ -48,7 +48,7 @@ RUN: dict[str, Any] = {
         "global_batch": BATCH,
         "dtype": "float32",
         "checkpoint_every": 1_000_000,
-        "tensorboard": False,
+        "metrics": (),
         "optimizer": {
             "name": "muon",
             "lr": 1.2e-2,

@@ -44,7 +44,7 @@ def describe(folder: Path, name: str, data: Path, layout: dict[str, object], **t
             "cluster": cluster("this-machine").model_dump(),
             "layout": {"micro_batch": 2, **layout},
             "data": {"folder": str(data), "vocab": 512},
-            "train": {**settings, "tensorboard": False, "supervision": {"hang_floor_s": 4.0}, **train},
+            "train": {**settings, "metrics": (), "supervision": {"hang_floor_s": 4.0}, **train},
             "out": str(folder / "runs"),
         }
     )
