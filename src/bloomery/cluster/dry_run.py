@@ -210,7 +210,7 @@ def rank_flops(case: Case, account: RankAccount) -> float:
         # Every tensor-parallel rank routes all tokens, and projects them down to all latents.
         whole = forward.router + 2 * case.seq_len * alike
         skipped = forward.attention * (1 - context_attention_share(model, cp))
-        layer = (forward.layers - skipped - whole + 2 * padded) / tp + whole
+        layer = (forward.layers - skipped - whole + 2 * case.seq_len * padded) / tp + whole
         width = model.ffn_hidden if moe is None else moe.shared_experts * moe.expert_ffn_hidden
         down = 2 * case.seq_len * model.hidden * width / tp
         total += layers * (3 * layer + (layer - down if full else 0.0))
