@@ -105,16 +105,17 @@ def free_gathered(stage: Transformer) -> None:
             module.reshard()
 
 
-def whole_gradient_bytes(stage: Transformer) -> int:
-    """Bytes of gradients not yet cut over ranks: FSDP too adds up whole ones until the step's last micro-batch."""
-    if not isinstance(stage, FSDPModule):
-        plain = [parameter.grad for parameter in stage.parameters() if parameter.grad is not None]
-        return sum(gradient.numel() * gradient.element_size() for gradient in plain)
-    states = [module._get_fsdp_state() for module in stage.modules() if isinstance(module, FSDPModule)]
-    groups = [state._fsdp_param_group for state in states if state._fsdp_param_group is not None]
-    held = [parameter for group in groups for parameter in group.fsdp_params]
-    gradients = [parameter.unsharded_accumulated_grad for parameter in held]
-    gradients += [parameter._unsharded_param.grad for parameter in held if hasattr(parameter, "_unsharded_param")]
+def whole_gradient_bytes(stages: Sequence[Transformer]) -> int:
+    """Bytes of gradients not yet cut over ranks: FSDP too adds up whole ones until the step's last micro-batch. What
+    two stages share is counted once."""
+    gradients: list[Tensor | None] = []
+    for module in (module for stage in stages if isinstance(stage, FSDPModule) for module in stage.modules()):
+        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        for parameter in group.fsdp_params if group is not None else []:
+            gradients.append(parameter.unsharded_accumulated_grad)
+            gradients.append(parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None)
+    plain = {parameter for stage in stages if not isinstance(stage, FSDPModule) for parameter in stage.parameters()}
+    gradients += [parameter.grad for parameter in plain]
     return sum(gradient.numel() * gradient.element_size() for gradient in gradients if gradient is not None)
 
 

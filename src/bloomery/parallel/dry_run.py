@@ -162,7 +162,7 @@ def _steps(
         nonlocal most
         yield
         if bucket == "compute":
-            most = max(most, sum(whole_gradient_bytes(stage) for stage in stages))
+            most = max(most, whole_gradient_bytes(stages))
 
     with pretend(layout, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         engine = build(
@@ -176,7 +176,9 @@ def _steps(
             measure=measure,
         )
         stages.extend(engine.stages.values())
-        optimizer = torch.optim.AdamW(engine.parameters().values(), fused=True)
+        updated = engine.updated().values()
+        kinds = [[p for p in updated if isinstance(p, DTensor) == cut] for cut in (False, True)]
+        optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], fused=True)
         answer = []
         for length in lengths:
             most = 0
