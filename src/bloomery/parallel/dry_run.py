@@ -24,7 +24,7 @@ from bloomery.model.transformer import Transformer
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.data_parallel import whole_gradient_bytes
 from bloomery.parallel.engine import Engine, build
-from bloomery.parallel.mesh import Mesh, pretend
+from bloomery.parallel.mesh import Mesh, check_rank, pretend
 from bloomery.parallel.pipeline import expect_given_shapes, receive_buffers_bytes
 from bloomery.parallel.recorder import record
 from bloomery.parallel.tally import FlopTally, SavedTally
@@ -79,6 +79,7 @@ def dry_run(
 ) -> RankAccount:
     """The account of `rank`. Raises InputError for what the engine cannot run."""
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
+    check_rank(layout, rank)
     pipeline_rank = rank // (layout.tp * layout.data_ranks)
     ranges = stages_of(model, layout)
     layers = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank))

@@ -133,6 +133,14 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
     return _over(layout, device, rank)
 
 
+def check_rank(layout: Layout, rank: int) -> None:
+    """Raise InputError for a rank outside the layout."""
+    if not 0 <= rank < layout.world_size:
+        raise InputError(
+            "no such rank in this layout", where="rank", found=rank, accepted=f"0..{layout.world_size - 1}"
+        )
+
+
 @contextmanager
 def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
     """This process as `rank` of a world that does not exist: on PyTorch's fake process group messages move nothing.
@@ -141,10 +149,7 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    if not 0 <= rank < layout.world_size:
-        raise InputError(
-            "no such rank in this layout", where="rank", found=rank, accepted=f"0..{layout.world_size - 1}"
-        )
+    check_rank(layout, rank)
     device = torch.device("cpu")
     if layout.world_size == 1:
         yield Mesh(layout, device, 0, None)
