@@ -5,12 +5,12 @@ Reads only the ends of files, so following a long run costs no more than followi
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bloomery.ledger.sinks import parse_lines
 from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job, read_job
 
@@ -101,15 +101,7 @@ def tail(path: Path) -> list[dict[str, Any]]:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - TAIL_BYTES))
         lines = stream.read().decode(errors="replace").splitlines()
-    records = []
-    for line in lines[1 if size > TAIL_BYTES else 0 :]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return parse_lines(lines[1 if size > TAIL_BYTES else 0 :])
 
 
 def describe(event: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,13 @@ class JsonLines:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a file; a torn line or one that is no object is left out, a missing file is empty."""
-    if not path.exists():
-        return []
+    return parse_lines(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []
+
+
+def parse_lines(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The records among some lines of JSON; what is no object is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
