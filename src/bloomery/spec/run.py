@@ -24,10 +24,10 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 def step_window(text: str) -> tuple[int, int]:
-    """First and last step of a window written `10:12` (both counted, from 1). Raises ValueError for anything else."""
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise ValueError("two steps are expected, as in 10:12")
+    """First and last step of a window written `10-12` (both counted, from 1). Raises ValueError for anything else."""
+    first, dash, last = text.partition("-")
+    if not (dash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise ValueError("two steps are expected, as in 10-12")
     return int(first), int(last)
 
 
@@ -102,7 +102,7 @@ class Train(Noun):
     metrics: tuple[Literal["tensorboard", "wandb", "swanlab", "mlflow", "prometheus"], ...] = Field(
         default=("tensorboard",), description="where figures go besides the run's own files"
     )
-    profile: StepWindow = Field(default="", description="steps to profile, as in 10:12")
+    profile: StepWindow = Field(default="", description="steps to profile, as in 10-12")
 
     @model_validator(mode="after")
     def _one_budget(self) -> Train:

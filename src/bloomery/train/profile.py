@@ -1,4 +1,4 @@
-"""A profiler over a window of steps (`train.profile: "10:12"`): a trace for Perfetto, and exposed communication.
+"""A profiler over a window of steps (`train.profile: 10-12`): a trace for Perfetto, and exposed communication.
 
 Each rank writes RUN_DIR/profile/steps_10-12_rank_00000.json.gz and, beside it, its account of communication.
 """

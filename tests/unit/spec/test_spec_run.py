@@ -1,4 +1,4 @@
-"""What a run refuses of optimizer and model together."""
+"""What a run refuses: of optimizer and model together, of steps to profile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
-from bloomery.spec.run import Run
+from bloomery.spec.run import Run, Train, step_window
 
 MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
 EXPERTS = {"experts": 4, "top_k": 1, "expert_ffn_hidden": 32}
@@ -26,3 +26,10 @@ def test_what_does_not_go_together_is_refused(model: dict[str, Any], optimizer: 
     with pytest.raises(InputError, match=reason):
         Run.checked({**described, "train": {"optimizer": optimizer}})
     Run.checked({**described, "train": {"optimizer": {"name": "adamw"}}})
+
+
+@pytest.mark.parametrize("window", ["12-10", "0-3", "10:12", "10", "a-b"])
+def test_a_profile_window_is_two_steps_in_order(window: str) -> None:
+    assert step_window("10-12") == (10, 12)
+    with pytest.raises(InputError, match="two steps"):
+        Train.checked({"profile": window})
