@@ -15,6 +15,7 @@ from ranks import GLOBAL_BATCH, MODELS, SEQ_LEN, batch
 from bloomery.model.weights import CheckpointReader
 from bloomery.spec.commit import read_commit
 from bloomery.spec.layout import Layout
+from bloomery.spec.run import Optimizer
 
 CHAIN = ("dp=4,ep=4", "tp=2,dp=2,ep=2,zero=2", "dp=4,ep=2,zero=3", "dp=1")
 
@@ -22,8 +23,11 @@ CHAIN = ("dp=4,ep=4", "tp=2,dp=2,ep=2,zero=2", "dp=4,ep=2,zero=3", "dp=1")
 def _worker(rank: int, text: str, source: Path | None, target: Path) -> None:
     """Two steps from the start, or nothing but loading; then write."""
     from bloomery.parallel import mesh as meshes
+    from bloomery.parallel.batch import Batch
     from bloomery.parallel.engine import build
     from bloomery.train import checkpoint
+    from bloomery.train.optimizers import build_optimizers
+    from bloomery.train.writer import Writer
 
     torch.set_num_threads(1)
     layout = Layout.parse(text)
@@ -33,19 +37,21 @@ def _worker(rank: int, text: str, source: Path | None, target: Path) -> None:
         MODELS["deepseek"], layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float32", seed=0,
         measure=lambda _: contextlib.nullcontext(),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(engine.optimizer_groups(0.1), lr=1e-2)
+    optimizers = build_optimizers(engine, Optimizer(lr=1e-2))
     if source is not None:
-        checkpoint.load(source, engine, optimizer)
+        checkpoint.load(source, engine, optimizers)
     for step in range(2 if source is None else 0):
         mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
         tokens, targets = (torch.from_numpy(part[mine]) for part in batch(step, False))
-        engine.forward_backward(tokens, targets, GLOBAL_BATCH * SEQ_LEN)
+        engine.forward_backward(Batch(tokens, targets, GLOBAL_BATCH * SEQ_LEN))
         engine.reduce_gradients()
-        optimizer.step()
-        engine.balance_experts()
-        optimizer.zero_grad()
-    state: dict[str, Any] = {"step": 2, "cursor": 16, "run_hash": "run", "data_hash": "data", "guard": {}}
-    checkpoint.save(target, engine, optimizer, state, keep=1)
+        engine.update(optimizers)
+        optimizers.zero_grad()
+    state: dict[str, Any] = {"step": 2, "cursor": 16, "run_hash": "run", "data_hash": "data", "guard": {}, "fence": 0}
+    writer = Writer(target, engine, optimizers, checkpoint.Keep())
+    writer.start(state)
+    assert writer.wait()
+    writer.close()
     meshes.stop(mesh)
 
 
