@@ -1,4 +1,4 @@
-"""One training process: `python -m bloomery.train.worker STAGE_FOLDER`, started by the supervisor."""
+"""One training process: the supervisor forks it and calls `main`, with the stage's folder as its argument."""
 
 from __future__ import annotations
 
