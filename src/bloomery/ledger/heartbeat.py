@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log")
+PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log", "compile", "profile")
 WAITING = "communicate"
 """The phase in which a rank may be waiting for another one's fault."""
 PHASE_OF = {
@@ -23,6 +23,8 @@ PHASE_OF = {
     "checkpoint": "save",
     "evaluate": "evaluate",
     "logging": "log",
+    "compile": "compile",
+    "profile": "profile",
 }
 """Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
 FORGET = 0.999
