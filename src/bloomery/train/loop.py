@@ -40,7 +40,7 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
         step = start
         while step < job.steps:
             if heartbeat is not None:
-                heartbeat.step = step
+                heartbeat.begin(step)
             step = _step(session, step)
             if session.stopping and step < job.steps:
                 save_now(session, step)

@@ -71,11 +71,27 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
     heart = Heartbeat(path)
     assert read_beat(path) is None
     before = time.monotonic()
-    for heart.step, bucket in enumerate(("data", "compute", "dp_comm")):
+    for step, bucket in enumerate(("data", "compute", "dp_comm", "dp_comm")):
+        heart.begin(step)
         heart.enter(bucket)
     read = read_beat(path)
     assert read is not None
-    assert (read.phase, read.step, read.changes) == ("communicate", 2, 3)
+    assert (read.phase, read.step, read.changes) == ("communicate", 3, 4)
     assert before <= read.since <= time.monotonic()
     assert read.longest_s[PHASES.index("compute")] > 0
     assert read_beat(tmp_path / "none") is None
+
+
+def test_the_first_short_visit_to_a_phase_says_nothing_of_the_long_one_that_follows(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path / "beat")
+    compute = PHASES.index("compute")
+    longest = []
+    for step in range(2):
+        heart.begin(step)
+        for bucket in ("compute", "data", "compute"):
+            heart.enter(bucket)
+            read = read_beat(tmp_path / "beat")
+            assert read is not None
+            longest.append(read.longest_s[compute])
+    assert longest[:3] == [0.0] * 3
+    assert longest[3] > 0

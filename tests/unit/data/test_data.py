@@ -285,3 +285,15 @@ def test_pairs_ask_what_a_function_does_and_which_does_this() -> None:
         "Return the area of a rectangle of the given width and height.",
     ) in found
     assert len(found) == 4
+
+
+def test_a_cap_takes_small_files_whole_and_a_part_of_large_ones(tmp_path: Path) -> None:
+    sizes = {"zh": 400, "en": 20, "fr": 5}
+    for name, documents in sizes.items():
+        lines = (json.dumps({"text": f"{name} {number} " + "x" * 90}) for number in range(documents))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = Data(text=(str(tmp_path),), vocab=300, max_bytes=10_000, min_characters=10)
+    report = build(data, tmp_path / "out")
+    assert report.files == 3
+    assert 9_000 <= report.bytes_text < 10_200  # what JSON needs besides is part of a file, and not of its text
+    assert report.documents_train + report.documents_heldout > 25
