@@ -168,7 +168,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list[Document]:
-    """Clean documents up to `max_bytes`, a mix of all files: in an order given by their names' hash, large ones in part."""
+    """Clean documents up to `max_bytes`, a mix: files in an order given by their names' hash, large ones in part."""
     account, seen, kept, size = Account(), set[str](), list[Document](), 0
     ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
     share = fair_share([text_bytes(file) for file in ordered], data.max_bytes)
