@@ -37,4 +37,7 @@ class Supervision(Noun):
     hang_factor: float = Field(default=5.0, gt=1, description="times the longest that phase has taken so far")
     first_phase_s: float = Field(default=300.0, gt=0, description="allowed to a phase that never ended before")
     same_failures: int = Field(default=3, ge=1, description="failures at one step with one cause; then it stops")
+    straggler_share: float = Field(
+        default=0.1, ge=0, lt=1, description="of a step that one rank takes longer than its peers; 0: not watched"
+    )
     restarts: int = Field(default=100, ge=0, description="0: never start again by itself")

@@ -83,7 +83,7 @@ def _step(session: Session, step: int) -> int:
         evaluate(session, done)
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
-    session.recorder.lap(step + 1, clock.lap(), writing_s=session.writer.busy_s())
+    session.recorder.lap(step + 1, clock.lap(), session.writer.account())
     return done
 
 
