@@ -21,7 +21,8 @@ from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
-from bloomery.spec.job import JOB_FILE, Job, read_job
+from bloomery.spec.fitting import fitted
+from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
@@ -63,15 +64,18 @@ def data_folder(run: Run) -> Path:
 
 def chosen_layout(run: Run, world_size: int | None) -> Layout:
     """The layout of the run, or the planner's best that the engine runs. Raises InputError when it breaks a rule."""
-    layout = run.layout
+    layout, train = run.layout, run.train
     if layout == "auto":
         return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
+    if train.supervision.elastic and world_size not in (None, layout.world_size):
+        sizes = {"global_batch": train.global_batch, "seq_len": train.seq_len}
+        layout = fitted(run.model, layout, world_size or 1, **sizes) or layout
     check_layout(
         run.model,
         layout,
-        global_batch=run.train.global_batch,
-        seq_len=run.train.seq_len,
-        world_size=world_size,
+        global_batch=train.global_batch,
+        seq_len=train.seq_len,
+        world_size=None if train.supervision.elastic else world_size,
         run=True,
     )
     return layout
@@ -212,7 +216,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
             write_atomically(folder / "run.yaml", run_yaml)
         write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
-        write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
+        write_job(folder, job)
     return job
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from bloomery.cluster.crew import Crew
 from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
 from bloomery.ledger.sinks import JsonLines
 from bloomery.spec.commit import FENCE_FILE, read_fence
@@ -75,21 +76,32 @@ class Failures:
 def launch(module: str, folder: Path, world_size: int) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
+    With `supervision.elastic` it may go on with fewer, see `crew`.
+
     Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
     failed at the same step for the same cause several times in a row.
     """
-    settings = read_job(folder).supervision
+    job = read_job(folder)
+    settings, crew = job.supervision, Crew(folder, job, world_size)
     failures, starts, waited_s = Failures(), 0, 0.0
     with run_lock(folder), Stopping().handled() as stopping:
         while True:
-            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s)
+            outcome = _one_start(module, folder, crew, settings, stopping, waited_s)
             starts += 1
+            if outcome.code == STOPPED_BY_SIGNAL and not stopping.asked and crew.until_all_are_tried_s == 0:
+                crew.grow(outcome.step)
+                waited_s = 0.0
+                continue
             if outcome.code in (0, STOPPED_BY_SIGNAL):
                 return outcome.code
             if outcome.code in (2, 3):
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 return STOPPED_BY_SIGNAL
+            if crew.failed(outcome):
+                failures, waited_s = Failures(), 0.0
+                _record(folder, outcome, f"going on with {crew.now.layout.describe()}")
+                continue
             failures = failures.after(outcome)
             end = failures.reason_to_end(starts, settings)
             waited_s = failures.back_off_s()
@@ -101,13 +113,13 @@ def launch(module: str, folder: Path, world_size: int) -> int:
 
 
 def _one_start(
-    module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
+    module: str, folder: Path, crew: Crew, settings: Supervision, stopping: Stopping, waited_s: float
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
     fence = read_fence(folder) + 1
     write_atomically(folder / FENCE_FILE, str(fence))
     began, started = time.time(), time.monotonic()
-    outcome = supervise(module, folder, world_size, settings, stopping)
+    outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
@@ -116,7 +128,7 @@ def _one_start(
             "wall_s": time.monotonic() - started,
             "waited_s": waited_s,
             "forked_s": outcome.forked_s,
-            "world_size": world_size,
+            "world_size": len(crew.now.slots),
             "code": outcome.code,
             "rank": outcome.rank,
             "cause": outcome.cause,

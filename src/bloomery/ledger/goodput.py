@@ -94,9 +94,7 @@ def goodput(run_dir: Path) -> Goodput | None:
     )
 
 
-def _slowed(
-    events: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]
-) -> dict[tuple[int, int], float]:
+def _slowed(events: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> dict[tuple[int, int], float]:
     """By start (its fencing number) and step: seconds that the worst straggler of the time added to it.
 
     A disk's are left out: nobody waits for it but at a save, and those stalls have a bucket of their own.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json
+from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
@@ -75,3 +75,8 @@ def read_job(run_dir: Path) -> Job:
     if not path.is_file():
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
     return Job.checked(read_json(path), where=str(path))
+
+
+def write_job(run_dir: Path, job: Job) -> None:
+    """Write the job of a stage folder."""
+    write_atomically(run_dir / JOB_FILE, job.model_dump_json(indent=1))

@@ -40,4 +40,10 @@ class Supervision(Noun):
     straggler_share: float = Field(
         default=0.1, ge=0, lt=1, description="of a step that one rank takes longer than its peers; 0: not watched"
     )
+    elastic: bool = Field(
+        default=False, description="go on without a rank that failed `same_failures` times in a row, on fewer ranks"
+    )
+    grow_after_s: float = Field(
+        default=600.0, ge=0, description="elastic: then all ranks are tried again, each time twice as late; 0: never"
+    )
     restarts: int = Field(default=100, ge=0, description="0: never start again by itself")

@@ -19,7 +19,13 @@ Fault = Callable[[int, int], dict[str, float]]
 
 
 def run(
-    fault: Fault, *, world: int = 4, stages: list[int] | None = None, steps: int = 100, noise: float = 0.05, seed: int = 0
+    fault: Fault,
+    *,
+    world: int = 4,
+    stages: list[int] | None = None,
+    steps: int = 100,
+    noise: float = 0.05,
+    seed: int = 0,
 ) -> list[Finding]:
     """What is found in synchronous steps of a second: who is done earlier waits in the message for the last."""
     chance, judge, found = np.random.default_rng(seed), Stragglers(stages or [0] * world, 0.1), list[Finding]()
