@@ -25,6 +25,7 @@ from bloomery.spec.fitting import fitted
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout
+from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
 from bloomery.spec.shard_table import collectives
@@ -128,6 +129,8 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    if run.train.memory_every:
+        check_memory(parameter_count(run.model))
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
@@ -203,6 +206,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints)
     with run_lock(folder):
         if fresh:
+            forget_copies(folder)
             _clear(folder)
         elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
             earlier = read_job(folder)
@@ -249,6 +253,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         data="",
         heldout="",
         checkpoint_every=train.checkpoint_every,
+        memory_every=train.memory_every,
         keep_checkpoints=train.keep_checkpoints,
         keep_every=train.keep_every,
         guard=train.guard,

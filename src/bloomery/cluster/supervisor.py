@@ -21,7 +21,8 @@ from bloomery.ledger.sinks import JsonLines
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
@@ -84,7 +85,7 @@ def launch(module: str, folder: Path, world_size: int) -> int:
     job = read_job(folder)
     settings, crew = job.supervision, Crew(folder, job, world_size)
     failures, starts, waited_s = Failures(), 0, 0.0
-    with run_lock(folder), Stopping().handled() as stopping:
+    with run_lock(folder), _memory_given_back(folder), Stopping().handled() as stopping:
         while True:
             outcome = _one_start(module, folder, crew, settings, stopping, waited_s)
             starts += 1
@@ -98,11 +99,15 @@ def launch(module: str, folder: Path, world_size: int) -> int:
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 return STOPPED_BY_SIGNAL
+            if outcome.code == CORRUPTED:
+                forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
             if crew.failed(outcome):
                 failures, waited_s = Failures(), 0.0
                 _record(folder, outcome, f"going on with {crew.now.layout.describe()}")
                 continue
             failures = failures.after(outcome)
+            if failures.alike > 1:
+                forget_copies(folder)  # they may be what is wrong
             end = failures.reason_to_end(starts, settings)
             waited_s = failures.back_off_s()
             _record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
@@ -110,6 +115,15 @@ def launch(module: str, folder: Path, world_size: int) -> int:
                 raise BloomeryError(f"{folder}: {end}")
             if _asked_within(stopping, waited_s):
                 return STOPPED_BY_SIGNAL
+
+
+@contextmanager
+def _memory_given_back(folder: Path) -> Iterator[None]:
+    """Copies in memory outlive a command that is killed, and no other."""
+    try:
+        yield
+    finally:
+        forget_copies(folder)
 
 
 def _one_start(

@@ -18,6 +18,7 @@ BUCKETS = {
     "train": "steps that count",
     "evaluate": "held-out evaluation",
     "checkpoint": "stalls by checkpoints",
+    "snapshot": "copies of the state in memory",
     "straggler": "what a rank slower than its peers, or a slow link, added to steps",
     "skipped": "steps whose update was left out",
     "lost_work": "steps that had to be done again, and the one a failure cut short",
@@ -63,11 +64,11 @@ def goodput(run_dir: Path) -> Goodput | None:
         mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
         booked = 0.0
         for number, line in mine:
-            stall, evaluation = (line["buckets"].get(name, 0.0) for name in ("checkpoint", "evaluate"))
-            checkpoints += stall > 0
-            seconds["checkpoint"] += stall
-            seconds["evaluate"] += evaluation
-            rest = line["wall_s"] - stall - evaluation
+            apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "evaluate")}
+            checkpoints += apart["checkpoint"] > 0
+            for name, value in apart.items():
+                seconds[name] += value
+            rest = line["wall_s"] - sum(apart.values())
             kind = _kind(line["step"], number, last, verdicts)
             slowed = min(rest, slow.get((start["fence"], line["step"]), 0.0)) if kind == "train" else 0.0
             seconds["straggler"] += slowed

@@ -21,6 +21,7 @@ PHASE_OF = {
     "compute": "compute",
     "optimizer": "optimize",
     "checkpoint": "save",
+    "snapshot": "save",
     "evaluate": "evaluate",
     "logging": "log",
     "compile": "compile",

@@ -36,6 +36,7 @@ BUCKETS = (
     "optimizer",
     "data",
     "checkpoint",
+    "snapshot",
     "evaluate",
     "logging",
     "startup",
@@ -43,7 +44,7 @@ BUCKETS = (
     "profile",
     "other",
 )
-_NOT_OF_A_STEP = ("checkpoint", "evaluate", "startup", "compile", "profile")
+_NOT_OF_A_STEP = ("checkpoint", "snapshot", "evaluate", "startup", "compile", "profile")
 
 WATERFALL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernel": ("kernels below peak", ("kernel",)),

@@ -27,6 +27,7 @@ COLOURS = {
     "optimizer": "#d9a441",
     "data": "#7a8b52",
     "checkpoint": "#7d5a8c",
+    "snapshot": "#94779f",
     "evaluate": "#a98cb5",
     "logging": "#b9b2a8",
     "startup": "#8c97a3",

@@ -38,6 +38,8 @@ SLOW_DISK, SLOW_DISK_LEAST_S, SAVES = 2.0, 0.25, 3
 """A save is slow when it takes SLOW_DISK times what is usual (of the others that write as much, of its own last SAVES
 where nobody else writes) and SLOW_DISK_LEAST_S more; two slow ones in a row make a straggler."""
 _SIDE_WORK = ("logging", "startup", *PAUSES)
+_UNLIKE_OTHERS = tuple(name for name in PAUSES if name != "snapshot")
+"""Pauses after which a step is not like the others; a copy in memory may come with every one."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Finding:
         """In one line."""
         who = "a link" if self.rank is None else f"rank {self.rank}"
         unit = "save" if self.kind == "disk" else "step"
-        return f"{who} slow since step {self.since}: {self.kind}, {self.excess_s * 1e3:,.1f} ms ({self.share:.0%}) a {unit}"
+        price = f"{self.excess_s * 1e3:,.1f} ms ({self.share:.0%}) a {unit}"
+        return f"{who} slow since step {self.since}: {self.kind}, {price}"
 
 
 @dataclass
@@ -113,7 +116,7 @@ class Stragglers:
         """All ranks have done a step. The first after a start, and those with a pause or a save beside them, are not
         like the others and are left out."""
         self._steps += 1
-        pause = any(row["buckets"].get(name, 0.0) > 0 for row in rows for name in PAUSES)
+        pause = any(row["buckets"].get(name, 0.0) > 0 for row in rows for name in _UNLIKE_OTHERS)
         if self.world == 1 or self._steps <= WARM_UP or pause or any(row.get("writing_s") for row in rows):
             return []
         self._window.append((step, np.array([_seconds(row["buckets"]) for row in rows])))

@@ -46,6 +46,7 @@ class Job(Noun):
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100
+    memory_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     guard: GuardSettings = GuardSettings()

@@ -90,6 +90,9 @@ class Train(Noun):
     )
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(default=100, ge=1)
+    memory_every: int = Field(
+        default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
+    )
     keep_checkpoints: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
     guard: GuardSettings = GuardSettings()

@@ -15,15 +15,17 @@ from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
+from bloomery.spec.memory_copies import copies_folder
 from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
 from bloomery.train.incident import settle
+from bloomery.train.memory import MemoryCopies
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
 from bloomery.train.schedule import learning_rate
-from bloomery.train.session import Session, resume, save, save_now
+from bloomery.train.session import Session, keep_in_memory, resume, save, save_now
 from bloomery.train.writer import Writer
 
 
@@ -79,6 +81,8 @@ def _step(session: Session, step: int) -> int:
             session.recorder.event("profiled", **profiled)
     if done % job.checkpoint_every == 0 and step < done < job.steps:
         save(session, done)
+    if job.memory_every and done % job.memory_every == 0 and step < done < job.steps:
+        keep_in_memory(session, done)
     if job.evaluate_every and done % job.evaluate_every == 0 and step < done < job.steps:
         evaluate(session, done)
     with clock.bucket("logging"):
@@ -123,6 +127,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         Guard(job.guard),
         recorder,
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
+        MemoryCopies(copies_folder(folder), engine, optimizers, fence),
         ProfileWindow(job.profile, folder, mesh.rank),
         fence,
     )

@@ -1,4 +1,4 @@
-"""Rank 0's eye on the others: follows the ledger that every rank appends to, and says when one is slower than its peers.
+"""Rank 0 follows the ledger that every rank appends to, and says when one is slower than its peers.
 
 No message is sent for it: the lines are written anyway, and those of a step are all there when the next is done.
 """

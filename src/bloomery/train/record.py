@@ -40,9 +40,9 @@ class Recorder:
         self._base_bytes = psutil.Process().memory_info().rss
         self._last = time.perf_counter()
 
-    def resumed(self, step: int) -> None:
-        """The run goes on from a checkpoint."""
-        self.event("resumed", step=step)
+    def resumed(self, step: int, source: str) -> None:
+        """The run goes on from a state found in `source`: memory or disk."""
+        self.event("resumed", step=step, source=source)
 
     def step(self, done: int, statistics: StepStatistics, rate: float, verdict: str) -> None:
         """One finished step: metrics line and live line."""
