@@ -24,7 +24,7 @@ from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.fitting import fitted
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout
+from bloomery.spec.layout_rules import check_layout, check_recomputable
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
@@ -129,6 +129,8 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    if run.train.guard.recompute_every:
+        check_recomputable(run.model, layout)
     if run.train.memory_every:
         check_memory(parameter_count(run.model))
     folder, data = run_folder(run), data_folder(run)

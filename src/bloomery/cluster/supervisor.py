@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bloomery.cluster.crew import Crew
 from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
-from bloomery.ledger.sinks import JsonLines
+from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -134,6 +134,8 @@ def _one_start(
     write_atomically(folder / FENCE_FILE, str(fence))
     began, started = time.time(), time.monotonic()
     outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+    if outcome.code == CORRUPTED:
+        outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
@@ -152,6 +154,14 @@ def _one_start(
     )
     account.close()
     return outcome
+
+
+def _accused(folder: Path, fence: int, first: int | None) -> int | None:
+    """Ranks that hold different values all stop alike: whom the event of this start names alone, else the first."""
+    for event in reversed(read_lines(folder / "events.jsonl")):
+        if event.get("fence") == fence and len(event.get("culprit_ranks", ())) == 1:
+            return int(event["culprit_ranks"][0])
+    return first
 
 
 def _record(folder: Path, outcome: Outcome, then: str) -> None:

@@ -18,6 +18,7 @@ BUCKETS = {
     "train": "steps that count",
     "evaluate": "held-out evaluation",
     "checkpoint": "stalls by checkpoints",
+    "recheck": "micro-batches computed twice, to compare",
     "snapshot": "copies of the state in memory",
     "straggler": "what a rank slower than its peers, or a slow link, added to steps",
     "skipped": "steps whose update was left out",
@@ -64,7 +65,7 @@ def goodput(run_dir: Path) -> Goodput | None:
         mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
         booked = 0.0
         for number, line in mine:
-            apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "evaluate")}
+            apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "recheck", "evaluate")}
             checkpoints += apart["checkpoint"] > 0
             for name, value in apart.items():
                 seconds[name] += value

@@ -19,6 +19,7 @@ PHASE_OF = {
     "startup": "startup",
     "data": "load",
     "compute": "compute",
+    "recheck": "compute",
     "optimizer": "optimize",
     "checkpoint": "save",
     "snapshot": "save",

@@ -19,6 +19,9 @@ class GuardSettings(Noun):
     clip_sigmas: float = Field(default=4.0, gt=0, description="above the median: clip to this level")
     skip_sigmas: float = Field(default=5.5, gt=0, description="above the median: leave the weights alone")
     max_skips: int = Field(default=5, ge=0, description="skipped steps of the last 100; one more goes back")
+    recompute_every: int = Field(
+        default=0, ge=0, description="steps of which one micro-batch is computed twice and compared; 0: none"
+    )
     max_rewinds: int = Field(default=3, ge=0, description="times in a row it goes back; one more stops")
 
     @model_validator(mode="after")

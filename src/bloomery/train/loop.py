@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bloomery.data.spot_check import spot_check
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat
 from bloomery.parallel.compiled import compiler_problem
@@ -24,6 +25,7 @@ from bloomery.train.memory import MemoryCopies
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
 from bloomery.train.record import Recorder
+from bloomery.train.reexecution import computed
 from bloomery.train.schedule import learning_rate
 from bloomery.train.session import Session, keep_in_memory, resume, save, save_now
 from bloomery.train.writer import Writer
@@ -60,7 +62,7 @@ def _step(session: Session, step: int) -> int:
     session.profile.before(step + 1)
     with clock.bucket("data"):
         batch = session.batches.get(step)
-    loss_part = engine.forward_backward(batch)
+    loss_part = computed(session, step, batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
         statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
@@ -101,8 +103,13 @@ def _compiled(job: Job, mesh: Mesh, recorder: Recorder) -> bool:
     return job.compiled and problem is None
 
 
+DATA_CHECK_S = 2.0
+"""Spent at each start on the hashes of token shards."""
+
+
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
     fence = read_fence(folder)
+    spot_check(Path(job.data), within_s=DATA_CHECK_S, seed=fence, rank=mesh.rank, ranks=mesh.world_size)
     recorder = Recorder(job, folder, mesh, fence)
     engine = build(
         job.model,

@@ -173,7 +173,7 @@ def _check_replicas(session: Session, step: int) -> None:
         return
     session.writer.wait()
     if session.mesh.rank == 0:
-        session.recorder.event("replicas_differ", step=step, culprit_ranks=list(odd))
+        session.recorder.event("replicas_differ", step=step, fence=session.fence, culprit_ranks=list(odd))
     raise CorruptionError(f"step {step}: parameters of ranks {', '.join(map(str, odd))} differ from their replicas'")
 
 
