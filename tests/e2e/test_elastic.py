@@ -10,7 +10,6 @@ from runs import describe, events, losses, train
 
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.commit import read_commit
-from bloomery.spec.errors import BloomeryError
 
 ALWAYS = {"kind": "kill", "rank": 1, "step": 4, "once": False}
 ELASTIC: dict[str, object] = {"hang_floor_s": 4.0, "elastic": True, "same_failures": 2}
@@ -36,15 +35,9 @@ def test_a_run_goes_on_without_a_rank_that_keeps_failing_on_the_same_samples(tmp
 
 
 def test_the_place_given_up_is_tried_again(tmp_path: Path, data: Path) -> None:
-    supervision = {**ELASTIC, "grow_after_s": 1.0}
-    described = describe(tmp_path, "run", data, {"dp": 2}, supervision=supervision, steps=400, checkpoint_every=100)
-    folder, code = train(described, [{**ALWAYS, "step": 4}])
+    supervision = {**ELASTIC, "grow_after_s": 0.1}
+    described = describe(tmp_path, "run", data, {"dp": 2}, supervision=supervision, steps=60, checkpoint_every=4)
+    folder, code = train(described, [ALWAYS])
     assert code == 0
     assert [event["event"] for event in events(folder) if event["event"] in ("shrunk", "grown")] == ["shrunk", "grown"]
     assert [start["world_size"] for start in read_lines(folder / "supervision.jsonl")] == [2, 2, 1, 2]
-
-
-def test_a_defect_of_the_program_still_ends_the_run(tmp_path: Path, data: Path) -> None:
-    described = describe(tmp_path, "run", data, {"dp": 2}, supervision=ELASTIC)
-    with pytest.raises(BloomeryError, match=r"rank 0 ended \(exit code 1\) 2 times in a row at step 4"):
-        train(described, [{"kind": "raises", "rank": 0, "step": 4, "once": False}])

@@ -105,7 +105,8 @@ class World:
     def watch(self, stop_after_s: float | None = None) -> Outcome:
         """Wait until all end well, or one does not or hangs. After `stop_after_s` they are asked to save and stop."""
         while True:
-            if stop_after_s is not None and time.monotonic() - self.started > stop_after_s:
+            # Before its first step a rank does not listen yet.
+            if stop_after_s is not None and time.monotonic() - self.started > stop_after_s and self._all_step():
                 self.signal(signal.SIGUSR1)
                 stop_after_s = None
             codes = [process.exitcode for process in self.processes]
@@ -118,6 +119,10 @@ class World:
             if hang is not None:
                 return self._hung(hang)
             time.sleep(POLL_S)
+
+    def _all_step(self) -> bool:
+        """Whether every rank has begun a step."""
+        return min(beat.step for beat in self.beats()) >= 0
 
     def _step(self) -> int:
         return max(beat.step for beat in self.beats())
