@@ -260,6 +260,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         keep_every=train.keep_every,
         guard=train.guard,
         supervision=train.supervision,
+        stabilisers=train.stabilisers,
         evaluate_every=train.evaluate_every,
         heldout_tokens=run.evaluate.max_tokens,
         log_every=train.log_every,

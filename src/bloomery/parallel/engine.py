@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
-from bloomery.parallel.apply import lay_out
+from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
@@ -31,6 +31,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 
 class Votes(NamedTuple):
@@ -368,6 +369,7 @@ def build(
     seed: int,
     measure: Measure,
     compiled: bool = False,
+    stabilisers: Stabilisers = UNTOUCHED,
 ) -> Engine:
     """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
 
@@ -383,6 +385,7 @@ def build(
     stages, table = lay_out(
         model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
     )
+    stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:

@@ -13,6 +13,7 @@ from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Optimizer
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -22,7 +23,18 @@ CORRUPTED = 5
 GAVE_UP = 4
 """A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
+FIXED = (
+    "model",
+    "seed",
+    "seq_len",
+    "global_batch",
+    "steps",
+    "optimizer",
+    "kind",
+    "document_mask",
+    "dtype",
+    "stabilisers",
+)
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -51,6 +63,7 @@ class Job(Noun):
     keep_every: int = 0
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
@@ -63,6 +76,8 @@ class Job(Noun):
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""
         values = self.model_dump(mode="json", include=set(FIXED))
+        if self.stabilisers == UNTOUCHED:
+            del values["stabilisers"]  # checkpoints from before there were any go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:

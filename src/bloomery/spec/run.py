@@ -11,6 +11,7 @@ from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
+from bloomery.spec.stabilisers import Stabilisers
 
 
 def _folder_name(name: str) -> str:
@@ -97,6 +98,7 @@ class Train(Noun):
     keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
     document_mask: bool = Field(

@@ -11,6 +11,7 @@ from typing import Any
 from bloomery.data.spot_check import spot_check
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat
+from bloomery.parallel.clipping import clip_groups
 from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
@@ -66,12 +67,16 @@ def _step(session: Session, step: int) -> int:
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
         statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
+        limits = session.guard.group_limits(job.stabilisers.adaptive_clip)
         judgement = session.guard.judge(
             step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups
         )
         rate = learning_rate(job.optimizer, step, job.steps)
         if judgement.verdict in ("ok", "clip"):
-            engine.clip(min(job.optimizer.clip, judgement.limit), statistics.grad_norm)
+            norm = statistics.grad_norm
+            if job.stabilisers.adaptive_clip:
+                norm = clip_groups(engine, statistics.groups, limits)
+            engine.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
     done = settle(session, step, judgement, statistics, loss_part)
@@ -121,6 +126,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         seed=job.seed,
         measure=clock.bucket,
         compiled=_compiled(job, mesh, recorder),
+        stabilisers=job.stabilisers,
     )
     optimizers = build_optimizers(engine, job.optimizer)
     session = Session(
