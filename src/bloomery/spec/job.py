@@ -8,11 +8,12 @@ from pathlib import Path
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json
+from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Optimizer
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -22,7 +23,18 @@ CORRUPTED = 5
 GAVE_UP = 4
 """A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
+FIXED = (
+    "model",
+    "seed",
+    "seq_len",
+    "global_batch",
+    "steps",
+    "optimizer",
+    "kind",
+    "document_mask",
+    "dtype",
+    "stabilisers",
+)
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -46,10 +58,12 @@ class Job(Noun):
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100
+    memory_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
@@ -62,6 +76,8 @@ class Job(Noun):
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""
         values = self.model_dump(mode="json", include=set(FIXED))
+        if self.stabilisers == UNTOUCHED:
+            del values["stabilisers"]  # checkpoints from before there were any go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:
@@ -75,3 +91,8 @@ def read_job(run_dir: Path) -> Job:
     if not path.is_file():
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
     return Job.checked(read_json(path), where=str(path))
+
+
+def write_job(run_dir: Path, job: Job) -> None:
+    """Write the job of a stage folder."""
+    write_atomically(run_dir / JOB_FILE, job.model_dump_json(indent=1))
