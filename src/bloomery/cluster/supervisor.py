@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
+from bloomery.cluster.hosts import Leader, leading
+from bloomery.cluster.place import Place
+from bloomery.cluster.world import Outcome, Stopping, pause, supervise
 from bloomery.ledger.sinks import JsonLines
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
@@ -26,6 +28,7 @@ from bloomery.spec.reliability import Supervision
 LONGEST_BACK_OFF_S = 30.0
 SUPERVISION_FILE = "supervision.jsonl"
 GOOD = Outcome(0)
+ALONE = Place()
 
 
 @contextmanager
@@ -72,17 +75,26 @@ class Failures:
         return ""
 
 
-def launch(module: str, folder: Path, world_size: int) -> int:
+def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
-    Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
-    failed at the same step for the same cause several times in a row.
+    `place`: the first of several hosts, which leads the others; each has as many ranks. Raises BloomeryError that names
+    the rank and the cause when starting again is of no use: training itself gave up, or failed at the same step for the
+    same cause several times in a row.
     """
+    if world_size % place.nodes:
+        raise InputError(
+            f"{world_size} ranks cannot be shared out evenly", where="--node", found=f"{place.nodes} hosts"
+        )
     settings = read_job(folder).supervision
     failures, starts, waited_s = Failures(), 0, 0.0
-    with run_lock(folder), Stopping().handled() as stopping:
+    with (
+        run_lock(folder),
+        Stopping().handled() as stopping,
+        leading(place, folder, settings, stopping) as leader,
+    ):
         while True:
-            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s)
+            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s, leader)
             starts += 1
             if outcome.code in (0, STOPPED_BY_SIGNAL):
                 return outcome.code
@@ -101,13 +113,22 @@ def launch(module: str, folder: Path, world_size: int) -> int:
 
 
 def _one_start(
-    module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
+    module: str,
+    folder: Path,
+    world_size: int,
+    settings: Supervision,
+    stopping: Stopping,
+    waited_s: float,
+    leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
     fence = read_fence(folder) + 1
     write_atomically(folder / FENCE_FILE, str(fence))
     began, started = time.time(), time.monotonic()
-    outcome = supervise(module, folder, world_size, settings, stopping)
+    if leader is None:
+        outcome = supervise(module, folder, world_size, settings, stopping)
+    else:
+        outcome = leader.supervise(module, folder, world_size)
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
@@ -148,5 +169,5 @@ def _asked_within(stopping: Stopping, seconds: float) -> bool:
     """Wait; True as soon as a signal asks to stop."""
     until = time.monotonic() + seconds
     while not stopping.asked and time.monotonic() < until:
-        time.sleep(POLL_S)
+        pause()
     return stopping.asked
