@@ -12,13 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Stopping, pause, supervise
 from bloomery.ledger.sinks import JsonLines
+from bloomery.ledger.waiting import job_started
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -75,6 +76,14 @@ class Failures:
         return ""
 
 
+@dataclass(frozen=True)
+class Waits:
+    """Seconds before a start: in a scheduler's queue, and backing off after a failure."""
+
+    queued_s: float = 0.0
+    waited_s: float = 0.0
+
+
 def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
@@ -93,8 +102,10 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
         Stopping().handled() as stopping,
         leading(place, folder, settings, stopping) as leader,
     ):
+        queued = job_started(folder)
         while True:
-            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s, leader)
+            outcome = _one_start(module, folder, world_size, settings, stopping, Waits(queued, waited_s), leader)
+            queued = 0.0
             starts += 1
             if outcome.code in (0, STOPPED_BY_SIGNAL):
                 return outcome.code
@@ -118,7 +129,7 @@ def _one_start(
     world_size: int,
     settings: Supervision,
     stopping: Stopping,
-    waited_s: float,
+    waits: Waits,
     leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
@@ -135,7 +146,7 @@ def _one_start(
             "fence": fence,
             "began": began,
             "wall_s": time.monotonic() - started,
-            "waited_s": waited_s,
+            **asdict(waits),
             "forked_s": outcome.forked_s,
             "world_size": world_size,
             "code": outcome.code,
