@@ -127,6 +127,7 @@ def _follow(one: Order, job: str, run_files: list[Path]) -> None:
     """Until the job has ended. Raises SystemExit with its code."""
     import sys
 
+    from bloomery.cluster.prepare import is_finished
     from bloomery.cluster.sites import slurm
     from bloomery.cluster.sites.follow import follow
 
@@ -136,7 +137,7 @@ def _follow(one: Order, job: str, run_files: list[Path]) -> None:
         again = f"bloomery launch {' '.join(map(str, run_files))} --on slurm --follow"
         print(f"\njob {job} goes on; `{again}` follows it again, `scancel {job}` ends it", file=sys.stderr)
         raise SystemExit(130) from None
-    if last.code:
+    if last.code and not is_finished(one.folder):
         raise SystemExit(last.code)
 
 

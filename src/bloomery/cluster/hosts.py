@@ -1,8 +1,8 @@
 """A run on several hosts: each has a supervisor with its share of the ranks, and the first host's leads.
 
-The leader decides when all start and end; the others do as it says, pass on what their ranks do twice a second and are
-taken for lost when they fall silent. So a rank that dies or hangs anywhere is named, everybody is killed at once, and
-the next start has a rendezvous of its own. All hosts must see the same run folder.
+The leader decides when all start and end; the others do as it says and report twice a second what their ranks do. One
+whose connection ends, or whose host no longer answers, is lost. So a rank that dies or hangs anywhere is named,
+everybody is killed at once, and the next start has a rendezvous of its own. All hosts must see the same run folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from bloomery.cluster.channel import Channel, LostError, free_port, interface_of, listen, proof, the_secret
+from bloomery.cluster.channel import (
+    SECRET_FILE,
+    Channel,
+    LostError,
+    free_port,
+    interface_of,
+    listen,
+    proof,
+    the_secret,
+)
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Share, Stopping, World, pause, running
 from bloomery.ledger.heartbeat import Beat
@@ -26,6 +35,7 @@ from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
 from bloomery.spec.reliability import Supervision
 
 REPORT_EVERY_S = 0.5
+ANSWER_WITHIN_S = 5.0
 FAREWELL_S = 10.0
 """Given to the other hosts to end when the leader's own ranks have stopped."""
 
@@ -55,7 +65,7 @@ class Leader:
         self.members: dict[int, Member] = {}
         self._secret = the_secret(folder)
         self._knocking: dict[Channel, str] = {}
-        self._said = 0.0
+        self._start = 0
         try:
             self._listener = listen(place.host, place.port, place.nodes)
         except OSError as error:
@@ -66,14 +76,15 @@ class Leader:
         """One start on all hosts, from the gathering to the end. Raises TemporaryError when a host does not come."""
         if not self._gathered():
             return Outcome(STOPPED_BY_SIGNAL)
+        self._start += 1
         each = world_size // self.place.nodes
         here = next(iter(self.members.values())).channel.here
         port = free_port(here)
         for number, member in list(self.members.items()):
             member.outcome, member.beats = None, [Beat(0, time.monotonic())] * each
             member.states, member.stacks = [""] * each, ()
-            order = {"do": "start", "first": number * each, "ranks": each, "world_size": world_size, "port": port}
-            self._tell(number, order)
+            ranks = {"first": number * each, "ranks": each, "world_size": world_size}
+            self._tell(number, {"do": "start", "start": self._start, "port": port, **ranks})
         share = Share(range(each), world_size, _url(here, port), interface_of(here))
         with running(module, folder, share, self.settings, self.stopping) as world:
             outcome = self._watched(world, each)
@@ -105,16 +116,18 @@ class Leader:
                 cause = f"on host {lost}, which is lost"
                 return Outcome(1, lost * each, cause, max(beat.step for beat in world.beats()))
             own = own or world.ended()
-            ends = [own, *(member.outcome for member in self.members.values())]
+            ends = [own, *(self.members[number].outcome for number in sorted(self.members))]
             bad = [end for end in ends if end is not None and end.code not in (0, STOPPED_BY_SIGNAL)]
             if bad:
                 return bad[0]
             if None not in ends:
                 return max((end for end in ends if end is not None), key=lambda end: end.code)
-            if own is not None and own.code:
-                until = min(until, time.monotonic() + FAREWELL_S)
-                if time.monotonic() > until:
-                    return own
+            first = next((end for end in ends if end is not None), None)
+            if first is not None:
+                until = min(until, time.monotonic() + (FAREWELL_S if first.code else self.settings.first_phase_s))
+            if first is not None and time.monotonic() > until:
+                late = ends.index(None)
+                return first if first.code else Outcome(1, late * each, "did not end with the others", first.step)
             hung = self._hung(world, own)
             if hung is not None:
                 return hung
@@ -139,20 +152,34 @@ class Leader:
 
     def _listen(self) -> int | None:
         """Hear everybody, let in who can prove that it belongs here. Returns the number of a host just lost."""
-        now = time.monotonic()
-        if now - self._said > REPORT_EVERY_S:
-            self._said = now
-            self._broadcast({"do": "on"})
         self._let_in()
         for number, member in list(self.members.items()):
             try:
                 for message in member.channel.receive():
-                    _heard(member, message, self.stopping)
+                    self._heard(member, message)
             except LostError:
                 member.channel.close()
                 del self.members[number]
                 return number
         return None
+
+    def _heard(self, member: Member, message: dict[str, Any]) -> None:
+        """Take down a report; one of an earlier start comes too late."""
+        if message.get("asked") and not self.stopping.asked:
+            self.stopping.ask()
+        if message.get("start") != self._start:
+            return
+        if "beats" in message:
+            now = time.monotonic()
+            member.beats = [
+                Beat(changes, now - age_s, step, phase, tuple(longest))
+                for changes, age_s, step, phase, longest in message["beats"]
+            ]
+            member.states = [str(state) for state in message["states"]]
+        if "outcome" in message:
+            member.outcome = Outcome(**{**message["outcome"], "stacks": ()})
+        if "stacks" in message:
+            member.stacks = tuple(str(text) for text in message["stacks"])
 
     def _let_in(self) -> None:
         try:
@@ -166,8 +193,10 @@ class Leader:
         for channel, challenge in list(self._knocking.items()):
             try:
                 messages = channel.receive()
-                if not messages:
+                if not messages and time.monotonic() - channel.opened < ANSWER_WITHIN_S:
                     continue
+                if not messages:
+                    raise LostError("no answer")
                 number, answer = messages[0].get("node"), str(messages[0].get("proof"))
                 if not hmac.compare_digest(answer, proof(self._secret, challenge)):
                     raise LostError("a stranger")
@@ -200,22 +229,6 @@ class Leader:
         self._listener.close()
 
 
-def _heard(member: Member, message: dict[str, Any], stopping: Stopping) -> None:
-    if "beats" in message:
-        now = time.monotonic()
-        member.beats = [
-            Beat(changes, now - age_s, step, phase, tuple(longest))
-            for changes, age_s, step, phase, longest in message["beats"]
-        ]
-        member.states = [str(state) for state in message["states"]]
-    if "outcome" in message:
-        member.outcome = Outcome(**{**message["outcome"], "stacks": ()})
-    if "stacks" in message:
-        member.stacks = tuple(str(text) for text in message["stacks"])
-    if message.get("asked") and not stopping.asked:
-        stopping.ask()
-
-
 def _url(address: str, port: int) -> str:
     return f"tcp://[{address}]:{port}" if ":" in address else f"tcp://{address}:{port}"
 
@@ -245,10 +258,8 @@ def follow_leader(module: str, folder: Path, place: Place) -> None:
         try:
             while True:
                 order = _next_order(channel, stopping)
-                if order["do"] == "leave":
+                if order["do"] == "leave" or _serve(module, folder, channel, order, stopping):
                     return
-                if order["do"] == "start":
-                    _serve(module, folder, channel, order, stopping)
         except LostError as error:
             raise TemporaryError(f"{folder}: the first host, {place.host}, is lost ({error})") from None
         finally:
@@ -263,7 +274,7 @@ def _join(folder: Path, place: Place, stopping: Stopping) -> Channel | None:
         try:
             channel = Channel(socket.create_connection((place.host, place.port), timeout=5))
             challenge = str(_reply(channel)["challenge"])
-            channel.send({"node": place.node, "proof": proof((folder / ".secret").read_bytes(), challenge)})
+            channel.send({"node": place.node, "proof": proof((folder / SECRET_FILE).read_bytes(), challenge)})
             reply = _reply(channel)
             if reply.get("do") == "refused":
                 raise InputError(str(reply["why"]), where="--node", found=place.node)
@@ -281,7 +292,7 @@ def _join(folder: Path, place: Place, stopping: Stopping) -> Channel | None:
 
 
 def _reply(channel: Channel) -> dict[str, Any]:
-    until = time.monotonic() + 5
+    until = time.monotonic() + ANSWER_WITHIN_S
     while time.monotonic() < until:
         messages = channel.receive()
         if messages:
@@ -302,25 +313,25 @@ def _next_order(channel: Channel, stopping: Stopping, said: float = 0.0) -> dict
         pause()
 
 
-def _serve(module: str, folder: Path, channel: Channel, order: dict[str, Any], stopping: Stopping) -> None:
-    """This host's ranks in one start."""
+def _serve(module: str, folder: Path, channel: Channel, order: dict[str, Any], stopping: Stopping) -> bool:
+    """This host's ranks in one start. Returns True when it was the last one."""
     ranks = range(order["first"], order["first"] + order["ranks"])
     url, interface = _url(channel.there, order["port"]), interface_of(channel.here)
     share = Share(ranks, order["world_size"], url, interface)
-    told, said = False, 0.0
+    start, told, said = {"start": order["start"]}, False, 0.0
     with running(module, folder, share, read_job(folder).supervision, stopping) as world:
         while True:
             for message in channel.receive():
-                if message.get("do") == "end":
-                    return
+                if message.get("do") in ("end", "leave"):
+                    return message["do"] == "leave"
                 if message.get("do") == "dump":
-                    channel.send({"stacks": world.stacks()})
+                    channel.send({**start, "stacks": world.stacks()})
             outcome = None if told else world.ended()
             if outcome is not None:
                 told = True
-                channel.send({"outcome": asdict(outcome)})
+                channel.send({**start, "outcome": asdict(outcome)})
             if time.monotonic() - said > REPORT_EVERY_S:
                 said = time.monotonic()
                 beats = [(b.changes, said - b.since, b.step, b.phase, b.longest_s) for b in world.beats()]
-                channel.send({"beats": beats, "states": world.states(), "asked": stopping.asked})
+                channel.send({**start, "beats": beats, "states": world.states(), "asked": stopping.asked})
             pause()

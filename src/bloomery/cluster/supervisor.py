@@ -19,7 +19,7 @@ from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Stopping, pause, supervise
 from bloomery.ledger.sinks import JsonLines
-from bloomery.ledger.waiting import job_started
+from bloomery.ledger.waiting import job_started, requeues
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -27,6 +27,7 @@ from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
+DEAD_LOCK_S = 120.0
 SUPERVISION_FILE = "supervision.jsonl"
 GOOD = Outcome(0)
 ALONE = Place()
@@ -34,14 +35,23 @@ ALONE = Place()
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """One writer per run folder. Raises InputError when another process holds it."""
+    """One writer per run folder. Raises InputError when another process holds it.
+
+    A job that comes back waits for it: of a host that died, a network file system keeps the lock for a while.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + (DEAD_LOCK_S if requeues() else 0.0)
     with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < until:
+                    pause()
+                    continue
             stream.seek(0)
-            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder)) from None
+            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder))
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()

@@ -22,6 +22,12 @@ def queued_s(submitted: float, last_sign: float | None, now: float) -> float:
     return max(0.0, now - max(submitted, last_sign or 0.0))
 
 
+def requeues(environment: Mapping[str, str] = os.environ) -> int:
+    """How often the job that this is part of came back to the queue."""
+    text = environment.get("BLOOMERY_REQUEUES", "")
+    return int(text) if text.isdecimal() else 0
+
+
 def job_started(folder: Path, environment: Mapping[str, str] = os.environ, now: float | None = None) -> float:
     """Write down that a launched job has begun (`job_started`). Returns its seconds in the queue, 0 where nobody
     launched."""
@@ -35,7 +41,7 @@ def job_started(folder: Path, environment: Mapping[str, str] = os.environ, now: 
     values: dict[str, Any] = {
         "launcher": environment.get("BLOOMERY_LAUNCHER", ""),
         "job": environment.get("BLOOMERY_JOB", ""),
-        "requeues": int(environment.get("BLOOMERY_REQUEUES") or 0),
+        "requeues": requeues(environment),
         "queued_s": waited,
     }
     events = JsonLines(folder / "events.jsonl")
