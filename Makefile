@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e chaos format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss calibrate
+.PHONY: help setup demo test check unit distributed e2e chaos slurm format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -34,6 +34,9 @@ e2e: setup ## whole commands as a user runs them
 
 chaos: setup ## the fault matrix: kills, hangs, flipped bits, full disks, NaN in real runs; a table of goals and figures
 	$(BIN)/pytest tests/chaos -q
+
+slurm: setup ## a real Slurm of two nodes on this machine: limits, requeues, lost nodes, end with the same bits (root; slurm-wlm, munge)
+	$(BIN)/pytest tests/slurm -q
 
 format: setup ## put the code in order
 	$(BIN)/ruff check --fix src tests tools bench

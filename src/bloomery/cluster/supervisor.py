@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bloomery.cluster.crew import Crew
-from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
+from bloomery.cluster.hosts import Leader, leading
+from bloomery.cluster.place import Place
+from bloomery.cluster.world import Outcome, Stopping, pause, supervise
 from bloomery.ledger.sinks import JsonLines, read_lines
+from bloomery.ledger.waiting import job_started, requeues
 from bloomery.spec.commit import FENCE_FILE, read_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -26,20 +29,31 @@ from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
+DEAD_LOCK_S = 120.0
 SUPERVISION_FILE = "supervision.jsonl"
 GOOD = Outcome(0)
+ALONE = Place()
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """One writer per run folder. Raises InputError when another process holds it."""
+    """One writer per run folder. Raises InputError when another process holds it.
+
+    A job that comes back waits for it: of a host that died, a network file system keeps the lock for a while.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + (DEAD_LOCK_S if requeues() else 0.0)
     with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < until:
+                    pause()
+                    continue
             stream.seek(0)
-            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder)) from None
+            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder))
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
@@ -74,20 +88,35 @@ class Failures:
         return ""
 
 
-def launch(module: str, folder: Path, world_size: int) -> int:
+@dataclass(frozen=True)
+class Waits:
+    """Seconds before a start: in a scheduler's queue, and backing off after a failure."""
+
+    queued_s: float = 0.0
+    waited_s: float = 0.0
+
+
+def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
-    With `supervision.elastic` it may go on with fewer, see `crew`.
-
-    Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
-    failed at the same step for the same cause several times in a row.
+    `place`: the first of several hosts, which leads the others; each has as many ranks. With `supervision.elastic` it
+    may go on with fewer ranks, see `crew`. Raises BloomeryError that names the rank and the cause when starting again
+    is of no use: training itself gave up, or failed at the same step for the same cause several times in a row.
     """
     job = read_job(folder)
     settings, crew = job.supervision, Crew(folder, job, world_size)
+    _check_hosts(place, world_size, settings)
     failures, starts, waited_s = Failures(), 0, 0.0
-    with run_lock(folder), _memory_given_back(folder), Stopping().handled() as stopping:
+    with (
+        run_lock(folder),
+        _memory_given_back(folder),
+        Stopping().handled() as stopping,
+        leading(place, folder, settings, stopping) as leader,
+    ):
+        queued = job_started(folder)
         while True:
-            outcome = _one_start(module, folder, crew, settings, stopping, waited_s)
+            outcome = _one_start(module, folder, crew, settings, stopping, Waits(queued, waited_s), leader)
+            queued = 0.0
             starts += 1
             if outcome.code == STOPPED_BY_SIGNAL and not stopping.asked and crew.until_all_are_tried_s == 0:
                 crew.grow(outcome.step)
@@ -117,6 +146,19 @@ def launch(module: str, folder: Path, world_size: int) -> int:
                 return STOPPED_BY_SIGNAL
 
 
+def _check_hosts(place: Place, world_size: int, settings: Supervision) -> None:
+    """Raise InputError for what several hosts cannot do."""
+    if world_size % place.nodes:
+        raise InputError(
+            f"{world_size} ranks cannot be shared out evenly", where="--node", found=f"{place.nodes} hosts"
+        )
+    if place.nodes > 1 and settings.elastic:
+        raise InputError(
+            "a run on several hosts cannot go on without one of them yet",
+            where="train.supervision.elastic", found=True, accepted="false, or one host",
+        )  # fmt: skip
+
+
 @contextmanager
 def _memory_given_back(folder: Path) -> Iterator[None]:
     """Copies in memory outlive a command that is killed, and no other."""
@@ -127,13 +169,22 @@ def _memory_given_back(folder: Path) -> Iterator[None]:
 
 
 def _one_start(
-    module: str, folder: Path, crew: Crew, settings: Supervision, stopping: Stopping, waited_s: float
+    module: str,
+    folder: Path,
+    crew: Crew,
+    settings: Supervision,
+    stopping: Stopping,
+    waits: Waits,
+    leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
     fence = read_fence(folder) + 1
     write_atomically(folder / FENCE_FILE, str(fence))
     began, started = time.time(), time.monotonic()
-    outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+    if leader is None:
+        outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+    else:
+        outcome = leader.supervise(module, folder, len(crew.now.slots))
     if outcome.code == CORRUPTED:
         outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
     account = JsonLines(folder / SUPERVISION_FILE)
@@ -142,7 +193,7 @@ def _one_start(
             "fence": fence,
             "began": began,
             "wall_s": time.monotonic() - started,
-            "waited_s": waited_s,
+            **asdict(waits),
             "forked_s": outcome.forked_s,
             "world_size": len(crew.now.slots),
             "code": outcome.code,
@@ -184,5 +235,5 @@ def _asked_within(stopping: Stopping, seconds: float) -> bool:
     """Wait; True as soon as a signal asks to stop."""
     until = time.monotonic() + seconds
     while not stopping.asked and time.monotonic() < until:
-        time.sleep(POLL_S)
+        pause()
     return stopping.asked

@@ -1,7 +1,7 @@
 """Where the wall time of a run went, failures included: buckets that add up, and ETTR, the share that trained.
 
 `supervision.jsonl` says when each start of the run's processes began and ended, `ledger.jsonl` what rank 0 did in it.
-Time between two commands (a job waiting in a queue) is nobody's and not counted.
+Of the time between two commands only what a launched job spent in a scheduler's queue is counted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BUCKETS = {
     "detect": "from a fault to its detection",
     "restart": "ending, waiting and starting processes",
     "load": "joining, building the model, loading",
+    "queue": "jobs waiting for their hosts",
 }
 USEFUL = ("train", "evaluate")
 ADDS_UP = 0.005
@@ -34,13 +35,17 @@ ADDS_UP = 0.005
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds by bucket, which sum to `wall_s`. `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
+    """Seconds by bucket, which sum to `wall_s`. `failed_starts` never got to a step; `jobs`: begun by a scheduler.
+
+    `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
     gives for the interval, stall, recovery and failure rate as measured (None without a failure)."""
 
     wall_s: float
     seconds: dict[str, float]
     starts: int
     failures: int
+    failed_starts: int
+    jobs: int
     ettr: float
     formula: float | None
     contention_s: float
@@ -78,17 +83,21 @@ def goodput(run_dir: Path) -> Goodput | None:
         left = start["wall_s"] - booked - start["forked_s"]
         worst = max(worst, -left / start["wall_s"])
         seconds["restart"] += start["forked_s"] + start["waited_s"]
-        failed = start["code"] not in (0, 75)
-        detect = min(max(left, 0.0), start["detect_s"]) if failed else 0.0
+        seconds["queue"] += start.get("queued_s", 0.0)
+        broken = start["code"] not in (0, 75)
+        detect = min(max(left, 0.0), start["detect_s"]) if broken else 0.0
         seconds["detect"] += detect
-        seconds["lost_work" if failed else "restart"] += left - detect
-    wall = sum(start["wall_s"] + start["waited_s"] for start in starts)
-    failures = sum(start["code"] not in (0, 75) for start in starts)
+        seconds["lost_work" if broken else "restart"] += left - detect
+    wall = sum(start["wall_s"] + start["waited_s"] + start.get("queued_s", 0.0) for start in starts)
+    failed = [start for start in starts if start["code"] not in (0, 75)]
+    failures = len(failed)
     return Goodput(
         wall_s=wall,
         seconds=seconds,
         starts=len(starts),
         failures=failures,
+        failed_starts=sum(start["step"] < 0 for start in failed),
+        jobs=sum(event.get("event") == "job_started" for event in read_lines(run_dir / "events.jsonl")),
         ettr=sum(seconds[name] for name in USEFUL) / wall,
         formula=_formula(seconds, wall, failures, checkpoints),
         contention_s=_contention_s(lines),

@@ -49,7 +49,7 @@ class Progress:
         return asdict(self)
 
 
-ROUTINE = {"started", "resumed", "finished", "profiled"}
+ROUTINE = {"started", "resumed", "finished", "profiled", "job_started"}
 
 
 def stages_under(folder: Path) -> list[Path]:

@@ -256,9 +256,12 @@ def goodput(facts: Facts) -> str:
     ]
     rows.append(["<b>wall time</b>", f"{found['wall_s']:,.2f}", share(1.0)])
     formula = "" if found["formula"] is None else f", {share(found['formula'])} by Daly's formula from these figures"
+    jobs = f", as {found['jobs']} jobs of a scheduler" if found["jobs"] else ""
+    unborn = f" ({found['failed_starts']} before the first step)" if found["failed_starts"] else ""
+    starts = f"{found['starts']} starts{jobs} with {found['failures']} failures{unborn}"
     said = (
-        f"<p><b>ETTR {share(found['ettr']['measured'])}</b> (useful time over wall time) in {found['starts']} starts "
-        f"with {found['failures']} failures; the plan expected {share(found['ettr']['predicted'])}{formula}. "
+        f"<p><b>ETTR {share(found['ettr']['measured'])}</b> (useful time over wall time) in {starts}; "
+        f"the plan expected {share(found['ettr']['predicted'])}{formula}. "
         f"Writing checkpoints beside the steps made them {found['contention_s']:.2f} s longer in all.</p>"
     )
     return said + table(["where the time went", "seconds", "share"], rows, emphasised=[len(rows) - 1])

@@ -35,6 +35,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """YAML 1.1 reads 24:00:00 as a number to base 60; everybody else as text."""
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
 # YAML 1.1 reads 1e9 as text; every other reader of numbers does not.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -144,9 +151,17 @@ def _assigned(below: Any, keys: Sequence[str], value: Any, where: str) -> Any:
     return {**under, key: _assigned(under.get(key), rest, value, where)}
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """The YAML text of plain values, keys in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that stands twice out twice: our own reader takes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def to_yaml(*documents: Mapping[str, Any]) -> str:
+    """The YAML text of plain values, keys in their order; of several documents one after the other."""
+    plain = [dict(values) for values in documents]
+    return yaml.dump_all(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def write_atomically(path: str | Path, text: str) -> None:

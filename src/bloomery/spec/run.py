@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
+from bloomery.spec.launch import Launch
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
@@ -157,6 +158,7 @@ class Run(Noun):
     train: Train = Train()
     align: tuple[AlignStage, ...] = ()
     evaluate: Evaluate = Evaluate()
+    launch: Launch = Launch()
     out: str = "runs"
 
     @model_validator(mode="after")
