@@ -1,8 +1,8 @@
 """Starts one measuring process for each rank of some hosts, follows them, and reads each one's figures.
 
 A process gets its place as one JSON line on standard input and answers in lines on standard output: `PORT n` (rank 0:
-where the others meet), `TELL text` (rank 0: what it is at), `RESULT {...}`. It ends when its standard input does, so
-nothing lives on where this process was killed. Imports no torch.
+where the others meet), `JOINED`, `TELL text` (rank 0: what it is at), `RESULT {...}`. It ends when its standard input
+does, so nothing lives on where this process was killed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Rank:
 def run_ranks(
     module: str, hosts: Hosts, settings: dict[str, Any], timeout_s: float, tell: Tell = lambda _: None
 ) -> list[dict[str, Any]]:
-    """The figures of each rank, in order, with `started_s`: from its start to its first word.
+    """The figures of each rank, in order, with `started_s`: until it had imported and met the others.
 
     Raises BloomeryError that names rank and host when one fails or all take longer than `timeout_s`.
     """
@@ -107,7 +107,7 @@ def _followed(
     ranks: list[_Rank], said: queue.Queue[tuple[int, str, str]], timeout_s: float, tell: Tell
 ) -> list[dict[str, Any]]:
     results = dict[int, dict[str, Any]]()
-    began, first_word_s = time.monotonic(), dict[int, float]()
+    began, joined_s = time.monotonic(), dict[int, float]()
     while len(results) < len(ranks):
         left_s = began + timeout_s - time.monotonic()
         try:
@@ -115,14 +115,15 @@ def _followed(
         except queue.Empty:
             late = ", ".join(f"{one.rank} on {one.host.name}" for one in ranks if one.rank not in results)
             raise BloomeryError(f"rank {late}: no figures after {timeout_s:.0f} s; is the machine busy?") from None
-        first_word_s.setdefault(rank, time.monotonic() - began)
-        if word == "PORT":
+        if word == "JOINED":
+            joined_s[rank] = time.monotonic() - began
+        elif word == "PORT":
             for one in ranks[1:]:
                 one.send({"meet": ranks[0].host.reached_by, "port": int(rest)})
         elif word == "TELL":
             tell(rest)
         elif word == "RESULT":
-            results[rank] = json.loads(rest) | {"started_s": first_word_s[rank]}
+            results[rank] = json.loads(rest) | {"started_s": joined_s[rank]}
         elif (word, rest) == ENDED and rank not in results:
             one = ranks[rank]
             raise BloomeryError(f"rank {rank} of {len(ranks)} on {one.host.name} failed: {one.problem()}")

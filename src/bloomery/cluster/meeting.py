@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bloomery.cluster.world import threads_per_rank
 from bloomery.spec.errors import BloomeryError
@@ -63,6 +64,7 @@ def join() -> Place:
     if place.world_size > 1:
         _meet(place, values["address"])
     threading.Thread(target=_end_with_input, daemon=True).start()
+    _say("JOINED", "")
     return place
 
 
@@ -92,12 +94,12 @@ def _meet(place: Place, address: str) -> None:
         listening = socket.create_server((address, 0), backlog=place.world_size)
         port = listening.getsockname()[1]
         _say("PORT", str(port))
-        store = dist.TCPStore(
+        store = TCPStore(
             address, port, place.world_size, True, JOIN_TIMEOUT, False, master_listen_fd=listening.detach()
         )
     else:
         there = json.loads(sys.stdin.readline())
-        store = dist.TCPStore(there["meet"], there["port"], place.world_size, False, JOIN_TIMEOUT, False)
+        store = TCPStore(there["meet"], there["port"], place.world_size, False, JOIN_TIMEOUT, False)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=JOIN_TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""Measures this machine, for every way to cut it into ranks, or several hosts: all ranks at once, as they will train."""
+"""Measures this machine, for every way to cut it into ranks, or several hosts: all ranks at once, as in training."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from bloomery.cluster.probe_parts import ALONE, INSIDE, groups
 MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 ROUND_S = 0.05
 SLOW_S = 0.25
-"""A message that takes longer is sent once a round, in three rounds: a slow link must not make the probe last minutes."""
+"""A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
 SLOW_ROUNDS = 3
 LONGEST_S = 1.0
 """After one that takes longer no larger ones are sent."""

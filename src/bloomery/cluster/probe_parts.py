@@ -116,7 +116,7 @@ def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, A
 
 
 def noise_of(results: Sequence[dict[str, Any]]) -> float:
-    """Relative spread of repeats of large products, streams and messages: the median of each kind, the noisiest kind."""
+    """Relative spread of repeats of large products, streams and messages: each kind's median, of the noisiest kind."""
     kinds = (
         [row for r in results for row in r["gemm"]["float32"] if row["m"] >= LARGE_PRODUCT],
         [row for r in results for row in r["elementwise"]],

@@ -2,8 +2,8 @@
 
 Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis
 is `size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
-reduce-scatter inside, the rest across on a share of the message, all-gather inside. Over a `flat` tier it is one ring of
-all ranks instead, as fast as its slowest edge; each ring crosses a node's border once, rings side by side share the
+reduce-scatter inside, the rest across on a share of the message, all-gather inside. Over a `flat` tier it is one ring
+of all ranks instead, as fast as its slowest edge; each ring crosses a node's border once, rings side by side share the
 ports.
 
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
@@ -93,7 +93,7 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
 
 
 def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
-    """One ring of all ranks of the group: of the tiers that it crosses, the slowest edge sets the pace of every step."""
+    """One ring of all ranks of the group: of the tiers it crosses, the slowest edge sets the pace of every step."""
     slowest: Any = 0.0
     below: Any = 1.0
     hops, share = both_ways * (group.size - 1), both_ways * (group.size - 1) / group.size
