@@ -78,23 +78,33 @@ def alike(facts: Sequence[Facts]) -> list[Finding]:
 
 def reachable(attempts: Mapping[tuple[str, str], str]) -> list[Finding]:
     """From what happened when each host connected to others, by (from, to); empty text where it went well."""
-    hosts = list(dict.fromkeys(host for pair in attempts for host in pair))
     failed = {pair: problem for pair, problem in attempts.items() if problem}
+    hosts = list(dict.fromkeys(host for pair in attempts for host in pair))
+    shut = [host for host in hosts if _all_failed(attempts, failed, host, end=1)]
+    cut_off = [host for host in hosts if host not in shut and _all_failed(attempts, failed, host, end=0)]
     findings = []
-    for host in hosts:
-        towards = [pair for pair in attempts if pair[1] == host]
-        lost = [pair for pair in towards if pair in failed]
-        if towards and lost == towards:
-            found = f"nobody connects to it: {failed[lost[0]]}"
-            remedy = "open its ports to the others (firewall), or correct its address"
+    for host in (*shut, *cut_off):
+        found = "nobody connects to it" if host in shut else "it connects to nobody"
+        problem = next(problem for pair, problem in failed.items() if host in pair)
+        remedy = "open its ports to the others (firewall), or correct its address or route"
+        findings.append(
+            Finding(check="reachable", host=host, verdict="fault", found=f"{found}: {problem}", remedy=remedy)
+        )
+    for (source, host), problem in failed.items():
+        if source not in (*shut, *cut_off) and host not in (*shut, *cut_off):
+            found = f"{source} does not connect to it: {problem}"
+            remedy = f"look at the route and the firewall between {source} and {host}"
             findings.append(Finding(check="reachable", host=host, verdict="fault", found=found, remedy=remedy))
-        else:
-            for source, _ in lost:
-                found = f"{source} does not connect to it: {failed[source, host]}"
-                remedy = f"look at the route and the firewall between {source} and {host}"
-                findings.append(Finding(check="reachable", host=host, verdict="fault", found=found, remedy=remedy))
     well = Finding(check="reachable", host="all", verdict="good", found=f"{len(attempts)} connections between hosts")
     return findings or [well]
+
+
+def _all_failed(
+    attempts: Mapping[tuple[str, str], str], failed: Mapping[tuple[str, str], str], host: str, *, end: int
+) -> bool:
+    """Whether no attempt with the host at this end (0: from it, 1: to it) went well."""
+    mine = [pair for pair in attempts if pair[end] == host]
+    return bool(mine) and all(pair in failed for pair in mine)
 
 
 def slow_ones(values: Mapping[str, float]) -> dict[str, float]:

@@ -95,7 +95,7 @@ CPU = {"gpus": (), "infiniband": ()}
         ({"interfaces": {"lo": LINKS["lo"]}}, "network", "fault", "no interface but loopback"),
         ({"hostname_addresses": ("127.0.1.1",)}, "names", "fault", "others cannot reach"),
         ({"hostname_addresses": (), "hostname_problem": "not known"}, "names", "fault", "not known"),
-        ({"hostname_problem": "x", "variables": {"GLOO_SOCKET_IFNAME": "eth0"}}, "names", "good", ""),
+        ({"hostname_problem": "x", "variables": {"GLOO_SOCKET_IFNAME": "ib0"}}, "names", "good", ""),
         ({"resolve_s": 5.0}, "names", "advice", "5.0 s"),
         ({"loopback_problem": "refused"}, "ports", "fault", "refused"),
         ({"cores_allowed": 4}, "cores", "fault", "4 cores for 8 ranks"),

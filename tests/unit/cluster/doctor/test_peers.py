@@ -80,12 +80,17 @@ def test_the_odd_version_is_named_on_the_host_that_has_it() -> None:
     assert "nccl 2.26.2, others 2.27.3" in found.found
 
 
-def test_a_host_behind_a_firewall_is_named_once_and_a_broken_route_by_both_ends() -> None:
+def test_a_host_behind_a_firewall_is_named_once_and_a_broken_route_with_its_ends() -> None:
     well = {(a, b): "" for a in "abc" for b in "abc" if a != b}
     assert [finding.verdict for finding in reachable(well)] == ["good"]
     (closed,) = reachable({**well, ("a", "c"): "timed out", ("b", "c"): "timed out"})
     assert closed.host == "c"
     assert "nobody" in closed.found
+    alone = {pair: "network unreachable" for pair in well if "c" in pair}
+    assert [finding.host for finding in reachable({**well, **alone})] == ["c"]
+    mute = {pair: "timed out" for pair in well if pair[0] == "c"}
+    (cut_off,) = reachable({**well, **mute})
+    assert (cut_off.host, "it connects to nobody" in cut_off.found) == ("c", True)
     (route,) = reachable({**well, ("a", "c"): "no route to host"})
     assert (route.host, "a does not connect" in route.found) == ("c", True)
 
