@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "tests" / "network"))
 
 from namespaces import Network, network, reason_to_skip  # noqa: E402
 
-from bloomery.cluster.hosts import Hosts, read_hosts  # noqa: E402
+from bloomery.cluster.hostfile import Hosts, read_hosts  # noqa: E402
 from bloomery.cluster.prepare import prepare_pretraining  # noqa: E402
 from bloomery.ledger.sinks import read_lines  # noqa: E402
 from bloomery.planner.search import plan  # noqa: E402

@@ -36,7 +36,7 @@ def doctor(
     from bloomery.cli.console import print_json
     from bloomery.cluster.doctor.finding import worst
     from bloomery.cluster.doctor.visit import examine, needs_of
-    from bloomery.cluster.hosts import here, read_hosts
+    from bloomery.cluster.hostfile import here, read_hosts
     from bloomery.spec.catalog import read_run
 
     described = None if run is None else read_run(run, [])

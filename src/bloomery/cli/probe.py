@@ -31,7 +31,7 @@ def probe(
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from bloomery.cli.console import print_json
-    from bloomery.cluster.hosts import read_hosts
+    from bloomery.cluster.hostfile import read_hosts
     from bloomery.cluster.probe import check_target, steps, write_cluster
     from bloomery.cluster.probe import probe as measure_machine
 

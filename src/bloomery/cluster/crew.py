@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from bloomery.cluster.hosts import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.world import READ_AT_IMPORT
 from bloomery.spec.errors import BloomeryError
 

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from bloomery.cluster.crew import Tell, run_ranks
-from bloomery.cluster.hosts import Hosts, here
+from bloomery.cluster.hostfile import Hosts, here
 from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe

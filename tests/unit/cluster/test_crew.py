@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bloomery.cluster.crew import run_ranks
-from bloomery.cluster.hosts import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.spec.errors import BloomeryError
 
 WORKER = """

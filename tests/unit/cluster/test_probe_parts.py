@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bloomery.cluster.hosts import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
 from bloomery.cluster.probe_parts import groups, noise_of, shared_ports, slowest, tiers
 from bloomery.spec.errors import InputError

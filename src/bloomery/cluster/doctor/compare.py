@@ -10,7 +10,7 @@ from bloomery.cluster.crew import Tell, run_ranks
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.history import Record, slow_since, than_before
 from bloomery.cluster.doctor.peers import slow_links, slow_ones
-from bloomery.cluster.hosts import Hosts
+from bloomery.cluster.hostfile import Hosts
 
 BURN_IN = "bloomery.cluster.doctor.burn_in"
 STARTING_S = 120.0

@@ -17,7 +17,7 @@ from bloomery.cluster.doctor.checks import Needs, judged
 from bloomery.cluster.doctor.facts import Facts, gather
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.peers import Offset, alike, best_offset, clocks, reachable
-from bloomery.cluster.hosts import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.world import READ_AT_IMPORT
 from bloomery.spec.errors import BloomeryError
 

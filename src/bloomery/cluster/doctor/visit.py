@@ -11,7 +11,7 @@ from bloomery.cluster.doctor.compare import burn_in, compared
 from bloomery.cluster.doctor.examine import visit
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.history import read_history, remember
-from bloomery.cluster.hosts import Hosts
+from bloomery.cluster.hostfile import Hosts
 from bloomery.cluster.prepare import chosen_layout, predicted, run_folder
 from bloomery.planner.search import run_dtype
 from bloomery.spec.commit import BYTES_PER_PARAMETER, checkpoint_folders

@@ -21,7 +21,7 @@ from bloomery.cluster.doctor.peers import (
     slow_links,
     slow_ones,
 )
-from bloomery.cluster.hosts import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 64])

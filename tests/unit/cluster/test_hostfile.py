@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.cluster.hosts import SRUN, Host, Hosts, here, parse_hosts, read_hosts, tasks_per_node
+from bloomery.cluster.hostfile import SRUN, Host, Hosts, here, parse_hosts, read_hosts, tasks_per_node
 from bloomery.spec.errors import InputError
 
 
