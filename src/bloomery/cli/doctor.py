@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from bloomery.cluster.doctor.finding import Finding
+    from bloomery.cluster.doctor.finding import Finding, Verdict
 
+FEW = 4
 MARKS = {"good": "[green]good[/]", "advice": "[yellow]advice[/]", "fault": "[red]FAULT[/]", "unknown": "unknown"}
 
 
@@ -76,8 +77,8 @@ def _print(findings: list[Finding]) -> None:
     table = Table(show_lines=False)
     for column in ("check", *(["host"] if several else []), "verdict", "found", "remedy"):
         table.add_column(column)
-    for one in findings:
-        table.add_row(one.check, *([one.host] if several else []), MARKS[one.verdict], one.found, one.remedy)
+    for check, hosts, verdict, found, remedy in rows(findings):
+        table.add_row(check, *([hosts] if several else []), MARKS[verdict], found, remedy)
     console = Console()
     console.print(table)
     faults = [one for one in findings if one.verdict == "fault"]
@@ -88,3 +89,24 @@ def _print(findings: list[Finding]) -> None:
         return
     where = f" on {', '.join(dict.fromkeys(one.host for one in faults))}" if several else ""
     console.print(f"not fit to train: {len(faults)} fault{'s' * (len(faults) != 1)}{where}{extra}")
+
+
+def rows(findings: list[Finding]) -> list[tuple[str, str, Verdict, str, str]]:
+    """Check, hosts, verdict, found and remedy of each line: hosts of which a check says the same good thing share one,
+    so that a thousand of them are a page. Faults and advice stand for themselves."""
+    order = list(dict.fromkeys(finding.check for finding in findings))
+    lines = []
+    for check in order:
+        mine = [finding for finding in findings if finding.check == check]
+        good = [finding for finding in mine if finding.verdict == "good"]
+        if good:
+            kinds = list(dict.fromkeys(finding.found for finding in good))
+            found = kinds[0] if len(kinds) == 1 else f"{kinds[0]}; {len(kinds) - 1} other"
+            lines.append((check, _few([finding.host for finding in good]), good[0].verdict, found, ""))
+        lines += [(check, one.host, one.verdict, one.found, one.remedy) for one in mine if one.verdict != "good"]
+    return lines
+
+
+def _few(hosts: list[str]) -> str:
+    """Some names, or how many."""
+    return ", ".join(hosts) if len(hosts) <= FEW else f"{len(hosts)} hosts"

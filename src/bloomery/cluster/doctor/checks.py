@@ -261,21 +261,18 @@ def ports(facts: Facts, _: Needs) -> Answer:
 
 
 def name_service(facts: Facts, needs: Needs) -> Answer:
-    """Gloo announces the address that the host's own name has, where no interface is named."""
-    loops = [address for address in facts.hostname_addresses if address.startswith("127.") or address == "::1"]
-    only_loops = bool(loops) and len(loops) == len(facts.hostname_addresses)
-    grave: Verdict = "fault" if needs.hosts > 1 else "advice"
+    """Gloo announces the address that the host's own name has, where no interface is named. Our own starts name one."""
     named = facts.variables.get("GLOO_SOCKET_IFNAME")
+    away = [address for address in facts.hostname_addresses if not address.startswith("127.") and address != "::1"]
     if facts.hostname_problem and not named:
-        return grave, f"{facts.host}: {facts.hostname_problem}", f"add {facts.host} to /etc/hosts or DNS"
-    if needs.hosts > 1 and only_loops and not named:
-        found = f"{facts.host} is {loops[0]}, which others cannot reach"
-        return "fault", found, "give it its address in /etc/hosts, or set GLOO_SOCKET_IFNAME"
+        return "advice", f"{facts.host}: {facts.hostname_problem}", f"add {facts.host} to /etc/hosts or DNS"
+    if needs.hosts > 1 and not away and not named:
+        found = f"{facts.host} is {', '.join(facts.hostname_addresses)}, which others cannot reach"
+        return "advice", found, "give it its address in /etc/hosts, or set GLOO_SOCKET_IFNAME"
     if facts.resolve_s > SLOW_RESOLVE_S:
         return "advice", f"{facts.resolve_s:.1f} s to resolve {facts.host}", "add it to /etc/hosts; look at resolv.conf"
-    return GOOD(
-        f"{facts.host} is {', '.join(facts.hostname_addresses) or 'unknown'}" + f", {named} is used" * bool(named)
-    )
+    known = ", ".join(facts.hostname_addresses) or "unknown"
+    return GOOD(f"{facts.host} is {known}{f', {named} is used' if named else ''}")
 
 
 CHECKS: dict[str, Callable[[Facts, Needs], Answer]] = {

@@ -1,4 +1,4 @@
-"""The example for Slurm's HealthCheckProgram drains a node with a fault, with the reason, and leaves good ones alone."""
+"""The example for Slurm's HealthCheckProgram drains a node with a fault, saying why, and leaves good ones alone."""
 
 from __future__ import annotations
 
