@@ -13,6 +13,7 @@ from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.history import read_history, remember
 from bloomery.cluster.hostfile import Hosts
 from bloomery.cluster.prepare import chosen_layout, predicted, run_folder
+from bloomery.cluster.probe import cut_sizes
 from bloomery.planner.search import run_dtype
 from bloomery.spec.commit import BYTES_PER_PARAMETER, checkpoint_folders
 from bloomery.spec.errors import BloomeryError
@@ -23,8 +24,9 @@ DEFAULT_FOLDER = Path("runs") / "any"
 
 
 def needs_of(run: Run | None, hosts: Hosts | None) -> tuple[Needs, Path]:
-    """What a run asks of each host, and its folder; without a run one rank for each slot, and the folder of runs."""
-    ranks = max((host.slots for host in hosts.hosts), default=1) if hosts else 1
+    """What a run asks of each host, and its folder; without a run as many ranks as there are slots, on this machine as
+    the probe would start at most, and the folder of runs."""
+    ranks = max(host.slots for host in hosts.hosts) if hosts else cut_sizes()[-1]
     count = len(hosts.hosts) if hosts else 1
     if run is None:
         return Needs(ranks=ranks, peers=ranks * count, hosts=count), DEFAULT_FOLDER
