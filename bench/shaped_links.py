@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +54,8 @@ def bloomery(*arguments: object) -> None:
         sys.exit(done.stderr)
 
 
-def train(hosts: Hosts, folder: Path) -> float:
-    """Train over the hosts with the train worker; median seconds of a step after the first ones."""
+def train(hosts: Hosts, folder: Path) -> tuple[float, dict[str, float]]:
+    """Train over the hosts with the train worker; seconds of a step, the median, and of its parts, means over ranks and steps."""
     world = [(host, local) for host in hosts.hosts for local in range(host.slots)]
     workers = []
     for rank, (host, local) in enumerate(world):
@@ -76,7 +76,9 @@ def train(hosts: Hosts, folder: Path) -> float:
         if worker.returncode:
             sys.exit(f"{folder.name}: a rank failed\n{said}")
     laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > WARM_UP]
-    return median(lap["wall_s"] for lap in laps)
+    buckets = sorted({bucket for lap in laps for bucket in lap["buckets"]})
+    parts = {bucket: mean(lap["buckets"].get(bucket, 0.0) for lap in laps) for bucket in buckets}
+    return median(lap["wall_s"] for lap in laps), parts
 
 
 def one_rate(rate: str, hosts: Network, scratch: Path, model: str, layouts: tuple[str, ...]) -> dict[str, Any]:
@@ -96,9 +98,10 @@ def one_rate(rate: str, hosts: Network, scratch: Path, model: str, layouts: tupl
         run = read_run(run_file, [])
         layout = Layout.parse(f"{text},micro_batch={MICRO_BATCH}")
         folder, _ = prepare_pretraining(run.model_copy(update={"layout": layout}), world_size=None, fresh=False)
-        expected = json.loads((folder / "plan.json").read_text())["estimate"]["step_time_s"]
-        measured = train(read_hosts(str(host_file), shell), folder)
-        rows.append({"layout": text, "predicted_s": expected, "measured_s": measured, "error": expected / measured - 1})
+        estimate = json.loads((folder / "plan.json").read_text())["estimate"]
+        expected, (measured, parts) = estimate["step_time_s"], train(read_hosts(str(host_file), shell), folder)
+        row = {"layout": text, "predicted_s": expected, "measured_s": measured, "error": expected / measured - 1}
+        rows.append(row | {"predicted": estimate["components"], "measured": parts})
         print(
             f"{rate:8} {text:10} predicted {expected:7.3f} s  measured {measured:7.3f} s", file=sys.stderr, flush=True
         )
