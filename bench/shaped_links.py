@@ -55,7 +55,7 @@ def bloomery(*arguments: object) -> None:
 
 
 def train(hosts: Hosts, folder: Path) -> tuple[float, dict[str, float]]:
-    """Train over the hosts with the train worker; seconds of a step, the median, and of its parts, means over ranks and steps."""
+    """Train over the hosts with the train worker; median seconds of a step, mean seconds of its parts."""
     world = [(host, local) for host in hosts.hosts for local in range(host.slots)]
     workers = []
     for rank, (host, local) in enumerate(world):

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from bloomery.cluster.doctor.pairs import rounds_of_pairs
 from bloomery.cluster.meeting import Place, join, leave
 
-PRODUCT = 384
+PRODUCT = {"cpu": 384, "cuda": 4096}
+"""Rows of a square matrix: some milliseconds of work on either kind of device."""
 PRODUCTS = 6
 STREAM_BYTES = 16 << 20
 MESSAGE_BYTES = 256 << 10
@@ -35,7 +36,8 @@ def main() -> None:
 def burn(place: Place, seconds: float) -> dict[str, Any]:
     """Median seconds of each part of a lap on this rank, and the number of laps."""
     device = place.device
-    x = torch.randn(PRODUCT, PRODUCT, device=device) / PRODUCT**0.5
+    rows = PRODUCT[device.type]
+    x = torch.randn(rows, rows, device=device) / rows**0.5
     a, b = torch.randn(STREAM_BYTES // 4, device=device), torch.empty(STREAM_BYTES // 4, device=device)
     message = torch.zeros(MESSAGE_BYTES // 4, device=device)
     parts: dict[str, list[float]] = {"product": [], "memory": [], "all_reduce": []}
