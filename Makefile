@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e chaos slurm format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss calibrate
+.PHONY: help setup demo test check unit distributed e2e chaos slurm network format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -37,6 +37,9 @@ chaos: setup ## the fault matrix: kills, hangs, flipped bits, full disks, NaN in
 
 slurm: setup ## a real Slurm of two nodes on this machine: limits, requeues, lost nodes, end with the same bits (root; slurm-wlm, munge)
 	$(BIN)/pytest tests/slurm -q
+
+network: setup ## probe and doctor on network namespaces as hosts, with shaped links (root, iproute2)
+	$(BIN)/pytest tests/network -q
 
 format: setup ## put the code in order
 	$(BIN)/ruff check --fix src tests tools bench
@@ -72,6 +75,9 @@ bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHO
 
 bench-time-to-loss: setup ## our recipe beside the reference's: seconds to its loss (CORPUS=DIR; QUICK=1: only that it runs)
 	$(BIN)/python bench/time_to_loss.py --corpus "$(CORPUS)" --ablate $(if $(QUICK),--quick)
+
+bench-network: setup ## plans and runs over links of 100 Mbit, 1 Gbit and 5 Gbit between two hosts (needs root and iproute2)
+	$(BIN)/python bench/shaped_links.py $(BENCH)
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

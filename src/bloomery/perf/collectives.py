@@ -2,7 +2,9 @@
 
 Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis
 is `size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
-reduce-scatter inside, the rest across on a share of the message, all-gather inside.
+reduce-scatter inside, the rest across on a share of the message, all-gather inside. Over a `flat` tier it is one ring
+of all ranks instead, as fast as its slowest edge; each ring crosses a node's border once, rings side by side share the
+ports.
 
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
 et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
@@ -71,6 +73,8 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
     if op == "all_to_all":
         return _all_to_all_s(cluster, group, n_bytes)
     both_ways = 2.0 if op == "all_reduce" else 1.0
+    if any(tier.flat for tier in cluster.tiers):
+        return _ring_s(cluster, op, group, n_bytes, both_ways)
     tree = op == "all_reduce" and cluster.accelerator.kind == "gpu"
     total: Any = 0.0
     below: Any = 1.0
@@ -86,6 +90,21 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
         total = total + (factor * tier.latency_s * hops + slope * tier.half_size_bytes) + slope / below * n_bytes
         below = np.maximum(below, within)
     return np.asarray(total)
+
+
+def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
+    """One ring of all ranks of the group: of the tiers it crosses, the slowest edge sets the pace of every step."""
+    slowest: Any = 0.0
+    below: Any = 1.0
+    hops, share = both_ways * (group.size - 1), both_ways * (group.size - 1) / group.size
+    for tier in cluster.tiers:
+        within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
+        ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
+        paid = share * (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
+        seconds = tier.op_factor.get(op, 1.0) * (tier.latency_s * hops + paid)
+        slowest = np.where(within > below, np.maximum(slowest, seconds), slowest)
+        below = np.maximum(below, within)
+    return np.asarray(slowest)
 
 
 def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:

@@ -29,6 +29,8 @@ from bloomery.spec.model import Model
 PROBED_INTERVAL = Interval(low=0.85, high=1.30)
 """90 % interval of measured / predicted where the accelerator's constants were measured here; elsewhere it is the
 calibration's, for software that no run named."""
+QUIET = 0.05
+"""Repeated measurements of a quiet machine differ by less; the interval above holds that much already."""
 
 
 @dataclass(frozen=True)
@@ -151,10 +153,17 @@ def estimate_case(case: Case) -> Estimates:
     return Estimates(case)
 
 
+def interval_of(cluster: Cluster) -> Interval:
+    """90 % interval of measured / predicted on a cluster: wider by the noise in which it was measured."""
+    interval = PROBED_INTERVAL if cluster.accelerator.source == PROBED else calibration().interval("prior")
+    wider = 1.0 + max(0.0, cluster.noise - QUIET)
+    return Interval(low=interval.low / wider, high=interval.high * wider)
+
+
 def _one(estimates: Estimates) -> Estimate:
     case = estimates.case
     step_s = float(estimates.step_time_s[0])
-    interval = PROBED_INTERVAL if case.accelerator.source == PROBED else calibration().interval("prior")
+    interval = interval_of(case.cluster)
     peak = case.accelerator.peak(case.dtype)
     capacity = step_s * float(case.lay.world_size[0]) * peak
     causal = model_flops(case.model, global_batch=case.global_batch, seq_len=case.seq_len, causal=True)

@@ -59,6 +59,7 @@ class Accelerator(Noun):
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
     compute_factor: dict[Dtype, ComputeFactor] = {}
     reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")
+    upload_bytes_per_s: float | None = Field(default=None, gt=0, description="from pinned memory of the host")
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
@@ -93,6 +94,7 @@ class Tier(Noun):
 
     A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
     `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring).
+    `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
     """
 
     name: str
@@ -102,6 +104,7 @@ class Tier(Noun):
     latency_s: float = Field(ge=0)
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
     op_factor: dict[CollectiveName, float] = {}
+    flat: bool = False
 
 
 class Storage(Noun):
@@ -109,6 +112,7 @@ class Storage(Noun):
 
     write_bytes_per_s: float = Field(default=2e9, gt=0)
     read_bytes_per_s: float = Field(default=4e9, gt=0)
+    fsync_s: float | None = Field(default=None, ge=0, description="a small file written and synced, as each commit is")
 
 
 class Cut(Noun):
@@ -133,6 +137,8 @@ class Cluster(Noun):
     """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
+    process_start_s: float | None = Field(default=None, ge=0, description="until a rank has imported and joined")
+    noise: float = Field(default=0.0, ge=0, description="relative spread of repeated measurements; widens intervals")
     source: str = ""
     provenance: dict[str, str] = {}
 

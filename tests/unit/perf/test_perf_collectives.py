@@ -59,6 +59,31 @@ def test_a_group_over_two_tiers_sends_only_its_share_across() -> None:
     assert seconds[0] == pytest.approx(inside + across)
 
 
+def two_hosts(rate: float) -> Cluster:
+    """Two hosts of two ranks each on gloo, joined by one link."""
+    inside = Tier(name="inside", span=2, bandwidth_bytes_per_s=2e9, ports_per_node=2, latency_s=0.0)
+    across = Tier(name="across", span=4, bandwidth_bytes_per_s=rate, ports_per_node=1, latency_s=0.0, flat=True)
+    return cluster().model_copy(update={"nodes": 2, "accelerators_per_node": 2, "tiers": (inside, across)})
+
+
+@pytest.mark.parametrize(("rate", "measured_s"), [(200e6 / 8, 0.2505), (1e9 / 8, 0.0506)])
+def test_a_flat_ring_of_all_ranks_crosses_a_host_once_as_measured_on_gloo(rate: float, measured_s: float) -> None:
+    """4 MiB all-reduced by 2 x 2 ranks over a shaped link: 3/2 of the message crosses each way."""
+    seconds = collective_s(two_hosts(rate), "all_reduce", group(4, 1), 4 << 20)
+    assert seconds[0] == pytest.approx(1.5 * (4 << 20) / rate)
+    assert seconds[0] == pytest.approx(measured_s, rel=0.02)
+
+
+def test_flat_rings_side_by_side_share_the_port_and_one_inside_a_host_is_as_before() -> None:
+    hosts = two_hosts(1e8)
+    side_by_side = collective_s(hosts, "all_reduce", group(2, 2), 1e6)
+    assert side_by_side[0] == pytest.approx(1e6 / (1e8 / 2))
+    inside = collective_s(hosts, "all_reduce", group(2, 1), 1e6)
+    tiered = hosts.model_copy(update={"tiers": (hosts.tiers[0], hosts.tiers[1].model_copy(update={"flat": False}))})
+    assert inside[0] == pytest.approx(collective_s(tiered, "all_reduce", group(2, 1), 1e6)[0])
+    assert collective_s(hosts, "all_reduce", group(1, 1), 1e6)[0] == 0.0
+
+
 def test_message_size_and_operation_factor_count() -> None:
     plain = cluster()
     tuned = cluster(half_size_bytes=1e6, op_factor={"all_gather": 2.0})
