@@ -21,11 +21,12 @@ from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
-from bloomery.spec.job import JOB_FILE, Job, read_job
+from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
+from bloomery.spec.seal import sealed_json, sealed_text
 from bloomery.spec.shard_table import collectives
 
 WRITTEN = (
@@ -209,10 +210,10 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
             if is_finished(folder):
                 return earlier
         if run_yaml:
-            write_atomically(folder / "run.yaml", run_yaml)
-        write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
+            write_atomically(folder / "run.yaml", sealed_text(run_yaml))
+        write_atomically(folder / "plan.json", sealed_json(expected))
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
-        write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
+        write_job(folder, job)
     return job
 
 

@@ -23,6 +23,7 @@ from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.seal import sealed_text
 
 ATTENTION_SHAPE = (4, 8, 256, 32)
 STORAGE_BYTES = 64 << 20
@@ -211,7 +212,7 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
     """Write the file a person can read; defaults are left out, numbers rounded to four digits."""
     values = _rounded(cluster.model_dump(mode="json", exclude_defaults=True))
     header = "# This machine, as `bloomery probe` measured it. Rates in FLOP/s and bytes/s, times in seconds.\n"
-    write_atomically(path, header + to_yaml(values))
+    write_atomically(path, sealed_text(header + to_yaml(values)))
 
 
 def _rounded(value: Any) -> Any:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
 from bloomery.ledger.sinks import JsonLines
-from bloomery.spec.commit import FENCE_FILE, read_fence
+from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
@@ -104,8 +104,7 @@ def _one_start(
     module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
-    fence = read_fence(folder) + 1
-    write_atomically(folder / FENCE_FILE, str(fence))
+    fence = take_fence(folder)
     began, started = time.time(), time.monotonic()
     outcome = supervise(module, folder, world_size, settings, stopping)
     account = JsonLines(folder / SUPERVISION_FILE)
