@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,8 @@ class Recorder:
 
     def renamed(self, old: str, new: str) -> None:
         """A rename, with all that is below."""
+        if old not in self.things:
+            return
         thing = self.things[old]
         self.log.append(Change("name", thing, gone=(self.place(old),), new=self.place(new)))
         self.things.pop(new, None)
@@ -122,7 +125,7 @@ def recorded(root: Path) -> Iterator[Recorder]:
     """What is done inside below an empty folder."""
     recorder = Recorder(root)
     recorder.number(str(root), folder=True)
-    fsync, rmtree_fd = os.fsync, os.unlink in os.supports_dir_fd
+    fsync = os.fsync
 
     def synced(descriptor: int) -> None:
         recorder.synced(descriptor)
@@ -131,17 +134,12 @@ def recorded(root: Path) -> Iterator[Recorder]:
     RECORDERS.append(recorder)
     os.fsync = synced
     # Names below an open folder would be told without their path.
-    os.supports_dir_fd.discard(os.unlink)
-    import shutil
-
     safe, shutil._use_fd_functions = shutil._use_fd_functions, False  # type: ignore[attr-defined]
     try:
         yield recorder
         recorder.look()
     finally:
         shutil._use_fd_functions = safe  # type: ignore[attr-defined]
-        if rmtree_fd:
-            os.supports_dir_fd.add(os.unlink)
         os.fsync = fsync
         RECORDERS.clear()
 

@@ -43,7 +43,7 @@ class Fault:
     nan: gradients of the first parameter, at a step or whenever the step begins within `samples`
     full: no room on the disk, from a step on (until another: `until`)
     poison: other tokens in place of those of `samples`
-    slow: `seconds` more in a bucket, from a step on, and so much more of the bucket's own time (`share`)
+    slow: `seconds` more in a bucket, in each step from one on
     network: the rank lives in the network namespace `name`
     taken: the sample numbers that are trained on are written down
     asked: what is asked for from outside, in the file `asked_RANK`, strikes at once
@@ -165,6 +165,7 @@ def plant(faults: list[Fault]) -> None:
     """Strike at a phase's beginning, as the heartbeat tells it; spoil data, gradients and disks on the way."""
     enter, make, reduce = Heartbeat.enter, Engine.__init__, Engine.reduce_gradients
     get, write, batch = Batches.get, checkpoint.write_part, TokenDataset.batch
+    slept = dict[Fault, int]()
 
     def entered(self: Heartbeat, bucket: str) -> None:
         NOW["step"] = self.step
@@ -175,7 +176,8 @@ def plant(faults: list[Fault]) -> None:
             if fault.kind in STRIKES and fault.kind != "full" and fault.due(self.step, bucket):
                 fault.marker.touch()
                 STRIKES[fault.kind](fault)
-            elif fault.lasts("slow", self.step) and fault.bucket == bucket:
+            elif fault.lasts("slow", self.step) and fault.bucket == bucket and slept.get(fault) != self.step:
+                slept[fault] = self.step  # once a step, however often the bucket is entered
                 time.sleep(fault.seconds)
 
     def made(self: Engine, *arguments: Any) -> None:

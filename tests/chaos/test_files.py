@@ -111,6 +111,8 @@ def outcome(artefact: Artefact, good: Any) -> str:
         found = artefact.read()
     except BloomeryError:
         return "refused"
+    if isinstance(good, dict):  # the name of the hash itself may have changed: nothing that is looked for
+        found = {key: found.get(key) for key in good}
     return "harmless" if found == good else "silent"
 
 
@@ -166,7 +168,10 @@ def damages(folder: Path, draw: random.Random) -> Iterator[str]:
         yield f"{file.name} is missing"
     for _ in range(40):
         file = draw.choice([*files, commit])
-        file.write_bytes(torn(file.read_bytes(), draw) or b"\n")
+        whole = left = file.read_bytes()
+        while left == whole:
+            left = torn(whole, draw)
+        file.write_bytes(left)
         yield f"{file.name} is torn"
     other = folder.parent / BEFORE / "commit.json"
     commit.write_bytes(other.read_bytes())

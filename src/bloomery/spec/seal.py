@@ -18,7 +18,7 @@ from bloomery.spec.errors import InputError
 KEY = "sha256"
 """The key of a JSON object that holds the hash of all the others."""
 SUMS_FILE = "SHA256SUMS"
-_LAST_LINE = re.compile(r"# sha256 ([0-9a-f]{64}) of the lines above\s*\Z")
+_FIRST_LINE = re.compile(r"# sha256 ([0-9a-f]{64}) of the lines below\n")
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 
 
@@ -40,15 +40,15 @@ def _hash_of(values: Mapping[str, Any]) -> str:
 
 
 def sealed_text(text: str) -> str:
-    """Text whose last line, a comment, is the hash of the lines above."""
-    return f"{text}# sha256 {hashlib.sha256(text.encode()).hexdigest()} of the lines above\n"
+    """Text after a comment with its hash: first, so that a file cut short still has it."""
+    return f"# sha256 {hashlib.sha256(text.encode()).hexdigest()} of the lines below\n{text}"
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise InputError when the last line is the hash of other lines; text without such a line passes."""
-    found = _LAST_LINE.search(text)
-    if found and hashlib.sha256(text[: found.start()].encode()).hexdigest() != found[1]:
-        raise InputError("changed since it was written; if on purpose, remove its last line", where=where)
+    """Raise InputError when the first line is the hash of other lines; text without such a line passes."""
+    found = _FIRST_LINE.match(text)
+    if found and hashlib.sha256(text[found.end() :].encode()).hexdigest() != found[1]:
+        raise InputError("changed since it was written; if on purpose, remove its first line", where=where)
 
 
 def sha256_of(path: Path) -> str:

@@ -44,10 +44,10 @@ def test_what_has_no_seal_passes(tmp_path: Path) -> None:
 
 def test_an_edited_file_says_what_to_do(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(sealed_text("layers: 12\n").replace("12", "24"))
-    with pytest.raises(InputError, match=r"run.yaml: changed .* if on purpose, remove its last line"):
+    path.write_text(sealed_text("layers: 12\n").replace("layers: 12", "layers: 24"))
+    with pytest.raises(InputError, match=r"run.yaml: changed .* if on purpose, remove its first line"):
         read_yaml(path)
-    path.write_text(path.read_text().splitlines()[0] + "\n")
+    path.write_text(path.read_text().splitlines()[1] + "\n")
     assert read_yaml(path) == {"layers": 24}
 
 
@@ -62,3 +62,11 @@ def test_sums_name_the_file_that_changed_and_other_programs_read_them(tmp_path: 
     check_sums(tmp_path, ["one"])
     with pytest.raises(InputError, match=r"two: content does not match"):
         check_sums(tmp_path, ["one", "two"])
+
+
+def test_a_file_cut_short_is_noticed(tmp_path: Path) -> None:
+    path, whole = tmp_path / "run.yaml", sealed_text("layers: 12\nname: iron\n")
+    for length in range(1, len(whole)):
+        path.write_text(whole[:length])
+        with pytest.raises(InputError):
+            read_yaml(path)
