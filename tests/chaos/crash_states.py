@@ -75,8 +75,8 @@ class Recorder:
         if event == "os.rename":
             self.look()
             self.renamed(path, os.fsdecode(arguments[1]))  # type: ignore[arg-type]
-        elif not path.startswith(str(self.root)):
-            return
+        elif os.path.dirname(path) not in self.things:
+            return  # elsewhere, or it will fail: the folder is not there yet
         elif event == "os.mkdir" and path not in self.things:
             self.look()
             place = self.place(path)

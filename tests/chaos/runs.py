@@ -82,11 +82,16 @@ def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
 
 
 def recovery_s(folder: Path) -> list[float]:
-    """Seconds from each failure's record to the first step after it."""
-    ledger = [line for line in read_lines(folder / "ledger.jsonl") if line["rank"] == 0 and line["step"] == -1]
-    starts = read_lines(folder / "supervision.jsonl")
-    loaded = {line["fence"]: line["wall_s"] for line in ledger}
-    return [start["forked_s"] + loaded[start["fence"]] for start in starts[1:] if start["fence"] in loaded]
+    """Seconds from each fault that ended a start (the marks it left say when) to the end of the first step after it."""
+    struck = sorted(path.stat().st_mtime for path in folder.glob("struck_*"))
+    mine = [line for line in read_lines(folder / "ledger.jsonl") if line["rank"] == 0]
+    found = list[float]()
+    for start in read_lines(folder / "supervision.jsonl")[1:]:
+        lines = [line for line in mine if line["fence"] == start["fence"]]
+        before = [when for when in struck if when < start["began"]]
+        if before and len(lines) > 1:
+            found.append(start["began"] + start["forked_s"] + lines[0]["wall_s"] + lines[1]["wall_s"] - before[-1])
+    return found
 
 
 def lost_steps(folder: Path) -> list[int]:

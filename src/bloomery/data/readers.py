@@ -72,7 +72,7 @@ def text_files(sources: list[Path]) -> list[Path]:
                     found[Path(folder) / name] = None
     real: dict[Path, Path] = {}
     for path in found:
-        real.setdefault(path.resolve(), path)
+        real.setdefault(Path(os.path.realpath(path)), path)  # of a link that leads back to itself too
     return list(real.values())
 
 
