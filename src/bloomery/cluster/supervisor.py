@@ -12,15 +12,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bloomery.cluster.crew import Crew
 from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
-from bloomery.ledger.sinks import JsonLines
+from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
@@ -75,22 +77,37 @@ class Failures:
 def launch(module: str, folder: Path, world_size: int) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
+    With `supervision.elastic` it may go on with fewer, see `crew`.
+
     Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
     failed at the same step for the same cause several times in a row.
     """
-    settings = read_job(folder).supervision
+    job = read_job(folder)
+    settings, crew = job.supervision, Crew(folder, job, world_size)
     failures, starts, waited_s = Failures(), 0, 0.0
-    with run_lock(folder), Stopping().handled() as stopping:
+    with run_lock(folder), _memory_given_back(folder), Stopping().handled() as stopping:
         while True:
-            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s)
+            outcome = _one_start(module, folder, crew, settings, stopping, waited_s)
             starts += 1
+            if outcome.code == STOPPED_BY_SIGNAL and not stopping.asked and crew.until_all_are_tried_s == 0:
+                crew.grow(outcome.step)
+                waited_s = 0.0
+                continue
             if outcome.code in (0, STOPPED_BY_SIGNAL):
                 return outcome.code
             if outcome.code in (2, 3):
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 return STOPPED_BY_SIGNAL
+            if outcome.code == CORRUPTED:
+                forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
+            if crew.failed(outcome):
+                failures, waited_s = Failures(), 0.0
+                _record(folder, outcome, f"going on with {crew.now.layout.describe()}")
+                continue
             failures = failures.after(outcome)
+            if failures.alike > 1:
+                forget_copies(folder)  # they may be what is wrong
             end = failures.reason_to_end(starts, settings)
             waited_s = failures.back_off_s()
             _record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
@@ -100,13 +117,24 @@ def launch(module: str, folder: Path, world_size: int) -> int:
                 return STOPPED_BY_SIGNAL
 
 
+@contextmanager
+def _memory_given_back(folder: Path) -> Iterator[None]:
+    """Copies in memory outlive a command that is killed, and no other."""
+    try:
+        yield
+    finally:
+        forget_copies(folder)
+
+
 def _one_start(
-    module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
+    module: str, folder: Path, crew: Crew, settings: Supervision, stopping: Stopping, waited_s: float
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
     fence = take_fence(folder)
     began, started = time.time(), time.monotonic()
-    outcome = supervise(module, folder, world_size, settings, stopping)
+    outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+    if outcome.code == CORRUPTED:
+        outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
@@ -115,7 +143,7 @@ def _one_start(
             "wall_s": time.monotonic() - started,
             "waited_s": waited_s,
             "forked_s": outcome.forked_s,
-            "world_size": world_size,
+            "world_size": len(crew.now.slots),
             "code": outcome.code,
             "rank": outcome.rank,
             "cause": outcome.cause,
@@ -125,6 +153,14 @@ def _one_start(
     )
     account.close()
     return outcome
+
+
+def _accused(folder: Path, fence: int, first: int | None) -> int | None:
+    """Ranks that hold different values all stop alike: whom the event of this start names alone, else the first."""
+    for event in reversed(read_lines(folder / "events.jsonl")):
+        if event.get("fence") == fence and len(event.get("culprit_ranks", ())) == 1:
+            return int(event["culprit_ranks"][0])
+    return first
 
 
 def _record(folder: Path, outcome: Outcome, then: str) -> None:

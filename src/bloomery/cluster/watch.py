@@ -16,6 +16,10 @@ from bloomery.ledger.heartbeat import PHASES, WAITING, Beat
 from bloomery.spec.reliability import Supervision
 
 STOPPED_STATES = "Tt"
+UNHURRIED = ("compile", "profile")
+"""Phases whose longest time says nothing of the next: one program compiles in 2 s, another one in 200."""
+UNHURRIED_FACTOR = 4
+"""Times `first_phase_s`, for those: compilers have been seen to take 350 s on a crowded machine."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ def process_state(pid: int) -> str:
 
 def limit_s(phase: str, beats: Sequence[Beat], settings: Supervision) -> float:
     """Seconds a phase may take: a multiple of the longest it ever took on any rank, generous before it ever ended."""
+    if phase in UNHURRIED:
+        return UNHURRIED_FACTOR * settings.first_phase_s
     longest = max((beat.longest_s[PHASES.index(phase)] for beat in beats), default=0.0)
     return max(settings.hang_floor_s, settings.hang_factor * longest if longest else settings.first_phase_s)
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -73,7 +73,8 @@ def threads_per_rank(world_size: int) -> int:
 class World:
     """The processes of one start. SIGTERM and SIGUSR1 are passed on to them; leaving kills what still runs."""
 
-    def __init__(self, module: str, folder: Path, world_size: int, scratch: Path, settings: Supervision) -> None:
+    def __init__(self, module: str, folder: Path, slots: Sequence[int], scratch: Path, settings: Supervision) -> None:
+        """`slots`: the place (LOCAL_RANK) of each rank."""
         self.scratch, self.settings = scratch, settings
         self.started = time.monotonic()
         for name, value in READ_AT_IMPORT.items():
@@ -81,8 +82,8 @@ class World:
         context = get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.processes = [
-            context.Process(target=_rank, args=(module, str(folder), _environment(rank, world_size, scratch)))
-            for rank in range(world_size)
+            context.Process(target=_rank, args=(module, str(folder), _environment(rank, slots, scratch)))
+            for rank in range(len(slots))
         ]
         for process in self.processes:
             process.start()
@@ -101,9 +102,13 @@ class World:
         unheard = Beat(0, self.started)
         return [read_beat(beat_file(self.scratch, rank)) or unheard for rank in range(len(self.processes))]
 
-    def watch(self) -> Outcome:
-        """Wait until all end well, or one does not or hangs."""
+    def watch(self, stop_after_s: float | None = None) -> Outcome:
+        """Wait until all end well, or one does not or hangs. After `stop_after_s` they are asked to save and stop."""
         while True:
+            # Before its first step a rank does not listen yet.
+            if stop_after_s is not None and time.monotonic() - self.started > stop_after_s and self._all_step():
+                self.signal(signal.SIGUSR1)
+                stop_after_s = None
             codes = [process.exitcode for process in self.processes]
             if all(code == 0 for code in codes):
                 return Outcome(0, step=self._step())
@@ -114,6 +119,10 @@ class World:
             if hang is not None:
                 return self._hung(hang)
             time.sleep(POLL_S)
+
+    def _all_step(self) -> bool:
+        """Whether every rank has begun a step."""
+        return min(beat.step for beat in self.beats()) >= 0
 
     def _step(self) -> int:
         return max(beat.step for beat in self.beats())
@@ -154,11 +163,12 @@ class World:
             process.join()
 
 
-def _environment(rank: int, world_size: int, scratch: Path) -> dict[str, str]:
+def _environment(rank: int, slots: Sequence[int], scratch: Path) -> dict[str, str]:
+    world_size = len(slots)
     return {
         **os.environ,
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(slots[rank]),
         "WORLD_SIZE": str(world_size),
         "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
@@ -201,14 +211,21 @@ class Stopping:
                 signal.signal(number, handler)
 
 
-def supervise(module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping) -> Outcome:
+def supervise(
+    module: str,
+    folder: Path,
+    slots: Sequence[int],
+    settings: Supervision,
+    stopping: Stopping,
+    stop_after_s: float | None = None,
+) -> Outcome:
     """Run the `main` of a module once for each rank, with `folder` as its argument, and wait."""
     with tempfile.TemporaryDirectory(prefix="bloomery-") as scratch:
-        world = World(module, folder, world_size, Path(scratch), settings)
+        world = World(module, folder, slots, Path(scratch), settings)
         stopping.world = world
         try:
             write_atomically(folder / PROCESSES_FILE, json.dumps([process.pid for process in world.processes]))
-            return replace(world.watch(), forked_s=world.forked_s)
+            return replace(world.watch(stop_after_s), forked_s=world.forked_s)
         finally:
             stopping.world = None
             world.kill()

@@ -146,9 +146,31 @@ def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int)
     ).hexdigest()
 
 
+def text_bytes(file: Path) -> int:
+    """About how much text a file holds; 0 for what is no plain file."""
+    return file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) if file.is_file() else 0
+
+
+def fair_share(sizes: list[int], most: int) -> int:
+    """The share of one file: smaller files are read whole, larger ones so far that all together come to `most`.
+
+    >>> fair_share([10, 100, 1000], 300)
+    190
+    >>> fair_share([10, 100, 1000], 5000)
+    5000
+    """
+    left = most
+    for number, size in enumerate(sorted(sizes)):
+        share = left // (len(sizes) - number)
+        if size > share:
+            return share
+        left -= size
+    return most
+
+
 def _check_space(data: Data, files: list[Path], folder: Path) -> None:
     """Raise InputError when the disk cannot hold the shards of so much text."""
-    text = sum(file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) for file in files if file.is_file())
+    text = sum(map(text_bytes, files))
     need, free = 3 * min(data.max_bytes, text) + 2**20, shutil.disk_usage(_existing(folder)).free
     if free < need:
         problem = f"no space left for token shards: they may take {need / 1e6:.1f} MB, {free / 1e6:.1f} MB are free"
@@ -160,14 +182,18 @@ def _existing(folder: Path) -> Path:
 
 
 def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list[Document]:
-    """Clean documents up to `max_bytes`, files in an order given by their names' hash so that a cap takes a mix."""
+    """Clean documents up to `max_bytes`, a mix: files in an order given by their names' hash, large ones in part."""
     account, seen, kept, size = Account(), set[str](), list[Document](), 0
     ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
+    share = fair_share([text_bytes(file) for file in ordered], data.max_bytes)
     for file in ordered:
         if size >= data.max_bytes:
             break
         report.files += 1
+        enough = min(size + share, data.max_bytes)
         for document in _pieces(read_documents(file, account), named=bool(data.text)):
+            if size >= enough:
+                break
             if len(document.text) > MAX_CHARACTERS:
                 account.drop("longer than 300,000 characters", document.path)
             elif len(document.text) < data.min_characters:

@@ -12,21 +12,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log")
+PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log", "compile", "profile")
 WAITING = "communicate"
 """The phase in which a rank may be waiting for another one's fault."""
 PHASE_OF = {
     "startup": "startup",
     "data": "load",
     "compute": "compute",
+    "recheck": "compute",
     "optimizer": "optimize",
     "checkpoint": "save",
+    "snapshot": "save",
     "evaluate": "evaluate",
     "logging": "log",
+    "compile": "compile",
+    "profile": "profile",
 }
 """Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
 FORGET = 0.999
-"""The longest time of a phase shrinks by this at each visit, so that one slow minute is not remembered for good."""
+"""A phase's longest time shrinks by this with each step that has it, so that one slow minute is not kept for good."""
 _HEAD = struct.Struct("<QdqQ")
 _LONGEST = struct.Struct(f"<{len(PHASES)}d")
 
@@ -53,21 +57,32 @@ class Beat:
 
 
 class Heartbeat:
-    """The writing side, entered from `Clock` at every change of bucket."""
+    """The writing side, entered from `Clock` at every change of bucket.
+
+    How long phases take is told when a step has ended: its first visit to a phase may be the shortest by far.
+    """
 
     def __init__(self, path: Path) -> None:
         with path.open("w+b") as stream:
             stream.truncate(_HEAD.size + _LONGEST.size)
             self._map = mmap.mmap(stream.fileno(), 0)
         self.step = -1
+        self._seen = [0.0] * len(PHASES)
         self._changes, self._since, self._phase = 0, time.monotonic(), 0
         self._longest = [0.0] * len(PHASES)
+
+    def begin(self, step: int) -> None:
+        """A step begins: from now on its predecessor's phases are part of what is usual."""
+        if self.step >= 0:
+            pairs = zip(self._seen, self._longest, strict=True)
+            self._longest = [max(seen, longest * FORGET) if seen else longest for seen, longest in pairs]
+            self._seen = [0.0] * len(PHASES)
+        self.step = step
 
     def enter(self, bucket: str) -> None:
         """The rank has changed to `bucket`, or has got on inside it."""
         now = time.monotonic()
-        before = self._phase
-        self._longest[before] = max(now - self._since, self._longest[before] * FORGET)
+        self._seen[self._phase] = max(self._seen[self._phase], now - self._since)
         self._phase = PHASES.index(PHASE_OF.get(bucket, WAITING))
         self._changes, self._since = self._changes + 1, now
         _LONGEST.pack_into(self._map, _HEAD.size, *self._longest)

@@ -36,14 +36,16 @@ BUCKETS = (
     "optimizer",
     "data",
     "checkpoint",
+    "snapshot",
     "evaluate",
     "logging",
     "startup",
     "compile",
     "profile",
+    "recheck",
     "other",
 )
-_NOT_OF_A_STEP = ("checkpoint", "evaluate", "startup", "compile", "profile")
+_NOT_OF_A_STEP = ("checkpoint", "snapshot", "evaluate", "startup", "compile", "profile", "recheck")
 
 WATERFALL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernel": ("kernels below peak", ("kernel",)),
@@ -254,7 +256,9 @@ def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, 
 
 
 def _has_pause(row: dict[str, Any]) -> bool:
-    return any(row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "compile", "profile"))
+    return any(
+        row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "compile", "profile", "recheck")
+    )
 
 
 def _mean_buckets(steps: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:

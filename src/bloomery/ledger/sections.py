@@ -27,11 +27,13 @@ COLOURS = {
     "optimizer": "#d9a441",
     "data": "#7a8b52",
     "checkpoint": "#7d5a8c",
+    "snapshot": "#94779f",
     "evaluate": "#a98cb5",
     "logging": "#b9b2a8",
     "startup": "#8c97a3",
     "profile": "#c7a76c",
     "compile": "#6f7f63",
+    "recheck": "#4f6d7a",
     "other": "#d5cfc6",
 }
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#bccad5", "#d6dfe6", "#c9c3b8", "#e2ddd5")

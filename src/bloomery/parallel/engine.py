@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
-from bloomery.parallel.apply import lay_out
+from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
@@ -31,6 +31,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 
 class Votes(NamedTuple):
@@ -105,6 +106,7 @@ class Engine:
         self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
+        self.after_first_backward: Callable[[], None] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
@@ -146,7 +148,7 @@ class Engine:
         """The last stage's output, with the targets that the schedule hands over once more."""
         return loss_sum / self.n_targets
 
-    def _own(self, batch: Batch) -> Batch:
+    def own_part(self, batch: Batch) -> Batch:
         """This rank's tokens and targets of its data-parallel rank's sequences; documents are told of whole ones."""
         if batch.prefix_b is None and self.model.mask == "prefix":
             raise InputError("a prefix model needs to know where prefixes end", where="batch.prefix_b")
@@ -161,7 +163,7 @@ class Engine:
         Returns this rank's part of the mean loss (zero except on the last stage). Raises InputError where a prefix
         model is not told where prefixes end.
         """
-        batch = self._own(batch)
+        batch = self.own_part(batch)
         self.n_targets = batch.n_targets
         for mixture in mixtures(self.stages.values()):
             mixture.router.loss_share = 1 / (len(batch.tokens_bs) * self.layout.data_ranks * self.layout.tp)
@@ -187,11 +189,17 @@ class Engine:
                 stage.set_is_last_backward(last)
                 stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
             with self.measure("compute"):
-                with self._autocast():
-                    loss = stage(micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
-                loss.backward()
-            total += loss.detach()
+                total += self.backward_of(micro)
+            if number == 1 and self.after_first_backward is not None:
+                self.after_first_backward()
         return total
+
+    def backward_of(self, micro: Batch) -> Tensor:
+        """One micro-batch through the only stage and back; gradients add up. Returns its part of the mean loss."""
+        with self._autocast():
+            loss: Tensor = self.stages[0](micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
+        loss.backward()
+        return loss.detach()
 
     def reduce_gradients(self) -> None:
         """Sum what the backward pass left partial: what tp ranks hold alike, a tied embedding on both ends of a
@@ -288,7 +296,7 @@ class Engine:
         With pipeline stages PyTorch prepares its buffers anew at every change between training and evaluation, and
         sends a few bytes for it that no plan counts.
         """
-        batch, self.n_targets = self._own(batch), 1
+        batch, self.n_targets = self.own_part(batch), 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last_stage = self.layout.n_stages - 1 in self.stages
         with self._autocast():
@@ -361,6 +369,7 @@ def build(
     seed: int,
     measure: Measure,
     compiled: bool = False,
+    stabilisers: Stabilisers = UNTOUCHED,
 ) -> Engine:
     """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
 
@@ -376,6 +385,7 @@ def build(
     stages, table = lay_out(
         model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
     )
+    stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:

@@ -14,6 +14,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Optimizer
 from bloomery.spec.seal import KEY, sealed_json
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -23,7 +24,18 @@ CORRUPTED = 5
 GAVE_UP = 4
 """A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
+FIXED = (
+    "model",
+    "seed",
+    "seq_len",
+    "global_batch",
+    "steps",
+    "optimizer",
+    "kind",
+    "document_mask",
+    "dtype",
+    "stabilisers",
+)
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -47,10 +59,12 @@ class Job(Noun):
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100
+    memory_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
@@ -63,6 +77,8 @@ class Job(Noun):
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""
         values = self.model_dump(mode="json", include=set(FIXED))
+        if self.stabilisers == UNTOUCHED:
+            del values["stabilisers"]  # checkpoints from before there were any go on
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:

@@ -158,3 +158,16 @@ def check_layout(
     for problem in problems:
         if problem.broken[0]:
             raise InputError(problem.reason, where="layout", found=layout.describe())
+
+
+def check_recomputable(model: Model, layout: Layout) -> None:
+    """Raise InputError where the engine cannot compute one micro-batch's gradient apart from all others."""
+    for reason, found in (
+        ("needs pp = 1", layout.pp > 1),
+        ("needs ZeRO 0 or 1: later stages cut gradients over ranks", layout.zero_stage > 1),
+        ("does not cover mixtures of experts", model.moe is not None),
+    ):
+        if found:
+            raise InputError(
+                f"comparing gradients {reason}", where="train.guard.recompute_every", found=layout.describe()
+            )

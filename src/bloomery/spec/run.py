@@ -11,6 +11,7 @@ from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
+from bloomery.spec.stabilisers import Stabilisers
 
 
 def _folder_name(name: str) -> str:
@@ -93,10 +94,14 @@ class Train(Noun):
     )
     optimizer: Optimizer = Optimizer()
     checkpoint_every: int = Field(default=100, ge=1)
+    memory_every: int = Field(
+        default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
+    )
     keep_checkpoints: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
     document_mask: bool = Field(

@@ -73,8 +73,16 @@ class Batches:
         return past(step * self.global_batch, self.passed_over)
 
     def _prepare(self, start: int) -> Batch:
-        mine = np.arange(start + self.first, start + self.first + self.share)
-        samples = self.dataset.batch(mine)
+        return self._batch(start, np.arange(start + self.first, start + self.first + self.share))
+
+    def first_of(self, step: int, dp_rank: int, size: int) -> Batch:
+        """The first `size` sequences that some data-parallel rank has in `step`."""
+        start = self.first_sample(step)
+        return self._batch(start, start + dp_rank * self.share + np.arange(size))
+
+    def _batch(self, start: int, indices: np.ndarray) -> Batch:
+        """Some samples of the global batch that begins at `start`."""
+        samples = self.dataset.batch(indices)
         count = sum(self.dataset.n_targets(i) for i in range(start, start + self.global_batch))
         tokens, targets, documents, prefix = (
             None if part is None else torch.from_numpy(part).to(self.device)

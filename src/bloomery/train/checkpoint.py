@@ -92,14 +92,8 @@ def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], 
     return tensors, index
 
 
-def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
-    """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
-
-    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
-    run over since (its fencing number is higher): two writers never mix.
-    """
-    folder = partial.parent
-    target = folder / f"step_{state['step']:06d}"
+def gathered(partial: Path, layout: Layout, state: dict[str, Any]) -> Commit:
+    """The commit that the indices of all ranks make up. Raises BloomeryError when one is missing."""
     files, shapes, parts = dict[str, FileRecord](), dict[str, tuple[int, ...]](), dict[str, list[Rectangle]]()
     indices = sorted(partial.glob("index_*.json"))
     if len(indices) != layout.world_size:
@@ -111,9 +105,21 @@ def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> 
         for key, entry in index["tensors"].items():
             shapes[key] = tuple(entry["shape"])
             parts.setdefault(key, []).append(Rectangle(**entry["part"]))
-        path.unlink()
     tensors = {key: TensorRecord(shape=shapes[key], parts=tuple(found)) for key, found in parts.items()}
-    write_commit(partial, Commit(format=FORMAT, layout=layout, tensors=tensors, files=files, **state))
+    return Commit(format=FORMAT, layout=layout, tensors=tensors, files=files, **state)
+
+
+def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
+    """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
+
+    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
+    run over since (its fencing number is higher): two writers never mix.
+    """
+    folder = partial.parent
+    target = folder / f"step_{state['step']:06d}"
+    write_commit(partial, gathered(partial, layout, state))
+    for path in partial.glob("index_*.json"):
+        path.unlink()
     sync(partial)
     replaced = folder / f"replaced_{target.name[5:]}"
     with fence_held(folder.parent):

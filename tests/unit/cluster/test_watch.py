@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 
 from bloomery.cluster.watch import find_hang
-from bloomery.ledger.heartbeat import PHASES, Beat, Heartbeat, read_beat
+from bloomery.ledger.heartbeat import PHASE_OF, PHASES, Beat, Heartbeat, read_beat
+from bloomery.ledger.slow_steps import PAUSES
 from bloomery.spec.reliability import Supervision
 
 NOW = 1000.0
@@ -30,6 +31,16 @@ def test_a_long_evaluation_or_save_of_a_usual_length_is_legal() -> None:
     for phase in ("evaluate", "save"):
         beats = [beat(phase, 60, **{phase: 30}), beat("communicate", 60)]
         assert find_hang(beats, RUNNING[:2], NOW, SETTINGS) is None
+
+
+def test_a_long_compilation_after_a_short_one_is_no_hang() -> None:
+    for phase in ("compile", "profile"):
+        beats = [beat(phase, 350, **{phase: 2}), beat("communicate", 350)]
+        assert find_hang(beats, RUNNING[:2], NOW, SETTINGS) is None
+
+
+def test_every_bucket_that_no_message_has_is_a_phase_of_its_own() -> None:
+    assert {PHASE_OF.get(bucket) for bucket in PAUSES} == {"save", "evaluate", "compile", "profile"}
 
 
 def test_what_has_never_ended_before_is_given_time() -> None:
@@ -60,11 +71,27 @@ def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:
     heart = Heartbeat(path)
     assert read_beat(path) is None
     before = time.monotonic()
-    for heart.step, bucket in enumerate(("data", "compute", "dp_comm")):
+    for step, bucket in enumerate(("data", "compute", "dp_comm", "dp_comm")):
+        heart.begin(step)
         heart.enter(bucket)
     read = read_beat(path)
     assert read is not None
-    assert (read.phase, read.step, read.changes) == ("communicate", 2, 3)
+    assert (read.phase, read.step, read.changes) == ("communicate", 3, 4)
     assert before <= read.since <= time.monotonic()
     assert read.longest_s[PHASES.index("compute")] > 0
     assert read_beat(tmp_path / "none") is None
+
+
+def test_the_first_short_visit_to_a_phase_says_nothing_of_the_long_one_that_follows(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path / "beat")
+    compute = PHASES.index("compute")
+    longest = []
+    for step in range(2):
+        heart.begin(step)
+        for bucket in ("compute", "data", "compute"):
+            heart.enter(bucket)
+            read = read_beat(tmp_path / "beat")
+            assert read is not None
+            longest.append(read.longest_s[compute])
+    assert longest[:3] == [0.0] * 3
+    assert longest[3] > 0

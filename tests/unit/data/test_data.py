@@ -310,3 +310,15 @@ def test_a_changed_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'"[', b'"]', 1) + b" ")
     with pytest.raises(InputError, match=r"tokenizer.json: content does not match"):
         load(tmp_path / "out")
+
+
+def test_a_cap_takes_small_files_whole_and_a_part_of_large_ones(tmp_path: Path) -> None:
+    sizes = {"zh": 400, "en": 20, "fr": 5}
+    for name, documents in sizes.items():
+        lines = (json.dumps({"text": f"{name} {number} " + "x" * 90}) for number in range(documents))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    data = Data(text=(str(tmp_path),), vocab=300, max_bytes=10_000, min_characters=10)
+    report = build(data, tmp_path / "out")
+    assert report.files == 3
+    assert 9_000 <= report.bytes_text < 10_200  # what JSON needs besides is part of a file, and not of its text
+    assert report.documents_train + report.documents_heldout > 25
