@@ -41,6 +41,7 @@ class Fault:
     """One fault: `kind` is a function below that strikes once, or one of those that last:
 
     nan: gradients of the first parameter, at a step or whenever the step begins within `samples`
+    wrong: the lowest bit of one number of a micro-batch's gradient, once
     full: no room on the disk, from a step on (until another: `until`)
     poison: other tokens in place of those of `samples`
     slow: `seconds` more in a bucket, in each step from one on
@@ -164,7 +165,7 @@ def asked_for(faults: list[Fault]) -> list[Fault]:
 def plant(faults: list[Fault]) -> None:
     """Strike at a phase's beginning, as the heartbeat tells it; spoil data, gradients and disks on the way."""
     enter, make, reduce = Heartbeat.enter, Engine.__init__, Engine.reduce_gradients
-    get, write, batch = Batches.get, checkpoint.write_part, TokenDataset.batch
+    get, write, batch, backward = Batches.get, checkpoint.write_part, TokenDataset.batch, Engine.backward_of
     slept = dict[Fault, int]()
 
     def entered(self: Heartbeat, bucket: str) -> None:
@@ -199,6 +200,14 @@ def plant(faults: list[Fault]) -> None:
                 next(iter(self.parameters().values())).grad.fill_(float("nan"))  # type: ignore[union-attr]
         reduce(self)
 
+    def miscalculated(self: Engine, micro: Any) -> Any:
+        loss = backward(self, micro)
+        for fault in faults:
+            if fault.kind == "wrong" and fault.due(int(NOW["step"]), fault.bucket):
+                fault.marker.touch()
+                next(iter(self.parameters().values())).grad.view(torch.int32).view(-1)[5] ^= 1  # type: ignore[union-attr]
+        return loss
+
     def written(*arguments: Any) -> None:
         if time.monotonic() < NOW["full_until"] or any(fault.lasts("full", int(NOW["step"])) for fault in faults):
             raise OSError("no space left on this disk")
@@ -215,7 +224,7 @@ def plant(faults: list[Fault]) -> None:
 
     Heartbeat.enter, Engine.__init__, Engine.reduce_gradients = entered, made, reduced  # type: ignore[method-assign]
     Batches.get, checkpoint.write_part = got, written  # type: ignore[method-assign]
-    TokenDataset.batch = read  # type: ignore[method-assign]
+    TokenDataset.batch, Engine.backward_of = read, miscalculated  # type: ignore[method-assign]
 
 
 def move(faults: list[Fault]) -> None:

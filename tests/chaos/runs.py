@@ -95,8 +95,8 @@ def recovery_s(folder: Path) -> list[float]:
 
 
 def lost_steps(folder: Path) -> list[int]:
-    """By failure, the steps begun that had to be done again."""
-    failed = [event["step"] + 1 for event in events(folder, "worker_failed")]
+    """By failure, the finished steps that had to be done again."""
+    failed = [event["step"] for event in events(folder, "worker_failed")]
     resumed = [event["step"] for event in events(folder, "resumed") if event["rank"] == 0]
     # The first starts may have had nothing to go on from.
     return [step - back for step, back in zip(failed, [0] * (len(failed) - len(resumed)) + resumed, strict=True)]

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from runs import Figure, chance, describe, events, final_bits, train
 
 from bloomery.cluster.probe import write_cluster
@@ -25,7 +27,9 @@ from bloomery.spec.catalog import cluster, read_cluster, read_run
 from bloomery.spec.commit import newest_good, read_commit
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import read_job
+from bloomery.spec.layout import Layout
 from bloomery.spec.seal import KEY
+from bloomery.train.memory import MemoryCopies
 
 FLIPS, TEARS = 1000, 300
 NEWEST, BEFORE = "step_000014", "step_000012"
@@ -92,6 +96,34 @@ def artefacts(run: Path) -> list[Artefact]:
         Artefact("run.yaml of the run", [run / "run.yaml"], lambda: read_run(run / "run.yaml")),
         Artefact("machine.yaml of probe", [place / "machine.yaml"], lambda: read_cluster(place / "machine.yaml")),
     ]
+
+
+def test_f7_a_copy_in_memory(tmp_path: Path, figure: Figure) -> None:
+    """The newest copy is flipped; a start goes on from the one before."""
+    rank = SimpleNamespace(mesh=SimpleNamespace(rank=0, world_size=1), layout=Layout())
+    draw, silent, back = chance("F7 memory"), 0, 0
+    for number in (1, 2):
+        writer = MemoryCopies(tmp_path / "copies", rank, None, number)  # type: ignore[arg-type]
+        tensors = {"weight": torch.full((200,), float(number))}
+        part = {"file": "rank_00000.safetensors", "key": "weight", "offsets": (0,), "shape": (200,)}
+        state = {"step": number, "cursor": 0, "run_hash": "", "data_hash": "", "guard": {}, "fence": number}
+        writer._write((number, 1, number), state, tensors, {"weight": {"shape": (200,), "part": part}})
+        shutil.copytree(writer.path((number, 1, number)), tmp_path / f"kept{number}")
+    reader = MemoryCopies(tmp_path / "copies", rank, None, 3)  # type: ignore[arg-type]
+    for _ in range(FLIPS):
+        shutil.rmtree(tmp_path / "copies")
+        for number in (1, 2):
+            shutil.copytree(tmp_path / f"kept{number}", reader.path((number, 1, number)))
+        file = draw.choice(sorted(reader.path((2, 1, 2)).iterdir()))
+        content = bytearray(file.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        file.write_bytes(content)
+        found, _ = reader.newest_good()
+        silent += found == (2, 1, 2)
+        back += found == (1, 1, 1)
+    figure("F7", "one bit: copy of the state in memory", "0 silent",
+           f"{silent} silent of {FLIPS}, {back} went back one", silent == 0)  # fmt: skip
+    assert silent == 0 and back == FLIPS
 
 
 @contextmanager

@@ -79,6 +79,20 @@ def test_f1_killed_ranks(tmp_path: Path, data: Path, figure: Figure, name: str) 
     assert same and right == KILLS
 
 
+def test_f1_with_copies_in_memory(tmp_path: Path, data: Path, figure: Figure) -> None:
+    faults = at_every_step(chance("F1 memory"), ("kill",), KILLS)
+    settings = {"steps": KILLS + 2, "checkpoint_every": 20}
+    reference, _ = train(describe(tmp_path, "reference", data, {"dp": 2}, **settings))
+    folder, code = train(describe(tmp_path, "run", data, {"dp": 2}, memory_every=1, **settings), faults)
+    assert code == 0
+    lost, same = lost_steps(folder), final_bits(folder) == final_bits(reference)
+    middle, worst = middle_and_worst(recovery_s(folder))
+    figure("F1", "kill -9 a rank, dp2, copies in memory every step", "0 finished steps lost, same bits",
+           f"{sum(step > 0 for step in lost)} of {KILLS} lost {max(lost)}, {'same' if same else 'other'} bits, "
+           f"p50 {middle:.2f} p95 {worst:.2f} s", same and max(lost) == 0)  # fmt: skip
+    assert same and max(lost) <= 2
+
+
 def processes_of(folder: Path) -> list[psutil.Process]:
     """The ranks of a run that still live."""
     path = folder / ".processes"

@@ -10,6 +10,7 @@ import torch
 from runs import Figure, describe, final_bits, losses, train
 
 from bloomery.data.shards import TokenDataset
+from bloomery.ledger.sinks import read_lines
 from bloomery.model.weights import CheckpointReader
 from bloomery.spec.commit import read_commit
 
@@ -101,6 +102,24 @@ def test_f11_ranks_come_and_go(tmp_path: Path, data: Path, figure: Figure) -> No
     figure("F11", "dp4, zero2, dp3, tp2, zero3, pp2, dp4 in turn", "same samples, loss within 1e-6",
            f"{'same' if same else 'other'} samples, {apart:.1e} apart", same and apart <= 1e-6)  # fmt: skip
     assert same and apart < 1e-5
+
+
+def test_f11_a_rank_that_keeps_failing(tmp_path: Path, data: Path, figure: Figure) -> None:
+    """Elastic: on without it, back with it later; every step is of the same samples."""
+    supervision = {"hang_floor_s": 4.0, "elastic": True, "same_failures": 2, "grow_after_s": 0.1}
+    settings = {"steps": 60, "checkpoint_every": 4}
+    reference, _ = train(describe(tmp_path, "reference", data, {"dp": 2}, **settings))
+    always = {"kind": "kill", "rank": 1, "step": 4, "once": False}
+    described = describe(tmp_path, "run", data, {"dp": 2}, supervision=supervision, **settings)
+    folder, code = train(described, [always, WATCH])
+    sizes = [start["world_size"] for start in read_lines(folder / "supervision.jsonl")]
+    usual, other = losses(reference), losses(folder)
+    apart = max(abs(other[step] - usual[step]) / usual[step] for step in usual)
+    same = taken(folder) == {step: list(range(step * 8, (step + 1) * 8)) for step in range(60)}
+    figure("F11", "a rank that dies at step 5 again and again", "on without it and back, same samples",
+           f"ranks {sizes}, {'same' if same else 'other'} samples, loss {apart:.1e} apart",
+           code == 0 and same and sizes[-1] == 2 and min(sizes) == 1)  # fmt: skip
+    assert code == 0 and same and min(sizes) == 1 and apart < 1e-4
 
 
 @pytest.mark.parametrize("name", RESHARDED)

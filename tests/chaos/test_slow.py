@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from runs import Figure, chance, describe, events, train
-
-pytest.importorskip("bloomery.ledger.stragglers")
 
 STEP_S = 0.05
 """Slept in every step by every rank: without it a step is so short that the machine's own noise is a fifth of it."""
