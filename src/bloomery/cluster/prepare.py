@@ -28,6 +28,7 @@ from bloomery.spec.layout_rules import check_layout, check_recomputable
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Run
+from bloomery.spec.seal import sealed_json, sealed_text
 from bloomery.spec.shard_table import collectives
 
 WRITTEN = (
@@ -219,8 +220,8 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
             if is_finished(folder):
                 return earlier
         if run_yaml:
-            write_atomically(folder / "run.yaml", run_yaml)
-        write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
+            write_atomically(folder / "run.yaml", sealed_text(run_yaml))
+        write_atomically(folder / "plan.json", sealed_json(expected))
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
         write_job(folder, job)
     return job

@@ -20,6 +20,7 @@ from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import PROBED, Cluster, Cut, Storage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.seal import sealed_text
 
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
@@ -176,7 +177,7 @@ def write_cluster(cluster: Cluster, path: Path) -> None:
     values = _rounded(cluster.model_dump(mode="json", exclude_defaults=True))
     what = "This machine" if cluster.nodes == 1 else "These hosts"
     header = f"# {what}, as `bloomery probe` measured it. Rates in FLOP/s and bytes/s, times in seconds.\n"
-    write_atomically(path, header + to_yaml(values))
+    write_atomically(path, sealed_text(header + to_yaml(values)))
 
 
 def _rounded(value: Any) -> Any:

@@ -21,7 +21,7 @@ from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Stopping, pause, supervise
 from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.ledger.waiting import job_started, requeues
-from bloomery.spec.commit import FENCE_FILE, read_fence
+from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, read_job
@@ -178,8 +178,7 @@ def _one_start(
     leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
-    fence = read_fence(folder) + 1
-    write_atomically(folder / FENCE_FILE, str(fence))
+    fence = take_fence(folder)
     began, started = time.time(), time.monotonic()
     if leader is None:
         outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)

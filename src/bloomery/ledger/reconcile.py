@@ -10,7 +10,6 @@ plan's share of the measured compute time, and pipeline sends and bubble are mea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from bloomery.ledger.sinks import read_lines
 from bloomery.perf.result import Estimate
 from bloomery.spec.components import COMPONENTS
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
 
 WARM_UP = 3
 """Steps after each start that are left out: allocator, page faults, thread pools and caches settle in them."""
@@ -164,8 +164,10 @@ def read_plan(run_dir: Path) -> tuple[dict[str, Any], Estimate]:
     if not path.is_file():
         raise InputError("no run here: plan.json is missing", where=str(run_dir), accepted="the folder `train` wrote")
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_json(path)
         return plan, Estimate.from_json(plan["estimate"])
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"not a plan ({error})", where=str(path)) from None
 

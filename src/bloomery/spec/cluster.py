@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,7 @@ class Accelerator(Noun):
 
     name: str
     kind: Literal["gpu", "cpu"] = "gpu"
-    peak_flops_per_s: dict[Dtype, float]
+    peak_flops_per_s: dict[Dtype, Annotated[float, Field(gt=0)]]
     memory_bytes: float = Field(gt=0)
     memory_bandwidth_bytes_per_s: float = Field(gt=0)
     memory_efficiency: float = Field(default=0.8, gt=0, le=1)
@@ -53,7 +53,7 @@ class Accelerator(Noun):
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
     kernel_s: float = Field(default=2e-6, ge=0, description="device time of a kernel beyond its work: fill and drain")
     gemm: dict[Dtype, GemmEfficiency] = {}
-    attention: dict[Dtype, float] = {}
+    attention: dict[Dtype, Annotated[float, Field(gt=0)]] = {}
     """Share of peak of fused attention by number format; see `attention_efficiency`."""
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
@@ -103,7 +103,7 @@ class Tier(Noun):
     ports_per_node: int = Field(ge=1)
     latency_s: float = Field(ge=0)
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
-    op_factor: dict[CollectiveName, float] = {}
+    op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
     flat: bool = False
 
 

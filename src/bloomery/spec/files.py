@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.seal import check_json, check_text
 
 MAX_BYTES = 4_000_000
 
@@ -91,6 +92,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    check_text(text, str(path))
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError("a mapping is expected", where=str(path), found=type(values).__name__)
@@ -98,7 +100,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises InputError when it is missing, torn or something else."""
+    """One JSON object from a file. Raises InputError when it is missing, torn, changed or something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,6 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"not valid JSON ({error})", where=str(path)) from None
     if not isinstance(values, dict):
         raise InputError("a JSON object is expected", where=str(path), found=type(values).__name__)
+    check_json(values, str(path))
     return values
 
 
@@ -179,8 +182,13 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or a folder's names, are on disk: a rename survives a power cut only after that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -13,6 +13,7 @@ from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Optimizer
+from bloomery.spec.seal import KEY, sealed_json
 from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 JOB_FILE = "job.json"
@@ -90,9 +91,11 @@ def read_job(run_dir: Path) -> Job:
     path = run_dir / JOB_FILE
     if not path.is_file():
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
-    return Job.checked(read_json(path), where=str(path))
+    values = read_json(path)
+    values.pop(KEY, None)
+    return Job.checked(values, where=str(path))
 
 
 def write_job(run_dir: Path, job: Job) -> None:
-    """Write the job of a stage folder."""
-    write_atomically(run_dir / JOB_FILE, job.model_dump_json(indent=1))
+    """Write the job of a stage folder, sealed."""
+    write_atomically(run_dir / JOB_FILE, sealed_json(job.model_dump(mode="json")))

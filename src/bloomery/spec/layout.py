@@ -138,7 +138,7 @@ class Layout(Noun):
                 raise InputError("stands twice", where=f"--layout: {key}", found=text)
             values[key] = int(value) if value.isdecimal() else value
             if key == "stage_layers":
-                values[key] = value.split("+")
+                values[key] = [int(piece) if piece.isdecimal() else piece for piece in value.split("+")]
         return cls.checked(values, where="--layout")
 
 

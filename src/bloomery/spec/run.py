@@ -42,6 +42,9 @@ def _step_window(text: str) -> str:
 StepWindow = Annotated[str, AfterValidator(_step_window)]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Data(Noun):
     """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
 
@@ -68,7 +71,7 @@ class Optimizer(Noun):
     head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
     scaling: Literal["none", "mup"] = Field(default="none", description="mup: `lr` is that of width `base_hidden`")
     base_hidden: int = Field(default=128, ge=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -85,7 +88,7 @@ class Train(Noun):
     global_batch: int = Field(default=16, ge=1)
     tokens: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = Field(
         default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"

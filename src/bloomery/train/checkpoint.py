@@ -25,11 +25,13 @@ from bloomery.spec.commit import (
     Rectangle,
     TensorRecord,
     checkpoint_folders,
+    fence_held,
     read_commit,
     read_fence,
     write_commit,
 )
 from bloomery.spec.errors import BloomeryError
+from bloomery.spec.files import sync
 from bloomery.spec.layout import Layout
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.shard_file import write_shard
@@ -118,15 +120,17 @@ def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> 
     write_commit(partial, gathered(partial, layout, state))
     for path in partial.glob("index_*.json"):
         path.unlink()
-    _sync(partial)
-    owner = read_fence(folder.parent)
-    if owner > state["fence"]:
-        raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
+    sync(partial)
     replaced = folder / f"replaced_{target.name[5:]}"
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    _sync(folder)
+    with fence_held(folder.parent):
+        owner = read_fence(folder.parent)
+        if owner > state["fence"]:
+            raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(partial, target)
+    sync(folder)
+    sync(folder.parent)  # the folder of checkpoints may itself be new
     for old in (replaced, *keep.outdated(folder, state["guard"].get("episode", -1))):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -149,7 +153,7 @@ def set_aside(path: Path, why: str) -> Path:
     while (target := path.with_name(f"{why}_{path.name}{f'_{number}' if number else ''}")).exists():
         number += 1
     os.rename(path, target)
-    _sync(path.parent)
+    sync(path.parent)
     return target
 
 
@@ -172,14 +176,6 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     return commit
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
-    _sync(path)
+    sync(path)
