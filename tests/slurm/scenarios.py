@@ -54,6 +54,10 @@ class Scenario:
         """Call it in the site's environment."""
         return subprocess.run(self.bloomery(*arguments), capture_output=True, text=True, env=self.environment)
 
+    def start(self, *arguments: object) -> subprocess.Popen[str]:
+        """Call it and do not wait."""
+        return subprocess.Popen(self.bloomery(*arguments), stderr=subprocess.PIPE, text=True, env=self.environment)
+
     def train(self, name: str, **train: object) -> None:
         """Train a run here, without a scheduler."""
         done = self.call("train", self.describe(name, **train))

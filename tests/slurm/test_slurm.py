@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -49,6 +50,19 @@ def test_the_follower_shows_the_line_of_a_local_run_and_ends_with_the_job(scenar
     assert done.returncode == 0, done.stderr
     assert "submitted job" in done.stderr and "completed" in done.stderr
     assert f"pretrain step {scenario.steps}/{scenario.steps}  loss" in done.stderr
+
+
+def test_the_follower_may_leave_and_come_back(scenario: Scenario) -> None:
+    path = scenario.describe("left")
+    with scenario.start("launch", path, "--on", "slurm") as follower:
+        scenario.reached("left", 3)
+        follower.send_signal(signal.SIGINT)
+        _, said = follower.communicate(timeout=30)
+    assert follower.returncode == 130
+    assert "goes on" in said and "--follow" in said and "scancel" in said
+    done = scenario.call("launch", path, "--on", "slurm", "--follow")
+    assert done.returncode == 0, done.stderr
+    assert f"pretrain step {scenario.steps}/{scenario.steps}" in done.stderr
 
 
 def test_requeued_it_goes_on_bit_for_bit_and_says_what_the_queue_cost(scenario: Scenario, undisturbed: str) -> None:

@@ -24,7 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("doctor:doctor", "Is this machine or cluster fit to train? Faults, remedies."),
     "data": ("data:app", "build: text to tokenizer and token shards; inspect them."),
     "train": ("train:train", "Pre-train as planned; the same command resumes."),
-    "launch": ("launch:launch", "Start a run on Slurm, Kubernetes, SkyPilot or over ssh; follow it."),
+    "launch": ("launch:launch", "Start a run on Slurm, Kubernetes, SkyPilot or by ssh."),
     "align": ("align:align", "The alignment stages of a run: supervised fine-tuning."),
     "evaluate": ("evaluate:evaluate", "Held-out perplexity, bits per byte and completions."),
     "report": ("report:report", "Predicted beside measured: one self-contained HTML page."),

@@ -117,17 +117,11 @@ class Leader:
                 return Outcome(1, lost * each, cause, max(beat.step for beat in world.beats()))
             own = own or world.ended()
             ends = [own, *(self.members[number].outcome for number in sorted(self.members))]
-            bad = [end for end in ends if end is not None and end.code not in (0, STOPPED_BY_SIGNAL)]
-            if bad:
-                return bad[0]
-            if None not in ends:
-                return max((end for end in ends if end is not None), key=lambda end: end.code)
-            first = next((end for end in ends if end is not None), None)
-            if first is not None:
-                until = min(until, time.monotonic() + (FAREWELL_S if first.code else self.settings.first_phase_s))
-            if first is not None and time.monotonic() > until:
-                late = ends.index(None)
-                return first if first.code else Outcome(1, late * each, "did not end with the others", first.step)
+            there = [end for end in ends if end is not None]
+            if there:
+                until = min(until, time.monotonic() + _patience_s(there, self.settings))
+            if len(there) == len(ends) or time.monotonic() > until:
+                return _conclusion(ends, each)
             hung = self._hung(world, own)
             if hung is not None:
                 return hung
@@ -227,6 +221,30 @@ class Leader:
             self._listen()
             pause()
         self._listener.close()
+
+
+def _patience_s(there: list[Outcome], settings: Supervision) -> float:
+    """How long to wait for the other hosts' ends after those that are there.
+
+    A rank that dies takes its peers along: who died first is only known when all have had time to report.
+    """
+    worst = max(there, key=lambda end: end.code not in (0, STOPPED_BY_SIGNAL))
+    if worst.code in (0, STOPPED_BY_SIGNAL):
+        return FAREWELL_S if any(end.code for end in there) else settings.first_phase_s
+    return 2 * REPORT_EVERY_S
+
+
+def _conclusion(ends: list[Outcome | None], each: int) -> Outcome:
+    """How a start ended, from the ends of all hosts' ranks: the rank that was killed is the culprit, the others' errors
+    follow from it."""
+    there = [end for end in ends if end is not None]
+    bad = [end for end in there if end.code not in (0, STOPPED_BY_SIGNAL)]
+    if bad:
+        return min(bad, key=lambda end: not end.cause.startswith("killed"))
+    stopped = next((end for end in there if end.code), None)
+    if stopped is None and len(there) < len(ends):
+        return Outcome(1, ends.index(None) * each, "did not end with the others", there[0].step)
+    return stopped or there[0]
 
 
 def _url(address: str, port: int) -> str:

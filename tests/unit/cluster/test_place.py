@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from bloomery.cluster.channel import Channel, LostError, interface_of, listen, proof, the_secret
+from bloomery.cluster.hosts import _conclusion
 from bloomery.cluster.place import PORT, Place
+from bloomery.cluster.world import Outcome
 from bloomery.spec.errors import InputError
 
 
@@ -97,3 +99,15 @@ def test_it_listens_on_the_named_address_alone() -> None:
     with listen("127.0.0.1", 0, 1) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
     assert interface_of("127.0.0.1") == ""
+
+
+def test_of_all_ends_the_rank_that_was_killed_is_the_culprit() -> None:
+    good, stopped = Outcome(0, step=9), Outcome(75, 0, "exit code 75", 5)
+    broken, killed = Outcome(1, 0, "exit code 1", 5), Outcome(1, 5, "killed by SIGKILL", 5)
+    assert _conclusion([broken, killed], 4) is killed
+    assert _conclusion([broken, None], 4) is broken
+    assert _conclusion([good, good], 4) is good
+    assert _conclusion([good, stopped], 4) is stopped
+    assert _conclusion([stopped, None], 4) is stopped
+    late = _conclusion([good, None], 4)
+    assert (late.code, late.rank) == (1, 4)
