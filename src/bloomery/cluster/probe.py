@@ -24,7 +24,7 @@ from bloomery.spec.files import to_yaml, write_atomically
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
-WORKER_TIMEOUT_S = 180
+WORKER_TIMEOUT_S = 300
 
 
 def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Tell = lambda _: None) -> Cluster:
