@@ -34,7 +34,7 @@ RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "5gbit": 5e9 / 8}
 SLOTS, CORE_SHARE = 2, 0.4
 LAYOUTS = ("tp=4", "tp=2,dp=2", "tp=2,pp=2", "dp=4", "pp=2,dp=2", "pp=4")
 MICRO_BATCH = 2
-WARM_UP, STEPS = 2, 7
+WARM_UP, STEPS = 2, 6
 PORT = 29_617
 RUN = """name: {name}
 model: {model}

@@ -24,8 +24,10 @@ BURST = {"100mbit": "32kb", "1gbit": "128kb", "5gbit": "512kb"}
 ON_HOST = """#!/bin/sh
 # on_host HOST COMMAND...: as ssh, into a network namespace.
 host=$1; shift
+turn=-20
+{last}
 {limit}
-exec ip netns exec "{prefix}$host" {nice} "$@"
+exec nice -n $turn ip netns exec "{prefix}$host" "$@"
 """
 LIMIT = """group={group}-$$
 mkdir "$group" && echo {period} > "$group/cpu.cfs_period_us" && echo {quota} > "$group/cpu.cfs_quota_us"
@@ -70,14 +72,14 @@ class Network:
         path.write_text("".join(lines))
         return path
 
-    def shell(self, core_share: float | None = None, nice: tuple[str, ...] = ()) -> str:
-        """The script that starts commands; `core_share` of a core for each; those of hosts in `nice` yield to all."""
+    def shell(self, core_share: float | None = None, yielding: tuple[str, ...] = ()) -> str:
+        """The script that starts commands, before whatever else this machine does, since hosts of their own would not
+        feel that; `core_share` of a core for each; those of `yielding` hosts come after all others instead."""
         group = CPU_GROUPS / f"{self.prefix}rank"
         limit = LIMIT.format(group=group, period=PERIOD_US, quota=round(PERIOD_US * (core_share or 1)))
         path = self.folder / "on_host"
-        yields = "|".join(nice)
-        polite = f'$(case "$host" in {yields}) echo "nice -n 19";; esac)' if nice else ""
-        path.write_text(ON_HOST.format(prefix=self.prefix, limit=limit if core_share else "", nice=polite))
+        last = f'case "$host" in {"|".join(yielding)}) turn=19;; esac' if yielding else ""
+        path.write_text(ON_HOST.format(prefix=self.prefix, limit=limit if core_share else "", last=last))
         path.chmod(0o755)
         return str(path)
 

@@ -73,7 +73,7 @@ def test_a_host_with_a_slow_link_is_named_and_since_when(tmp_path: Path) -> None
 
 def test_a_host_whose_process_has_to_yield_is_named(tmp_path: Path) -> None:
     with network(("a", "b", "c", "d"), "1gbit", tmp_path) as hosts:
-        code, findings = doctor(hosts, 1, hosts.shell(nice=("d",)), tmp_path)
+        code, findings = doctor(hosts, 1, hosts.shell(yielding=("d",)), tmp_path)
     assert (code, named(findings, "burn-in")) == (1, {"d"}), findings
 
 

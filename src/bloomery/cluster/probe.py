@@ -25,7 +25,7 @@ from bloomery.spec.seal import sealed_text
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
-WORKER_TIMEOUT_S = 180
+WORKER_TIMEOUT_S = 300
 
 
 def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Tell = lambda _: None) -> Cluster:
