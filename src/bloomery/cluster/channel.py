@@ -17,8 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 MAX_LINE_BYTES = 4_000_000
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 3, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 15_000}
 """Of a host without power no farewell comes: the kernel asks after 5 s of silence, and gives up after 14 s."""
@@ -108,15 +106,6 @@ def the_secret(folder: Path) -> bytes:
 def proof(secret: bytes, challenge: str) -> str:
     """What only a holder of the secret can answer."""
     return hmac.new(secret, challenge.encode(), "sha256").hexdigest()
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has an address of this machine, empty for the loopback."""
-    plain = address.partition("%")[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(str(item.address).partition("%")[0] == plain for item in addresses):
-            return "" if name == "lo" else name
-    return ""
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -22,11 +22,11 @@ from bloomery.cluster.channel import (
     Channel,
     LostError,
     free_port,
-    interface_of,
     listen,
     proof,
     the_secret,
 )
+from bloomery.cluster.interfaces import interface_of
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Share, Stopping, World, pause, running
 from bloomery.ledger.heartbeat import Beat

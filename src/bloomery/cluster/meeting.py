@@ -1,4 +1,4 @@
-"""The other end of `crew`: a measuring process finds its place, meets the others, and says what it measured.
+"""The other end of `measuring`: a measuring process finds its place, meets the others, and says what it measured.
 
 The store that ranks meet at listens on the address of rank 0's host alone, messages go over the interface that has it.
 """
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from bloomery.cluster.interfaces import interface_of
 from bloomery.cluster.world import threads_per_rank
-from bloomery.spec.errors import BloomeryError
 
 JOIN_TIMEOUT = timedelta(seconds=120)
 
@@ -102,15 +101,3 @@ def _meet(place: Place, address: str) -> None:
         store = TCPStore(there["meet"], there["port"], place.world_size, False, JOIN_TIMEOUT, False)
     backend = "nccl" if place.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=JOIN_TIMEOUT)
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has an address (or the one its name stands for). Raises BloomeryError for none."""
-    try:
-        numbers = {found[4][0] for found in socket.getaddrinfo(address, None)}
-    except OSError as error:
-        raise BloomeryError(f"{address}: {error.strerror or error}; name its address in the host file") from None
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address.partition("%")[0] in numbers for entry in addresses):
-            return name
-    raise BloomeryError(f"no interface here has the address {', '.join(sorted(map(str, numbers)))} of {address}")

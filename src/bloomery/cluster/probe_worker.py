@@ -1,4 +1,4 @@
-"""One process of a probe, started by `crew`: measures while all the others of its cut measure too."""
+"""One process of a probe, started by `measuring`: measures while all the others of its cut measure too."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.cluster.channel import Channel, LostError, interface_of, listen, proof, the_secret
+from bloomery.cluster.channel import Channel, LostError, listen, proof, the_secret
 from bloomery.cluster.hosts import _conclusion
+from bloomery.cluster.interfaces import interface_of
 from bloomery.cluster.place import PORT, Place
 from bloomery.cluster.world import Outcome
 from bloomery.spec.errors import InputError
@@ -98,7 +99,7 @@ def test_the_secret_is_its_owners_and_stays(tmp_path: Path) -> None:
 def test_it_listens_on_the_named_address_alone() -> None:
     with listen("127.0.0.1", 0, 1) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
-    assert interface_of("127.0.0.1") == ""
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == interface_of("localhost") == "lo"
 
 
 def test_of_all_ends_the_rank_that_was_killed_is_the_culprit() -> None:
