@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "align": ("align:align", "The alignment stages of a run: supervised fine-tuning."),
     "evaluate": ("evaluate:evaluate", "Held-out perplexity, bits per byte and completions."),
     "report": ("report:report", "Predicted beside measured: one self-contained HTML page."),
+    "diagnose": ("diagnose:diagnose", "What would have helped a run, and why."),
     "chat": ("chat:chat", "Talk to a trained model."),
     "serve": ("serve:serve", "An OpenAI-compatible HTTP server for a trained model."),
     "export": ("export:export", "Write a Hugging Face directory."),
