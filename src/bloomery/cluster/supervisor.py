@@ -24,7 +24,7 @@ from bloomery.ledger.waiting import job_started, requeues
 from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
@@ -105,7 +105,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
     """
     job = read_job(folder)
     settings, crew = job.supervision, Crew(folder, job, world_size)
-    _check_hosts(place, world_size, settings)
+    _check_hosts(place, world_size, job)
     failures, starts, waited_s = Failures(), 0, 0.0
     with (
         run_lock(folder),
@@ -146,13 +146,18 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
                 return STOPPED_BY_SIGNAL
 
 
-def _check_hosts(place: Place, world_size: int, settings: Supervision) -> None:
+def _check_hosts(place: Place, world_size: int, job: Job) -> None:
     """Raise InputError for what several hosts cannot do."""
     if world_size % place.nodes:
         raise InputError(
             f"{world_size} ranks cannot be shared out evenly", where="--node", found=f"{place.nodes} hosts"
         )
-    if place.nodes > 1 and settings.elastic:
+    if place.nodes > 1 and job.memory_every:
+        raise InputError(
+            "copies in memory are of one host: no other could put them together",
+            where="train.memory_every", found=job.memory_every, accepted="0, or one host",
+        )  # fmt: skip
+    if place.nodes > 1 and job.supervision.elastic:
         raise InputError(
             "a run on several hosts cannot go on without one of them yet",
             where="train.supervision.elastic", found=True, accepted="false, or one host",

@@ -163,7 +163,7 @@ def faults(job: Job, events: Sequence[dict[str, Any]]) -> Iterator[Advice]:
 _SLOW = {
     "compute": ("host", "look for other work on it, heat, a lower clock"),
     "loader": ("host", "its batches come late: faster storage, or fewer other readers"),
-    "network": ("network", "messages took longer than at the start while computing did not"),
+    "network": ("network", "`bloomery doctor --hosts` measures hosts in pairs and names the one"),
     "disk": ("host", "its checkpoints are written more slowly than the others'"),
 }
 
