@@ -16,13 +16,13 @@ from bloomery.ledger.goodput import goodput
 
 def test_a_slow_rank_is_named_and_booked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = runs.make_data(tmp_path)
-    described = describe(tmp_path, "run", data, {"dp": 2}, steps=60, checkpoint_every=100)
+    described = describe(tmp_path, "run", data, {"dp": 2}, steps=45, checkpoint_every=100)
     folder, job = prepare.prepare_pretraining(described, world_size=None, fresh=False)
-    monkeypatch.setenv("SLOWER", json.dumps([1, "data", 20, 0.03]))
+    monkeypatch.setenv("SLOWER", json.dumps([1, "data", 12, 0.1]))
     assert launch("slower", folder, job.layout.world_size) == 0
-    [found] = [event for event in events(folder, "straggler") if event["culprit_rank"] == 1]
-    assert found["class"] == "loader" and found["host"]
-    assert found["since_step"] >= 20
+    found = [event for event in events(folder, "straggler") if event["class"] == "loader"]
+    assert [(event["culprit_rank"], bool(event["host"])) for event in found] == [(1, True)]
+    assert found[0]["since_step"] > 10
     account = goodput(folder)
     assert account is not None and account.seconds["straggler"] > 0.2
     assert sum(account.seconds.values()) == pytest.approx(account.wall_s, rel=0.005)

@@ -37,6 +37,8 @@ mean's."""
 SLOW_DISK, SLOW_DISK_LEAST_S, SAVES = 2.0, 0.25, 3
 """A save is slow when it takes SLOW_DISK times what is usual (of the others that write as much, of its own last SAVES
 where nobody else writes) and SLOW_DISK_LEAST_S more; two slow ones in a row make a straggler."""
+LEFT_OVER = 64
+"""Steps that wait for a rank's line; a line that was lost must not keep them for good."""
 _SIDE_WORK = ("logging", "startup", *PAUSES)
 _UNLIKE_OTHERS = tuple(name for name in PAUSES if name != "snapshot")
 """Pauses after which a step is not like the others; a copy in memory may come with every one."""
@@ -107,6 +109,8 @@ class Stragglers:
             found += self._saved(line)
             rows = self._waiting.setdefault(line["step"], {})
             rows[line["rank"]] = line
+            if len(self._waiting) > LEFT_OVER:
+                del self._waiting[next(iter(self._waiting))]
             if len(rows) == self.world:
                 del self._waiting[line["step"]]
                 found += self._finished(line["step"], [rows[rank] for rank in range(self.world)])
