@@ -29,7 +29,7 @@ CERTAIN = 5.0
 """Standard errors by which the median excess must lie above zero."""
 LEAST_S = 0.002
 """Less a step is nobody's fault: a scheduler's turn."""
-JUDGED_EVERY_S = 0.1
+JUDGED_EVERY_S = 0.2
 """Steps shorter than this are judged several at a time: a judgement takes half a millisecond."""
 SIGMA_OF_MAD, MEDIAN_OVER_MEAN = 1.4826, 1.2533
 """Of a normal distribution: standard deviation over median absolute deviation; a median's standard error over a
