@@ -291,7 +291,7 @@ def command() -> None:
         folder = Path(name).absolute()
         (folder / "settings.json").write_text(json.dumps(settings))
         patient = Supervision(first_phase_s=7200.0)
-        ended = supervise("checkpoint_stall", folder, given["ranks"], patient, Stopping())
+        ended = supervise("checkpoint_stall", folder, range(given["ranks"]), patient, Stopping())
         if ended.code:
             sys.exit(f"rank {ended.rank}: {ended.cause}")
         found = summary(json.loads((folder / "figures.json").read_text()), settings)
