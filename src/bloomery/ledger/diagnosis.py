@@ -58,7 +58,8 @@ class Diagnosis:
 
 def diagnose(run_dir: Path) -> Diagnosis:
     """Read a stage's folder. Raises InputError when it has no job."""
-    job, events = read_job(run_dir), read_lines(run_dir / "events.jsonl")
+    job = read_job(run_dir)
+    events = [event for event in read_lines(run_dir / "events.jsonl") if "event" in event]
     steps = [row["step"] for row in read_lines(run_dir / "metrics.jsonl") if "loss" in row]
     incidents = Counter(event["event"] for event in events if event["event"] not in ("finished", "resumed", "profiled"))
     found = [*divergence(job, events), *faults(job, events), *lost_time(job, goodput(run_dir))]
