@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -44,7 +45,7 @@ SlurmctldPort={control}
 SlurmUser=root
 AuthType=auth/munge
 CryptoType=crypto/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire=1
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
@@ -94,6 +95,29 @@ class Slurm:
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
+
+    def processes(self, node: str = "") -> list[int]:
+        """All processes that this Slurm has started (their environment says so), or those of one node."""
+        marks = [f"SLURM_CONF={self.folder}/slurm.conf", *([f"SLURMD_NODENAME={node}"] if node else [])]
+        found = []
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                environment = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if all(mark.encode() in environment for mark in marks):
+                found.append(int(path.parent.name))
+        return found
+
+    def power_off(self, node: str) -> None:
+        """Kill a node's daemon and all that it runs, at once: the tasks, and the daemons that look after these."""
+        tasks = self.processes(node)
+        keepers = {int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]) for pid in tasks}
+        started = set(self.processes())
+        self.daemons[node].kill()
+        for pid in [*(keepers & started), *tasks]:
+            kill(pid)
+        self.kill(node)
 
     def call(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
@@ -156,12 +180,20 @@ def _idle(site: Slurm) -> int:
 
 
 def _end(site: Slurm) -> None:
-    """Cancel what runs, then the daemons, last of all munge."""
+    """Cancel what runs, then the daemons, last of all munge and whatever they have left behind."""
     try:
-        site.call("scancel", "--signal=KILL", "--full", "--user=root")
         site.call("scancel", "--user=root")
     except RuntimeError:
         pass
     for name in reversed(list(site.daemons)):
-        if name in site.daemons:
-            site.kill(name)
+        site.kill(name)
+    for pid in site.processes():
+        kill(pid)
+
+
+def kill(pid: int) -> None:
+    """SIGKILL, if it is still there."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -105,26 +103,3 @@ class Scenario:
     def reached(self, name: str, step: int) -> None:
         """Wait until a run has taken a step."""
         self.site.wait(lambda: max(self.losses(name), default=0) >= step, f"step {step} of {name}")
-
-    def power_off(self, node: str, name: str) -> None:
-        """Kill a node's daemon and all that it runs, at once."""
-        daemon = self.site.daemons[node].pid
-        below = _below(daemon)
-        os.kill(daemon, signal.SIGKILL)
-        for pid in below:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.site.kill(node)
-
-
-def _below(pid: int) -> list[int]:
-    """All processes that a process has started, and those that these have."""
-    done = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    parents = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    found, fresh = list[int](), [pid]
-    while fresh:
-        fresh = [child for child, parent in parents if parent in fresh]
-        found += fresh
-    return found

@@ -107,7 +107,6 @@ def test_a_node_that_fails_costs_no_bit(scenario: Scenario, undisturbed: str) ->
     scenario.reached("node", 5)
     scenario.site.call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     scenario.site.wait(lambda: scenario.site.state(job) == "PENDING", "the job back in the queue")
-    scenario.site.call("scontrol", "update", "nodename=n2", "state=resume")
     assert scenario.site.ended(job) == "COMPLETED", scenario.log("node", job)
     assert scenario.bits("node") == undisturbed
 
@@ -115,7 +114,7 @@ def test_a_node_that_fails_costs_no_bit(scenario: Scenario, undisturbed: str) ->
 def test_a_node_without_power_comes_back(scenario: Scenario, undisturbed: str) -> None:
     job = scenario.launch("power")
     scenario.reached("power", 5)
-    scenario.power_off("n2", "power")
+    scenario.site.power_off("n2")
     scenario.site.wait(lambda: scenario.site.state(job) == "PENDING", "the job back in the queue")
     scenario.site.node("n2")
     assert scenario.site.ended(job) == "COMPLETED", scenario.log("power", job)

@@ -197,6 +197,7 @@ class Leader:
                 if not (isinstance(number, int) and 0 < number < self.place.nodes) or number in self.members:
                     channel.send({"do": "refused", "why": f"host {number} of {self.place.nodes} is there already"})
                     raise LostError("one too many")
+                channel.send({"do": "welcome"})
                 self.members[number] = Member(channel)
             except LostError:
                 channel.close()
@@ -296,7 +297,8 @@ def _join(folder: Path, place: Place, stopping: Stopping) -> Channel | None:
             reply = _reply(channel)
             if reply.get("do") == "refused":
                 raise InputError(str(reply["why"]), where="--node", found=place.node)
-            return channel
+            if reply.get("do") == "welcome":
+                return channel
         except FileNotFoundError:
             problem = f"{folder} is not the folder that the first host has: all hosts must see the same one"
         except (OSError, LostError, KeyError) as error:
