@@ -35,7 +35,10 @@ def test_exit_code_and_json_say_whether_it_is_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, shm_bytes: int, code: int
 ) -> None:
     versions = {"python": "3.11.7", "torch": "2.13.0"}
-    facts = Facts(host="n1", versions=versions, shm_free_bytes=shm_bytes, memory_free_bytes=1 << 34)
+    facts = Facts(
+        host="n1", versions=versions, shm_free_bytes=shm_bytes, memory_free_bytes=1 << 34, cores_online=64,
+        cores_allowed=64,
+    )  # fmt: skip
     disk = facts.disk.model_copy(update={"free_bytes": 10**12, "write_bytes_per_s": 1e9})
     monkeypatch.setattr(examine, "gather", lambda _: facts.model_copy(update={"disk": disk}))
     monkeypatch.chdir(tmp_path)

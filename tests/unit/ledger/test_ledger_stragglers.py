@@ -83,8 +83,9 @@ def test_nobody_is_slow_in_thousands_of_clean_steps_with_pauses_in_them() -> Non
 
 
 def test_stages_that_work_more_are_no_stragglers_and_one_that_gets_slower_is() -> None:
-    assert run(lambda *_: {}, stages=[0, 1, 2]) == []
-    [found] = run(lambda rank, step: {"compute": 1.2} if rank == 1 and step > 50 else {}, stages=[0, 1, 2])
+    stages = [0, 1, 2]
+    assert run(lambda *_: {}, world=3, stages=stages) == []
+    [found] = run(lambda rank, step: {"compute": 1.2} if rank == 1 and step > 50 else {}, world=3, stages=stages)
     assert (found.kind, found.rank) == ("compute", 1)
 
 
@@ -95,7 +96,8 @@ def test_a_machine_that_gets_slower_as_a_whole_accuses_nobody() -> None:
 def test_a_link_is_told_from_a_rank() -> None:
     found = run(lambda _, step: {"dp_comm": 0.4} if step > 50 else {})
     assert [(one.kind, one.rank) for one in found] == [("network", None)]
-    assert found[0].excess_s == pytest.approx(0.4, abs=0.1)
+    # Told low: what computing was slower by chance is not the link's.
+    assert 0.2 < found[0].excess_s < 0.45
 
 
 def test_a_disk_slower_than_the_others_or_than_it_was_is_named() -> None:

@@ -1,4 +1,4 @@
-"""One rank of a burn-in, started by `measuring`: the same work on all at once, over and over, each part timed by itself.
+"""One rank of a burn-in, started by `measuring`: the same work on all at once, over and over, each part timed.
 
 A lap is matrix products, a pass over memory, and an all-reduce. A rank's own work is timed before it waits for anybody:
 the slow one shows, not those it holds up. Then hosts send to each other two by two.
