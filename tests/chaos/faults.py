@@ -105,7 +105,8 @@ def loop(_: Fault) -> None:
 
 def hold(_: Fault) -> None:
     """Asleep in a library that never gives the interpreter's lock back."""
-    ctypes.PyDLL(None).sleep(1000)
+    while True:  # the signal that asks for stacks ends a sleep
+        ctypes.PyDLL(None).sleep(1000)
 
 
 def raises(_: Fault) -> None:

@@ -15,11 +15,11 @@ WARNINGS = 50
 
 def test_f19_warned_and_submitted_again(tmp_path: Path, data: Path, figure: Figure) -> None:
     """SIGUSR1 to the command, who passes it on; another command on the folder at every second turn."""
-    draw, settings = chance("F19"), {"steps": 2 * WARNINGS + 4, "checkpoint_every": 100}
+    draw, settings = chance("F19"), {"steps": 3 * WARNINGS + 4, "checkpoint_every": 100}
     reference, _ = train(describe(tmp_path, "reference", data, {"dp": 2}, **settings))
     described, saved, refused = describe(tmp_path, "run", data, {"dp": 2}, **settings), 0, 0
     for number in range(WARNINGS):
-        step = 2 * number + draw.randrange(2)
+        step = 3 * number + draw.randrange(2)
         faults: list[dict[str, object]] = [
             {"kind": "warn", "rank": draw.randrange(2), "step": step, "bucket": draw.choice(BUCKETS)},
             {"kind": "second", "rank": 0, "step": step},
