@@ -155,7 +155,7 @@ def estimate_case(case: Case) -> Estimates:
 
 
 def interval_of(cluster: Cluster) -> Interval:
-    """90 % interval of measured / predicted on a cluster: as it was calibrated, else wider by the noise of its probe."""
+    """90 % interval of measured / predicted on a cluster: as calibrated, else wider by the noise of its probe."""
     if cluster.interval is not None:
         return cluster.interval
     interval = PROBED_INTERVAL if cluster.accelerator.source == PROBED else calibration().interval("prior")
