@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate
+.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -48,6 +48,9 @@ network: setup ## probe and doctor on network namespaces as hosts, with shaped l
 format: setup ## put the code in order
 	$(BIN)/ruff check --fix src tests tools bench
 	$(BIN)/ruff format src tests tools bench
+
+loop: setup ## probe, predict, run, calibrate on half, predict the other half (20 minutes; QUICK=1: four runs; OUT=DIR)
+	$(BIN)/python bench/loop.py --out $(or $(OUT),runs/loop) --page $(or $(OUT),runs/loop)/loop.html $(if $(QUICK),--quick)
 
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py

@@ -22,6 +22,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "validate": ("validate:validate", "Predicted against measured for published training runs."),
     "probe": ("probe:probe", "Measure this machine; writes a calibrated cluster file."),
     "doctor": ("doctor:doctor", "Is this machine or cluster fit to train? Faults, remedies."),
+    "calibrate": ("calibrate:calibrate", "Refit a cluster file to what finished runs on it took."),
     "data": ("data:app", "build: text to tokenizer and token shards; inspect them."),
     "train": ("train:train", "Pre-train as planned; the same command resumes."),
     "launch": ("launch:launch", "Start a run on Slurm, Kubernetes, SkyPilot or by ssh."),

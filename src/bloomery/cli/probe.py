@@ -40,7 +40,7 @@ def probe(
     columns = (TextColumn("{task.description:44}"), BarColumn(), TimeElapsedColumn())
     terminal = Console(stderr=True)
     with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bar:
-        task = bar.add_task("probe", total=steps(hosts))
+        task = bar.add_task("probe", total=steps(hosts, quick=quick))
 
         def tell(what: str) -> None:
             bar.update(task, description=f"probe: {what}", advance=1)

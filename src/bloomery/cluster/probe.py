@@ -12,12 +12,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import psutil
+
 from bloomery.cluster.hostfile import Hosts, here
 from bloomery.cluster.measuring import Tell, run_ranks
 from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
-from bloomery.spec.cluster import PROBED, Cluster, Cut, Storage
+from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.seal import sealed_text
@@ -39,15 +41,16 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
         for ranks in cut_sizes():
             threads = f"{threads_per_rank(ranks)} threads each"
             progress(f"{ranks} rank{'s' if ranks > 1 else ''}, {threads}")
-            measured[ranks] = run_ranks(WORKER, here(ranks), {"quick": quick}, WORKER_TIMEOUT_S, _inner(progress))
+            measured[ranks] = _measured(here(ranks), quick, progress)
             cuts.append(Cut(ranks=ranks, accelerator=accelerator(measured[ranks]), tiers=tiers(measured[ranks], 1)))
         results = [result for found in measured.values() for result in found]
-        parts: dict[str, Any] = {"name": "this-machine", "cuts": tuple(cuts), "nodes": 1}
         one, links, per_node = cuts[-1].accelerator, cuts[-1].tiers, cuts[-1].ranks
+        cuts += [] if quick else _crowded_cuts(one, progress)
+        parts: dict[str, Any] = {"name": "this-machine", "cuts": tuple(cuts), "nodes": 1}
     else:
         per_node = slots_of(hosts)
         progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
-        results = run_ranks(WORKER, hosts, {"quick": quick}, WORKER_TIMEOUT_S, _inner(progress))
+        results = _measured(hosts, quick, progress)
         parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
         one, links = accelerator(results), tiers(results, len(hosts.hosts))
     progress("storage")
@@ -67,14 +70,49 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
     )
 
 
+def _measured(hosts: Hosts, quick: bool, progress: Tell, *, links_only: bool = False) -> list[dict[str, Any]]:
+    """The figures of all ranks, in their order."""
+    settings = {"quick": quick, "links_only": links_only}
+    return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
+
+
+def _crowded_cuts(whole: Accelerator, progress: Tell) -> list[Cut]:
+    """More ranks than cores: their links are measured, the rest is an even share of what `whole`, a rank with cores of
+    its own, is."""
+    cores, cuts = len(os.sched_getaffinity(0)), list[Cut]()
+    for ranks in crowded_sizes():
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}, links only")
+        links = tiers(_measured(here(ranks), True, progress, links_only=True), 1)
+        cuts.append(Cut(ranks=ranks, accelerator=crowded(whole, ranks, cores), tiers=links))
+    return cuts
+
+
+def crowded(whole: Accelerator, ranks: int, cores: int) -> Accelerator:
+    """What each of more ranks than cores is while all work. `whole`: a rank with a core of its own."""
+    share = ranks / cores
+    rate = whole.optimizer_bytes_per_s
+    changed = {
+        "name": f"cpu-shared-by-{share:g}",
+        "ranks_per_core": share,
+        "peak_flops_per_s": {dtype: peak / share for dtype, peak in whole.peak_flops_per_s.items()},
+        "memory_bandwidth_bytes_per_s": whole.memory_bandwidth_bytes_per_s / share,
+        "memory_bytes": float(psutil.virtual_memory().available / ranks),
+        "optimizer_bytes_per_s": None if rate is None else rate / share,
+        "launch_s": whole.launch_s * share,
+        "kernel_s": whole.kernel_s * share,
+    }
+    return whole.model_copy(update=changed)
+
+
 STEPS_OF_RANKS = 4
 """What a set of ranks tells of its kernels while it measures; each kind of link is told beside."""
 
 
-def steps(hosts: Hosts | None) -> int:
+def steps(hosts: Hosts | None, *, quick: bool) -> int:
     """How often `progress` is told something."""
     sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
-    return 1 + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
+    crowded_steps = 2 * len(crowded_sizes()) if hosts is None and not quick else 0
+    return 1 + crowded_steps + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
 
 
 def _inner(progress: Tell) -> Tell:
@@ -119,6 +157,12 @@ def cut_sizes() -> list[int]:
         return [gpus]
     cores = len(os.sched_getaffinity(0))
     return [ranks for ranks in (1, 2, 4, 8) if ranks <= cores]
+
+
+def crowded_sizes() -> list[int]:
+    """More ranks than cores, up to two on each or four in all (at most 8); none with GPUs."""
+    cores = len(os.sched_getaffinity(0))
+    return [] if _gpu_count() else list(range(cores + 1, min(max(2 * cores, 4), 8) + 1))
 
 
 def _gpu_count() -> int:
@@ -172,11 +216,11 @@ def _sync_s(folder: Path) -> float:
         return time.perf_counter() - started
 
 
-def write_cluster(cluster: Cluster, path: Path) -> None:
+def write_cluster(cluster: Cluster, path: Path, written_by: str = PROBED) -> None:
     """Write the file a person can read; defaults are left out, numbers rounded to four digits."""
     values = _rounded(cluster.model_dump(mode="json", exclude_defaults=True))
     what = "This machine" if cluster.nodes == 1 else "These hosts"
-    header = f"# {what}, as `bloomery probe` measured it. Rates in FLOP/s and bytes/s, times in seconds.\n"
+    header = f"# {what}, as `{written_by}` found it. Rates in FLOP/s and bytes/s, times in seconds.\n"
     write_atomically(path, sealed_text(header + to_yaml(values)))
 
 

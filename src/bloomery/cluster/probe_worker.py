@@ -166,6 +166,8 @@ def measure_upload(device: torch.device) -> list[float]:
 def measure(place: Place) -> dict[str, Any]:
     """Everything, by name."""
     quick, device = place.settings["quick"], place.device
+    if place.settings["links_only"]:
+        return {"rank": place.rank, "device": device.type, "links": measure_links(place, 3)}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device)
     if place.world_size > 1:

@@ -18,10 +18,13 @@ from bloomery.ledger.markup import (
     table,
     text,
 )
+from bloomery.ledger.parts import NAMES
 
 COLOURS = {
     "compute": "#c2531d",
     "tp_comm": "#2f6f6a",
+    "cp_comm": "#3f8f7a",
+    "ep_comm": "#6aa57f",
     "pp_comm": "#5f9c95",
     "dp_comm": "#98c1bb",
     "optimizer": "#d9a441",
@@ -39,6 +42,7 @@ COLOURS = {
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#bccad5", "#d6dfe6", "#c9c3b8", "#e2ddd5")
 
 Facts = dict[str, Any]
+SIDES = ("predicted", "measured")
 
 
 def chips(facts: Facts) -> str:
@@ -112,6 +116,28 @@ def components(facts: Facts) -> str:
     return table(head, rows + beside, emphasised=[len(rows) - 1]) + missing
 
 
+def kinds(facts: Facts) -> str:
+    """Compute by kind of work, and how long messages of each dimension were under way beside what nothing hid."""
+    found = facts["reconciliation"]
+    rows = [
+        [
+            f"<b>{text(NAMES[item['name']])}</b><small>{text(item['meaning'])}</small>",
+            *(milliseconds(item["seconds"][side]) for side in ("predicted", "measured")),
+            ratio(item["seconds"]["ratio"]),
+        ]
+        for item in found["kinds"]
+    ]
+    exposed = {item["name"]: item["seconds"] for item in found["components"]}
+    messages = [
+        [f"<b>{text(NAMES[key])}</b>", *(milliseconds(p[s]) for p in (pair, exposed[key]) for s in SIDES)]
+        for key, pair in found["in_all"].items()
+    ]
+    head = ["compute by kind", "predicted ms", "measured ms", "ratio"]
+    note = '<p class="quiet">Measured: the compute of steady steps in the shares that one profiled step had.</p>'
+    sent = ["messages", "under way, predicted ms", "measured ms", "exposed, predicted ms", "measured ms"]
+    return table(head, rows) + note + (table(sent, messages) if messages else "")
+
+
 def _difference(value: float, widest: float) -> str:
     """A signed figure beside a small bar, right of the middle when it took longer than planned; no bar at scale 0."""
     width = abs(value) / widest * 50 if widest else 0.0
@@ -126,10 +152,11 @@ def residual(facts: Facts) -> str:
     """The largest difference, its likely cause, and remarks."""
     found = facts["reconciliation"]
     sign = "longer" if found["residual_s"] > 0 else "shorter"
+    evidence = "".join(f"<p>Seen: {text(one)}.</p>" for one in found["evidence"])
     notes = "".join(f"<p>{text(note)}.</p>" for note in found["notes"])
     return (
         f"<p><b>Largest residual: {text(found['residual'])}</b>, {seconds(abs(found['residual_s']))} {sign} than "
-        f"predicted. Likely cause: {text(found['cause'])}.</p>{notes}"
+        f"predicted. Likely cause: {text(found['cause'])}.</p>{evidence}{notes}"
         f'<p class="quiet">Peak: {found["peak_flops_per_s"] / 1e12:,.4g} TFLOP/s per rank '
         f"({text(found['peak_source'] or 'source not stated')}). <i>Counted</i>: model FLOPs at peak. "
         f"<i>Shared out</i>: the plan's part of the measured compute time. All else is a clock's reading.</p>"

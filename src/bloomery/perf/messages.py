@@ -30,12 +30,15 @@ from bloomery.spec.shard_table import (
 @dataclass(frozen=True)
 class Inner(Table):
     """Tensor-, context- and expert-parallel messages of one micro-batch: seconds in each direction (recomputation's
-    with the backward pass), and `calls_*`: how many tensor-parallel collectives."""
+    with the backward pass), and `calls_*`: how many tensor-parallel collectives. `context` and `experts`: the seconds
+    of these two in both directions."""
 
     forward: Any
     backward: Any
     calls_forward: Any
     calls_backward: Any
+    context: Any = 0.0
+    experts: Any = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _context_s(case: Case) -> Inner:
         one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap
-    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
+    forward, backward = exposed * seconds["forward"], exposed * seconds["backward"]
+    return Inner(forward, backward, 0.0, 0.0, context=forward + backward)
 
 
 def _experts_s(case: Case) -> Inner:
@@ -142,7 +146,8 @@ def _experts_s(case: Case) -> Inner:
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap
-    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
+    forward, backward = exposed * seconds["forward"], exposed * seconds["backward"]
+    return Inner(forward, backward, 0.0, 0.0, experts=forward + backward)
 
 
 def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:

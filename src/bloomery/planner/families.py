@@ -31,6 +31,8 @@ _SHORT = {
     "kernel": "compute",
     "recompute": "recomputation",
     "tp_comm": "exposed tensor-parallel communication",
+    "cp_comm": "exposed context-parallel communication",
+    "ep_comm": "exposed expert-parallel communication",
     "pp_comm": "exposed pipeline sends",
     "bubble": "pipeline bubble",
     "dp_comm": "exposed data-parallel communication",
@@ -105,7 +107,7 @@ def _cause(world: Evaluated, component: str, i: int) -> str:
     micro_batches, node = int(case.micro_batches[i]), world.cluster.accelerators_per_node
     if component == "tp_comm" and tp > node:
         return f"tp {tp} crosses the node of {node}"
-    if component == "tp_comm" and int(lay.cp[i]) > 1:
+    if component == "cp_comm":
         return f"cp {int(lay.cp[i])} passes keys and values around"
     if component == "bubble":
         return f"{micro_batches} micro-batches for {pp} stages" if pp > 1 else ""

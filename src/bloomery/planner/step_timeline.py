@@ -70,7 +70,7 @@ def planned_step(estimates: Estimates, i: int) -> Step:
     )
 
 
-COMPUTED = ("ideal", "kernel", "recompute", "tp_comm", "pp_comm", "bubble")
+COMPUTED = ("ideal", "kernel", "recompute", "tp_comm", "cp_comm", "ep_comm", "pp_comm", "bubble")
 """Components of a step that are inside its pipeline (`kernel` with what overlapped messages cost the compute)."""
 
 

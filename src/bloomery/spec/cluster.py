@@ -60,6 +60,8 @@ class Accelerator(Noun):
     compute_factor: dict[Dtype, ComputeFactor] = {}
     reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")
     upload_bytes_per_s: float | None = Field(default=None, gt=0, description="from pinned memory of the host")
+    ranks_per_core: float = Field(default=1.0, ge=1, description="over 1: ranks take turns on the cores")
+    """The rates are what one rank gets while all ranks work; what a waiting rank leaves, the others on its core get."""
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
@@ -115,6 +117,13 @@ class Storage(Noun):
     fsync_s: float | None = Field(default=None, ge=0, description="a small file written and synced, as each commit is")
 
 
+class Interval(Noun):
+    """5th and 95th percentile of measured over predicted, from runs left out of the fit."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+
 class Cut(Noun):
     """One way to cut a machine into ranks (a CPU's cores among n processes): what each rank then is and sees."""
 
@@ -133,6 +142,8 @@ class Cluster(Noun):
     tiers: tuple[Tier, ...] = Field(min_length=1)
     storage: Storage = Storage()
     cuts: tuple[Cut, ...] = ()
+    interval: Interval | None = None
+    """Of step times on it, as `bloomery calibrate` found them; the general one where it has not looked."""
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
     """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
@@ -181,5 +192,5 @@ class Cluster(Noun):
         return self.model_copy(update={"nodes": ranks // self.accelerators_per_node})
 
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of ranks a plan considers: every measured cut, else the whole cluster."""
-        return tuple(sorted(cut.ranks for cut in self.cuts)) or (self.size,)
+        """The numbers of ranks a plan considers: every measured cut with a core for each, else the whole cluster."""
+        return tuple(sorted(cut.ranks for cut in self.cuts if cut.accelerator.ranks_per_core == 1)) or (self.size,)

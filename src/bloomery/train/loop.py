@@ -25,6 +25,7 @@ from bloomery.train.incident import settle
 from bloomery.train.memory import MemoryCopies
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
+from bloomery.train.profiled_step import ProfiledStep
 from bloomery.train.record import Recorder
 from bloomery.train.reexecution import computed
 from bloomery.train.schedule import learning_rate
@@ -61,6 +62,7 @@ def _step(session: Session, step: int) -> int:
     """One optimizer step. Returns the number of the next one: `step` + 1, or an earlier one after a rewind."""
     job, engine, clock = session.job, session.engine, session.clock
     session.profile.before(step + 1)
+    session.sample.before(step + 1, session.recorder.peak_bytes(), clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
     loss_part = computed(session, step, batch)
@@ -82,6 +84,7 @@ def _step(session: Session, step: int) -> int:
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()
+    session.sample.after(step + 1, session.recorder, clock)
     with clock.bucket("profile"):
         profiled = session.profile.after(step + 1)
         if profiled:
@@ -142,6 +145,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
         MemoryCopies(copies_folder(folder), engine, optimizers, fence),
         ProfileWindow(job.profile, folder, mesh.rank),
+        ProfiledStep(folder, mesh.rank, mesh.device, job.steps, taken=bool(job.profile)),
         fence,
     )
 

@@ -66,7 +66,7 @@ class Recorder:
             "tokens_per_s": per_step / seconds,
             "step_time_s": seconds,
             "mfu": mfu,
-            "memory_bytes": self._peak_bytes(),
+            "memory_bytes": self.peak_bytes(),
             "verdict": verdict,
         }
         if self.job.model.moe is not None:
@@ -108,7 +108,7 @@ class Recorder:
                 "buckets": buckets,
                 **beside,
                 **({"host": platform.node()} if step == -1 else {}),
-                "peak_memory_bytes": self._peak_bytes(),
+                "peak_memory_bytes": self.peak_bytes(),
             }
         )
 
@@ -121,11 +121,15 @@ class Recorder:
         self.event(kind, reason=reason)
         print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
 
-    def _peak_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built."""
         if self.mesh.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.mesh.device)
         return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._base_bytes)
+
+    def leave_out(self, since_bytes: int) -> None:
+        """What the peak grew by since it was `since_bytes` is no part of training: a profiler took it."""
+        self._base_bytes += max(0, self.peak_bytes() - since_bytes)
 
     def close(self) -> None:
         """Flush everything."""

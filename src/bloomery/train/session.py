@@ -21,6 +21,7 @@ from bloomery.train.guard import Guard
 from bloomery.train.memory import NOWHERE, MemoryCopies, Place
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.profile import ProfileWindow
+from bloomery.train.profiled_step import ProfiledStep
 from bloomery.train.record import Recorder
 from bloomery.train.replicas import disagreeing
 from bloomery.train.writer import Writer
@@ -53,6 +54,7 @@ class Session:
     writer: Writer
     memory: MemoryCopies
     profile: ProfileWindow
+    sample: ProfiledStep
     fence: int
     stop_requested: bool = False
     stopping: bool = False
