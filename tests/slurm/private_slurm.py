@@ -131,7 +131,7 @@ class Slurm:
         fields = dict(word.partition("=")[::2] for word in self.call("scontrol", "show", "job", job, "-o").split())
         return fields["JobState"]
 
-    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, seconds: float = 300.0) -> None:
         """Wait for a condition; what the daemons last said is part of the failure."""
         until = time.monotonic() + seconds
         while not condition():
@@ -143,7 +143,7 @@ class Slurm:
     def ended(self, job: str) -> str:
         """Wait for a job's end. Returns its last state."""
         going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        self.wait(lambda: self.state(job) not in going, f"end of job {job}", 180)
+        self.wait(lambda: self.state(job) not in going, f"end of job {job}", 600)
         return self.state(job)
 
 
@@ -162,11 +162,11 @@ def slurm(folder: Path) -> Iterator[Slurm]:
     files |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
     try:
         site.start("munged", "munged", "-F", "--force", *(f"--{name}={path}" for name, path in files.items()))
-        site.wait((folder / "munge.socket").exists, "munge", 20)
+        site.wait((folder / "munge.socket").exists, "munge", 60)
         site.start("slurmctld", "slurmctld", "-D", "-c")
         for name in ("n1", "n2"):
             site.node(name)
-        site.wait(lambda: _idle(site) == 2, "two idle nodes", 60)
+        site.wait(lambda: _idle(site) == 2, "two idle nodes", 120)
         yield site
     finally:
         _end(site)

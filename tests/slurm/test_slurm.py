@@ -57,7 +57,7 @@ def test_the_follower_may_leave_and_come_back(scenario: Scenario) -> None:
     with scenario.start("launch", path, "--on", "slurm") as follower:
         scenario.reached("left", 3)
         follower.send_signal(signal.SIGINT)
-        _, said = follower.communicate(timeout=30)
+        _, said = follower.communicate(timeout=120)
     assert follower.returncode == 130
     assert "goes on" in said and "--follow" in said and "scancel" in said
     done = scenario.call("launch", path, "--on", "slurm", "--follow")

@@ -43,7 +43,7 @@ class Hosts:
 
     def codes(self) -> list[int]:
         """Exit codes, when both have ended."""
-        return [process.wait(timeout=40) for process in self.processes]
+        return [process.wait(timeout=180) for process in self.processes]
 
     def told(self, start: int) -> list[dict[str, str]]:
         """What the ranks of one start were told."""
@@ -51,7 +51,7 @@ class Hosts:
 
     def wait_for(self, start: int) -> None:
         """Until all ranks of a start are there."""
-        until = time.monotonic() + 40
+        until = time.monotonic() + 180
         while not all((self.folder / f"rank_{rank}_start_{start}.json").exists() for rank in range(4)):
             assert time.monotonic() < until
             time.sleep(0.02)
@@ -117,7 +117,7 @@ def test_without_its_leader_a_host_ends_and_leaves_nothing_behind(hosts: Make) -
     one = hosts({rank: ["wait"] for rank in range(4)})
     one.wait_for(1)
     one.processes[0].kill()
-    _, said = one.processes[1].communicate(timeout=40)
+    _, said = one.processes[1].communicate(timeout=180)
     assert one.processes[1].returncode == 75
     assert "the first host, 127.0.0.1, is lost" in said
     done = subprocess.run(["pgrep", "-f", str(one.folder)], capture_output=True, text=True)
@@ -136,7 +136,7 @@ def test_who_cannot_read_the_folder_is_not_let_in(hosts: Make, tmp_path: Path) -
     time.sleep(3)
     assert stranger.poll() is None and not list(folder.glob("rank_*")), "training has begun with a stranger"
     stranger.terminate()
-    assert stranger.wait(timeout=40) == 75
+    assert stranger.wait(timeout=180) == 75
     stranger.communicate()
     one.processes[0].terminate()
-    assert one.processes[0].wait(timeout=40) == 75
+    assert one.processes[0].wait(timeout=180) == 75
