@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--layouts", default=";".join(LAYOUTS), help="separated by ;")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # hosts are taken down when this is stopped
     reason = reason_to_skip()
     if reason:
         sys.exit(f"no hosts can be made here: {reason}")

@@ -21,17 +21,21 @@ LATENCY = "100ms"
 """tbf's: how long a packet may wait before it is dropped; no delay is added."""
 BURST = {"100mbit": "32kb", "1gbit": "128kb", "5gbit": "512kb"}
 
+BEFORE_ALL, AFTER_ALL = 200_000, 20
+"""Shares of the processor of a rank: hosts of their own would not feel what else this machine does (1024 each)."""
+
 ON_HOST = """#!/bin/sh
-# on_host HOST COMMAND...: as ssh, into a network namespace.
+# on_host HOST COMMAND...: as ssh, into a network namespace, in a control group of its own.
 host=$1; shift
-turn=-20
+shares={shares}
 {last}
+group={group}-$$
+mkdir "$group" && echo $shares > "$group/cpu.shares"
 {limit}
-exec nice -n $turn ip netns exec "{prefix}$host" "$@"
+echo $$ > "$group/cgroup.procs"
+exec ip netns exec "{prefix}$host" "$@"
 """
-LIMIT = """group={group}-$$
-mkdir "$group" && echo {period} > "$group/cpu.cfs_period_us" && echo {quota} > "$group/cpu.cfs_quota_us"
-echo $$ > "$group/cgroup.procs" """
+LIMIT = 'echo {period} > "$group/cpu.cfs_period_us" && echo {quota} > "$group/cpu.cfs_quota_us"'
 
 
 def reason_to_skip() -> str:
@@ -50,6 +54,8 @@ def reason_to_skip() -> str:
         text=True,
     )
     subprocess.run(["ip", "netns", "del", name], check=True)
+    if not shaped.returncode and not CPU_GROUPS.is_dir():
+        return f"no control groups for the processor at {CPU_GROUPS}"
     return f"no tbf: {shaped.stderr.strip()}" if shaped.returncode else ""
 
 
@@ -73,13 +79,14 @@ class Network:
         return path
 
     def shell(self, core_share: float | None = None, yielding: tuple[str, ...] = ()) -> str:
-        """The script that starts commands, before whatever else this machine does, since hosts of their own would not
-        feel that; `core_share` of a core for each; those of `yielding` hosts come after all others instead."""
+        """The script that starts commands, before whatever else this machine does; `core_share` of a core for each;
+        those of `yielding` hosts come after all others instead."""
+        quota = LIMIT.format(period=PERIOD_US, quota=round(PERIOD_US * core_share)) if core_share else ""
+        last = f'case "$host" in {"|".join(yielding)}) shares={AFTER_ALL};; esac' if yielding else ""
         group = CPU_GROUPS / f"{self.prefix}rank"
-        limit = LIMIT.format(group=group, period=PERIOD_US, quota=round(PERIOD_US * (core_share or 1)))
+        text = ON_HOST.format(prefix=self.prefix, group=group, shares=BEFORE_ALL, limit=quota, last=last)
         path = self.folder / "on_host"
-        last = f'case "$host" in {"|".join(yielding)}) turn=19;; esac' if yielding else ""
-        path.write_text(ON_HOST.format(prefix=self.prefix, limit=limit if core_share else "", last=last))
+        path.write_text(text)
         path.chmod(0o755)
         return str(path)
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def burn(place: Place, seconds: float) -> dict[str, Any]:
-    """Median seconds of each part of a lap on this rank, and the number of laps."""
+    """Median seconds of each part of a lap on this rank, and the number of laps after those that warm up."""
     device = place.device
     rows = PRODUCT[device.type]
     x = torch.randn(rows, rows, device=device) / rows**0.5
@@ -43,7 +43,7 @@ def burn(place: Place, seconds: float) -> dict[str, Any]:
     parts: dict[str, list[float]] = {"product": [], "memory": [], "all_reduce": []}
     ends = _agreed_end(place, seconds)
     laps = 0
-    while laps < WARM_UP_LAPS or not _over(place, ends):
+    while laps <= WARM_UP_LAPS or not _over(place, ends):
         times = [_timed(device, partial(_products, x)), _timed(device, partial(torch.add, a, 1.0, out=b))]
         if place.world_size > 1:
             times.append(_timed(device, partial(dist.all_reduce, message)))
@@ -51,7 +51,7 @@ def burn(place: Place, seconds: float) -> dict[str, Any]:
         if laps > WARM_UP_LAPS:
             for part, taken in zip(parts.values(), times, strict=False):
                 part.append(taken)
-    return {"laps": laps, "seconds": {name: median(taken) for name, taken in parts.items() if taken}}
+    return {"laps": laps - WARM_UP_LAPS, "seconds": {name: median(taken) for name, taken in parts.items() if taken}}
 
 
 def _products(x: torch.Tensor) -> None:
