@@ -7,8 +7,8 @@ a v-th of it when interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 
     T = m max_r t_r + (sum_r t_r - max_r t_r) / v
 
 Where s > 1 ranks share a core (`Accelerator.ranks_per_core`), what a waiting rank leaves the others use. t_r is the
-time while all work; alone a stage is s times as fast. So the slowest stage holds the others up only as far as it takes
-longer alone than all on average, m max(max_r t_r / s, mean_r t_r). While the pipeline fills and drains, k = 1 ... p - 1
+time while all work; alone a stage is s times as fast. So in a steady turn the slowest stage does alone what the others
+(on average t_o) have not had to do: m (t_o + (max_r t_r - t_o) / s). While the pipeline fills and drains, k = 1 ... p - 1
 of its p stages work, each for f_k = max(1/s, k/p) of t_r: both ramps take 2 sum_k f_k in the place of the p - 1 steady
 turns that they hold the work of, a (2 mean_k f_k - 1)-th of the plain bubble (none where all share one core).
 
@@ -44,7 +44,9 @@ def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: An
     fill = np.maximum(together - slowest, 0.0) / vpp
     if ranks_per_core == 1:
         return micro_batches * slowest + fill
-    pace = np.maximum(slowest / ranks_per_core, together / pp)
+    others = (together - slowest) / np.maximum(pp - 1, 1)
+    others = np.where(pp > 1, np.minimum(others, slowest), slowest)
+    pace = others + (slowest - others) / ranks_per_core
     return micro_batches * pace + fill * _share_of_bubble(pp, ranks_per_core)
 
 
