@@ -33,10 +33,10 @@ e2e: setup ## whole commands as a user runs them
 	$(BIN)/pytest tests/e2e -q
 
 chaos: setup ## the fault matrix F1 to F19 in about 30 minutes, seeded; a table of goals and figures (SEED=0 JSON=FILE)
-	SEED="$(SEED)" CHAOS_JSON="$(JSON)" OMP_NUM_THREADS=1 $(BIN)/pytest tests/chaos -q
+	TMPDIR="$(firstword $(wildcard /dev/shm) /tmp)" SEED="$(SEED)" CHAOS_JSON="$(JSON)" OMP_NUM_THREADS=1 $(BIN)/pytest tests/chaos -q
 
 soak: setup ## F20: a run left alone with random faults, 100 an hour (MINUTES=120 SEED=0 PER_HOUR=100 JSON=FILE)
-	SEED="$(SEED)" $(BIN)/python tests/chaos/soak.py --minutes $(or $(MINUTES),120) --per-hour $(or $(PER_HOUR),100) \
+	TMPDIR="$(firstword $(wildcard /dev/shm) /tmp)" SEED="$(SEED)" $(BIN)/python tests/chaos/soak.py --minutes $(or $(MINUTES),120) --per-hour $(or $(PER_HOUR),100) \
 	  $(if $(JSON),--json "$(JSON)")
 
 slurm: setup ## a real Slurm of two nodes on this machine: limits, requeues, lost nodes, end with the same bits (root; slurm-wlm, munge)
