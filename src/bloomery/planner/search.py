@@ -160,6 +160,7 @@ def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
         global_batch=run.train.global_batch,
         seq_len=run.train.seq_len,
         runnable_only=runnable_only,
+        spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
     estimates = estimates_on(run, cluster, found.layouts)
     return Evaluated(cluster, found.layouts, estimates, found.n_enumerated, found.refusals)
