@@ -111,7 +111,8 @@ class Layout(Noun):
 
     def describe(self) -> str:
         """A short name, for tables: `tp2 pp2 dp2 sp zero3 mb4`."""
-        parts = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "vpp", "dp", "cp", "ep")]
+        axes = ("tp", "pp", "dp", "cp", "ep") if self.v_shaped else ("tp", "pp", "vpp", "dp", "cp", "ep")
+        parts = [f"{axis}{getattr(self, axis)}" for axis in axes]
         parts = [part for part in parts if not part.endswith("p1")] or ["dp1"]
         parts += ["all-gather"] if self.cp > 1 and self.cp_method == "all_gather" else []
         parts += [f"replicas{self.dp_replicas}"] if self.dp_replicas > 1 else []
