@@ -284,5 +284,5 @@ def _columns(mesh: np.ndarray, chosen: dict[str, np.ndarray]) -> LayoutBatch:
     """Meshes with some options as columns, the others at their mildest."""
     named: dict[str, Any] = dict(zip(MESH, mesh.T, strict=True))
     names = [name for name in (*CUTTING, *SAVING, "cp_method") if name != "balanced"]
-    options = {name: chosen.get(name, np.full(len(mesh), MILDEST.get(name, 0))) for name in names}
+    options: dict[str, Any] = {name: chosen.get(name, np.full(len(mesh), MILDEST.get(name, 0))) for name in names}
     return LayoutBatch(**named, **options)

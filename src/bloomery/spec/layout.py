@@ -306,7 +306,7 @@ class LayoutBatch:
         part.__dict__.update({name: getattr(self, name)[index] for name in columns})
         return part
 
-    def having(self, **columns: np.ndarray) -> LayoutBatch:
+    def having(self, **columns: np.ndarray | Splits) -> LayoutBatch:
         """The same layouts with other values in some columns."""
         part = object.__new__(LayoutBatch)
         own = {f.name: vars(self)[f.name] for f in fields(self) if f.name in vars(self)}
