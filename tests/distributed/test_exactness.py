@@ -69,6 +69,13 @@ def table() -> list[Case]:
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
         )
     ]  # fmt: skip
+    cases += [
+        Case("llama", layout, ramp=True)
+        for layout in (
+            "tp=2,dp=2,sp=true,zero=2,micro_batch=1", "pp=2,dp=2,vpp=2,zero=2,micro_batch=1",
+            "pp=2,schedule=zbv,micro_batch=1", "cp=2,pp=2,micro_batch=2",
+        )
+    ]  # fmt: skip
     return [*cases, *on_a_v(), *uneven(), *tied_across_stages(), *context_cases(), *expert_cases()]
 
 
@@ -192,8 +199,13 @@ BALANCED = [
     Case("mixtral", "dp=4,ep=2,zero=2,micro_batch=2", dtype="bfloat16", balanced=True),
 ]
 REFERENCES = {
-    (c.model, c.masked, c.mask, c.optimizer): Case(
-        c.model, "micro_batch=8", c.masked, mask=c.mask, optimizer=c.optimizer
+    (c.model, c.masked, c.mask, c.optimizer, c.ramp): Case(
+        c.model,
+        "micro_batch=4" if c.ramp else "micro_batch=8",
+        c.masked,
+        mask=c.mask,
+        optimizer=c.optimizer,
+        ramp=c.ramp,
     )
     for c in CASES
 }
@@ -216,7 +228,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, folder: Path) -> None:
-    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer)]
+    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer, case.ramp)]
     (alone,) = results(reference, 1, folder)
     for rank in results(case, world_size(case), folder):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-9)

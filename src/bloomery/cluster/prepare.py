@@ -16,6 +16,7 @@ from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
 from bloomery.perf.compilation import compilation_pays
 from bloomery.perf.estimate import estimate
+from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
@@ -25,7 +26,7 @@ from bloomery.spec.job import JOB_FILE, Job, read_job
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.parameters import parameter_count
-from bloomery.spec.run import AlignStage, Run
+from bloomery.spec.run import AlignStage, Averaging, Run
 from bloomery.spec.shard_table import collectives
 
 WRITTEN = (
@@ -66,14 +67,15 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
     layout = run.layout
     if layout == "auto":
         return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
-    check_layout(
-        run.model,
-        layout,
-        global_batch=run.train.global_batch,
-        seq_len=run.train.seq_len,
-        world_size=world_size,
-        run=True,
-    )
+    for phase in run.train.course.phases:
+        check_layout(
+            run.model,
+            layout,
+            global_batch=phase.global_batch,
+            seq_len=phase.seq_len,
+            world_size=world_size,
+            run=True,
+        )
     return layout
 
 
@@ -81,10 +83,18 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
     """What `plan.json` holds: the estimate the run starts with and the messages of its first pipeline rank."""
     cluster = run.cluster.cut(layout.world_size)
     batch = LayoutBatch.of([layout])
-    settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
+    settings: dict[str, Any] = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
     known = dtype if dtype in cluster.accelerator.peak_flops_per_s else "float32"
     optimizer = run.train.optimizer.name
-    one = estimate(run.model, cluster, batch, **settings, dtype=known, optimizer=optimizer).one(0)  # type: ignore[arg-type]
+    one = estimate(
+        run.model,
+        cluster,
+        batch,
+        **settings,
+        dtype=known,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        averages_per_step=run.train.averaging.updates_per_step,
+    ).one(0)
     wide = 8 if dtype == "float64" else 4
     messages = collectives(
         run.model,
@@ -127,10 +137,17 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
-    expected = predicted(resolved, layout, dtype)
+    course = run.train.course
+    expected = predicted(resolved, layout, dtype) | {"first_step": course.last.first_step}
     job = _job(resolved, layout, dtype, expected["estimate"]).model_copy(
         update={
             "data": str(data / "train"),
+            "averaging": run.train.averaging,
+            "ramp": run.train.ramp,
+            "ramp_flops": tuple(
+                model_flops(run.model, global_batch=phase.global_batch, seq_len=phase.seq_len)
+                for phase in course.phases[:-1]
+            ),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "train"),
             "steps": run.train.n_steps,
@@ -147,7 +164,15 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     if run.layout == "auto":
         raise InputError("train the run first", where=str(run_folder(run)))
     layout, data = run.layout, data_folder(run)
-    train = run.train.model_copy(update={"global_batch": stage.global_batch, "steps": stage.steps, "tokens": None})
+    train = run.train.model_copy(
+        update={
+            "global_batch": stage.global_batch,
+            "steps": stage.steps,
+            "tokens": None,
+            "ramp": (),
+            "averaging": Averaging(),
+        }
+    )
     staged = run.model_copy(update={"train": train})
     check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
     if not (data / "pairs" / "manifest.json").is_file():
@@ -196,7 +221,8 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     checkpoints, or when checkpoints there were made by another job: a resume must not mix two.
     """
     checkpoints = folder / "checkpoints"
-    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints)
+    copies = 0 if job.averaging.method == "none" else 1
+    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, copies)
     with run_lock(folder):
         if fresh:
             _clear(folder)

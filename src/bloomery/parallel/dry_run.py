@@ -183,16 +183,16 @@ def _steps(
         answer = []
         for length in lengths:
             most = 0
-            step = _step(engine, mesh, optimizer, length, seq_len, dtype)
+            step = _step(engine, mesh, optimizer, length, seq_len)
             answer.append({**step, _LEFT_OVER: most})
         return answer
 
 
 def _step(
-    engine: Engine, mesh: Mesh, optimizer: torch.optim.Optimizer, micro_batches: int, seq_len: int, dtype: str
+    engine: Engine, mesh: Mesh, optimizer: torch.optim.Optimizer, micro_batches: int, seq_len: int
 ) -> dict[str, Any]:
     """Run one optimizer step of so many micro-batches and say what it took."""
-    engine.schedule_for(micro_batches, seq_len, dtype)
+    engine.schedule_for(micro_batches, seq_len)
     if engine.schedule is not None:
         expect_given_shapes(engine.schedule)
     local = micro_batches * mesh.layout.micro_batch

@@ -102,6 +102,8 @@ class Engine:
         self.n_targets = 1
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
+        self._scheduled: tuple[int, int] | None = None
+        self.parameter_dtype = torch.float32
         self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
@@ -127,17 +129,25 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.mesh.device.type, dtype=self.autocast_dtype)
 
-    def schedule_for(self, micro_batches: int, seq_len: int, dtype: str) -> None:
+    def expect(self, global_batch: int, seq_len: int) -> None:
+        """Be ready for steps (or evaluations) of this size; only a pipeline's schedule depends on it.
+
+        A new schedule asks its neighbours once whether shapes are known: a few bytes that no plan counts.
+        """
+        self.schedule_for(global_batch // (self.layout.dp * self.layout.micro_batch), seq_len)
+
+    def schedule_for(self, micro_batches: int, seq_len: int) -> None:
         """Make the pipeline schedule of steps with so many micro-batches; without stages there is none to make."""
-        if self.layout.pp == 1:
+        if self.layout.pp == 1 or self._scheduled == (micro_batches, seq_len):
             return
+        self._scheduled = (micro_batches, seq_len)
         self.schedule = build_schedule(
             self.stages,
             self.mesh,
             micro_batches=micro_batches,
             seq_len=seq_len,
-            stream_dtype=_DTYPES[dtype],
-            loss_dtype=_DTYPES[dtype],
+            stream_dtype=self.parameter_dtype,
+            loss_dtype=self.parameter_dtype,
             loss=self._mean,
             measure=self.measure,
         )
@@ -382,5 +392,6 @@ def build(
         every_unit = [unit for _, unit in units(list(stages.values()), experts_apart=False)]
         engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-    engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)
+    engine.parameter_dtype = _DTYPES[dtype]
+    engine.expect(global_batch, seq_len)
     return engine

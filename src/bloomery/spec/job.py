@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 
 from bloomery.spec.base import Noun
+from bloomery.spec.course import Course, RampStage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
-from bloomery.spec.run import Optimizer
+from bloomery.spec.run import Averaging, Optimizer
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -22,7 +23,19 @@ CORRUPTED = 5
 GAVE_UP = 4
 """A training process's exit code when a start from the same state would end the same way; the command's is 1."""
 
-FIXED = ("model", "seed", "seq_len", "global_batch", "steps", "optimizer", "kind", "document_mask", "dtype")
+FIXED = (
+    "model",
+    "seed",
+    "seq_len",
+    "global_batch",
+    "ramp",
+    "steps",
+    "optimizer",
+    "averaging",
+    "kind",
+    "document_mask",
+    "dtype",
+)
 """What a resume takes over unchanged: model, batches, schedule, seed."""
 
 
@@ -37,8 +50,10 @@ class Job(Noun):
     seed: int
     seq_len: int
     global_batch: int
+    ramp: tuple[RampStage, ...] = ()
     steps: int
     optimizer: Optimizer
+    averaging: Averaging = Averaging()
     data: str
     heldout: str
     kind: str = "tokens"
@@ -56,8 +71,18 @@ class Job(Noun):
     metrics: tuple[str, ...] = ()
     profile: str = ""
     model_flops: float = 0.0
+    ramp_flops: tuple[float, ...] = ()
     peak_flops_per_s: float = 0.0
     mfu_convention: str = ""
+
+    @property
+    def course(self) -> Course:
+        """The batch and the length of sequences of every step."""
+        return Course.of(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len, steps=self.steps)
+
+    def flops_of(self, step: int) -> float:
+        """Model FLOPs of one step (0: unknown)."""
+        return (*self.ramp_flops, self.model_flops)[self.course.at(step).number]
 
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""

@@ -21,8 +21,10 @@ from torch.distributed.tensor import DTensor
 from bloomery.model.init import rectangle
 from bloomery.parallel.engine import Engine, LocalShard
 from bloomery.parallel.whole_matrices import gather_whole, matrix_units
+from bloomery.spec.commit import AVERAGE
 from bloomery.spec.parameters import Parameter, is_hidden_matrix
-from bloomery.spec.run import Optimizer
+from bloomery.spec.run import Averaging, Optimizer
+from bloomery.train.averaging import Average
 
 ADAMW_MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 ADAMW_RMS = 0.2
@@ -101,10 +103,10 @@ def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Optimizers:
-    """The optimizers that together own every parameter, stepped as one."""
+    """The optimizers that together own every parameter, stepped as one, and the average of what they make."""
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], average: Average) -> None:
+        self.parts, self.average = tuple(parts), average
         self._owner = {
             id(parameter): part for part in self.parts for group in part.param_groups for parameter in group["params"]
         }
@@ -129,6 +131,7 @@ class Optimizers:
         """Forget all moments: a checkpoint's are about to take their place, or the first step's."""
         for part in self.parts:
             part.state.clear()
+        self.average.kept.clear()
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
@@ -138,13 +141,15 @@ class Optimizers:
         return MOMENTUM if isinstance(owner, Muon) else ADAMW_MOMENTS
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter by name; empty before the first step."""
+        """The moments of a parameter by name, its average with them; empty before the first step."""
         names = self.moment_names(parameter)
         state = self._owner[id(parameter)].state.get(parameter, {}) if names else {}
-        return {name: state[name] for name in names if name in state}
+        averaged = {AVERAGE: self.average.kept[parameter]} if parameter in self.average.kept else {}
+        return {name: state[name] for name in names if name in state} | averaged
 
-    def start_moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
-        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps."""
+    def start_moments(self, parameter: nn.Parameter, step: int, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps; with its
+        average where one had begun."""
         if not self.moment_names(parameter):
             return {}
         state = self._owner[id(parameter)].state[parameter]
@@ -152,18 +157,23 @@ class Optimizers:
         state.update(moments)
         if self.moment_names(parameter) == ADAMW_MOMENTS:
             state["step"] = torch.tensor(float(step))
-        return moments
+        return moments | ({AVERAGE: self.average.begin(parameter)} if averaged else {})
 
 
-def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
-    """The optimizers that `settings` names, over the engine's parameters."""
+NO_AVERAGE = Averaging()
+
+
+def build_optimizers(
+    engine: Engine, settings: Optimizer, averaging: Averaging = NO_AVERAGE, n_steps: int = 1
+) -> Optimizers:
+    """The optimizers that `settings` names, over the engine's parameters, for a run of `n_steps`."""
     parts = list[torch.optim.Optimizer]()
     if settings.name == "muon" and any(stage.blocks() for stage in engine.stages.values()):
         parts.append(Muon(engine, settings))
     groups = _adamw_groups(engine, settings)
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
-    optimizers = Optimizers(parts)
+    optimizers = Optimizers(parts, Average(engine, averaging, n_steps))
     optimizers.set_rate(settings.lr)
     return optimizers
 
