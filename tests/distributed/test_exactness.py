@@ -166,10 +166,15 @@ def expert_cases() -> list[Case]:
         "dp=4,ep=4,zero=3,micro_batch=1",
         "tp=2,dp=2,ep=2,micro_batch=2",
         "pp=2,dp=2,ep=2,micro_batch=2",
+        "dp=4,ep=2,zero=1,micro_batch=1",
+        "cp=2,micro_batch=4",
+        "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )
     deepseek = (
         "dp=2,micro_batch=2",
         "dp=2,ep=2,micro_batch=4",
+        "dp=2,zero=1,micro_batch=2",
+        "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2",
         "tp=2,sp=true,micro_batch=4",
         "dp=4,ep=2,zero=2,micro_batch=1",
         "tp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=2",

@@ -192,7 +192,7 @@ def _step(
     engine: Engine, mesh: Mesh, optimizer: torch.optim.Optimizer, micro_batches: int, seq_len: int
 ) -> dict[str, Any]:
     """Run one optimizer step of so many micro-batches and say what it took."""
-    engine.schedule_for(micro_batches, seq_len)
+    engine.expect(micro_batches * mesh.layout.micro_batch * mesh.layout.dp, seq_len)
     if engine.schedule is not None:
         expect_given_shapes(engine.schedule)
     local = micro_batches * mesh.layout.micro_batch

@@ -130,14 +130,9 @@ class Engine:
         return torch.autocast(self.mesh.device.type, dtype=self.autocast_dtype)
 
     def expect(self, global_batch: int, seq_len: int) -> None:
-        """Be ready for steps (or evaluations) of this size; only a pipeline's schedule depends on it.
-
-        A new schedule asks its neighbours once whether shapes are known: a few bytes that no plan counts.
-        """
-        self.schedule_for(global_batch // (self.layout.dp * self.layout.micro_batch), seq_len)
-
-    def schedule_for(self, micro_batches: int, seq_len: int) -> None:
-        """Make the pipeline schedule of steps with so many micro-batches; without stages there is none to make."""
+        """Be ready for steps (or evaluations) of this size: only a pipeline's schedule depends on it. A new one asks its
+        neighbours once whether shapes are known: a few bytes that no plan counts."""
+        micro_batches = global_batch // (self.layout.dp * self.layout.micro_batch)
         if self.layout.pp == 1 or self._scheduled == (micro_batches, seq_len):
             return
         self._scheduled = (micro_batches, seq_len)
@@ -333,8 +328,8 @@ class Engine:
             if entry.expert and layout.ep > 1:
                 ranks, same = layout.data_ranks // layout.ep, mesh.data_rank // layout.ep
                 place = same
-            if layout.zero_stage >= 1:
-                shard = _rows(shard, entry.data_dim, ranks, place)
+            if layout.zero_stage >= 2 or (layout.zero_stage == 1 and entry.kind != "buffer"):
+                shard = _rows(shard, entry.data_dim if layout.zero_stage >= 2 else 0, ranks, place)
                 owner = owner and mesh.replica == 0
             else:
                 owner = owner and same == 0
@@ -389,8 +384,7 @@ def build(
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
-        every_unit = [unit for _, unit in units(list(stages.values()), experts_apart=False)]
-        engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
+        engine.update_shards = UpdateShards.of(list(stages.values()), mesh, measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
     engine.parameter_dtype = _DTYPES[dtype]
     engine.expect(global_batch, seq_len)

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from bloomery.model.mixture import Experts, Mixture, by_expert, on_host, permute
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
+from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.mesh import Mesh
 
 
@@ -78,6 +79,23 @@ def send_to_experts(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
 def mixtures(stages: Iterable[Transformer]) -> list[Mixture]:
     """The mixtures of experts of some stages, in order."""
     return [layer.ffn for stage in stages for layer in stage.blocks() if isinstance(layer.ffn, Mixture)]
+
+
+def balance_whole_sequences(stage: Transformer, axis: ContextAxis) -> None:
+    """Let routers whose loss weighs each expert's share of a sequence count the sequence's tokens on all ranks.
+
+    The loss is linear in a rank's own scores once the counts are known, so nothing else has to be sent.
+    """
+
+    def over_ranks(tokens_be: Tensor) -> Tensor:
+        whole_be = tokens_be.clone()
+        with axis.measure("tp_comm"):
+            dist.all_reduce(whole_be, group=axis.group)
+        return whole_be
+
+    for mixture in mixtures([stage]):
+        if mixture.router.moe.balancing == "aux_loss":
+            mixture.router.over_ranks = over_ranks
 
 
 def expert_parameters(stage: Transformer) -> set[nn.Parameter]:

@@ -48,6 +48,15 @@ def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
     return total
 
 
+def _padded_experts(parameters: Iterable[Parameter], tp: Any, ranks: Any, ep: Any) -> Any:
+    """The same of stacked experts of one ep rank, padded in whole experts."""
+    total: Any = 0
+    for p in parameters:
+        each = p.size // p.shape[0] // (1 if p.tp_dim is None else tp)
+        total = total + -(-(p.shape[0] // ep) // ranks) * ranks * each
+    return total
+
+
 def _local(parameters: Iterable[Parameter], tp: Any) -> Any:
     """Elements of these parameters on one tp rank."""
     counted = Counter((p.size, p.tp_dim is not None) for p in parameters)
@@ -71,9 +80,15 @@ class _Unit:
         """On one rank, before ZeRO."""
         return sum(_local(part, tp) * there for part, there in self.parts) // self.share
 
-    def padded(self, tp: Any) -> Any:
-        """The same, each tensor padded to rows for all ranks."""
-        return sum(_padded(part, tp, self.ranks) * there for part, there in self.parts) // self.share
+    def padded(self, tp: Any, first: Any) -> Any:
+        """The same, each tensor padded to rows for all ranks; `first`: where experts are cut in dimension 0, (n,)."""
+        total: Any = 0
+        for part, there in self.parts:
+            size = _padded(part, tp, self.ranks) // self.share
+            if any(p.expert for p in part):
+                size = np.where(first, _padded_experts(part, tp, self.ranks, self.share), size)
+            total = total + size * there
+        return total
 
 
 def _kinds(model: Model, shape: StageShape) -> list[tuple[Any, tuple[Parameter, ...]]]:
@@ -120,11 +135,10 @@ def data_collectives(
         rows.add(f"gradients.{unit.site}", axis, "all_reduce", "step", replicated * held, reduced)
         if not np.any(cut):
             continue
-        padded = unit.padded(lay.tp)
-        gathered, reduced = (
-            (padded + _padded(unit.buffers, lay.tp, lay.shards)) * parameter_bytes,
-            padded * gradient_bytes,
-        )
+        padded = unit.padded(lay.tp, lay.zero_stage == 1)
+        # FSDP gathers what it wraps, buffers too; ZeRO 1 what optimizers move.
+        beside = _padded(unit.buffers, lay.tp, lay.shards) * (lay.zero_stage >= 2)
+        gathered, reduced = (padded + beside) * parameter_bytes, padded * gradient_bytes
         rows.add(site, axis, "reduce_scatter", "backward", cut * held, reduced)
         rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // lay.shards)
         rows.add(site, axis, "all_gather", "step", cut * (lay.zero_stage == 1) * held, gathered)

@@ -120,7 +120,6 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
     return [
         ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
-        ("expert_zero1", "mixtures of experts run with ZeRO 0, 2 and 3", lay.zero_stage == 1),
         ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
         (
             "expert_selective",
@@ -136,11 +135,6 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
             "expert_rows",
             f"ZeRO cuts experts over dp/ep ranks, which must divide expert_ffn_hidden {width} / tp and hidden",
             (lay.zero_stage >= 2) & rows,
-        ),
-        (
-            "sequence_balance",
-            "the auxiliary loss counts whole sequences: with cp > 1 use balancing bias",
-            (lay.cp > 1) & (model.moe.balancing == "aux_loss"),
         ),
     ]
 
