@@ -167,6 +167,7 @@ def expert_cases() -> list[Case]:
         "tp=2,dp=2,ep=2,micro_batch=2",
         "pp=2,dp=2,ep=2,micro_batch=2",
         "dp=4,ep=2,zero=1,micro_batch=1",
+        "dp=8,ep=2,replicas=2,zero=3,micro_batch=1",
         "cp=2,micro_batch=4",
         "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )
@@ -174,6 +175,9 @@ def expert_cases() -> list[Case]:
         "dp=2,micro_batch=2",
         "dp=2,ep=2,micro_batch=4",
         "dp=2,zero=1,micro_batch=2",
+        "dp=4,ep=2,replicas=2,zero=2,micro_batch=1",
+        "dp=4,replicas=2,zero=2,micro_batch=2",
+        "cp=2,dp=2,ep=2,zero=2,micro_batch=2",
         "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2",
         "tp=2,sp=true,micro_batch=4",
         "dp=4,ep=2,zero=2,micro_batch=1",

@@ -71,7 +71,7 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     def cut(parameter: torch.nn.Parameter) -> Shard | None:
         return Shard(1) if parameter in experts else None
 
-    if mesh.expert_mesh is not None and mesh.layout.dp == mesh.layout.ep:
+    if mesh.expert_mesh is not None and mesh.layout.shards == mesh.layout.ep:
         alone = experts
     elif mesh.expert_mesh is not None:
         for mixture in mixtures([stage]):
@@ -134,6 +134,14 @@ def units(stages: Sequence[Transformer], *, experts_apart: bool) -> list[tuple[s
         answer.append(("dp", [parameter for parameter in unit if parameter not in experts]))
         answer.append(("edp", [parameter for parameter in unit if parameter in experts]))
     return [unit for unit in answer if unit[1]]
+
+
+def sum_experts_over_replicas(stages: Sequence[Transformer], mesh: Mesh, measure: Measure) -> None:
+    """Sum the gradients of experts that FSDP leaves alone, since no other rank of their replica has them."""
+    for axis, unit in units(stages, experts_apart=True):
+        if axis == "edp":
+            gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+            sum_flat(gradients, mesh.group("replica"), measure, "dp_comm")
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

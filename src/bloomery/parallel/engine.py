@@ -19,7 +19,7 @@ from bloomery.parallel.apply import lay_out
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
-from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
+from bloomery.parallel.data_parallel import free_gathered, sum_experts_over_replicas, sum_flat, units
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
@@ -130,8 +130,8 @@ class Engine:
         return torch.autocast(self.mesh.device.type, dtype=self.autocast_dtype)
 
     def expect(self, global_batch: int, seq_len: int) -> None:
-        """Be ready for steps (or evaluations) of this size: only a pipeline's schedule depends on it. A new one asks its
-        neighbours once whether shapes are known: a few bytes that no plan counts."""
+        """Be ready for steps (or evaluations) of this size: only a pipeline's schedule depends on it. A new one asks
+        its neighbours once whether shapes are known: a few bytes that no plan counts."""
         micro_batches = global_batch // (self.layout.dp * self.layout.micro_batch)
         if self.layout.pp == 1 or self._scheduled == (micro_batches, seq_len):
             return
@@ -222,6 +222,8 @@ class Engine:
                 gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
                 if axis == "dp" or layout.data_ranks > layout.ep:
                     sum_flat(gradients, self.mesh.group(axis), self.measure, "dp_comm")
+        elif layout.dp_replicas > 1 and layout.ep == layout.shards:
+            sum_experts_over_replicas(list(self.stages.values()), self.mesh, self.measure)
         self.routed = summed_routing(self.stages.values(), self.mesh, self.measure)
 
     def update(self, optimizer: Steps) -> None:
@@ -276,7 +278,7 @@ class Engine:
         parameter, layout = self.table[name], self.layout
         tp = layout.tp if parameter.tp_dim is None else 1
         if parameter.expert and layout.ep > 1:
-            return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else 1)
+            return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else layout.dp_replicas)
         ends = 2 if self._tied_apart and name == "embedding.weight" else 1
         return ends * tp * (layout.data_ranks if layout.zero_stage == 0 else layout.dp_replicas)
 
@@ -326,8 +328,8 @@ class Engine:
                 owner = owner and 0 in self.stages
             ranks, place, same = layout.shards, mesh.shard_rank, mesh.data_rank
             if entry.expert and layout.ep > 1:
-                ranks, same = layout.data_ranks // layout.ep, mesh.data_rank // layout.ep
-                place = same
+                ranks, same = layout.shards // layout.ep, mesh.data_rank // layout.ep
+                place = mesh.shard_rank // layout.ep
             if layout.zero_stage >= 2 or (layout.zero_stage == 1 and entry.kind != "buffer"):
                 shard = _rows(shard, entry.data_dim if layout.zero_stage >= 2 else 0, ranks, place)
                 owner = owner and mesh.replica == 0

@@ -127,6 +127,8 @@ def summed_routing(stages: Iterable[Transformer], mesh: Mesh, measure: Measure) 
     if mesh.layout.data_ranks > 1:
         with measure("dp_comm"):
             dist.all_reduce(tokens_le, group=mesh.group("dp"))
+            if mesh.layout.dp_replicas > 1:
+                dist.all_reduce(tokens_le, group=mesh.group("replica"))
     fullest_l = tokens_le.amax(1) / tokens_le.double().mean(1).clamp(min=1)
     model = next(iter(stages)).model
     all_mixtures = sum(model.is_routed(layer) for layer in range(model.layers))

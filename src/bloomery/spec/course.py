@@ -2,7 +2,8 @@
 
 Batches grow because small ones waste fewer tokens while the loss falls fast (GPT-3: Brown et al. 2020, arXiv
 2005.14165, section 2.3; critical batch size: McCandlish et al. 2018, 1812.06162); sequences grow because short ones are
-cheaper and steadier at first (Press et al. 2021, 2012.15832; Li et al. 2022, 2108.06084); Llama 3 grew both (2407.21783, 3.4.1).
+cheaper and steadier at first (Press et al. 2021, 2012.15832; Li et al. 2022, 2108.06084); Llama 3 grew
+both (2407.21783, 3.4.1).
 
 Data keeps its one order: a position is a whole sample of `seq_len` tokens. Shorter sequences are its pieces, taken one
 after the other as sequences of their own: no token is left out, seen twice or moved.

@@ -109,7 +109,7 @@ def _units(model: Model, lay: LayoutBatch, shape: StageShape) -> Iterator[_Unit]
         ]
         if experts:
             replicas, apart = expert_replicas(lay), lay.ep > 1
-            yield _Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep)
+            yield _Unit("experts", "edp", replicas, held * apart, [(experts, 1)], lay.ep)
             parts.append((experts, ~apart))
         yield _Unit("layer", "dp", lay.shards, held, parts, buffers=buffers)
     for ends, there in _end_units(model, lay, shape):
@@ -130,8 +130,11 @@ def data_collectives(
     cut, replicated = (lay.data_ranks > 1) & (lay.zero_stage >= 1), (lay.data_ranks > 1) & (lay.zero_stage == 0)
     across = cut & (lay.dp_replicas > 1)
     for unit in _units(model, lay, shape):
-        site, axis, held = f"zero.{unit.site}", unit.axis, unit.held
+        site, axis = f"zero.{unit.site}", unit.axis
         reduced = unit.elements(lay.tp) * gradient_bytes
+        # Experts that no other rank of a replica has are summed over the replicas alone, whole.
+        rows.add(site, "replica", "all_reduce", "backward", across * unit.held * (unit.ranks == 1), reduced)
+        held = unit.held * (unit.ranks > 1)
         rows.add(f"gradients.{unit.site}", axis, "all_reduce", "step", replicated * held, reduced)
         if not np.any(cut):
             continue
@@ -140,7 +143,7 @@ def data_collectives(
         beside = _padded(unit.buffers, lay.tp, lay.shards) * (lay.zero_stage >= 2)
         gathered, reduced = (padded + beside) * parameter_bytes, padded * gradient_bytes
         rows.add(site, axis, "reduce_scatter", "backward", cut * held, reduced)
-        rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // lay.shards)
+        rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // unit.ranks)
         rows.add(site, axis, "all_gather", "step", cut * (lay.zero_stage == 1) * held, gathered)
         rows.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 2) * held, gathered)
         third.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 3) * held, gathered)

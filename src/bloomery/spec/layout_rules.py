@@ -116,11 +116,10 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     """What of a mixture of experts the engine cannot lay out."""
     if model.moe is None:
         return []
-    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.data_ranks // lay.ep, 1)
+    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.shards // lay.ep, 1)
     rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
     return [
         ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
-        ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
         (
             "expert_selective",
             "selective recomputation does not know experts: recompute whole layers or nothing",

@@ -22,8 +22,8 @@ Kind = Literal["embedding", "matrix", "norm", "bias", "buffer"]
 class Parameter:
     """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated).
 
-    `expert`: of all routed experts, stacked in dimension 0, which expert parallelism cuts; ZeRO 2 and 3 cut dimension 1,
-    so that few experts lie on many ranks without padding, ZeRO 1 whole experts, whose state is then one block.
+    `expert`: of all routed experts, stacked in dimension 0, which expert parallelism cuts; ZeRO 2 and 3 cut dimension
+    1, so that few experts lie on many ranks without padding, ZeRO 1 whole experts, whose state is then one block.
 
     `tp_partial`: replicated, but used where a tensor-parallel rank's backward pass sees its own part only: its heads,
     or its part of the experts, whose answers a router weighs.
