@@ -184,7 +184,17 @@ def expert_cases() -> list[Case]:
         "tp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=2",
         "tp=2,pp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=1,vpp=2",
     )
-    return [Case("mixtral", layout) for layout in mixtral] + [Case("deepseek", layout) for layout in deepseek]
+    muon = (
+        "dp=2,zero=1,micro_batch=2",
+        "dp=4,ep=2,zero=2,micro_batch=1",
+        "tp=2,dp=2,ep=2,sp=true,zero=3,micro_batch=2",
+        "pp=2,dp=4,ep=2,zero=1,micro_batch=1",
+    )
+    return [
+        *(Case("mixtral", layout) for layout in mixtral),
+        *(Case("deepseek", layout) for layout in deepseek),
+        *(Case("deepseek", layout, optimizer="muon") for layout in muon),
+    ]
 
 
 CASES = table()

@@ -73,11 +73,12 @@ class Training:
             self.optimizers.average.update(step + 1)
         return losses
 
-    def averaged_loss(self) -> float:
-        """Loss of a batch under the average of the weights."""
+    def held_out(self) -> list[float]:
+        """Loss of a batch under the weights and under their average."""
+        (last, count) = self.engine.evaluate(self.batch(0))
         with self.optimizers.average.in_use():
-            total, count = self.engine.evaluate(self.batch(0))
-        return total / count
+            (averaged, _) = self.engine.evaluate(self.batch(0))
+        return [last / count, averaged / count]
 
     def batch(self, step: int) -> Any:
         """This data-parallel rank's part of a batch."""
@@ -137,7 +138,7 @@ def write(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         writer.close()
         note = {
             "digest": training.digest(),
-            "averaged": training.averaged_loss(),
+            "held_out": training.held_out(),
             "losses": training.steps(STEPS, 2, rate_of(number)),
         }
         if rank == 0:
@@ -158,9 +159,9 @@ def read(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         training, notes = Training.under(layout, mesh), []
         for other in range(len(LAYOUTS)):
             checkpoint.load(folder / str(other) / f"step_{STEPS:06d}", training.engine, training.optimizers)
-            averaged = training.averaged_loss()
+            held_out = training.held_out()
             # The average has been in the weights' place: not a bit of either may have changed.
-            notes.append({"digest": training.digest(), "averaged": averaged})
+            notes.append({"digest": training.digest(), "held_out": held_out})
             notes[-1]["losses"] = training.steps(STEPS, 2, rate_of(other))
         if rank == 0:
             (folder / f"read.{number}.json").write_text(json.dumps(notes))
@@ -188,8 +189,8 @@ def test_any_layout_loads_what_any_other_wrote(written: int, loaded: int, folder
     found = json.loads((folder / f"read.{loaded}.json").read_text())[written]
     assert found["digest"] == wrote["digest"]
     np.testing.assert_allclose(found["losses"], wrote["losses"], rtol=1e-9)
-    np.testing.assert_allclose(found["averaged"], wrote["averaged"], rtol=1e-9)
-    assert abs(wrote["averaged"] / wrote["losses"][0] - 1) > 1e-6
+    np.testing.assert_allclose(found["held_out"], wrote["held_out"], rtol=1e-9)
+    assert abs(wrote["held_out"][0] / wrote["held_out"][1] - 1) > 1e-6
 
 
 def test_no_two_checkpoints_are_alike(folder: Path) -> None:

@@ -114,9 +114,13 @@ def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
-        inside = layer_parameters(case.model, case.model.layers - 1)
-        matrices = ranks.layers * Held.of([p for p in inside if is_hidden_matrix(p)]).dense(lay)
-        states = states - precision.norm * _cut(case, matrices, 0.0, lay.zero_stage >= 1)
+        first, last = (
+            Held.of([p for p in layer_parameters(case.model, layer) if is_hidden_matrix(p)])
+            for layer in (0, case.model.layers - 1)
+        )
+        matrices = ranks.dense_layers * first.dense(lay) + ranks.moe_layers * last.dense(lay)
+        experts = ranks.moe_layers * last.experts(lay)
+        states = states - precision.norm * _cut(case, matrices, experts, lay.zero_stage >= 1)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
         "gradients": precision.gradient * _cut(case, dense, experts, sharded),

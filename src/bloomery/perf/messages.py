@@ -140,6 +140,8 @@ def _experts_s(case: Case) -> Inner:
     groups = {axis: group_of(case.lay, axis) for axis in {row.axis for row in rows}}
     seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
     for row in rows:
+        if row.axis == "cp" and not case.stack.eager:
+            continue  # constants of other stacks were fitted without it
         size = row.bytes_each / (cut if row.axis == "ep" else 1)
         one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], size)
         direction = "forward" if row.phase == "forward" else "backward"

@@ -175,14 +175,21 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
 
 def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
     """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
-    tensor parallelism cut it over."""
-    rows = Rows()
-    layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
-    sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
-    rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
-    rows.add("matrices.rows", "dp", "all_gather", "step", sharded * shape.layers, rows_bytes)
-    whole_bytes = sum(p.size for p in cut) * parameter_bytes
-    rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * shape.layers, whole_bytes)
+    tensor parallelism cut it over; experts stay on their expert-parallel rank."""
+    rows, sharded = Rows(), (lay.data_ranks > 1) & (lay.zero_stage >= 1)
+    apart, replicas = lay.ep > 1, expert_replicas(lay)
+    for held, layer in _kinds(model, shape):
+        matrices = [p for p in layer if is_hidden_matrix(p) and not p.expert]
+        experts = [p for p in layer if is_hidden_matrix(p) and p.expert]
+        units = [_Unit("rows", "dp", lay.shards, held, [(matrices, 1), (experts, ~apart)])]
+        if experts:
+            units.append(_Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep))
+        for unit in units:
+            n_bytes = unit.padded(lay.tp, lay.zero_stage == 1) * parameter_bytes
+            rows.add(f"matrices.{unit.site}", unit.axis, "all_gather", "step", sharded * unit.held, n_bytes)
+        sizes = (sum(p.size for p in part if p.tp_dim is not None) for part in (matrices, experts))
+        whole_bytes = (next(sizes) + next(sizes) // lay.ep) * parameter_bytes
+        rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * held, whole_bytes)
     return rows.rows
 
 

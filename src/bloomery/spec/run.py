@@ -207,8 +207,6 @@ class Run(Noun):
         if optimizer.scaling == "mup" and self.model.init != "unit_stream":
             # A head that starts at one size moves the logits the more the wider it is.
             raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
-        if optimizer.name == "muon" and self.model.moe:
-            raise ValueError("train.optimizer.name muon does not train mixture-of-experts models yet; use adamw")
         names = [stage.name for stage in self.align]
         if len(set(names)) < len(names):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")

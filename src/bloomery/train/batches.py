@@ -98,10 +98,10 @@ class Batches:
         return slice(dp_rank * share // phase.pieces, -(-(dp_rank + 1) * share // phase.pieces))
 
     def _prepare(self, step: int, taken: list[int]) -> Batch:
-        phase = self.course.at(step)
+        phase, rank = self.course.at(step), self.mesh.dp_rank
         share = phase.global_batch // self.mesh.layout.dp
-        samples = self.dataset.batch(np.array(taken[self._part(step, self.mesh.dp_rank)]))
-        samples = cut(samples, phase.seq_len, self.mesh.dp_rank * share % phase.pieces, share)
+        samples = self.dataset.batch(np.array(taken[self._part(step, rank)]))
+        samples = cut(samples, phase.seq_len, rank * share % phase.pieces, share)
         count = sum(self.dataset.n_targets(i) for i in taken)
         tokens, targets, documents, prefix = (
             None if part is None else torch.from_numpy(part).to(self.mesh.device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -77,9 +78,12 @@ class Muon(torch.optim.Optimizer):
         for unit in self.units:
             wholes = gather_whole(self.engine, unit, [self._direction(item) for item in unit])
             for item, whole in zip(unit, _orthogonalised(wholes), strict=True):
-                weight, scale = item.local(), ADAMW_RMS * max(whole.shape) ** 0.5
+                weight, scale = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(rectangle(whole, item.shard), alpha=-group["lr"] * scale)
+                # Of experts, `whole` begins with this rank's first.
+                first, *offsets = item.shard.offsets
+                mine = replace(item.shard, offsets=(first % len(whole), *offsets))
+                weight.add_(rectangle(whole, mine), alpha=-group["lr"] * scale)
 
     def _direction(self, item: LocalShard) -> Tensor:
         """This rank's rectangle of gradient and momentum as Nesterov mixes them; the momentum is brought up to date."""
@@ -92,13 +96,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Each matrix orthogonalised, those of one shape in one batch."""
-    order = sorted(range(len(matrices)), key=lambda i: matrices[i].shape)
+    """Each matrix orthogonalised, those of one shape in one batch; of (experts, out, in) each expert's by itself."""
+    stacks = [matrix if matrix.dim() == 3 else matrix[None] for matrix in matrices]
+    order = sorted(range(len(matrices)), key=lambda i: stacks[i].shape[1:])
     found = list(matrices)
-    for _, same in groupby(order, key=lambda i: matrices[i].shape):
+    for _, same in groupby(order, key=lambda i: stacks[i].shape[1:]):
         batch = list(same)
-        for i, result in zip(batch, orthogonal(torch.stack([matrices[i] for i in batch])), strict=True):
-            found[i] = result
+        results = orthogonal(torch.cat([stacks[i] for i in batch])).split([len(stacks[i]) for i in batch])
+        for i, result in zip(batch, results, strict=True):
+            found[i] = result.view_as(matrices[i])
     return found
 
 

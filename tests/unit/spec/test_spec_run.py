@@ -11,14 +11,12 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.run import Run, Train, step_window
 
 MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
-EXPERTS = {"experts": 4, "top_k": 1, "expert_ffn_hidden": 32}
 
 
 @pytest.mark.parametrize(
     ("model", "optimizer", "reason"),
     [
         ({}, {"scaling": "mup"}, "mup needs model.init unit_stream"),
-        ({"moe": EXPERTS}, {"name": "muon"}, "does not train mixture-of-experts"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model: dict[str, Any], optimizer: dict[str, Any], reason: str) -> None:
