@@ -83,7 +83,7 @@ class Case:
     mask: Literal["causal", "prefix", "documents", "both"] = "causal"
     optimizer: str = "adamw"
     ramp: bool = False
-    """The steps before the recorded one have half as many sequences, half as long."""
+    """The first step has half as many sequences, half as long: a pipeline greets its neighbours anew in the next."""
     balanced: bool = False
     """Experts are taken in turns instead of chosen, so that every one gets as many tokens as any other."""
 
@@ -127,7 +127,7 @@ def seen(step: int, mask: str) -> dict[str, np.ndarray]:
 
 def size_at(case: Case, step: int) -> tuple[int, int]:
     """Sequences and their length in one step."""
-    return (GLOBAL_BATCH // 2, SEQ_LEN // 2) if case.ramp and step < RECORDED else (GLOBAL_BATCH, SEQ_LEN)
+    return (GLOBAL_BATCH // 2, SEQ_LEN // 2) if case.ramp and step == 0 else (GLOBAL_BATCH, SEQ_LEN)
 
 
 def local_batch(case: Case, step: int, dp: int, dp_rank: int) -> Any:

@@ -182,7 +182,10 @@ def test_a_mixture_of_experts_of_a_trillion_parameters_on_1024_ranks() -> None:
     assert [one.account.layers for one in found.classes] == [3, 4, 3]
 
 
-@pytest.mark.parametrize("text", ["micro_batch=2", "dp=2,ep=2", "tp=2,dp=4,ep=2,sp=true,zero=2"])
+SELECTIVE = ("micro_batch=2,recompute=selective", "tp=2,dp=2,ep=2,sp=true,recompute=selective")
+
+
+@pytest.mark.parametrize("text", ["micro_batch=2", "dp=2,ep=2", "tp=2,dp=4,ep=2,sp=true,zero=2", *SELECTIVE])
 def test_a_rank_of_experts_holds_computes_and_sends_what_is_predicted(text: str) -> None:
     moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, shared_experts=1)
     model = Model(layers=2, hidden=512, heads=8, ffn_hidden=1024, vocab=1024, max_seq_len=256, moe=moe)

@@ -168,6 +168,7 @@ def expert_cases() -> list[Case]:
         "pp=2,dp=2,ep=2,micro_batch=2",
         "dp=4,ep=2,zero=1,micro_batch=1",
         "dp=8,ep=2,replicas=2,zero=3,micro_batch=1",
+        "dp=2,ep=2,zero=3,micro_batch=2,recompute=selective",
         "cp=2,micro_batch=4",
         "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )
@@ -178,6 +179,7 @@ def expert_cases() -> list[Case]:
         "dp=4,ep=2,replicas=2,zero=2,micro_batch=1",
         "dp=4,replicas=2,zero=2,micro_batch=2",
         "cp=2,dp=2,ep=2,zero=2,micro_batch=2",
+        "tp=2,sp=true,micro_batch=4,recompute=selective",
         "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2",
         "tp=2,sp=true,micro_batch=4",
         "dp=4,ep=2,zero=2,micro_batch=1",

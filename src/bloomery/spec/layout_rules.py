@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import RECOMPUTE, SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 
@@ -120,11 +120,6 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
     return [
         ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
-        (
-            "expert_selective",
-            "selective recomputation does not know experts: recompute whole layers or nothing",
-            lay.recompute == RECOMPUTE.index("selective"),
-        ),
         (
             "expert_ffn",
             f"tp cuts experts too and must divide expert_ffn_hidden {width}",
