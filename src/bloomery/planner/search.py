@@ -289,6 +289,11 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
     notes = []
     if any("guess" in text for text in run.cluster.provenance.values()):
         notes.append(f"cluster {run.cluster.name} is an unmeasured guess; `bloomery probe` measures this machine")
+    ramp = run.train.course.last.first_step
+    if ramp:
+        notes.append(
+            f"the first {ramp} steps are train.ramp's, of other sizes: days count them, a step's figures do not"
+        )
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)
