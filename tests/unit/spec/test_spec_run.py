@@ -14,16 +14,17 @@ MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "reason"),
+    ("model", "train", "reason"),
     [
-        ({}, {"scaling": "mup"}, "mup needs model.init unit_stream"),
+        ({}, {"optimizer": {"scaling": "mup"}}, "mup needs model.init unit_stream"),
+        ({"mask": "prefix"}, {"ramp": [{"tokens": 600, "seq_len": 64}]}, "would cut prefixes"),
     ],
 )
-def test_what_does_not_go_together_is_refused(model: dict[str, Any], optimizer: dict[str, Any], reason: str) -> None:
+def test_what_does_not_go_together_is_refused(model: dict[str, Any], train: dict[str, Any], reason: str) -> None:
     described = {"model": {**MODEL, **model}, "cluster": cluster("this-machine").model_dump()}
     with pytest.raises(InputError, match=reason):
-        Run.checked({**described, "train": {"optimizer": optimizer}})
-    Run.checked({**described, "train": {"optimizer": {"name": "adamw"}}})
+        Run.checked({**described, "train": train})
+    Run.checked({**described, "train": {"optimizer": {"name": "adamw"}, "ramp": [{"tokens": 600, "global_batch": 4}]}})
 
 
 @pytest.mark.parametrize("window", ["12-10", "0-3", "10:12", "10", "a-b"])
