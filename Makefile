@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo test check unit distributed e2e chaos format clean bench-prediction bench-train bench-gpu bench-planner bench-search bench-time-to-loss calibrate
+.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -32,15 +32,31 @@ distributed: setup ## exactness of every parallel layout against one process, in
 e2e: setup ## whole commands as a user runs them
 	$(BIN)/pytest tests/e2e -q
 
-chaos: setup ## the fault matrix: kills, hangs, flipped bits, full disks, NaN in real runs; a table of goals and figures
-	$(BIN)/pytest tests/chaos -q
+chaos: setup ## the fault matrix F1 to F19 in about 30 minutes, seeded; a table of goals and figures (SEED=0 JSON=FILE)
+	TMPDIR="$(firstword $(wildcard /dev/shm) /tmp)" SEED="$(SEED)" CHAOS_JSON="$(JSON)" OMP_NUM_THREADS=1 $(BIN)/pytest tests/chaos -q
+
+soak: setup ## F20: a run left alone with random faults, 100 an hour (MINUTES=120 SEED=0 PER_HOUR=100 JSON=FILE)
+	TMPDIR="$(firstword $(wildcard /dev/shm) /tmp)" SEED="$(SEED)" $(BIN)/python tests/chaos/soak.py --minutes $(or $(MINUTES),120) --per-hour $(or $(PER_HOUR),100) \
+	  $(if $(JSON),--json "$(JSON)")
+
+slurm: setup ## a real Slurm of two nodes on this machine: limits, requeues, lost nodes, end with the same bits (root; slurm-wlm, munge)
+	$(BIN)/pytest tests/slurm -q
+
+network: setup ## probe and doctor on network namespaces as hosts, with shaped links (root, iproute2)
+	$(BIN)/pytest tests/network -q
 
 format: setup ## put the code in order
 	$(BIN)/ruff check --fix src tests tools bench
 	$(BIN)/ruff format src tests tools bench
 
+loop: setup ## probe, predict, run, calibrate on half, predict the other half (20 minutes; QUICK=1: four runs; OUT=DIR)
+	$(BIN)/python bench/loop.py --out $(or $(OUT),runs/loop) --page $(or $(OUT),runs/loop)/loop.html $(if $(QUICK),--quick)
+
 bench-prediction: setup ## predicted beside measured step time on this machine (dp1, dp2, tp2, pp2)
 	$(BIN)/python bench/step_time_prediction.py
+
+bench-checkpoint: setup ## stall and restore of a checkpoint beside PyTorch's asynchronous DCP, same state, in turns (BENCH="--rounds 8")
+	$(BIN)/python bench/checkpoint_stall.py $(BENCH)
 
 # PEERS: a folder with the environments hf and litgpt, made there when they are missing (PEERS=build/peers makes them here).
 bench-train: setup ## tokens/s and memory beside Hugging Face Trainer, litgpt and a plain loop (PEERS=DIR, BENCH="--rounds 5")
@@ -69,6 +85,9 @@ bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHO
 
 bench-time-to-loss: setup ## our recipe beside the reference's: seconds to its loss (CORPUS=DIR; QUICK=1: only that it runs)
 	$(BIN)/python bench/time_to_loss.py --corpus "$(CORPUS)" --ablate $(if $(QUICK),--quick)
+
+bench-network: setup ## plans and runs over links of 100 Mbit, 1 Gbit and 5 Gbit between two hosts (needs root and iproute2)
+	$(BIN)/python bench/shaped_links.py $(BENCH)
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv machine.yaml runs build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

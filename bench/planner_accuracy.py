@@ -25,7 +25,8 @@ from bloomery.planner.calibrate import SPREADS, Constant, constants_of, fit, wit
 from bloomery.planner.published import Published, read_rows
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import Validation, validate
-from bloomery.spec.calibration import Calibration, Interval, calibration, calibration_yaml, read_calibration
+from bloomery.spec.calibration import Calibration, calibration, calibration_yaml, read_calibration
+from bloomery.spec.cluster import Interval
 from bloomery.spec.files import write_atomically
 
 TERMS: dict[str, dict[str, float]] = {

@@ -171,7 +171,10 @@ def compared(bench: Bench, steps: int, seeds: int) -> dict[str, Any]:
     """Every seed of both recipes, the reference at its usual and at its best learning rate."""
     best_rate, our_rate = tuned(bench, steps)
     result: dict[str, Any] = {"steps": steps, "our_lr": our_rate, "rows": []}
-    for name, rate in {"usual": REFERENCE_RATES[0], "tuned": best_rate}.items():
+    rates = {"usual": REFERENCE_RATES[0], "tuned": best_rate}
+    if best_rate == rates["usual"]:
+        rates = {"usual and tuned": best_rate}
+    for name, rate in rates.items():
         start = 0
         for seed in range(seeds):
             reference = bench.reference(steps, rate, seed)

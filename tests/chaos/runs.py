@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,16 @@ from bloomery.spec.catalog import cluster
 from bloomery.spec.commit import read_commit
 from bloomery.spec.run import Run
 
-Figure = Callable[[str, str, str, str], None]
-"""Takes a row of the matrix's table: number, fault, goal, figure."""
+Figure = Callable[[str, str, str, str, bool], None]
+"""Takes a row of the matrix's table: number, fault, goal, figure, and whether the goal is met."""
+SEED = int(os.environ.get("SEED") or 0)
+BUCKETS = ("data", "compute", "optimizer")
+"""Where every rank comes by in every step."""
+
+
+def chance(name: str) -> random.Random:
+    """The draws of one test."""
+    return random.Random(f"{SEED} {name}")
 
 
 def make_data(folder: Path) -> Path:
@@ -60,7 +69,7 @@ def train(run: Run, faults: Iterable[dict[str, object]] = ()) -> tuple[Path, int
 @contextmanager
 def planted(faults: list[dict[str, object]]) -> Iterator[None]:
     """Workers started inside find these faults."""
-    os.environ["CHAOS"] = json.dumps(faults)
+    os.environ.update(CHAOS=json.dumps(faults), CHAOS_COMMAND=str(os.getpid()))
     try:
         yield
     finally:
@@ -70,6 +79,33 @@ def planted(faults: list[dict[str, object]]) -> Iterator[None]:
 def events(folder: Path, kind: str = "") -> list[dict[str, Any]]:
     """The incidents of one kind, or all."""
     return [event for event in read_lines(folder / "events.jsonl") if kind in ("", event["event"])]
+
+
+def recovery_s(folder: Path) -> list[float]:
+    """Seconds from each fault that ended a start (the marks it left say when) to the end of the first step after it."""
+    struck = sorted(path.stat().st_mtime for path in folder.glob("struck_*"))
+    mine = [line for line in read_lines(folder / "ledger.jsonl") if line["rank"] == 0]
+    found = list[float]()
+    for start in read_lines(folder / "supervision.jsonl")[1:]:
+        lines = [line for line in mine if line["fence"] == start["fence"]]
+        before = [when for when in struck if when < start["began"]]
+        if before and len(lines) > 1:
+            found.append(start["began"] + start["forked_s"] + lines[0]["wall_s"] + lines[1]["wall_s"] - before[-1])
+    return found
+
+
+def lost_steps(folder: Path) -> list[int]:
+    """By failure, the finished steps that had to be done again."""
+    failed = [event["step"] for event in events(folder, "worker_failed")]
+    resumed = [event["step"] for event in events(folder, "resumed") if event["rank"] == 0]
+    # The first starts may have had nothing to go on from.
+    return [step - back for step, back in zip(failed, [0] * (len(failed) - len(resumed)) + resumed, strict=True)]
+
+
+def middle_and_worst(seconds: list[float]) -> tuple[float, float]:
+    """Median and 95th percentile."""
+    ordered = sorted(seconds)
+    return ordered[len(ordered) // 2], ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
 
 
 def final_bits(folder: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ import numpy as np
 from bloomery.spec.attention import LatentAttention
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.modules import GROUPS
 from bloomery.spec.run import Optimizer
+from bloomery.spec.stabilisers import Stabilisers
 
 SEQ_LEN, GLOBAL_BATCH, STEPS, VOCAB = 8, 8, 5, 64
 RECORDED = 2
@@ -69,6 +72,8 @@ MODELS["wide-window"] = MODELS["llama"].model_copy(update={"sliding_window": 6})
 MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
 MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 
+STABLE = Stabilisers(z_loss=0.1, embedding_gradient=0.1)
+
 OPTIMIZERS = {"adamw": Optimizer(lr=1e-2), "muon": Optimizer(name="muon", lr=1e-2)}
 
 
@@ -86,15 +91,15 @@ class Case:
     """The first step has half as many sequences, half as long: a pipeline greets its neighbours anew in the next."""
     balanced: bool = False
     """Experts are taken in turns instead of chosen, so that every one gets as many tokens as any other."""
+    stable: bool = False
+    """With every stabiliser, strong enough to change each step."""
 
     @property
     def name(self) -> str:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         mask = "" if self.mask == "causal" else f"-{self.mask}"
-        marks = (
-            ("-masked" if self.masked else "") + ("-balanced" if self.balanced else "") + ("-ramp" if self.ramp else "")
-        )
+        marks = "".join(f"-{mark}" for mark in ("masked", "balanced", "ramp", "stable") if getattr(self, mark))
         return f"{self.model}-{layout}{marks}{mask}-{self.optimizer}-{self.dtype}"
 
     @property
@@ -149,6 +154,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     import torch
 
     from bloomery.parallel import mesh as meshes
+    from bloomery.parallel.clipping import clip_groups
     from bloomery.parallel.engine import build
     from bloomery.parallel.recorder import record
     from bloomery.train.optimizers import build_optimizers
@@ -158,7 +164,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     try:
         engine = build(
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
-            measure=lambda _: contextlib.nullcontext(),
+            measure=lambda _: contextlib.nullcontext(), stabilisers=STABLE if case.stable else Stabilisers(),
         )  # fmt: skip
         if case.balanced:
             take_turns(engine)
@@ -172,7 +178,8 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 part = engine.forward_backward(local)
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
-                engine.clip(1.0, statistics.grad_norm)
+                limits = [0.2] * len(GROUPS) if case.stable else [math.inf] * len(GROUPS)
+                engine.clip(1.0, clip_groups(engine, statistics.groups, limits))
                 engine.update(optimizer)
                 optimizer.zero_grad()
             executed += messages

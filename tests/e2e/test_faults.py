@@ -25,7 +25,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A run that nothing happens to."""
     folder, code = train(describe(tmp_path_factory.mktemp("undisturbed"), "run", data, {"dp": 2}))
     assert code == 0
-    assert [event["event"] for event in events(folder)] == ["finished"] * 2
+    # How fast it went depends on what else the machine does.
+    pace = ("slow_step", "straggler", "straggler_over")
+    assert [event["event"] for event in events(folder) if event["event"] not in pace] == ["finished"] * 2
     return folder
 
 

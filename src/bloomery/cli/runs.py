@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bloomery.ledger.overview import RunRow
 
 
 def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
-    """List runs, best bits per byte first: model, layout, steps, loss, step time against its plan."""
+    """List runs, best bits per byte first: model, layout, steps, loss, step time against its plan.
+
+    Below them how far plans were off, over time: what `bloomery calibrate` is there to bring down.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -39,6 +47,25 @@ def runs(
     console = Console()
     console.width = min(console.width, 100)
     console.print(table if rows else f"no runs in {folder}")
+    _print_errors(console, rows)
+
+
+SHOWN = 40
+"""Of the error over time, so many last runs."""
+
+
+def _print_errors(console: Console, rows: list[RunRow]) -> None:
+    """How far plans were off, the oldest run first; nothing of fewer than two."""
+    from statistics import median
+
+    from bloomery.ledger.overview import errors_over_time, sparkline
+
+    errors = [abs(row.step_time_error or 0.0) for row in errors_over_time(rows)][-SHOWN:]
+    if len(errors) > 1:
+        half = len(errors) // 2
+        was, now = median(errors[:half]), median(errors[half:])
+        text = f"error of the plan over time {sparkline(errors)} up to {max(errors):.1%}"
+        console.print(f"{text}; median {was:.1%} of the first {half}, {now:.1%} of the last", highlight=False)
 
 
 def _figure(value: float | None, form: str) -> str:

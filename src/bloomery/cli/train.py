@@ -19,6 +19,8 @@ def train(
         list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")] = False,
+    node: Annotated[str, typer.Option(metavar="I/N", help="This is host I (from 0) of N; `launch` says so.")] = "",
+    rendezvous: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where host 0 of several listens.")] = "",
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Only say what each rank would hold, compute and send; starts nothing.")
     ] = False,
@@ -31,7 +33,9 @@ def train(
     import sys
 
     from bloomery.cli.console import print_json
-    from bloomery.cluster.prepare import is_finished, prepare_pretraining
+    from bloomery.cluster.hosts import follow_leader
+    from bloomery.cluster.place import Place
+    from bloomery.cluster.prepare import is_finished, prepare_pretraining, run_folder
     from bloomery.cluster.supervisor import launch
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
@@ -45,12 +49,17 @@ def train(
     if dry:
         _dry_run(run, nproc, as_json=as_json)
         return
+    place = Place.parse(node, rendezvous)
+    if place.node:
+        if fresh or not is_finished(run_folder(run)):
+            follow_leader("bloomery.train.worker", run_folder(run), place)
+        return
     folder, job = prepare_pretraining(run, world_size=nproc, fresh=fresh)
     if is_finished(folder):
         print(f"{folder}: already trained to step {job.steps}; --fresh starts over", file=sys.stderr)
     else:
         print(f"{folder}: {job.layout.describe()}, {job.dtype}, {job.steps} steps", file=sys.stderr)
-        code = launch("bloomery.train.worker", folder, job.layout.world_size)
+        code = launch("bloomery.train.worker", folder, job.layout.world_size, place)
         if code:
             print("stopped after saving; run the same command again to go on", file=sys.stderr)
             raise SystemExit(code)

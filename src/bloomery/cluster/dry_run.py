@@ -16,7 +16,7 @@ from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, d
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
 from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
-from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on
+from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on, state_bytes
 from bloomery.perf.precision import precision_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
@@ -238,13 +238,14 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     recompute = case.lay.recompute[0]
     kept = account.layer_activation_bytes / account.layers
     peak = held_layers * kept + account.working_bytes
+    whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
-        Line("gradients at the peak", "bytes", gradients, memory["gradients"], state),
+        Line("gradients", "bytes", gradients, whole, state),
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]

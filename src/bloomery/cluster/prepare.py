@@ -22,11 +22,14 @@ from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
-from bloomery.spec.job import JOB_FILE, Job, read_job
+from bloomery.spec.fitting import fitted
+from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout
+from bloomery.spec.layout_rules import check_layout, check_recomputable
+from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Averaging, Run
+from bloomery.spec.seal import sealed_json, sealed_text
 from bloomery.spec.shard_table import collectives
 
 WRITTEN = (
@@ -64,16 +67,19 @@ def data_folder(run: Run) -> Path:
 
 def chosen_layout(run: Run, world_size: int | None) -> Layout:
     """The layout of the run, or the planner's best that the engine runs. Raises InputError when it breaks a rule."""
-    layout = run.layout
+    layout, train = run.layout, run.train
     if layout == "auto":
         return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
-    for phase in run.train.course.phases:
+    if train.supervision.elastic and world_size not in (None, layout.world_size):
+        sizes = {"global_batch": train.global_batch, "seq_len": train.seq_len}
+        layout = fitted(run.model, layout, world_size or 1, **sizes) or layout
+    for phase in train.course.phases:
         check_layout(
             run.model,
             layout,
             global_batch=phase.global_batch,
             seq_len=phase.seq_len,
-            world_size=world_size,
+            world_size=None if train.supervision.elastic else world_size,
             run=True,
         )
     return layout
@@ -134,6 +140,10 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    if run.train.guard.recompute_every:
+        check_recomputable(run.model, layout)
+    if run.train.memory_every:
+        check_memory(parameter_count(run.model))
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
@@ -225,6 +235,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, copies)
     with run_lock(folder):
         if fresh:
+            forget_copies(folder)
             _clear(folder)
         elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
             earlier = read_job(folder)
@@ -235,10 +246,10 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
             if is_finished(folder):
                 return earlier
         if run_yaml:
-            write_atomically(folder / "run.yaml", run_yaml)
-        write_atomically(folder / "plan.json", json.dumps(expected, indent=1))
+            write_atomically(folder / "run.yaml", sealed_text(run_yaml))
+        write_atomically(folder / "plan.json", sealed_json(expected))
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
-        write_atomically(folder / JOB_FILE, job.model_dump_json(indent=1))
+        write_job(folder, job)
     return job
 
 
@@ -271,10 +282,12 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         data="",
         heldout="",
         checkpoint_every=train.checkpoint_every,
+        memory_every=train.memory_every,
         keep_checkpoints=train.keep_checkpoints,
         keep_every=train.keep_every,
         guard=train.guard,
         supervision=train.supervision,
+        stabilisers=train.stabilisers,
         evaluate_every=train.evaluate_every,
         heldout_tokens=run.evaluate.max_tokens,
         log_every=train.log_every,

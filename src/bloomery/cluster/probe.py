@@ -1,72 +1,147 @@
-"""Measures this machine: for every way to cut it into ranks, all ranks measure at once, as they will train."""
+"""Measures this machine, for every way to cut it into ranks, or several hosts: all ranks at once, as in training."""
 
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import psutil
 
-from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
+from bloomery.cluster.hostfile import Hosts, here
+from bloomery.cluster.measuring import Tell, run_ranks
+from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
-from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
-from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage
+from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.seal import sealed_text
 
-ATTENTION_SHAPE = (4, 8, 256, 32)
+WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
-WORKER_TIMEOUT_S = 180
+SYNCS = 5
+WORKER_TIMEOUT_S = 300
 
-Progress = Callable[[str], None]
 
+def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Tell = lambda _: None) -> Cluster:
+    """Measure and return this machine as a `Cluster` with a measured cut for 1, 2, 4, ... ranks, or `hosts` as one with
+    a tier between them. `folder`: where the disk is measured.
 
-def probe(*, quick: bool, folder: Path, progress: Progress = lambda _: None) -> Cluster:
-    """Measure and return this machine as a `Cluster` with a measured cut for 1, 2, 4, ... ranks.
-
-    Raises BloomeryError when a measuring process fails.
+    Raises InputError for hosts of different sizes, BloomeryError when a measuring process fails.
     """
-    cores = len(os.sched_getaffinity(0))
-    cuts, noises, facts = list[Cut](), list[float](), dict[str, Any]()
-    for ranks in cut_sizes():
-        progress(f"{ranks} rank{'s' if ranks > 1 else ''}, {threads_per_rank(ranks)} threads each")
-        results = measure(ranks, quick)
-        facts = results[0]
-        cuts.append(Cut(ranks=ranks, accelerator=_accelerator(results, ranks), tiers=(_tier(results, ranks),)))
-        noises += [spread(row["s"]) for result in results for row in result["gemm"]["float32"] if row["m"] >= 1024]
+    if hosts is None:
+        measured, cuts = {}, list[Cut]()
+        for ranks in cut_sizes():
+            threads = f"{threads_per_rank(ranks)} threads each"
+            progress(f"{ranks} rank{'s' if ranks > 1 else ''}, {threads}")
+            measured[ranks] = _measured(here(ranks), quick, progress)
+            cuts.append(Cut(ranks=ranks, accelerator=accelerator(measured[ranks]), tiers=tiers(measured[ranks], 1)))
+        results = [result for found in measured.values() for result in found]
+        one, links, per_node = cuts[-1].accelerator, cuts[-1].tiers, cuts[-1].ranks
+        cuts += [] if quick else _crowded_cuts(one, progress)
+        parts: dict[str, Any] = {"name": "this-machine", "cuts": tuple(cuts), "nodes": 1}
+    else:
+        per_node = slots_of(hosts)
+        progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
+        results = _measured(hosts, quick, progress)
+        parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
+        one, links = accelerator(results), tiers(results, len(hosts.hosts))
     progress("storage")
-    environment = describe()
+    noise = noise_of(results)
     return Cluster(
-        name="this-machine",
-        nodes=1,
-        accelerators_per_node=cuts[-1].ranks,
-        accelerator=cuts[-1].accelerator,
-        tiers=cuts[-1].tiers,
-        cuts=tuple(cuts),
+        accelerators_per_node=per_node,
+        accelerator=one,
+        tiers=links,
         storage=measure_storage(folder),
         failures_per_1000_node_days=0.0,
         pue=1.0,
+        process_start_s=median(result["started_s"] for result in results),
+        noise=noise,
         source=PROBED,
-        provenance={
-            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            "cpu": str(environment.get("cpu", "")),
-            "cores": str(cores),
-            "torch": str(facts["torch"]),
-            "peak": "best measured matrix product of the cut",
-            "bfloat16": _bfloat16_note(facts),
-            "noise": f"repeated products differ by {median(noises):.1%} (median of spread)",
-        },
+        provenance=_provenance(results[-1], noise, hosts),
+        **parts,
     )
+
+
+def _measured(hosts: Hosts, quick: bool, progress: Tell, *, links_only: bool = False) -> list[dict[str, Any]]:
+    """The figures of all ranks, in their order."""
+    settings = {"quick": quick, "links_only": links_only}
+    return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
+
+
+def _crowded_cuts(whole: Accelerator, progress: Tell) -> list[Cut]:
+    """More ranks than cores: their links are measured, the rest is an even share of what `whole`, a rank with cores of
+    its own, is."""
+    cores, cuts = len(os.sched_getaffinity(0)), list[Cut]()
+    for ranks in crowded_sizes():
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}, links only")
+        links = tiers(_measured(here(ranks), True, progress, links_only=True), 1)
+        cuts.append(Cut(ranks=ranks, accelerator=crowded(whole, ranks, cores), tiers=links))
+    return cuts
+
+
+def crowded(whole: Accelerator, ranks: int, cores: int) -> Accelerator:
+    """What each of more ranks than cores is while all work. `whole`: a rank with a core of its own."""
+    share = ranks / cores
+    rate = whole.optimizer_bytes_per_s
+    changed = {
+        "name": f"cpu-shared-by-{share:g}",
+        "ranks_per_core": share,
+        "peak_flops_per_s": {dtype: peak / share for dtype, peak in whole.peak_flops_per_s.items()},
+        "memory_bandwidth_bytes_per_s": whole.memory_bandwidth_bytes_per_s / share,
+        "memory_bytes": float(psutil.virtual_memory().available / ranks),
+        "optimizer_bytes_per_s": None if rate is None else rate / share,
+        "launch_s": whole.launch_s * share,
+        "kernel_s": whole.kernel_s * share,
+    }
+    return whole.model_copy(update=changed)
+
+
+STEPS_OF_RANKS = 4
+"""What a set of ranks tells of its kernels while it measures; each kind of link is told beside."""
+
+
+def steps(hosts: Hosts | None, *, quick: bool) -> int:
+    """How often `progress` is told something."""
+    sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
+    crowded_steps = 2 * len(crowded_sizes()) if hosts is None and not quick else 0
+    return 1 + crowded_steps + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
+
+
+def _inner(progress: Tell) -> Tell:
+    """Steps inside one set of ranks, told as such."""
+    return lambda text: progress(f"  {text}")
+
+
+def slots_of(hosts: Hosts) -> int:
+    """Ranks on each host. Raises InputError when they differ: a `Cluster` has nodes of one kind."""
+    slots = {host.slots for host in hosts.hosts}
+    if len(slots) > 1:
+        raise InputError(
+            "hosts of different sizes are no cluster of one kind", found=sorted(slots), accepted="equal slots"
+        )
+    return slots.pop()
+
+
+def _provenance(facts: dict[str, Any], noise: float, hosts: Hosts | None) -> dict[str, str]:
+    environment = describe()
+    names = {"hosts": " ".join(host.name for host in hosts.hosts)} if hosts else {}
+    return names | {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "cpu": str(environment.get("cpu", "")),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "torch": str(facts["torch"]),
+        "peak": "best measured matrix product of the cut",
+        "bfloat16": _bfloat16_note(facts),
+        "noise": f"repeated measurements differ by {noise:.1%} (median of spread)",
+    }
 
 
 def _bfloat16_note(facts: dict[str, Any]) -> str:
@@ -84,95 +159,18 @@ def cut_sizes() -> list[int]:
     return [ranks for ranks in (1, 2, 4, 8) if ranks <= cores]
 
 
+def crowded_sizes() -> list[int]:
+    """More ranks than cores, up to two on each or four in all (at most 8); none with GPUs."""
+    cores = len(os.sched_getaffinity(0))
+    return [] if _gpu_count() else list(range(cores + 1, min(max(2 * cores, 4), 8) + 1))
+
+
 def _gpu_count() -> int:
     try:
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except OSError:
         return 0
     return found.stdout.count("GPU ") if found.returncode == 0 else 0
-
-
-def measure(ranks: int, quick: bool) -> list[dict[str, Any]]:
-    """Run the measuring processes of one cut; their figures by rank."""
-    with tempfile.TemporaryDirectory(prefix="bloomery-probe-") as scratch:
-        workers = []
-        for rank in range(ranks):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "OMP_NUM_THREADS": str(threads_per_rank(ranks)),
-                "OMP_WAIT_POLICY": "passive",
-                "GLOO_SOCKET_IFNAME": "lo",
-                "BLOOMERY_RENDEZVOUS": f"file://{scratch}/rendezvous",
-                "PYTHONWARNINGS": "ignore",
-            }
-            command = [sys.executable, "-m", "bloomery.cluster.probe_worker", "quick" if quick else "full"]
-            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        try:
-            outputs = [worker.communicate(timeout=WORKER_TIMEOUT_S) for worker in workers]
-        except subprocess.TimeoutExpired:
-            raise BloomeryError(
-                f"probe: {ranks} measuring processes took more than {WORKER_TIMEOUT_S} s; is the machine busy?"
-            ) from None
-        finally:
-            for worker in workers:
-                worker.kill()
-    results = []
-    for rank, (worker, (out, error)) in enumerate(zip(workers, outputs, strict=True)):
-        lines = [line for line in out.decode().splitlines() if line.startswith("PROBE ")]
-        if worker.returncode or not lines:
-            last = (error.decode().strip().splitlines() or ["no message"])[-1]
-            raise BloomeryError(f"probe: rank {rank} of {ranks} failed: {last}")
-        results.append(json.loads(lines[0].removeprefix("PROBE ")))
-    return results
-
-
-def _accelerator(results: list[dict[str, Any]], ranks: int) -> Accelerator:
-    """What one rank is: the mean over ranks that measured at the same time."""
-    first = results[0]
-    cuda = first["device"] == "cuda"
-    fits = {dtype: [fit_gemm(result["gemm"][dtype]) for result in results] for dtype in first["gemm"]}
-    peaks: dict[Any, float] = {dtype: mean(peak for peak, _ in found) for dtype, found in fits.items()}
-    surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
-    if not cuda:
-        peaks["float64"] = peaks["float32"] / 2
-    attention: dict[Any, float] = {
-        dtype: mean(attention_efficiency(r["attention"][dtype], ATTENTION_SHAPE, peaks[dtype]) for r in results)
-        for dtype in first["attention"]
-    }
-    streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
-    fastest, typical = max(map(max, streams)), mean(median(rates) for rates in streams)
-    memory = first["device_bytes"] if cuda else psutil.virtual_memory().available / ranks
-    parts = Accelerator(
-        name=first["device_name"] if cuda else f"cpu-{threads_per_rank(ranks)}-threads",
-        kind="gpu" if cuda else "cpu",
-        peak_flops_per_s=peaks,
-        memory_bytes=float(memory),
-        memory_bandwidth_bytes_per_s=fastest,
-        memory_efficiency=typical / fastest,
-        launch_s=mean(median(result["launch_s"]) for result in results),
-        gemm=surfaces,
-        attention=attention,
-        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"][-1]["optimizer"]) for r in results),
-        source=PROBED,
-    )
-    reference_s: dict[Any, Any] = {dtype: _reference_s(results, dtype) for dtype in first["reference"]}
-    return calibrated(parts, reference_s)
-
-
-def _reference_s(results: list[dict[str, Any]], dtype: str) -> list[float]:
-    """Seconds of compute of each reference model: the mean over ranks of their medians."""
-    by_rank = [[median(model["compute"]) for model in result["reference"][dtype]] for result in results]
-    return [mean(times) for times in zip(*by_rank, strict=True)]
-
-
-def _tier(results: list[dict[str, Any]], ranks: int) -> Tier:
-    """The links between the ranks; the slowest rank counts."""
-    if ranks == 1:
-        return Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)
-    slowest = [max(rows, key=lambda row: median(row["s"])) for rows in zip(*(r["links"] for r in results), strict=True)]
-    return fit_tier(slowest, ranks)
 
 
 def check_target(path: Path) -> None:
@@ -188,30 +186,42 @@ def check_target(path: Path) -> None:
 
 
 def measure_storage(folder: Path) -> Storage:
-    """Write with fsync, and read back (from cache: an upper bound), in `folder`."""
+    """Write and sync a large file, read it back once the kernel has dropped it from its cache, and sync small ones."""
     folder.mkdir(parents=True, exist_ok=True)
     block = os.urandom(1 << 20)
-    with tempfile.NamedTemporaryFile(dir=folder) as stream:
+    with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as stream:
         started = time.perf_counter()
         for _ in range(STORAGE_BYTES >> 20):
             stream.write(block)
-        stream.flush()
         os.fsync(stream.fileno())
         written = time.perf_counter()
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         stream.seek(0)
+        started_to_read = time.perf_counter()
         while stream.read(1 << 20):
             pass
         read = time.perf_counter()
     return Storage(
-        write_bytes_per_s=STORAGE_BYTES / (written - started), read_bytes_per_s=STORAGE_BYTES / (read - written)
+        write_bytes_per_s=STORAGE_BYTES / (written - started),
+        read_bytes_per_s=STORAGE_BYTES / (read - started_to_read),
+        fsync_s=median(_sync_s(folder) for _ in range(SYNCS)),
     )
 
 
-def write_cluster(cluster: Cluster, path: Path) -> None:
+def _sync_s(folder: Path) -> float:
+    with tempfile.NamedTemporaryFile(dir=folder, buffering=0) as stream:
+        stream.write(b"x" * 4096)
+        started = time.perf_counter()
+        os.fsync(stream.fileno())
+        return time.perf_counter() - started
+
+
+def write_cluster(cluster: Cluster, path: Path, written_by: str = PROBED) -> None:
     """Write the file a person can read; defaults are left out, numbers rounded to four digits."""
     values = _rounded(cluster.model_dump(mode="json", exclude_defaults=True))
-    header = "# This machine, as `bloomery probe` measured it. Rates in FLOP/s and bytes/s, times in seconds.\n"
-    write_atomically(path, header + to_yaml(values))
+    what = "This machine" if cluster.nodes == 1 else "These hosts"
+    header = f"# {what}, as `{written_by}` found it. Rates in FLOP/s and bytes/s, times in seconds.\n"
+    write_atomically(path, sealed_text(header + to_yaml(values)))
 
 
 def _rounded(value: Any) -> Any:

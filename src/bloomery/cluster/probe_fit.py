@@ -12,7 +12,16 @@ import numpy as np
 from bloomery.perf.estimate import estimate
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.perf.precision import Precision
-from bloomery.spec.cluster import Accelerator, Cluster, ComputeFactor, Dtype, GemmEfficiency, Tier
+from bloomery.spec.cluster import (
+    OPERATIONS,
+    Accelerator,
+    Cluster,
+    CollectiveName,
+    ComputeFactor,
+    Dtype,
+    GemmEfficiency,
+    Tier,
+)
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
@@ -27,8 +36,6 @@ REFERENCE_BATCH = 8
 """Two micro-batches: gradients are added to, as in training, not only written."""
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 LAUNCH_BISECTIONS = 24
-OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "send")
-LINK_FACTORS = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}
 
 
 def fit_gemm(rows: Sequence[dict[str, Any]]) -> tuple[float, GemmEfficiency]:
@@ -120,12 +127,14 @@ def optimizer_rate(seconds: Sequence[float]) -> float:
     return parameter_count(REFERENCES[-1]) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
-def fit_tier(rows: Sequence[dict[str, Any]], ranks: int) -> Tier:
+def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> Tier:
     """Latency, bandwidth and half size from all-reduce by message size; the other operations as factors to them.
 
     all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`.
     """
-    by_op = {op: [(row["bytes"], median(row["s"])) for row in rows if row["op"] == op] for op in OPERATIONS}
+    by_op: dict[CollectiveName, list[tuple[int, float]]] = {
+        op: [(row["bytes"], median(row["s"])) for row in rows if row["op"] == op] for op in OPERATIONS
+    }
     sizes, times = (np.array(column) for column in zip(*by_op["all_reduce"], strict=True))
     share = 2 * (ranks - 1) / ranks
     small, large = times[0], times[-1]
@@ -133,16 +142,20 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int) -> Tier:
     latency = max(1e-7, (small - share * sizes[0] / bandwidth) / (2 * (ranks - 1)))
     middle = times[1:-1] - 2 * (ranks - 1) * latency - share * sizes[1:-1] / bandwidth
     half = float(np.clip(np.median(middle) * bandwidth / share, 0, sizes[-1]))
-    factors: dict[Any, float] = {}
+    factors: dict[CollectiveName, float] = {}
     for op, found in by_op.items():
-        if op == "all_reduce":
+        if op == "all_reduce" or not found:
             continue
         hops = 1 if op == "send" else ranks - 1
         part = 1.0 if op == "send" else (ranks - 1) / ranks
-        ratios = [s / (hops * latency + part * (size + half) / bandwidth) for size, s in found]
-        factors[op] = round(float(np.exp(np.mean(np.log(ratios)))), 3)
+        # Of an all-to-all's half size every rank pays the whole, as in `perf.collectives`.
+        extra = half if op == "all_to_all" else part * half
+        ratios = [s / (hops * latency + (part * size + extra) / bandwidth) for size, s in found]
+        # Large messages are where a step spends its time; small ones partly hide in buffers.
+        weights = np.sqrt([size for size, _ in found])
+        factors[op] = round(float(np.exp(np.average(np.log(ratios), weights=weights))), 3)
     return Tier(
-        name="gloo",
+        name=name,
         span=ranks,
         bandwidth_bytes_per_s=float(bandwidth),
         ports_per_node=ranks,

@@ -1,24 +1,22 @@
-"""One process of a probe: measures while all the others of its cut measure too, prints its figures as JSON.
-
-`python -m bloomery.cluster.probe_worker QUICK`, started with RANK, WORLD_SIZE, OMP_NUM_THREADS and BLOOMERY_RENDEZVOUS.
-"""
+"""One process of a probe, started by `measuring`: measures while all the others of its cut measure too."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from bloomery.cluster.meeting import Place, join, leave
 from bloomery.cluster.probe_fit import REFERENCE_BATCH, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN, REFERENCES
+from bloomery.cluster.probe_links import measure_links, now
+from bloomery.cluster.probe_parts import ATTENTION_SHAPE, UPLOAD_BYTES
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
@@ -26,10 +24,7 @@ from bloomery.spec.model import Model
 
 GEMM_SHAPES = [(m, n, k) for m in (256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
 GEMM_SHAPES += [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
-ATTENTION_SHAPE = (4, 8, 256, 32)
-"""batch, heads, sequence, head dimension"""
 ELEMENT_BYTES = (2 << 20, 8 << 20, 16 << 20)
-MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 WARM_UP_S = 0.5
 REFERENCE_WARM_UP = 2
 REFERENCE_ROUNDS = 5
@@ -37,13 +32,6 @@ TRIAL_SHAPE = (256, 256, 256)
 LEAST_RATIO = 0.5
 """A format whose products run below this share of float32's rate is not measured: nobody gains from training in it, and
 a CPU without its instructions takes ten times as long, which would make the probe last minutes."""
-
-
-def now(device: torch.device) -> float:
-    """Seconds on the host's clock once the device has done everything it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def seconds(work: Callable[[], Any], device: torch.device, at_least_s: float, rounds: int = 5) -> list[float]:
@@ -135,38 +123,6 @@ def measure_launch(device: torch.device, at_least_s: float) -> list[float]:
     return [s / (2 * n) for s in seconds(chain, device, at_least_s)]
 
 
-def measure_links(device: torch.device, rank: int, world_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Each operation by message size; bytes as the shard table counts them."""
-    rows = []
-    for size in MESSAGE_BYTES:
-        whole = torch.zeros(size // 4, device=device)
-        part = torch.zeros(size // 4 // world_size, device=device)
-        peer = rank ^ 1
-
-        def exchange(whole: torch.Tensor = whole, peer: int = peer) -> None:
-            if peer < world_size:
-                dist.send(whole, peer) if rank < peer else dist.recv(whole, peer)
-
-        works: dict[str, Callable[[], Any]] = {
-            "all_reduce": partial(dist.all_reduce, whole),
-            "all_gather": partial(dist.all_gather_into_tensor, whole, part),
-            "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole),
-            "send": exchange,
-        }
-        calls = 20 if size < 1 << 20 else 5
-        for op, work in works.items():
-            work()
-            found = []
-            for _ in range(rounds):
-                dist.barrier()
-                started = time.perf_counter()
-                for _ in range(calls):
-                    work()
-                found.append((now(device) - started) / calls)
-            rows.append({"op": op, "bytes": size, "s": found})
-    return rows
-
-
 def measure_reference(device: torch.device, model: Model, dtype: str, rounds: int) -> dict[str, list[float]]:
     """A step of a reference model by the real engine, alone on this rank: seconds of its two halves by round.
 
@@ -200,48 +156,55 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     return {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
 
 
-def main() -> None:
-    """Measure everything and print one JSON line."""
-    quick = sys.argv[1] == "quick"
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
-    if not cuda:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    if world_size > 1:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            init_method=os.environ["BLOOMERY_RENDEZVOUS"],
-            rank=rank,
-            world_size=world_size,
-        )
+def measure_upload(device: torch.device) -> list[float]:
+    """Seconds from pinned memory of the host to the device, by round; `UPLOAD_BYTES` each."""
+    host = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, device=device)
+    return seconds(partial(there.copy_, host, non_blocking=True), device, 0.01)
+
+
+def measure(place: Place) -> dict[str, Any]:
+    """Everything, by name."""
+    quick, device = place.settings["quick"], place.device
+    if place.settings["links_only"]:
+        return {"rank": place.rank, "device": device.type, "links": measure_links(place, 3)}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device)
-    if world_size > 1:
+    if place.world_size > 1:
         dist.barrier()
-    ratio = bfloat16_ratio(device, world_size)
+    ratio = bfloat16_ratio(device, place.world_size)
     dtypes = [torch.float32, torch.bfloat16] if ratio >= LEAST_RATIO else [torch.float32]
     result: dict[str, Any] = {
-        "rank": rank,
+        "rank": place.rank,
         "torch": torch.__version__,
         "device": device.type,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().available / place.slots[place.host],
         "bfloat16_ratio": ratio,
     }
-    if cuda:
+    if device.type == "cuda":
         result["device_name"] = torch.cuda.get_device_name(device)
-        result["device_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        result["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        result["upload_s"] = measure_upload(device)
+    place.tell("matrix products")
     result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
+    place.tell("attention")
     result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
+    place.tell("reference models")
     result["reference"] = {
         str(dtype)[6:]: [measure_reference(device, model, str(dtype)[6:], REFERENCE_ROUNDS) for model in REFERENCES]
         for dtype in dtypes
     }
+    place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
-    result["links"] = measure_links(device, rank, world_size, 3 if quick else 7) if world_size > 1 else []
-    print(f"PROBE {json.dumps(result)}", flush=True)
-    if world_size > 1:
-        dist.destroy_process_group()
+    result["links"] = measure_links(place, 3 if quick else 7)
+    return result
+
+
+def main() -> None:
+    """Join, measure, say it."""
+    leave(measure(join()))
 
 
 if __name__ == "__main__":

@@ -12,32 +12,48 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from bloomery.cluster.world import POLL_S, Outcome, Stopping, supervise
-from bloomery.ledger.sinks import JsonLines
-from bloomery.spec.commit import FENCE_FILE, read_fence
+from bloomery.cluster.crew import Crew
+from bloomery.cluster.hosts import Leader, leading
+from bloomery.cluster.place import Place
+from bloomery.cluster.world import Outcome, Stopping, pause, supervise
+from bloomery.ledger.sinks import JsonLines, read_lines
+from bloomery.ledger.waiting import job_started, requeues
+from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
+from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
+DEAD_LOCK_S = 120.0
 SUPERVISION_FILE = "supervision.jsonl"
 GOOD = Outcome(0)
+ALONE = Place()
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """One writer per run folder. Raises InputError when another process holds it."""
+    """One writer per run folder. Raises InputError when another process holds it.
+
+    A job that comes back waits for it: of a host that died, a network file system keeps the lock for a while.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    until = time.monotonic() + (DEAD_LOCK_S if requeues() else 0.0)
     with (folder / ".lock").open("a+") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < until:
+                    pause()
+                    continue
             stream.seek(0)
-            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder)) from None
+            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder))
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()
@@ -72,25 +88,55 @@ class Failures:
         return ""
 
 
-def launch(module: str, folder: Path, world_size: int) -> int:
+@dataclass(frozen=True)
+class Waits:
+    """Seconds before a start: in a scheduler's queue, and backing off after a failure."""
+
+    queued_s: float = 0.0
+    waited_s: float = 0.0
+
+
+def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> int:
     """Run the `main` of `module` on `world_size` ranks, again after every failure. Returns 0 or 75 (stopped, saved).
 
-    Raises BloomeryError that names the rank and the cause when starting again is of no use: training itself gave up, or
-    failed at the same step for the same cause several times in a row.
+    `place`: the first of several hosts, which leads the others; each has as many ranks. With `supervision.elastic` it
+    may go on with fewer ranks, see `crew`. Raises BloomeryError that names the rank and the cause when starting again
+    is of no use: training itself gave up, or failed at the same step for the same cause several times in a row.
     """
-    settings = read_job(folder).supervision
+    job = read_job(folder)
+    settings, crew = job.supervision, Crew(folder, job, world_size)
+    _check_hosts(place, world_size, job)
     failures, starts, waited_s = Failures(), 0, 0.0
-    with run_lock(folder), Stopping().handled() as stopping:
+    with (
+        run_lock(folder),
+        _memory_given_back(folder),
+        Stopping().handled() as stopping,
+        leading(place, folder, settings, stopping) as leader,
+    ):
+        queued = job_started(folder)
         while True:
-            outcome = _one_start(module, folder, world_size, settings, stopping, waited_s)
+            outcome = _one_start(module, folder, crew, settings, stopping, Waits(queued, waited_s), leader)
+            queued = 0.0
             starts += 1
+            if outcome.code == STOPPED_BY_SIGNAL and not stopping.asked and crew.until_all_are_tried_s == 0:
+                crew.grow(outcome.step)
+                waited_s = 0.0
+                continue
             if outcome.code in (0, STOPPED_BY_SIGNAL):
                 return outcome.code
             if outcome.code in (2, 3):
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 return STOPPED_BY_SIGNAL
+            if outcome.code == CORRUPTED:
+                forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
+            if crew.failed(outcome):
+                failures, waited_s = Failures(), 0.0
+                _record(folder, outcome, f"going on with {crew.now.layout.describe()}")
+                continue
             failures = failures.after(outcome)
+            if failures.alike > 1:
+                forget_copies(folder)  # they may be what is wrong
             end = failures.reason_to_end(starts, settings)
             waited_s = failures.back_off_s()
             _record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
@@ -100,23 +146,60 @@ def launch(module: str, folder: Path, world_size: int) -> int:
                 return STOPPED_BY_SIGNAL
 
 
+def _check_hosts(place: Place, world_size: int, job: Job) -> None:
+    """Raise InputError for what several hosts cannot do."""
+    if world_size % place.nodes:
+        raise InputError(
+            f"{world_size} ranks cannot be shared out evenly", where="--node", found=f"{place.nodes} hosts"
+        )
+    if place.nodes > 1 and job.memory_every:
+        raise InputError(
+            "copies in memory are of one host: no other could put them together",
+            where="train.memory_every", found=job.memory_every, accepted="0, or one host",
+        )  # fmt: skip
+    if place.nodes > 1 and job.supervision.elastic:
+        raise InputError(
+            "a run on several hosts cannot go on without one of them yet",
+            where="train.supervision.elastic", found=True, accepted="false, or one host",
+        )  # fmt: skip
+
+
+@contextmanager
+def _memory_given_back(folder: Path) -> Iterator[None]:
+    """Copies in memory outlive a command that is killed, and no other."""
+    try:
+        yield
+    finally:
+        forget_copies(folder)
+
+
 def _one_start(
-    module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping, waited_s: float
+    module: str,
+    folder: Path,
+    crew: Crew,
+    settings: Supervision,
+    stopping: Stopping,
+    waits: Waits,
+    leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
-    fence = read_fence(folder) + 1
-    write_atomically(folder / FENCE_FILE, str(fence))
+    fence = take_fence(folder)
     began, started = time.time(), time.monotonic()
-    outcome = supervise(module, folder, world_size, settings, stopping)
+    if leader is None:
+        outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+    else:
+        outcome = leader.supervise(module, folder, len(crew.now.slots))
+    if outcome.code == CORRUPTED:
+        outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
             "fence": fence,
             "began": began,
             "wall_s": time.monotonic() - started,
-            "waited_s": waited_s,
+            **asdict(waits),
             "forked_s": outcome.forked_s,
-            "world_size": world_size,
+            "world_size": len(crew.now.slots),
             "code": outcome.code,
             "rank": outcome.rank,
             "cause": outcome.cause,
@@ -126,6 +209,14 @@ def _one_start(
     )
     account.close()
     return outcome
+
+
+def _accused(folder: Path, fence: int, first: int | None) -> int | None:
+    """Ranks that hold different values all stop alike: whom the event of this start names alone, else the first."""
+    for event in reversed(read_lines(folder / "events.jsonl")):
+        if event.get("fence") == fence and len(event.get("culprit_ranks", ())) == 1:
+            return int(event["culprit_ranks"][0])
+    return first
 
 
 def _record(folder: Path, outcome: Outcome, then: str) -> None:
@@ -148,5 +239,5 @@ def _asked_within(stopping: Stopping, seconds: float) -> bool:
     """Wait; True as soon as a signal asks to stop."""
     until = time.monotonic() + seconds
     while not stopping.asked and time.monotonic() < until:
-        time.sleep(POLL_S)
+        pause()
     return stopping.asked

@@ -1,8 +1,9 @@
-"""The processes of one start of a run on this machine: started, watched, killed together. Imports no torch.
+"""The processes of one start of a run on this host: started, watched, killed together. Imports no torch.
 
 Ranks are forked from one process that has imported torch (multiprocessing's fork server): after the first, a start
-takes a fraction of a second. Each start has a rendezvous file of its own, so restarted ranks never read a dead peer's
+takes a fraction of a second. Each start has a rendezvous of its own, so restarted ranks never read a dead peer's
 address. Ranks die with that process and it with this one: nothing is orphaned. When one dies or hangs, all are killed.
+Where a run has several hosts, each has such a world for its share of the ranks; `hosts` keeps them together.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from bloomery.cluster.watch import Hang, find_hang, process_state
+from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file
 from bloomery.spec.files import write_atomically
 from bloomery.spec.reliability import Supervision
@@ -38,6 +39,9 @@ READ_AT_IMPORT = {
     "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
 }
 """What libraries read once, when the process that ranks are forked from imports them."""
+ALIVE_VARIABLE = "BLOOMERY_ALIVE_FILE"
+"""Names a file that is touched while this process looks after its ranks: what a container's liveness probe reads."""
+ALIVE_EVERY_S = 1.0
 PROCESSES_FILE = ".processes"
 """The process numbers of the ranks, in the run's folder: for those who want to look at one (py-spy, gdb)."""
 
@@ -65,6 +69,29 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Share:
+    """One host's ranks of a world, and where they meet the others.
+
+    `interface`: the network interface that their messages take, empty for the loopback. `slots`: the place (LOCAL_RANK)
+    of each rank here, empty for the usual order.
+    """
+
+    ranks: range
+    world_size: int
+    rendezvous: str = ""
+    interface: str = ""
+    slots: tuple[int, ...] = ()
+
+
+def pause() -> None:
+    """Wait until the next look, and say that somebody is looking."""
+    path = os.environ.get(ALIVE_VARIABLE)
+    if path and (not os.path.exists(path) or time.time() - os.stat(path).st_mtime > ALIVE_EVERY_S):
+        Path(path).touch()
+    time.sleep(POLL_S)
+
+
 def threads_per_rank(world_size: int) -> int:
     """Cores shared evenly, at least one each; the probe measures by the same rule."""
     return max(1, len(os.sched_getaffinity(0)) // world_size)
@@ -73,16 +100,16 @@ def threads_per_rank(world_size: int) -> int:
 class World:
     """The processes of one start. SIGTERM and SIGUSR1 are passed on to them; leaving kills what still runs."""
 
-    def __init__(self, module: str, folder: Path, world_size: int, scratch: Path, settings: Supervision) -> None:
-        self.scratch, self.settings = scratch, settings
+    def __init__(self, module: str, folder: Path, share: Share, scratch: Path, settings: Supervision) -> None:
+        self.share, self.scratch, self.settings = share, scratch, settings
         self.started = time.monotonic()
         for name, value in READ_AT_IMPORT.items():
             os.environ.setdefault(name, value)
         context = get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.processes = [
-            context.Process(target=_rank, args=(module, str(folder), _environment(rank, world_size, scratch)))
-            for rank in range(world_size)
+            context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
+            for rank in share.ranks
         ]
         for process in self.processes:
             process.start()
@@ -97,55 +124,73 @@ class World:
                 os.kill(process.pid, number)
 
     def beats(self) -> list[Beat]:
-        """Every rank's last sign of life."""
+        """The last sign of life of every rank here."""
         unheard = Beat(0, self.started)
-        return [read_beat(beat_file(self.scratch, rank)) or unheard for rank in range(len(self.processes))]
+        return [read_beat(beat_file(self.scratch, rank)) or unheard for rank in self.share.ranks]
 
-    def watch(self) -> Outcome:
-        """Wait until all end well, or one does not or hangs."""
+    def states(self) -> list[str]:
+        """The state letter of every process here."""
+        return [process_state(process.pid or 0) for process in self.processes]
+
+    def watch(self, stop_after_s: float | None = None) -> Outcome:
+        """Wait until all end well, or one does not or hangs. After `stop_after_s` they are asked to save and stop."""
         while True:
-            codes = [process.exitcode for process in self.processes]
-            if all(code == 0 for code in codes):
-                return Outcome(0, step=self._step())
-            for rank, code in enumerate(codes):
-                if code not in (None, 0):
-                    return self._settled(rank)
-            hang = self._hang()
-            if hang is not None:
-                return self._hung(hang)
-            time.sleep(POLL_S)
+            # Before its first step a rank does not listen yet.
+            if stop_after_s is not None and time.monotonic() - self.started > stop_after_s and self._all_step():
+                self.signal(signal.SIGUSR1)
+                stop_after_s = None
+            outcome = self.ended() or self.hung(self.beats(), self.states())
+            if outcome is not None:
+                return outcome
+            pause()
+
+    def ended(self) -> Outcome | None:
+        """How the ranks here have ended: all well, or one badly. None while they run."""
+        codes = [process.exitcode for process in self.processes]
+        if all(code == 0 for code in codes):
+            return Outcome(0, step=self._step())
+        bad = next((place for place, code in enumerate(codes) if code not in (None, 0)), None)
+        return None if bad is None else self._settled(bad)
+
+    def _all_step(self) -> bool:
+        """Whether every rank has begun a step."""
+        return min(beat.step for beat in self.beats()) >= 0
 
     def _step(self) -> int:
         return max(beat.step for beat in self.beats())
 
-    def _hang(self) -> Hang | None:
-        """A hang, unless this process itself was held up (a laptop that slept): then all get their time again."""
+    def hung(self, beats: list[Beat], states: list[str]) -> Outcome | None:
+        """The hang that all ranks' signs of life show, with every stack here; None while they get on.
+
+        If this process itself was held up (a laptop that slept), all get their time again.
+        """
         now = time.monotonic()
         if now - self._polled > 1.0:
             self._lenient_until = now + self.settings.hang_floor_s
         self._polled = now
-        if now < self._lenient_until:
+        hang = find_hang(beats, states, now, self.settings) if now >= self._lenient_until else None
+        if hang is None:
             return None
-        states = [process_state(process.pid or 0) for process in self.processes]
-        return find_hang(self.beats(), states, now, self.settings)
+        return Outcome(1, hang.rank, hang.cause, hang.step, hang.phase, hang.silent_s, self.stacks())
 
-    def _hung(self, hang: Hang) -> Outcome:
+    def stacks(self) -> tuple[str, ...]:
+        """What every rank here is doing."""
         self.signal(signal.SIGUSR2)
         time.sleep(STACKS_S)
-        files = [stack_file(self.scratch, rank) for rank in range(len(self.processes))]
-        stacks = tuple(file.read_text(errors="replace") if file.exists() else "" for file in files)
-        return Outcome(1, hang.rank, hang.cause, hang.step, hang.phase, hang.silent_s, stacks)
+        files = [stack_file(self.scratch, rank) for rank in self.share.ranks]
+        return tuple(file.read_text(errors="replace") if file.exists() else "" for file in files)
 
-    def _settled(self, rank: int) -> Outcome:
+    def _settled(self, place: int) -> Outcome:
         """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
         culprit."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
-        killed = [r for r, code in enumerate(codes) if code is not None and code < 0]
-        rank = killed[0] if killed else rank
-        code = codes[rank] or 1
+        killed = [other for other, code in enumerate(codes) if code is not None and code < 0]
+        place = killed[0] if killed else place
+        code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return Outcome(1 if code < 0 else code, rank, cause, self._step(), self.beats()[rank].phase)
+        rank = self.share.ranks[place]
+        return Outcome(1 if code < 0 else code, rank, cause, self._step(), self.beats()[place].phase)
 
     def kill(self) -> None:
         """SIGKILL to all at once: a stopped or hung process ignores anything milder."""
@@ -154,15 +199,16 @@ class World:
             process.join()
 
 
-def _environment(rank: int, world_size: int, scratch: Path) -> dict[str, str]:
+def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
+    here = rank - share.ranks.start
     return {
         **os.environ,
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": str(threads_per_rank(world_size)),
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-        "BLOOMERY_RENDEZVOUS": f"file://{scratch / 'rendezvous'}",
+        "LOCAL_RANK": str(share.slots[here] if share.slots else here),
+        "WORLD_SIZE": str(share.world_size),
+        "OMP_NUM_THREADS": str(threads_per_rank(len(share.ranks))),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or share.interface or "lo",
+        "BLOOMERY_RENDEZVOUS": share.rendezvous or f"file://{scratch / 'rendezvous'}",
         "BLOOMERY_SCRATCH": str(scratch),
         "PYTHONWARNINGS": "ignore",
     }
@@ -190,6 +236,10 @@ class Stopping:
         if self.world is not None:
             self.world.signal(number)
 
+    def ask(self) -> None:
+        """As if SIGTERM had come: another host of the run was told to stop."""
+        self(signal.SIGTERM, None)
+
     @contextmanager
     def handled(self) -> Iterator[Stopping]:
         """Handle both signals inside."""
@@ -201,14 +251,33 @@ class Stopping:
                 signal.signal(number, handler)
 
 
-def supervise(module: str, folder: Path, world_size: int, settings: Supervision, stopping: Stopping) -> Outcome:
-    """Run the `main` of a module once for each rank, with `folder` as its argument, and wait."""
+def supervise(
+    module: str,
+    folder: Path,
+    slots: Sequence[int],
+    settings: Supervision,
+    stopping: Stopping,
+    stop_after_s: float | None = None,
+) -> Outcome:
+    """Run the `main` of a module once for each rank, with `folder` as its argument, and wait.
+
+    `slots`: the place (LOCAL_RANK) of each rank.
+    """
+    share = Share(range(len(slots)), len(slots), slots=tuple(slots))
+    with running(module, folder, share, settings, stopping) as world:
+        return replace(world.watch(stop_after_s), forked_s=world.forked_s)
+
+
+@contextmanager
+def running(module: str, folder: Path, share: Share, settings: Supervision, stopping: Stopping) -> Iterator[World]:
+    """This host's ranks while they run; none does afterwards."""
     with tempfile.TemporaryDirectory(prefix="bloomery-") as scratch:
-        world = World(module, folder, world_size, Path(scratch), settings)
+        world = World(module, folder, share, Path(scratch), settings)
         stopping.world = world
         try:
-            write_atomically(folder / PROCESSES_FILE, json.dumps([process.pid for process in world.processes]))
-            return replace(world.watch(), forked_s=world.forked_s)
+            if share.ranks.start == 0:
+                write_atomically(folder / PROCESSES_FILE, json.dumps([process.pid for process in world.processes]))
+            yield world
         finally:
             stopping.world = None
             world.kill()

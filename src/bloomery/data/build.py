@@ -17,11 +17,12 @@ from typing import Any
 
 from bloomery.data import pairs as pair_files
 from bloomery.data.readers import Account, Document, cut, default_sources, read_documents, text_files
-from bloomery.data.shards import write_tokens
-from bloomery.data.tokenizer import Tokenizer, train
+from bloomery.data.shards import read_manifest, write_tokens
+from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, train
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.run import Data
+from bloomery.spec.seal import KEY, sealed_json, write_sums
 
 REPORT_FILE = "report.json"
 TOKENIZER_BYTES = 8_000_000
@@ -75,7 +76,7 @@ def build(
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
     finished = read_report(folder)
-    if finished and finished.fingerprint == fingerprint:
+    if finished and finished.fingerprint == fingerprint and _whole(folder):
         finished.reused = True
         return finished
     _check_space(data, files, folder)
@@ -94,10 +95,11 @@ def build(
     tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
+    write_sums(folder, [TOKENIZER_FILE])
     report.vocab_used = tokenizer.size
     _timed(report, "encode", lambda: _shards(data, folder, documents, tokenizer, report, tell))
     _timed(report, "pairs", lambda: _pairs(folder, documents, tokenizer, given, max_pairs, report))
-    write_atomically(folder / REPORT_FILE, json.dumps(report.to_json(), ensure_ascii=False, indent=1))
+    write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     return report
 
 
@@ -106,10 +108,22 @@ def read_report(folder: Path) -> Report | None:
     path = folder / REPORT_FILE
     if not path.is_file():
         return None
+    values = read_json(path)
+    values.pop(KEY, None)
     try:
-        return Report(**read_json(path))
+        return Report(**values)
     except TypeError:
         raise InputError("not the report of a data build; remove it and build again", where=str(path)) from None
+
+
+def _whole(folder: Path) -> bool:
+    """Whether what a finished build left is still there: a disk that was lost or filled up is no reason to stop."""
+    try:
+        for part in ("train", "heldout"):
+            read_manifest(folder / part)
+    except InputError:
+        return False
+    return (folder / TOKENIZER_FILE).is_file()
 
 
 def is_heldout(document: Document, share: float) -> bool:
@@ -168,7 +182,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list[Document]:
-    """Clean documents up to `max_bytes`, a mix of all files: in an order given by their names' hash, large ones in part."""
+    """Clean documents up to `max_bytes`, a mix: files in an order given by their names' hash, large ones in part."""
     account, seen, kept, size = Account(), set[str](), list[Document](), 0
     ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
     share = fair_share([text_bytes(file) for file in ordered], data.max_bytes)

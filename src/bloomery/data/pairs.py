@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.data.order import sample_at
-from bloomery.data.readers import Document
+from bloomery.data.readers import Document, has_half_pair
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
 from bloomery.data.tokenizer import Tokenizer
@@ -58,8 +58,10 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         try:
             record = json.loads(line)
             found.append((str(record["prompt"]), str(record["response"])))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError("not a record with prompt and response", where=f"{path}:{number}") from None
+        if has_half_pair("".join(found[-1])):
+            raise InputError("half a surrogate pair, which is no character", where=f"{path}:{number}")
     if not found:
         raise InputError("no pairs in this file", where=str(path))
     return found

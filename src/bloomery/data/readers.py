@@ -72,7 +72,7 @@ def text_files(sources: list[Path]) -> list[Path]:
                     found[Path(folder) / name] = None
     real: dict[Path, Path] = {}
     for path in found:
-        real.setdefault(path.resolve(), path)
+        real.setdefault(Path(os.path.realpath(path)), path)  # of a link that leads back to itself too
     return list(real.values())
 
 
@@ -152,8 +152,16 @@ def _records(path: Path, raw: bytes, account: Account) -> Iterator[Document]:
         if not isinstance(text, str) or not text.strip():
             account.drop("record without text", where)
             continue
+        if has_half_pair(text):
+            account.drop("half a surrogate pair", where)
+            continue
         account.counts["documents read"] += 1
         yield document(where, text)
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether an escape of JSON has put half of a surrogate pair into a text: no character, and without UTF-8."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class _Text(HTMLParser):

@@ -19,7 +19,8 @@ import numpy as np
 from bloomery.data.order import prefix_at, sample_at
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json
+from bloomery.spec.files import read_json, sync
+from bloomery.spec.seal import sealed_json, sha256_of
 
 MANIFEST = "manifest.json"
 
@@ -36,12 +37,14 @@ def write_folder(target: Path, files: Iterable[tuple[str, bytes]], facts: dict[s
             hashes[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         content_hash = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
         manifest = {**facts, "content_hash": content_hash, "files": hashes}
-        _write(partial / MANIFEST, json.dumps({**manifest, "sha256": _own_hash(manifest)}, indent=1).encode())
+        _write(partial / MANIFEST, sealed_json(manifest).encode())
+        sync(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
+    sync(target.parent)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -57,8 +60,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
     manifest = read_json(path)
-    if manifest.get("sha256", "") not in ("", _own_hash(manifest)):
-        raise InputError("content does not match its own hash; build the data again", where=str(path))
     for name, record in manifest["files"].items():
         file = folder / name
         if not file.is_file() or file.stat().st_size != record["bytes"]:
@@ -66,18 +67,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _own_hash(manifest: dict[str, Any]) -> str:
-    """The hash of everything a manifest says but the hash."""
-    said = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
 def verify(folder: Path) -> None:
     """Check every file against its hash. Raises InputError that names the one that changed."""
     for name, record in read_manifest(folder)["files"].items():
-        with (folder / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != record["sha256"]:
-                raise InputError("content does not match its hash; build the data again", where=str(folder / name))
+        if sha256_of(folder / name) != record["sha256"]:
+            raise InputError("content does not match its hash; build the data again", where=str(folder / name))
 
 
 def write_tokens(

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import write_atomically
+from bloomery.spec.seal import check_sums
 
 END, USER, ASSISTANT, PAD = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"
 SPECIALS = [END, USER, ASSISTANT, PAD]
@@ -38,7 +40,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json."""
-        self._backend.save(str(folder / TOKENIZER_FILE))
+        write_atomically(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
 
 
 def train(texts: Iterator[str], vocab: int) -> Tokenizer:
@@ -61,6 +63,7 @@ def load(folder: Path) -> Tokenizer:
     path = folder / TOKENIZER_FILE
     if not path.is_file():
         raise InputError("no tokenizer here; `bloomery data build RUN.yaml` makes it", where=str(folder))
+    check_sums(folder, [TOKENIZER_FILE])
     try:
         return Tokenizer(Backend.from_file(str(path)))
     except Exception as error:  # the library raises nothing narrower

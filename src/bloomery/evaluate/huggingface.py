@@ -25,13 +25,14 @@ from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
 from bloomery.model.names import translations
 from bloomery.model.transformer import Transformer
 from bloomery.spec.catalog import cluster
-from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, sha256_of, write_commit
+from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, write_commit
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
+from bloomery.spec.seal import check_sums, sealed_text, sha256_of, write_sums
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'user' %}" + USER + "{{ message['content'] }}"
@@ -72,7 +73,7 @@ def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
 
 
 def _write_settings(target: Path, model: Model, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """The tokenizer and every JSON file; config.json comes last."""
+    """The tokenizer and every JSON file, then a hash of each file there."""
     tokenizer.save(target)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -90,6 +91,7 @@ def _write_settings(target: Path, model: Model, tokenizer: Tokenizer, config: di
         ("config.json", config),
     ):
         write_atomically(target / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_sums(target, [file.name for file in target.iterdir()])
 
 
 def import_directory(source: Path, target: Path) -> Run:
@@ -99,6 +101,7 @@ def import_directory(source: Path, target: Path) -> Run:
     config_path = source / "config.json"
     if not config_path.is_file():
         raise InputError("not a Hugging Face directory: config.json is missing", where=str(source))
+    check_sums(source, [file.name for file in source.iterdir()])
     config = read_config(config_path)
     model = model_of(config, target.name, str(config_path))
     if not (source / TOKENIZER_FILE).is_file():
@@ -116,7 +119,8 @@ def import_directory(source: Path, target: Path) -> Run:
         _write_checkpoint(target / "checkpoints" / "step_000000", tensors)
         (target / "data").mkdir()
         (target / "data" / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-        write_atomically(target / "run.yaml", to_yaml(run.model_dump(mode="json")))
+        write_sums(target / "data", [TOKENIZER_FILE])
+        write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
     return run
 
 
@@ -165,6 +169,7 @@ def _write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
 
 def load_directory(source: Path) -> Transformer:
     """A directory as a plain model, without a run folder."""
+    check_sums(source, [file.name for file in source.iterdir()])
     config = read_config(source / "config.json")
     model = model_of(config, source.name, str(source / "config.json"))
     module = Transformer(model)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 
 OUTSIDE = "other"
 """The bucket of time that no other bucket claims."""
+
+Mark = Callable[[str], AbstractContextManager[object]]
+
+
+def unmarked(_: str) -> AbstractContextManager[object]:
+    """No profiler is open."""
+    return nullcontext()
 
 
 class Clock:
@@ -29,6 +36,8 @@ class Clock:
     ) -> None:
         """`entered` is told the bucket that runs from now on, at every change."""
         self._now, self._entered = now, entered
+        self.mark: Mark = unmarked
+        """What surrounds every bucket besides: a profiler's mark, while one is open."""
         self._stack = [OUTSIDE]
         self._seconds: dict[str, float] = {}
         self._since = now()
@@ -53,7 +62,8 @@ class Clock:
         self._stack.append(name)
         self._entered(name)
         try:
-            yield
+            with self.mark(name):
+                yield
         finally:
             self._charge()
             self._stack.pop()

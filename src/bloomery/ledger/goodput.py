@@ -1,7 +1,7 @@
 """Where the wall time of a run went, failures included: buckets that add up, and ETTR, the share that trained.
 
 `supervision.jsonl` says when each start of the run's processes began and ended, `ledger.jsonl` what rank 0 did in it.
-Time between two commands (a job waiting in a queue) is nobody's and not counted.
+Of the time between two commands only what a launched job spent in a scheduler's queue is counted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ BUCKETS = {
     "train": "steps that count",
     "evaluate": "held-out evaluation",
     "checkpoint": "stalls by checkpoints",
+    "recheck": "micro-batches computed twice, to compare",
+    "snapshot": "copies of the state in memory",
+    "straggler": "what a rank slower than its peers, or a slow link, added to steps",
     "skipped": "steps whose update was left out",
     "lost_work": "steps that had to be done again, and the one a failure cut short",
     "detect": "from a fault to its detection",
     "restart": "ending, waiting and starting processes",
     "load": "joining, building the model, loading",
+    "queue": "jobs waiting for their hosts",
 }
 USEFUL = ("train", "evaluate")
 ADDS_UP = 0.005
@@ -31,13 +35,17 @@ ADDS_UP = 0.005
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds by bucket, which sum to `wall_s`. `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
+    """Seconds by bucket, which sum to `wall_s`. `failed_starts` never got to a step; `jobs`: begun by a scheduler.
+
+    `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
     gives for the interval, stall, recovery and failure rate as measured (None without a failure)."""
 
     wall_s: float
     seconds: dict[str, float]
     starts: int
     failures: int
+    failed_starts: int
+    jobs: int
     ettr: float
     formula: float | None
     contention_s: float
@@ -55,38 +63,65 @@ def goodput(run_dir: Path) -> Goodput | None:
         return None
     lines = [line for line in read_lines(run_dir / "ledger.jsonl") if line.get("rank") == 0]
     verdicts = {row["step"]: row.get("verdict") for row in read_lines(run_dir / "metrics.jsonl") if "verdict" in row}
+    slow = _slowed(read_lines(run_dir / "events.jsonl"), starts)
     last = {line["step"]: number for number, line in enumerate(lines)}
     seconds, checkpoints, worst = dict.fromkeys(BUCKETS, 0.0), 0, 0.0
     for start in starts:
         mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
         booked = 0.0
         for number, line in mine:
-            stall, evaluation = (line["buckets"].get(name, 0.0) for name in ("checkpoint", "evaluate"))
-            checkpoints += stall > 0
-            seconds["checkpoint"] += stall
-            seconds["evaluate"] += evaluation
-            rest = line["wall_s"] - stall - evaluation
-            seconds[_kind(line["step"], number, last, verdicts)] += rest
+            apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "recheck", "evaluate")}
+            checkpoints += apart["checkpoint"] > 0
+            for name, value in apart.items():
+                seconds[name] += value
+            rest = line["wall_s"] - sum(apart.values())
+            kind = _kind(line["step"], number, last, verdicts)
+            slowed = min(rest, slow.get((start["fence"], line["step"]), 0.0)) if kind == "train" else 0.0
+            seconds["straggler"] += slowed
+            seconds[kind] += rest - slowed
             booked += line["wall_s"]
         left = start["wall_s"] - booked - start["forked_s"]
         worst = max(worst, -left / start["wall_s"])
         seconds["restart"] += start["forked_s"] + start["waited_s"]
-        failed = start["code"] not in (0, 75)
-        detect = min(max(left, 0.0), start["detect_s"]) if failed else 0.0
+        seconds["queue"] += start.get("queued_s", 0.0)
+        broken = start["code"] not in (0, 75)
+        detect = min(max(left, 0.0), start["detect_s"]) if broken else 0.0
         seconds["detect"] += detect
-        seconds["lost_work" if failed else "restart"] += left - detect
-    wall = sum(start["wall_s"] + start["waited_s"] for start in starts)
-    failures = sum(start["code"] not in (0, 75) for start in starts)
+        seconds["lost_work" if broken else "restart"] += left - detect
+    wall = sum(start["wall_s"] + start["waited_s"] + start.get("queued_s", 0.0) for start in starts)
+    failed = [start for start in starts if start["code"] not in (0, 75)]
+    failures = len(failed)
     return Goodput(
         wall_s=wall,
         seconds=seconds,
         starts=len(starts),
         failures=failures,
+        failed_starts=sum(start["step"] < 0 for start in failed),
+        jobs=sum(event.get("event") == "job_started" for event in read_lines(run_dir / "events.jsonl")),
         ettr=sum(seconds[name] for name in USEFUL) / wall,
         formula=_formula(seconds, wall, failures, checkpoints),
         contention_s=_contention_s(lines),
         gap=worst,
     )
+
+
+def _slowed(events: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> dict[tuple[int, int], float]:
+    """By start (its fencing number) and step: seconds that the worst straggler of the time added to it.
+
+    A disk's are left out: nobody waits for it but at a save, and those stalls have a bucket of their own.
+    """
+    found = dict[tuple[int, int], float]()
+    for number, event in enumerate(events):
+        if event.get("event") != "straggler" or event["class"] == "disk":
+            continue
+        same = ("class", "culprit_rank", "since_step", "fence")
+        over = (e for e in events[number:] if e.get("event") == "straggler_over")
+        end = next((e for e in over if all(e.get(key) == event.get(key) for key in same)), None)
+        last = max((start["step"] + 1 for start in starts if start["fence"] == event["fence"]), default=0)
+        for step in range(event["since_step"], (end["step"] if end else last) + 1):
+            place = event["fence"], step
+            found[place] = max(found.get(place, 0.0), event["excess_s"])
+    return found
 
 
 def _kind(step: int, number: int, last: dict[int, int], verdicts: dict[int, Any]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from bloomery.spec.errors import BloomeryError
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run. `step_time_error` is measured / predicted - 1; figures that do not exist yet are None."""
+    """One run. `step_time_error` is measured / predicted - 1; figures that do not exist yet are None. `finished`: the
+    ledger's last line, in UTC; empty where there is none."""
 
     name: str
     folder: str
@@ -29,6 +32,7 @@ class RunRow:
     step_time_s: float | None
     step_time_error: float | None
     stages: tuple[str, ...]
+    finished: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -69,7 +73,25 @@ def _row(folder: Path) -> RunRow | None:
         step_time_s=compared.measured if compared else None,
         step_time_error=None if ratio is None else ratio - 1,
         stages=tuple(sorted(path.name for path in (folder / "align").glob("*") if path.is_dir())),
+        finished=_finished(folder / "ledger.jsonl"),
     )
+
+
+def _finished(ledger: Path) -> str:
+    if not ledger.is_file():
+        return ""
+    return datetime.datetime.fromtimestamp(ledger.stat().st_mtime, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def errors_over_time(rows: Sequence[RunRow]) -> list[RunRow]:
+    """Runs with a step time beside their plan's, the oldest first."""
+    return sorted((row for row in rows if row.step_time_error is not None), key=lambda row: row.finished)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Values >= 0 as bars of eight heights, the largest the highest."""
+    bars, top = "▁▂▃▄▅▆▇█", max(values, default=0.0) or 1.0
+    return "".join(bars[min(7, int(8 * value / top))] for value in values)
 
 
 def _last_bits(folder: Path, heldout: list[float]) -> float | None:

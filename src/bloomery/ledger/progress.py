@@ -49,7 +49,7 @@ class Progress:
         return asdict(self)
 
 
-ROUTINE = {"started", "resumed", "finished", "profiled"}
+ROUTINE = {"started", "resumed", "finished", "profiled", "job_started"}
 
 
 def stages_under(folder: Path) -> list[Path]:
@@ -107,7 +107,8 @@ def tail(path: Path) -> list[dict[str, Any]]:
 def describe(event: dict[str, Any]) -> str:
     """An event in one short line."""
     step = f" at step {event['step']}" if "step" in event else ""
-    rank = f" on rank {event['rank']}" if "rank" in event else ""
+    who = event.get("culprit_rank", event.get("rank"))
+    rank = "" if who is None else f" on rank {who}"
     cause = next((f": {event[key]}" for key in ("reason", "cause", "bucket", "verdict") if event.get(key)), "")
     return f"{str(event.get('event', 'event')).replace('_', ' ')}{step}{rank}{cause}"
 

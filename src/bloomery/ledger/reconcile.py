@@ -10,7 +10,6 @@ plan's share of the measured compute time, and pipeline sends and bubble are mea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,38 +17,46 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.ledger.cause import likely_cause
+from bloomery.ledger.accounts import Accounts, read_accounts
+from bloomery.ledger.cause import find_cause
 from bloomery.ledger.sinks import read_lines
 from bloomery.perf.result import Estimate
-from bloomery.spec.components import COMPONENTS
+from bloomery.spec.components import COMPONENTS, KINDS, MESSAGES
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
 
 WARM_UP = 3
 """Steps after each start that are left out: allocator, page faults, thread pools and caches settle in them."""
+PROFILED_STEP = WARM_UP + 2
+"""The step of every run that is profiled, and left out too (`train.profiled_step`)."""
 TOLERANCE = 0.005
 """Buckets must sum to wall time within this share (DESIGN rule 4)."""
 BUCKETS = (
     "compute",
     "tp_comm",
+    "cp_comm",
+    "ep_comm",
     "pp_comm",
     "dp_comm",
     "optimizer",
     "data",
     "checkpoint",
+    "snapshot",
     "evaluate",
     "logging",
     "startup",
     "compile",
     "profile",
+    "recheck",
     "other",
 )
-_NOT_OF_A_STEP = ("checkpoint", "evaluate", "startup", "compile", "profile")
+_NOT_OF_A_STEP = ("checkpoint", "snapshot", "evaluate", "startup", "compile", "profile", "recheck")
 
 WATERFALL: dict[str, tuple[str, tuple[str, ...]]] = {
     "kernel": ("kernels below peak", ("kernel",)),
     "recompute": ("recomputation", ("recompute",)),
     "pipeline": ("pipeline bubble and sends", ("pp_comm",)),
-    "comm": ("exposed communication", ("tp_comm", "dp_comm")),
+    "comm": ("exposed communication", ("tp_comm", "cp_comm", "ep_comm", "dp_comm")),
     "optimizer": ("optimizer", ("optimizer",)),
     "data": ("waiting for data", ("data",)),
     "checkpoint": ("checkpoint stalls", ("checkpoint",)),
@@ -101,6 +108,7 @@ class RankTotal:
     buckets: dict[str, float]
     worst_gap: float
     memory_bytes: Compared
+    allocated_bytes: Compared
 
 
 @dataclass(frozen=True)
@@ -124,12 +132,15 @@ class Reconciliation:
     steady_steps: int
     step_time_s: Compared
     interval_s: tuple[float, float]
+    noise: float
     tokens_per_s: Compared
     mfu: Compared
     convention: str
     peak_flops_per_s: float
     peak_source: str
     components: tuple[Component, ...]
+    kinds: tuple[Component, ...]
+    in_all: dict[str, Compared]
     waterfall: tuple[Share, ...]
     ranks: tuple[RankTotal, ...]
     adds_up: bool
@@ -137,6 +148,7 @@ class Reconciliation:
     residual: str
     residual_s: float
     cause: str
+    evidence: tuple[str, ...]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -162,8 +174,10 @@ def read_plan(run_dir: Path) -> tuple[dict[str, Any], Estimate]:
     if not path.is_file():
         raise InputError("no run here: plan.json is missing", where=str(run_dir), accepted="the folder `train` wrote")
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_json(path)
         return plan, Estimate.from_json(plan["estimate"])
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"not a plan ({error})", where=str(path)) from None
 
@@ -185,8 +199,11 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
     world_size = int(plan["world_size"])
     checkpoint_s = _sum(lines, "checkpoint") / world_size / n_steps
     components = _components(estimate, measured, checkpoint_s, world_size)
-    residual = max(components, key=lambda c: abs(_difference(c.seconds)))
-    ranks = _ranks(lines, plan, estimate)
+    accounts = read_accounts(run_dir)
+    kinds = _kinds(estimate, accounts, measured.get("compute", 0.0))
+    named = {one.name: _difference(one.seconds) for one in (*components, *(kinds if accounts.by_rank else ()))}
+    finding = find_cause(named, estimate.step_time_s, steady, _noise(steady))
+    ranks = _ranks(lines, plan, estimate, accounts)
     worst_gap = max(rank.worst_gap for rank in ranks)
     tokens = estimate.tokens_per_s * estimate.step_time_s
     ideal_s = estimate.model_flops / (estimate.peak_flops_per_s * world_size)
@@ -201,19 +218,23 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
         steady_steps=len(steady),
         step_time_s=Compared(estimate.step_time_s, step_s),
         interval_s=(estimate.low_s, estimate.high_s),
+        noise=_noise(steady),
         tokens_per_s=Compared(estimate.tokens_per_s, tokens / step_s),
         mfu=Compared(estimate.mfu, ideal_s / step_s if ideal_s <= step_s else None),
         convention=estimate.convention,
         peak_flops_per_s=estimate.peak_flops_per_s,
         peak_source=estimate.peak_source,
         components=components,
+        kinds=kinds,
+        in_all=_in_all(estimate, accounts),
         waterfall=_waterfall(components),
         ranks=ranks,
         adds_up=worst_gap <= TOLERANCE,
         worst_gap=worst_gap,
-        residual=residual.name,
-        residual_s=_difference(residual.seconds),
-        cause=likely_cause(residual.name, _difference(residual.seconds), estimate.step_time_s),
+        residual=finding.name,
+        residual_s=finding.difference_s,
+        cause=finding.cause,
+        evidence=finding.evidence,
         notes=tuple(notes),
     )
 
@@ -255,7 +276,9 @@ def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, 
 
 
 def _has_pause(row: dict[str, Any]) -> bool:
-    return any(row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "compile", "profile"))
+    return any(
+        row["buckets"].get(name, 0.0) > 0 for name in ("checkpoint", "evaluate", "compile", "profile", "recheck")
+    )
 
 
 def _mean_buckets(steps: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
@@ -282,6 +305,8 @@ def _components(
         "kernel": (expected["kernel"], compute_s - ideal_s - recompute_s, "measured"),
         "recompute": (expected["recompute"], recompute_s, "shared out"),
         "tp_comm": (expected["tp_comm"], measured.get("tp_comm", 0.0), "measured"),
+        "cp_comm": (expected["cp_comm"], measured.get("cp_comm", 0.0), "measured"),
+        "ep_comm": (expected["ep_comm"], measured.get("ep_comm", 0.0), "measured"),
         "pp_comm": (expected["pp_comm"] + expected["bubble"], measured.get("pp_comm", 0.0), "measured"),
         "dp_comm": (expected["dp_comm"], measured.get("dp_comm", 0.0), "measured"),
         "optimizer": (expected["optimizer"], measured.get("optimizer", 0.0), "measured"),
@@ -291,6 +316,33 @@ def _components(
     }
     meaning = {**COMPONENTS, "pp_comm": "pipeline bubble and exposed sends (measured together)"}
     return tuple(Component(name, meaning[name], Compared(*pair[:2]), pair[2]) for name, pair in figures.items())
+
+
+def _kinds(estimate: Estimate, accounts: Accounts, compute_s: float) -> tuple[Component, ...]:
+    """The compute by kind of work: its measured seconds, in the shares that the profiled step had."""
+    shares = accounts.kind_shares
+    return tuple(
+        Component(
+            kind,
+            meaning,
+            Compared(estimate.compute.get(kind), shares[kind] * compute_s if shares else None),
+            "shares of the profiled step",
+        )
+        for kind, meaning in KINDS.items()
+    )
+
+
+def _in_all(estimate: Estimate, accounts: Accounts) -> dict[str, Compared]:
+    """Seconds in which messages of each dimension are under way, hidden or not."""
+    found = accounts.in_all
+    both = {name: Compared(estimate.in_all.get(name), found.get(name)) for name in MESSAGES}
+    return {name: pair for name, pair in both.items() if pair.predicted or pair.measured}
+
+
+def _noise(steps: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """How far the averaged steps lie apart: standard deviation over mean of their wall times."""
+    walls = [float(np.mean([row["wall_s"] for row in rows])) for rows in steps]
+    return float(np.std(walls) / np.mean(walls))
 
 
 def _difference(pair: Compared) -> float:
@@ -313,7 +365,9 @@ def _sum(lines: Sequence[dict[str, Any]], bucket: str) -> float:
     return float(sum(line["buckets"].get(bucket, 0.0) for line in lines))
 
 
-def _ranks(lines: Sequence[dict[str, Any]], plan: dict[str, Any], estimate: Estimate) -> tuple[RankTotal, ...]:
+def _ranks(
+    lines: Sequence[dict[str, Any]], plan: dict[str, Any], estimate: Estimate, accounts: Accounts
+) -> tuple[RankTotal, ...]:
     """Totals of every rank over the whole run, start-up and end included."""
     world_size, stages = int(plan["world_size"]), estimate.memory.children
     totals = []
@@ -328,7 +382,8 @@ def _ranks(lines: Sequence[dict[str, Any]], plan: dict[str, Any], estimate: Esti
         predicted = stages[pipeline_rank].value if stages else estimate.memory_bytes
         wall = float(sum(line["wall_s"] for line in mine))
         memory = Compared(predicted, float(peak) if peak else None)
-        totals.append(RankTotal(rank, pipeline_rank, wall, buckets, float(gap), memory))
+        allocated = Compared(predicted, accounts.allocated_bytes(rank))
+        totals.append(RankTotal(rank, pipeline_rank, wall, buckets, float(gap), memory, allocated))
     return tuple(totals)
 
 

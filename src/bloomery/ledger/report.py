@@ -43,6 +43,7 @@ def render(facts: dict[str, Any]) -> str:
         chips=sections.chips(facts),
         tiles=sections.tiles(facts),
         components=sections.components(facts),
+        kinds=sections.kinds(facts),
         residual=sections.residual(facts),
         quality=sections.quality(facts),
         completions=sections.completions(facts),

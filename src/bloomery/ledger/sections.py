@@ -18,25 +18,31 @@ from bloomery.ledger.markup import (
     table,
     text,
 )
+from bloomery.ledger.parts import NAMES
 
 COLOURS = {
     "compute": "#c2531d",
     "tp_comm": "#2f6f6a",
+    "cp_comm": "#3f8f7a",
+    "ep_comm": "#6aa57f",
     "pp_comm": "#5f9c95",
     "dp_comm": "#98c1bb",
     "optimizer": "#d9a441",
     "data": "#7a8b52",
     "checkpoint": "#7d5a8c",
+    "snapshot": "#94779f",
     "evaluate": "#a98cb5",
     "logging": "#b9b2a8",
     "startup": "#8c97a3",
     "profile": "#c7a76c",
     "compile": "#6f7f63",
+    "recheck": "#4f6d7a",
     "other": "#d5cfc6",
 }
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#bccad5", "#d6dfe6", "#c9c3b8", "#e2ddd5")
 
 Facts = dict[str, Any]
+SIDES = ("predicted", "measured")
 
 
 def chips(facts: Facts) -> str:
@@ -110,6 +116,28 @@ def components(facts: Facts) -> str:
     return table(head, rows + beside, emphasised=[len(rows) - 1]) + missing
 
 
+def kinds(facts: Facts) -> str:
+    """Compute by kind of work, and how long messages of each dimension were under way beside what nothing hid."""
+    found = facts["reconciliation"]
+    rows = [
+        [
+            f"<b>{text(NAMES[item['name']])}</b><small>{text(item['meaning'])}</small>",
+            *(milliseconds(item["seconds"][side]) for side in ("predicted", "measured")),
+            ratio(item["seconds"]["ratio"]),
+        ]
+        for item in found["kinds"]
+    ]
+    exposed = {item["name"]: item["seconds"] for item in found["components"]}
+    messages = [
+        [f"<b>{text(NAMES[key])}</b>", *(milliseconds(p[s]) for p in (pair, exposed[key]) for s in SIDES)]
+        for key, pair in found["in_all"].items()
+    ]
+    head = ["compute by kind", "predicted ms", "measured ms", "ratio"]
+    note = '<p class="quiet">Measured: the compute of steady steps in the shares that one profiled step had.</p>'
+    sent = ["messages", "under way, predicted ms", "measured ms", "exposed, predicted ms", "measured ms"]
+    return table(head, rows) + note + (table(sent, messages) if messages else "")
+
+
 def _difference(value: float, widest: float) -> str:
     """A signed figure beside a small bar, right of the middle when it took longer than planned; no bar at scale 0."""
     width = abs(value) / widest * 50 if widest else 0.0
@@ -124,10 +152,11 @@ def residual(facts: Facts) -> str:
     """The largest difference, its likely cause, and remarks."""
     found = facts["reconciliation"]
     sign = "longer" if found["residual_s"] > 0 else "shorter"
+    evidence = "".join(f"<p>Seen: {text(one)}.</p>" for one in found["evidence"])
     notes = "".join(f"<p>{text(note)}.</p>" for note in found["notes"])
     return (
         f"<p><b>Largest residual: {text(found['residual'])}</b>, {seconds(abs(found['residual_s']))} {sign} than "
-        f"predicted. Likely cause: {text(found['cause'])}.</p>{notes}"
+        f"predicted. Likely cause: {text(found['cause'])}.</p>{evidence}{notes}"
         f'<p class="quiet">Peak: {found["peak_flops_per_s"] / 1e12:,.4g} TFLOP/s per rank '
         f"({text(found['peak_source'] or 'source not stated')}). <i>Counted</i>: model FLOPs at peak. "
         f"<i>Shared out</i>: the plan's part of the measured compute time. All else is a clock's reading.</p>"
@@ -254,9 +283,12 @@ def goodput(facts: Facts) -> str:
     ]
     rows.append(["<b>wall time</b>", f"{found['wall_s']:,.2f}", share(1.0)])
     formula = "" if found["formula"] is None else f", {share(found['formula'])} by Daly's formula from these figures"
+    jobs = f", as {found['jobs']} jobs of a scheduler" if found["jobs"] else ""
+    unborn = f" ({found['failed_starts']} before the first step)" if found["failed_starts"] else ""
+    starts = f"{found['starts']} starts{jobs} with {found['failures']} failures{unborn}"
     said = (
-        f"<p><b>ETTR {share(found['ettr']['measured'])}</b> (useful time over wall time) in {found['starts']} starts "
-        f"with {found['failures']} failures; the plan expected {share(found['ettr']['predicted'])}{formula}. "
+        f"<p><b>ETTR {share(found['ettr']['measured'])}</b> (useful time over wall time) in {starts}; "
+        f"the plan expected {share(found['ettr']['predicted'])}{formula}. "
         f"Writing checkpoints beside the steps made them {found['contention_s']:.2f} s longer in all.</p>"
     )
     return said + table(["where the time went", "seconds", "share"], rows, emphasised=[len(rows) - 1])

@@ -25,6 +25,25 @@ class JsonLines:
         os.close(self._descriptor)
 
 
+class Follower:
+    """Reads what others append to a file of JSON Lines from now on, whole lines only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._rest = path, b""
+        self._offset = path.stat().st_size if path.exists() else 0
+
+    def new(self) -> list[dict[str, Any]]:
+        """The records since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._offset)
+            content = stream.read()
+        self._offset += len(content)
+        *whole, self._rest = (self._rest + content).split(b"\n")
+        return parse_lines(line.decode(errors="replace") for line in whole)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a file; a torn line or one that is no object is left out, a missing file is empty."""
     return parse_lines(path.read_text(encoding="utf-8").splitlines()) if path.exists() else []

@@ -12,7 +12,7 @@ FACTOR = 2.0
 LEAST_S = 0.05
 """A step is slow when it takes FACTOR times the median of the last WINDOW (at least ENOUGH), and LEAST_S more."""
 
-PAUSES = ("checkpoint", "evaluate", "compile", "profile")
+PAUSES = ("checkpoint", "snapshot", "evaluate", "compile", "profile", "recheck")
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class VocabularyAxis(Protocol):
 class Head(nn.Module):
     """Hidden states to logits or, given targets, to their summed cross entropy in float32 (float64 for such weights).
 
-    `axis`: set from outside where the rows of `weight` are cut over ranks.
+    `axis`: set from outside where the rows of `weight` are cut over ranks; `z_loss`: see `summed_cross_entropy`.
     """
 
     def __init__(self, hidden: int, vocab: int) -> None:
@@ -45,6 +45,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab, hidden))
         nn.init.normal_(self.weight, std=0.02)
         self.axis: VocabularyAxis | None = None
+        self.z_loss = 0.0
 
     def forward(self, x_bsd: Tensor, targets_bs: Tensor | None = None) -> Tensor:
         """x: (batch, seq, hidden). Logits (batch, seq, vocab), or a scalar; targets below 0 count nothing."""
@@ -53,17 +54,18 @@ class Head(nn.Module):
         kind = x_bsd.device.type
         if torch.is_autocast_enabled(kind):
             x_bsd = x_bsd.to(torch.get_autocast_dtype(kind))
-        return summed_cross_entropy(x_bsd.flatten(0, 1), self.weight, targets_bs.flatten(), self.axis)
+        return summed_cross_entropy(x_bsd.flatten(0, 1), self.weight, targets_bs.flatten(), self.axis, self.z_loss)
 
 
 def summed_cross_entropy(
-    x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, axis: VocabularyAxis | None = None
+    x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, axis: VocabularyAxis | None = None, z_loss: float = 0.0
 ) -> Tensor:
     """Sum of cross entropies in nats of `x @ weight^T` over targets >= 0, a scalar; float32 accumulation at least.
 
-    Products are made in the number format of x, the weight's gradient is added up in the weight's.
+    Products are made in the number format of x, the weight's gradient is added up in the weight's. The gradient is that
+    of the cross entropy and `z_loss` times the squared logarithm of the softmax's sum, which the value does not show.
     """
-    return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, torch.is_grad_enabled())
+    return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, z_loss, torch.is_grad_enabled())
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -75,7 +77,13 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, axis: VocabularyAxis | None, training: bool
+        ctx: Any,
+        x_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        axis: VocabularyAxis | None,
+        z_loss: float,
+        training: bool,
     ) -> Tensor:
         n = len(x_nd)
         rows = n if axis is not None else loss_rows(x_nd.device.type)
@@ -88,7 +96,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         for start in range(0, n, rows):
             chunk = slice(start, start + rows)
             x_cd = x_nd[chunk]
-            loss, gradient_cv = _chunk((x_cd @ operand_vd.t()).to(wide), targets_n[chunk], axis, training)
+            loss, gradient_cv = _chunk((x_cd @ operand_vd.t()).to(wide), targets_n[chunk], axis, z_loss, training)
             total += loss
             if x_gradient_nd is None:
                 continue
@@ -100,27 +108,33 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
         x_gradient_nd, weight_gradient_vd = ctx.saved_tensors
         scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd * gradient
-        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None
+        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None, None
 
 
-def _chunk(logits_cv: Tensor, targets_c: Tensor, axis: VocabularyAxis | None, training: bool) -> tuple[Tensor, Tensor]:
+def _chunk(
+    logits_cv: Tensor, targets_c: Tensor, axis: VocabularyAxis | None, z_loss: float, training: bool
+) -> tuple[Tensor, Tensor]:
     """Summed loss of some tokens, and the gradient of their logits, which takes the logits' memory."""
     width = logits_cv.shape[1]
     local_c = targets_c if axis is None else targets_c - axis.rank * width
     kept_c, mine_c = targets_c >= 0, (local_c >= 0) & (local_c < width)
     index_c1 = local_c.clamp(0, width - 1)[:, None]
     largest_c = logits_cv.amax(-1)
-    logits_cv.sub_((largest_c if axis is None else axis.largest(largest_c))[:, None])
+    largest_c = largest_c if axis is None else axis.largest(largest_c)
+    logits_cv.sub_(largest_c[:, None])
     target_c = logits_cv.gather(1, index_c1)[:, 0] * mine_c
     logits_cv.exp_()
     sums_2c = torch.stack((logits_cv.sum(-1), target_c))
     total_c, target_c = sums_2c if axis is None else axis.summed(sums_2c)
     loss = ((total_c.log() - target_c) * kept_c).sum()
     if training:
-        logits_cv.mul_((kept_c / total_c)[:, None])
+        weight_c = kept_c / total_c
+        if z_loss:
+            weight_c = weight_c * (1 + 2 * z_loss * (total_c.log() + largest_c))
+        logits_cv.mul_(weight_c[:, None])
         logits_cv.scatter_add_(1, index_c1, -(mine_c & kept_c).to(logits_cv.dtype)[:, None])
     return loss, logits_cv
 

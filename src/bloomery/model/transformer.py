@@ -17,6 +17,7 @@ from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
 from bloomery.model.mixture import feed_forward
 from bloomery.model.rotary import rotary_tables
+from bloomery.model.shrink import shrink_gradient
 from bloomery.model.view import View
 from bloomery.spec.model import Model
 
@@ -52,7 +53,8 @@ class Transformer(nn.Module):
 
     A whole model is the default; a pipeline stage is the same class over a range (absent parts are None).
     `sequence_cut`: over how many ranks the hidden states between stages are cut (sequence parallelism); `context_cut`:
-    over how many the sequence itself is (context parallelism).
+    over how many the sequence itself is (context parallelism). `embedding_gradient`: a factor on what the token
+    embedding learns from the first layer.
     """
 
     def __init__(self, model: Model, layers: range | None = None) -> None:
@@ -62,6 +64,7 @@ class Transformer(nn.Module):
         self.model = model
         self.positions: Callable[[int, torch.device], Tensor] = in_order
         self.sequence_cut = self.context_cut = 1
+        self.embedding_gradient = 1.0
         self.embedding: nn.Module | None = nn.Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.position == "learned"
         self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
@@ -118,5 +121,5 @@ class Transformer(nn.Module):
     def embed(self, tokens_bs: Tensor, positions_s: Tensor) -> Tensor:
         """Token (and learned position) embeddings: (batch, seq) to (batch, seq, hidden)."""
         assert self.embedding is not None
-        x_bsd = self.embedding(tokens_bs)
+        x_bsd = shrink_gradient(self.embedding(tokens_bs), self.embedding_gradient)
         return x_bsd if self.position is None else x_bsd + self.position(positions_s)

@@ -14,6 +14,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -30,6 +32,7 @@ from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters, owning_name
+from bloomery.spec.stabilisers import Stabilisers
 
 
 def lay_out(
@@ -71,6 +74,14 @@ def lay_out(
             shard_over_data(stage, mesh, measure)
         stages[index] = stage
     return stages, table
+
+
+def stabilise(stages: Iterable[Transformer], stabilisers: Stabilisers) -> None:
+    """Tell the ends of a model what they add to gradients; it needs no message, whatever the layout."""
+    for stage in stages:
+        stage.embedding_gradient = stabilisers.embedding_gradient
+        if stage.head is not None:
+            stage.head.z_loss = stabilisers.z_loss
 
 
 def fill(

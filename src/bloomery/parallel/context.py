@@ -68,15 +68,15 @@ class ContextAxis:
     def pass_on(self, block_n: Tensor) -> Callable[[], Tensor]:
         """Send a block to the next rank; the answer waits for the one of the rank before and returns it."""
         arriving_n = torch.empty_like(block_n)
-        works = dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, block_n, group=self.group, group_peer=(self.rank + 1) % self.size),
-                dist.P2POp(dist.irecv, arriving_n, group=self.group, group_peer=(self.rank - 1) % self.size),
-            ]
-        )
+        pair = [
+            dist.P2POp(dist.isend, block_n, group=self.group, group_peer=(self.rank + 1) % self.size),
+            dist.P2POp(dist.irecv, arriving_n, group=self.group, group_peer=(self.rank - 1) % self.size),
+        ]
+        with self.measure("cp_comm"):
+            works = dist.batch_isend_irecv(pair)
 
         def wait() -> Tensor:
-            with self.measure("tp_comm"):
+            with self.measure("cp_comm"):
                 for work in works:
                     work.wait()
             return arriving_n
@@ -93,7 +93,7 @@ class ContextAxis:
                 block_n = block_n if arriving is None else arriving()
             return
         blocks_n = own_n.new_empty(self.size * len(own_n))
-        with self.measure("tp_comm"):
+        with self.measure("cp_comm"):
             dist.all_gather_into_tensor(blocks_n, own_n, group=self.group)
         by_rank = blocks_n.chunk(self.size)
         yield from ((source, by_rank[source]) for source in self.order())
@@ -146,7 +146,7 @@ class _GatheredGradients:
     def total(self) -> Tensor:
         whole_n = torch.cat([self.by_rank[rank] for rank in range(self.axis.size)])
         own_n = torch.empty_like(self.by_rank[0])
-        with self.axis.measure("tp_comm"):
+        with self.axis.measure("cp_comm"):
             dist.reduce_scatter_tensor(own_n, whole_n, group=self.axis.group)
         return own_n
 

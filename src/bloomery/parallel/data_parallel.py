@@ -136,12 +136,17 @@ def units(stages: Sequence[Transformer], *, experts_apart: bool) -> list[tuple[s
     return [unit for unit in answer if unit[1]]
 
 
-def sum_experts_over_replicas(stages: Sequence[Transformer], mesh: Mesh, measure: Measure) -> None:
-    """Sum the gradients of experts that FSDP leaves alone, since no other rank of their replica has them."""
-    for axis, unit in units(stages, experts_apart=True):
-        if axis == "edp":
+def sum_whole(stages: Sequence[Transformer], mesh: Mesh, measure: Measure) -> None:
+    """Sum the gradients that each rank still has whole: all of them where ZeRO cuts none, else those of experts that
+    FSDP leaves alone, over the replicas, since no other rank of their own has them."""
+    layout = mesh.layout
+    axes = {"dp": "dp", "edp": "edp" if layout.data_ranks > layout.ep else ""}
+    if layout.zero_stage:
+        axes = {"dp": "", "edp": "replica" if layout.dp_replicas > 1 and layout.ep == layout.shards else ""}
+    for axis, unit in units(stages, experts_apart=layout.ep > 1) if any(axes.values()) else ():
+        if axes[axis]:
             gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-            sum_flat(gradients, mesh.group("replica"), measure, "dp_comm")
+            sum_flat(gradients, mesh.group(axes[axis]), measure, "dp_comm")
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

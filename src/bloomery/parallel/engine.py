@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -15,11 +15,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
-from bloomery.parallel.apply import lay_out
+from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
-from bloomery.parallel.data_parallel import free_gathered, sum_experts_over_replicas, sum_flat, units
+from bloomery.parallel.data_parallel import free_gathered, sum_flat, sum_whole
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
@@ -31,6 +31,7 @@ from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard
+from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
 
 
 class Votes(NamedTuple):
@@ -107,6 +108,7 @@ class Engine:
         self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
+        self.after_first_backward: Callable[[], None] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
@@ -151,7 +153,7 @@ class Engine:
         """The last stage's output, with the targets that the schedule hands over once more."""
         return loss_sum / self.n_targets
 
-    def _own(self, batch: Batch) -> Batch:
+    def own_part(self, batch: Batch) -> Batch:
         """This rank's tokens and targets of its data-parallel rank's sequences; documents are told of whole ones."""
         if batch.prefix_b is None and self.model.mask == "prefix":
             raise InputError("a prefix model needs to know where prefixes end", where="batch.prefix_b")
@@ -166,7 +168,7 @@ class Engine:
         Returns this rank's part of the mean loss (zero except on the last stage). Raises InputError where a prefix
         model is not told where prefixes end.
         """
-        batch = self._own(batch)
+        batch = self.own_part(batch)
         self.n_targets = batch.n_targets
         for mixture in mixtures(self.stages.values()):
             mixture.router.loss_share = 1 / (len(batch.tokens_bs) * self.layout.data_ranks * self.layout.tp)
@@ -192,11 +194,17 @@ class Engine:
                 stage.set_is_last_backward(last)
                 stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
             with self.measure("compute"):
-                with self._autocast():
-                    loss = stage(micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
-                loss.backward()
-            total += loss.detach()
+                total += self.backward_of(micro)
+            if number == 1 and self.after_first_backward is not None:
+                self.after_first_backward()
         return total
+
+    def backward_of(self, micro: Batch) -> Tensor:
+        """One micro-batch through the only stage and back; gradients add up. Returns its part of the mean loss."""
+        with self._autocast():
+            loss: Tensor = self.stages[0](micro.tokens_bs, **micro.seen, targets_bs=micro.targets_bs) / self.n_targets
+        loss.backward()
+        return loss.detach()
 
     def reduce_gradients(self) -> None:
         """Sum what the backward pass left partial: what tp ranks hold alike, a tied embedding on both ends of a
@@ -217,13 +225,8 @@ class Engine:
                 dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
-        elif layout.data_ranks > 1 and layout.zero_stage == 0:
-            for axis, unit in units(list(self.stages.values()), experts_apart=layout.ep > 1):
-                gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                if axis == "dp" or layout.data_ranks > layout.ep:
-                    sum_flat(gradients, self.mesh.group(axis), self.measure, "dp_comm")
-        elif layout.dp_replicas > 1 and layout.ep == layout.shards:
-            sum_experts_over_replicas(list(self.stages.values()), self.mesh, self.measure)
+        elif layout.data_ranks > 1:
+            sum_whole(list(self.stages.values()), self.mesh, self.measure)
         self.routed = summed_routing(self.stages.values(), self.mesh, self.measure)
 
     def update(self, optimizer: Steps) -> None:
@@ -295,7 +298,7 @@ class Engine:
         With pipeline stages PyTorch prepares its buffers anew at every change between training and evaluation, and
         sends a few bytes for it that no plan counts.
         """
-        batch, self.n_targets = self._own(batch), 1
+        batch, self.n_targets = self.own_part(batch), 1
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         last_stage = self.layout.n_stages - 1 in self.stages
         with self._autocast():
@@ -368,6 +371,7 @@ def build(
     seed: int,
     measure: Measure,
     compiled: bool = False,
+    stabilisers: Stabilisers = UNTOUCHED,
 ) -> Engine:
     """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
 
@@ -383,6 +387,7 @@ def build(
     stages, table = lay_out(
         model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
     )
+    stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:

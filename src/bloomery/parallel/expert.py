@@ -37,7 +37,7 @@ class ExpertAxis:
         """Send `leaving` rows to each rank, get `arriving` from each (None: as many to and from every rank)."""
         x_rd = x_rd.contiguous()
         y_rd = x_rd.new_empty((x_rd.shape[0] if arriving is None else sum(arriving), *x_rd.shape[1:]))
-        with self.measure("tp_comm"):
+        with self.measure("ep_comm"):
             dist.all_to_all_single(y_rd, x_rd, arriving, leaving, group=self.group)
         return y_rd
 

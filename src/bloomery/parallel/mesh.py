@@ -9,13 +9,16 @@ consecutive ranks share out the experts, edp ranks have the same ones.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from bloomery.spec.errors import InputError
@@ -123,14 +126,34 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         raise InputError(f"the layout needs {layout.world_size} processes, {world_size} were started")
     if world_size == 1:
         return Mesh(layout, device, 0, None)
+    timeout = timedelta(seconds=timeout_s)
+    store = _meeting_point(init_method, rank, world_size, timeout)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=init_method,
+        init_method=None if store else init_method,
+        store=store,
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
     )
     return _over(layout, device, rank)
+
+
+def _meeting_point(url: str | None, rank: int, world_size: int, timeout: timedelta) -> Store | None:
+    """The store that `tcp://HOST:PORT` names, None for any other. Rank 0 listens on that address alone: PyTorch by
+    itself would listen on every interface of the machine."""
+    where = urlsplit(url or "")
+    host, port = where.hostname, where.port
+    if where.scheme != "tcp" or host is None or port is None:
+        return None
+    if rank:
+        return TCPStore(host, port, world_size, False, timeout)
+    listener = socket.create_server((host, port), family=_family(host), backlog=world_size)
+    return TCPStore(host, port, world_size, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _family(address: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def check_rank(layout: Layout, rank: int) -> None:

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from bloomery.perf.breakdown import compute_kinds, messages_in_all
 from bloomery.perf.case import SELECTIVE, Case
 from bloomery.perf.flops import CONVENTION, model_flops, recomputed_flops
 from bloomery.perf.memory import PARTS, memory_of, peak_bytes, worst_memory
@@ -20,15 +21,17 @@ from bloomery.perf.result import Estimate, Node
 from bloomery.perf.stack import Stack
 from bloomery.perf.step import StepTimes
 from bloomery.perf.table import blocks
-from bloomery.spec.calibration import Interval, calibration
-from bloomery.spec.cluster import PROBED, Cluster, Dtype
-from bloomery.spec.components import COMPONENTS
+from bloomery.spec.calibration import calibration
+from bloomery.spec.cluster import PROBED, Cluster, Dtype, Interval
+from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
 
 PROBED_INTERVAL = Interval(low=0.85, high=1.30)
 """90 % interval of measured / predicted where the accelerator's constants were measured here; elsewhere it is the
 calibration's, for software that no run named."""
+QUIET = 0.05
+"""Repeated measurements of a quiet machine differ by less; the interval above holds that much already."""
 
 
 @dataclass(frozen=True)
@@ -153,15 +156,25 @@ def estimate_case(case: Case) -> Estimates:
     return Estimates(case)
 
 
+def interval_of(cluster: Cluster) -> Interval:
+    """90 % interval of measured / predicted on a cluster: as calibrated, else wider by the noise of its probe."""
+    if cluster.interval is not None:
+        return cluster.interval
+    interval = PROBED_INTERVAL if cluster.accelerator.source == PROBED else calibration().interval("prior")
+    wider = 1.0 + max(0.0, cluster.noise - QUIET)
+    return Interval(low=interval.low / wider, high=interval.high * wider)
+
+
 def _one(estimates: Estimates) -> Estimate:
     case = estimates.case
     step_s = float(estimates.step_time_s[0])
-    interval = PROBED_INTERVAL if case.accelerator.source == PROBED else calibration().interval("prior")
+    interval = interval_of(case.cluster)
     peak = case.accelerator.peak(case.dtype)
     capacity = step_s * float(case.lay.world_size[0]) * peak
     causal = model_flops(case.model, global_batch=case.global_batch, seq_len=case.seq_len, causal=True)
     memory = _memory_tree(case)
     price, tdp_w = case.cluster.price_per_accelerator_hour, case.accelerator.tdp_w
+    compute = np.asarray(sum(estimates.components[name] for name in COMPUTE))
     rank_s = step_s * float(case.lay.world_size[0])
     return Estimate(
         layout=case.lay.layout(0).describe(),
@@ -186,6 +199,8 @@ def _one(estimates: Estimates) -> Estimate:
         fits=bool(estimates.fits[0]),
         cost_per_step=None if price is None else price * rank_s / 3600.0,
         energy_j_per_step=rank_s * tdp_w * case.cluster.pue if tdp_w else None,
+        compute={kind: float(seconds[0]) for kind, seconds in compute_kinds(case, compute).items()},
+        in_all={name: float(seconds[0]) for name, seconds in messages_in_all(case).items()},
     )
 
 

@@ -19,7 +19,8 @@ from bloomery.spec.model import MixtureOfExperts
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserved")
-"""Keys of a memory table. `buffers`: gathered parameters; `reserved`: context, communicators, allocator."""
+"""Keys of a memory table. `buffers`: gathered parameters; `logits`: with their softmax and gradient, or (our engine)
+what the backward pass works on where that is more; `reserved`: context, communicators, allocator."""
 
 FRAGMENTATION = 0.015
 """Of what is allocated, what a caching device allocator holds beside it and cannot use."""
@@ -28,9 +29,20 @@ FRAGMENTATION = 0.015
 def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
     """Peak bytes by part on `ranks`, shape (n,) each."""
     n = len(case.lay)
-    parts = {**_states(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
+    parts = {**state_bytes(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
+    if case.stack.eager:
+        alive = parts["activations"] + parts["logits"]
+        parts["gradients"] = _beside(case.micro_batches, parts["gradients"], alive)
     parts["reserved"] = case.accelerator.reserved_bytes + _fragments(case) * sum(parts.values())
     return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
+
+
+def _beside(micro_batches: np.ndarray, gradients: Any, alive: Any) -> Any:
+    """Gradients at the peak of a rank of our engine, beside the activations `alive` at the start of a backward pass.
+
+    Those of a step's only micro-batch come as activations go: the peak is that of the larger.
+    """
+    return np.where(micro_batches == 1, np.maximum(gradients - alive, 0.0), gradients)
 
 
 def _fragments(case: Case) -> float:
@@ -43,14 +55,19 @@ def holder_bytes(case: Case) -> np.ndarray:
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
     kept, kept_of = case.over(*MICRO_BATCH)
-    states = sum(_states(state, state.holders).values())
+    held = state_bytes(state, state.holders)
+    gradients = held.pop("gradients") + 0.0 * state.holders.layers
+    states = sum(held.values())
     times = in_flight(flight, flight.holders)
     whole = Activations.of(kept, kept.holders)
     fixed, each = whole.fixed + _logits(kept, kept.holders), whole.each
     answer = np.empty((len(states), len(case.lay)))
     for block in blocks(len(case.lay)):
         i, j, k = state_of[block], flight_of[block], kept_of[block]
-        answer[:, block] = states.take(i, axis=1) + times.take(j, axis=1) * each.take(k, axis=1) + fixed.take(k, axis=1)
+        alive = times.take(j, axis=1) * each.take(k, axis=1) + fixed.take(k, axis=1)
+        grown = gradients.take(i, axis=1)
+        grown = _beside(case.micro_batches[block], grown, alive) if case.stack.eager else grown
+        answer[:, block] = states.take(i, axis=1) + grown + alive
     return answer * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
 
 
@@ -87,7 +104,7 @@ def _cut(case: Case, dense: Any, experts: Any, where: np.ndarray) -> Any:
     return np.where(where, dense / data + experts / np.maximum(data / case.lay.ep, 1), dense + experts)
 
 
-def _states(case: Case, ranks: Ranks) -> dict[str, Any]:
+def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Parameters, gradients, optimizer state and the buffers of gathered parameters.
 
     ZeRO 2 here is FSDP that keeps gathered parameters until the step's end; ZeRO 3 gathers two layers at a time and
@@ -284,9 +301,25 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
     if case.stack.eager:
-        return ranks.last * _logits_of_a_chunk(case)
+        head = case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
+        # The loss makes the head's gradient; going back it is scaled into another.
+        backward = ranks.last * 2 * head + _backward_working_bytes(case)
+        return np.maximum(ranks.last * _logits_of_a_chunk(case), backward)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
+
+
+def _backward_working_bytes(case: Case) -> Any:
+    """What our engine holds while the backward pass begins, beside everything the forward pass kept: the gradients of a
+    gated product and of its two factors (of one activation and its input where nothing is gated), and of the stream
+    before and after the block with its norm."""
+    model, precision = case.model, case.precision
+    width, copies = model.ffn_hidden, 0
+    if model.moe is not None:
+        width, copies = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden, model.moe.top_k
+    inside = (3 if model.gated else 2) * width / case.lay.tp * precision.compute
+    stream = 3 * precision.stream + 2 * copies * precision.compute
+    return case.tokens * (inside + stream * model.hidden)
 
 
 def _logits_of_a_chunk(case: Case) -> Any:

@@ -6,7 +6,7 @@ Inside the layers the stack's share of overlap is taken off here; what data para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -30,12 +30,15 @@ from bloomery.spec.shard_table import (
 @dataclass(frozen=True)
 class Inner(Table):
     """Tensor-, context- and expert-parallel messages of one micro-batch: seconds in each direction (recomputation's
-    with the backward pass), and `calls_*`: how many tensor-parallel collectives."""
+    with the backward pass), and `calls_*`: how many tensor-parallel collectives. `context` and `experts`: the seconds
+    of these two in both directions."""
 
     forward: Any
     backward: Any
     calls_forward: Any
     calls_backward: Any
+    context: Any = 0.0
+    experts: Any = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,8 @@ def _context_s(case: Case) -> Inner:
         one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap
-    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
+    forward, backward = exposed * seconds["forward"], exposed * seconds["backward"]
+    return Inner(forward, backward, 0.0, 0.0, context=forward + backward)
 
 
 def _experts_s(case: Case) -> Inner:
@@ -147,7 +151,8 @@ def _experts_s(case: Case) -> Inner:
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap
-    return Inner(exposed * seconds["forward"], exposed * seconds["backward"], 0.0, 0.0)
+    forward, backward = exposed * seconds["forward"], exposed * seconds["backward"]
+    return Inner(forward, backward, 0.0, 0.0, experts=forward + backward)
 
 
 def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
@@ -177,9 +182,11 @@ def data_messages(case: Case) -> Data:
         },
     )
     rows = case.once(
-        f"data-parallel messages, eager {case.stack.eager}",
+        f"data-parallel messages, eager {case.stack.eager}, whole {case.stack.whole_gradients}",
         lambda: data_collectives(case.model, case.sent, ranks.shape, **widths),
     )
+    if case.stack.whole_gradients:
+        rows = _as_one(rows)
     groups = {axis: group_of(case.lay, "data" if axis == "dp" else axis) for axis in {row.axis for row in rows}}
     nothing = np.zeros(np.shape(ranks.layers))
     seconds = {"reduce": nothing, "gather": nothing, "gather_each": nothing}
@@ -188,6 +195,19 @@ def data_messages(case: Case) -> Data:
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
     return Data(**seconds)
+
+
+def _as_one(rows: Sequence[Collective]) -> list[Collective]:
+    """Messages of one kind over one group and step as one message with all their bytes; others as they are."""
+    together: dict[tuple[str, str], list[Collective]] = {}
+    for row in rows:
+        if row.each == "step":
+            together.setdefault((row.op, row.axis), []).append(row)
+    joined = [row for row in rows if row.each != "step"]
+    for same in together.values():
+        n_bytes = sum(row.count * row.bytes_each for row in same)
+        joined.append(replace(same[0], count=np.where(n_bytes > 0, 1, 0), bytes_each=n_bytes))
+    return joined
 
 
 def tied_s(case: Case) -> Any:

@@ -6,6 +6,12 @@ a v-th of it when interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 
 
     T = m max_r t_r + (sum_r t_r - max_r t_r) / v
 
+Where s > 1 ranks share a core (`Accelerator.ranks_per_core`), what a waiting rank leaves the others use. t_r is the
+time while all work; alone a stage is s times as fast. So in a steady turn the slowest stage does alone what the others
+(on average t_o) have not had to do: m (t_o + (max_r t_r - t_o) / s). While the pipeline fills and drains, k = 1 ...
+p - 1 of its p stages work, each for f_k = max(1/s, k/p) of t_r: both ramps take 2 sum_k f_k in the place of the p - 1
+steady turns that they hold the work of, a (2 mean_k f_k - 1)-th of the plain bubble (none where all share one core).
+
 For even stages this is (m + (p-1)/v) t: the bubble fraction (p-1)/(v m) of the paper. GPipe takes the same time as 1F1B
 and differs in memory. On a V the bubble is another (`v_bubble_s`). Averaged over ranks, T = m mean_r t_r + bubble; the
 bubble so includes waiting on a slow stage.
@@ -32,10 +38,23 @@ def over_ranks(counts: np.ndarray, values: Any) -> Any:
     return counts[0] * values[0] + counts[2] * values[2] + counts[1] * values[1]
 
 
-def pipeline_s(micro_batches: Any, vpp: Any, slowest: Any, together: Any) -> Any:
+def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, ranks_per_core: float = 1.0) -> Any:
     """Seconds from the first forward to the last backward, shape (n,); of one micro-batch, `slowest`: seconds on the
     slowest rank, `together`: on all of them."""
-    return micro_batches * slowest + np.maximum(together - slowest, 0.0) / vpp
+    fill = np.maximum(together - slowest, 0.0) / vpp
+    if ranks_per_core == 1:
+        return micro_batches * slowest + fill
+    others = (together - slowest) / np.maximum(pp - 1, 1)
+    others = np.where(pp > 1, np.minimum(others, slowest), slowest)
+    pace = others + (slowest - others) / ranks_per_core
+    return micro_batches * pace + fill * _share_of_bubble(pp, ranks_per_core)
+
+
+def _share_of_bubble(pp: Any, ranks_per_core: float) -> Any:
+    """2 mean_k max(1/s, k/p) - 1 over k = 1 ... p - 1."""
+    alone = np.minimum(np.floor(pp / ranks_per_core), pp - 1)
+    shared = (pp * (pp - 1) - alone * (alone + 1)) / 2 / pp
+    return 2 * (alone / ranks_per_core + shared) / np.maximum(pp - 1, 1) - 1
 
 
 def v_bubble_s(schedule: Any, pp: Any, forward: Any, inputs: Any, weights: Any) -> Any:

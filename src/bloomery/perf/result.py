@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from bloomery.spec.components import COMPONENTS
@@ -46,6 +46,8 @@ class Estimate:
     `children`: a node per component of `spec.components`, adding up to `step_time_s`. `memory`: a node per pipeline
     rank, each with its parts; `memory_bytes` is the largest of them. `low_s` and `high_s` enclose the step time with
     90 % confidence as the model's past errors have it. `mfu`, `hfu` follow `convention`; `mfu_causal` halves attention.
+    `compute`: the same compute by kind (`spec.components.KINDS`). `in_all`: seconds in which messages are under way by
+    component, hidden or not.
     `cost_per_step` is in the price list's currency, None without a price; `energy_j_per_step` None without a TDP.
     """
 
@@ -71,6 +73,8 @@ class Estimate:
     fits: bool
     cost_per_step: float | None
     energy_j_per_step: float | None
+    compute: dict[str, float] = field(default_factory=dict)
+    in_all: dict[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,7 +93,7 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values that JSON gives back unchanged, with the meaning of each component."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TREES}
+        plain = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _TREES}
         seconds = Node(self.name, self.seconds, self.children).to_json()
         trees = {"seconds": seconds, "memory": self.memory.to_json()}
         return {**plain, **trees, "components": self.components, "meaning": dict(COMPONENTS)}
@@ -97,7 +101,9 @@ class Estimate:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Estimate:
         """Read what `to_json` wrote."""
-        plain = {field.name: values[field.name] for field in fields(cls) if field.name not in _TREES}
+        plain = {
+            each.name: values[each.name] for each in fields(cls) if each.name not in _TREES and each.name in values
+        }
         children = tuple(Node.from_json(child) for child in values["seconds"]["children"])
         return cls(children=children, memory=Node.from_json(values["memory"]), **plain)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
+from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import Work, stage_work
 from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
@@ -36,26 +37,30 @@ class MicroBatch(Table):
     compute_mean: Any
     recompute_mean: Any
     tensor_mean: Any
+    context_mean: Any
+    experts_mean: Any
     busy_mean: Any
 
     @classmethod
     def of(cls, case: Case) -> MicroBatch:
         """Of k cases of a layout without its interleaving and ZeRO stage."""
         work, inner = stage_work(case, case.kinds), inner_messages(case, case.kinds)
-        busy, tensor = sum(busy_s(case, work, inner)), inner.forward + inner.backward
+        busy, messages = sum(busy_s(case, work, inner)), inner.forward + inner.backward
         counts = rank_counts(case)
         together, share = over_ranks(counts, busy), case.micro_batches / case.lay.pp
         return cls(
             count=case.micro_batches.astype(np.float64),
-            compute=busy - tensor,
+            compute=busy - messages,
             backward=work.backward,
             drain=over_ranks(counts, work.backward) / case.lay.pp,
             slowest=busy.max(axis=0),
             together=together,
             ranks=counts.sum(axis=0),
-            compute_mean=share * over_ranks(counts, busy - tensor),
+            compute_mean=share * over_ranks(counts, busy - messages),
             recompute_mean=share * over_ranks(counts, work.recompute),
-            tensor_mean=share * over_ranks(counts, tensor),
+            tensor_mean=share * over_ranks(counts, messages - inner.context - inner.experts),
+            context_mean=share * over_ranks(counts, inner.context),
+            experts_mean=share * over_ranks(counts, inner.experts),
             busy_mean=share * together,
         )
 
@@ -100,7 +105,7 @@ class Sends(Table):
         return cls(sends(case, forward)[0] + sends(case, backward)[1], case.lay.vpp.astype(np.float64))
 
 
-SENDS = (*MESH, "sequence_parallel", "micro_batch", "vpp", "v_shaped")
+SENDS = (*MESH, "outermost", "sequence_parallel", "micro_batch", "vpp", "v_shaped")
 
 
 @dataclass(frozen=True)
@@ -174,6 +179,11 @@ class StepTimes:
         case, index = self.case.over(*MODEL_STATE)
         return Lookup(Tied(tied_s(case)), index)
 
+    @property
+    def compute_s(self) -> Any:
+        """Seconds of a step's compute, the mean over ranks, without what messages beside it cost it, (n,)."""
+        return self._micro_batch[slice(None)].compute_mean
+
     def _v_path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward where the stages lie on a V."""
         turn, lay = self._turns[block], self.case.lay
@@ -191,8 +201,10 @@ class StepTimes:
         path = pipeline_s(
             micro.count,
             send.chunks,
+            self.case.lay.pp[block],
             slowest=micro.slowest + send.seconds,
             together=micro.together + micro.ranks * send.seconds,
+            ranks_per_core=self.case.accelerator.ranks_per_core,
         )
         v_shaped = self.case.lay.v_shaped[block]
         if v_shaped.any():
@@ -205,6 +217,8 @@ class StepTimes:
             "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched,
             "recompute": micro.recompute_mean,
             "tp_comm": micro.tensor_mean,
+            "cp_comm": micro.context_mean,
+            "ep_comm": micro.experts_mean,
             "pp_comm": pp_comm + tied,
             "bubble": path - micro.busy_mean - pp_comm,
             "dp_comm": exposed,
@@ -245,7 +259,8 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     if stack.serial_launch:
         return forward, backward
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
-    crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
+    pipeline = group_of(lay, "pp")
+    crosses = (lay.pp > 1) & (pipeline.size * pipeline.stride > case.cluster.accelerators_per_node)
     call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
     host_forward = work.host_forward + call_s * inner.calls_forward
     host_backward = work.host_backward + call_s * inner.calls_backward

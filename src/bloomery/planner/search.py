@@ -7,7 +7,7 @@ layouts one wants to compare, and the reason of everything that was refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -62,15 +62,21 @@ def plan(run: Run, *, world_size: int | None = None, top: int = 10, runnable_onl
     return answer(run, search(run, world_size=world_size, runnable_only=runnable_only), top=top)
 
 
-def search(run: Run, *, world_size: int | None = None, runnable_only: bool) -> Found:
+def search(
+    run: Run,
+    *,
+    world_size: int | None = None,
+    runnable_only: bool,
+    wanted: Callable[[LayoutBatch], np.ndarray] | None = None,
+) -> Found:
     """Every valid layout of `run` on its cluster, evaluated, and the ranking.
 
     `world_size`: plan for so many ranks (default: every measured cut of the cluster, else the whole of it).
-    `runnable_only`: consider only what the engine runs today. Raises InputError when no layout keeps the rules,
-    LimitError when none of the valid ones fits in memory.
+    `runnable_only`: consider only what the engine runs today; `wanted`: only those of the valid layouts (a mask).
+    Raises InputError when no layout keeps the rules, LimitError when none of the valid ones fits in memory.
     """
     sizes = [world_size] if world_size is not None else list(run.cluster.world_sizes())
-    worlds = [evaluate(run, ranks, runnable_only) for ranks in sizes]
+    worlds = [evaluate(run, ranks, runnable_only, wanted) for ranks in sizes]
     if not any(len(world.layouts) for world in worlds):
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
@@ -152,8 +158,10 @@ def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
     return fits[best], mesh[best]
 
 
-def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
-    """All valid layouts on `ranks` ranks of the run's cluster, with their estimates."""
+def evaluate(
+    run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
+) -> Evaluated:
+    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -161,11 +169,13 @@ def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
         global_batch=run.train.global_batch,
         seq_len=run.train.seq_len,
         runnable_only=runnable_only,
+        spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
     for phase in run.train.course.phases[:-1]:
         found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
-    estimates = estimates_on(run, cluster, found.layouts)
-    return Evaluated(cluster, found.layouts, estimates, found.n_enumerated, found.refusals)
+    lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
+    estimates = estimates_on(run, cluster, lay)
+    return Evaluated(cluster, lay, estimates, found.n_enumerated, found.refusals)
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, get_args
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,6 +21,9 @@ class Noun(BaseModel):
         """Validate `values`; raise `InputError` naming file and key path (`where: a.b.c`) of the first problem."""
         if not isinstance(values, dict):
             raise InputError("a mapping is expected", where=where, found=values, accepted=cls.model_fields)
+        for path, value in _disguised_numbers(cls, values):
+            location = ": ".join(filter(None, (where, ".".join(path))))
+            raise InputError("a plain number is expected", where=location, found=value)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -54,6 +59,39 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
         accepted = [*words, *_fields_at(cls, path)]
     found = None if isinstance(detail["input"], dict) else detail["input"]
     return InputError(in_plain_words(detail["msg"]), where=location, found=found, accepted=accepted)
+
+
+def _disguised_numbers(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Paths of numbers written as text or as true and false: pydantic would take `"8"` for 8 and `true` for 1."""
+    kinds = list(_alternatives(kind))
+    if isinstance(value, dict):
+        for key, item in value.items():
+            for one in kinds:
+                if isinstance(one, type) and issubclass(one, BaseModel) and key in one.model_fields:
+                    yield from _disguised_numbers(one.model_fields[key].annotation, item, (*path, str(key)))
+                elif get_origin(one) is dict:
+                    yield from _disguised_numbers(get_args(one)[1], item, (*path, str(key)))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            for one in kinds:
+                inner = [part for part in get_args(one) if part is not ...]
+                if get_origin(one) in (list, tuple) and inner:
+                    yield from _disguised_numbers(inner[min(place, len(inner) - 1)], item, (*path, str(place)))
+    elif isinstance(value, bool | str):
+        accepted = {*kinds, *(type(word) for one in kinds if get_origin(one) is Literal for word in get_args(one))}
+        if accepted & {int, float} and type(value) not in accepted:
+            yield path, value
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The members of a union, annotations taken off."""
+    if get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    elif get_origin(kind) in (Union, types.UnionType):
+        for one in get_args(kind):
+            yield from _alternatives(one)
+    else:
+        yield kind
 
 
 def _fields_at(cls: type[BaseModel], path: list[str]) -> list[str]:

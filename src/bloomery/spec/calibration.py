@@ -14,7 +14,7 @@ from statistics import median
 from pydantic import Field
 
 from bloomery.spec.base import Noun
-from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency, Tier
+from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency, Interval, Tier
 from bloomery.spec.files import read_yaml, to_yaml
 
 PATH = Path(__file__).parent / "catalog" / "calibration.yaml"
@@ -82,13 +82,6 @@ class StackConstants(Noun):
     link_factor: float = Field(default=1.0, gt=0, description="its messages inside a node over the usual")
     network_factor: float = Field(default=1.0, gt=0, description="its messages between nodes (site and software)")
     network_latency_factor: float = Field(default=1.0, gt=0, description="the latency of its site's network")
-
-
-class Interval(Noun):
-    """5th and 95th percentile of measured over predicted, from runs left out of the fit."""
-
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
 
 
 PRIOR_INTERVAL = Interval(low=0.80, high=1.45)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,7 @@ class Accelerator(Noun):
 
     name: str
     kind: Literal["gpu", "cpu"] = "gpu"
-    peak_flops_per_s: dict[Dtype, float]
+    peak_flops_per_s: dict[Dtype, Annotated[float, Field(gt=0)]]
     memory_bytes: float = Field(gt=0)
     memory_bandwidth_bytes_per_s: float = Field(gt=0)
     memory_efficiency: float = Field(default=0.8, gt=0, le=1)
@@ -53,12 +53,15 @@ class Accelerator(Noun):
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
     kernel_s: float = Field(default=2e-6, ge=0, description="device time of a kernel beyond its work: fill and drain")
     gemm: dict[Dtype, GemmEfficiency] = {}
-    attention: dict[Dtype, float] = {}
+    attention: dict[Dtype, Annotated[float, Field(gt=0)]] = {}
     """Share of peak of fused attention by number format; see `attention_efficiency`."""
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
     compute_factor: dict[Dtype, ComputeFactor] = {}
     reserved_bytes: float = Field(default=0.0, ge=0, description="context and communicator overhead")
+    upload_bytes_per_s: float | None = Field(default=None, gt=0, description="from pinned memory of the host")
+    ranks_per_core: float = Field(default=1.0, ge=1, description="over 1: ranks take turns on the cores")
+    """The rates are what one rank gets while all ranks work; what a waiting rank leaves, the others on its core get."""
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
@@ -93,6 +96,7 @@ class Tier(Noun):
 
     A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
     `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring).
+    `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
     """
 
     name: str
@@ -101,7 +105,8 @@ class Tier(Noun):
     ports_per_node: int = Field(ge=1)
     latency_s: float = Field(ge=0)
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
-    op_factor: dict[CollectiveName, float] = {}
+    op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
+    flat: bool = False
 
 
 class Storage(Noun):
@@ -109,6 +114,14 @@ class Storage(Noun):
 
     write_bytes_per_s: float = Field(default=2e9, gt=0)
     read_bytes_per_s: float = Field(default=4e9, gt=0)
+    fsync_s: float | None = Field(default=None, ge=0, description="a small file written and synced, as each commit is")
+
+
+class Interval(Noun):
+    """5th and 95th percentile of measured over predicted, from runs left out of the fit."""
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
 
 
 class Cut(Noun):
@@ -129,10 +142,14 @@ class Cluster(Noun):
     tiers: tuple[Tier, ...] = Field(min_length=1)
     storage: Storage = Storage()
     cuts: tuple[Cut, ...] = ()
+    interval: Interval | None = None
+    """Of step times on it, as `bloomery calibrate` found them; the general one where it has not looked."""
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
     """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
+    process_start_s: float | None = Field(default=None, ge=0, description="until a rank has imported and joined")
+    noise: float = Field(default=0.0, ge=0, description="relative spread of repeated measurements; widens intervals")
     source: str = ""
     provenance: dict[str, str] = {}
 
@@ -175,5 +192,5 @@ class Cluster(Noun):
         return self.model_copy(update={"nodes": ranks // self.accelerators_per_node})
 
     def world_sizes(self) -> tuple[int, ...]:
-        """The numbers of ranks a plan considers: every measured cut, else the whole cluster."""
-        return tuple(sorted(cut.ranks for cut in self.cuts)) or (self.size,)
+        """The numbers of ranks a plan considers: every measured cut with a core for each, else the whole cluster."""
+        return tuple(sorted(cut.ranks for cut in self.cuts if cut.accelerator.ranks_per_core == 1)) or (self.size,)

@@ -5,16 +5,21 @@ Torch-free: the supervisor and `runs` read it too. Nothing in a checkpoint is ev
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import write_atomically
 from bloomery.spec.layout import Layout
+from bloomery.spec.seal import sha256_of
 
 BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
 FORMAT = 1
@@ -65,12 +70,6 @@ class Commit(Noun):
         """The tensor that a parameter is to be used by: its running average where there is one."""
         averaged = f"{AVERAGE}.{name}"
         return averaged if averaged in self.tensors else name
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_commit(folder: Path, *, verify: bool = True) -> Commit:
@@ -138,6 +137,22 @@ def read_fence(run_folder: Path) -> int:
         return int((run_folder / FENCE_FILE).read_text())
     except (OSError, ValueError):
         return 0
+
+
+def take_fence(run_folder: Path) -> int:
+    """The next fencing number, taken for a start that begins now."""
+    with fence_held(run_folder):
+        fence = read_fence(run_folder) + 1
+        write_atomically(run_folder / FENCE_FILE, str(fence))
+    return fence
+
+
+@contextmanager
+def fence_held(run_folder: Path) -> Iterator[None]:
+    """Inside, no other process takes the next number: between a writer's look at it and its rename nobody starts."""
+    with (run_folder / f"{FENCE_FILE}.lock").open("a") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
 
 
 def check_space(checkpoints: Path, parameters: int, keep: int, averages: int = 0) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.seal import check_json, check_text
 
 MAX_BYTES = 4_000_000
 
@@ -34,6 +35,13 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} stands twice")
         return super().construct_mapping(node, deep)
 
+
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
+    """YAML 1.1 reads 24:00:00 as a number to base 60; everybody else as text."""
+    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 # YAML 1.1 reads 1e9 as text; every other reader of numbers does not.
 _Loader.add_implicit_resolver(
@@ -84,6 +92,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    check_text(text, str(path))
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError("a mapping is expected", where=str(path), found=type(values).__name__)
@@ -91,7 +100,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object from a file. Raises InputError when it is missing, torn or something else."""
+    """One JSON object from a file. Raises InputError when it is missing, torn, changed or something else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,6 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"not valid JSON ({error})", where=str(path)) from None
     if not isinstance(values, dict):
         raise InputError("a JSON object is expected", where=str(path), found=type(values).__name__)
+    check_json(values, str(path))
     return values
 
 
@@ -144,9 +154,17 @@ def _assigned(below: Any, keys: Sequence[str], value: Any, where: str) -> Any:
     return {**under, key: _assigned(under.get(key), rest, value, where)}
 
 
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """The YAML text of plain values, keys in their order."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
+class _Dumper(yaml.SafeDumper):
+    """Writes a value that stands twice out twice: our own reader takes no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def to_yaml(*documents: Mapping[str, Any]) -> str:
+    """The YAML text of plain values, keys in their order; of several documents one after the other."""
+    plain = [dict(values) for values in documents]
+    return yaml.dump_all(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def write_atomically(path: str | Path, text: str) -> None:
@@ -164,8 +182,13 @@ def write_atomically(path: str | Path, text: str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Until a file's content, or a folder's names, are on disk: a rename survives a power cut only after that."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

@@ -9,11 +9,13 @@ from pathlib import Path
 from bloomery.spec.base import Noun
 from bloomery.spec.course import Course, RampStage
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json
+from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
 from bloomery.spec.run import Averaging, Optimizer
+from bloomery.spec.seal import KEY, sealed_json
+from bloomery.spec.stabilisers import Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -35,8 +37,11 @@ FIXED = (
     "kind",
     "document_mask",
     "dtype",
+    "stabilisers",
 )
 """What a resume takes over unchanged: model, batches, schedule, seed."""
+LATER = ("stabilisers", "ramp", "averaging")
+"""Of these, what is no part of the hash where it is not used: checkpoints from before there was any go on."""
 
 
 class Job(Noun):
@@ -61,10 +66,12 @@ class Job(Noun):
     initial: str = ""
     data_hash: str = ""
     checkpoint_every: int = 100
+    memory_every: int = 0
     keep_checkpoints: int = 2
     keep_every: int = 0
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = 0
     heldout_tokens: int = 65_536
     log_every: int = 1
@@ -87,6 +94,9 @@ class Job(Noun):
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""
         values = self.model_dump(mode="json", include=set(FIXED))
+        for name in LATER:
+            if getattr(self, name) == Job.model_fields[name].default:
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:
@@ -99,4 +109,11 @@ def read_job(run_dir: Path) -> Job:
     path = run_dir / JOB_FILE
     if not path.is_file():
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
-    return Job.checked(read_json(path), where=str(path))
+    values = read_json(path)
+    values.pop(KEY, None)
+    return Job.checked(values, where=str(path))
+
+
+def write_job(run_dir: Path, job: Job) -> None:
+    """Write the job of a stage folder, sealed."""
+    write_atomically(run_dir / JOB_FILE, sealed_json(job.model_dump(mode="json")))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import OUTERMOST, SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 
@@ -72,11 +72,16 @@ def layout_problems(
             (lay.dp // lay.dp_replicas) % lay.ep != 0,
         ),
     ]
+    dp_outermost = lay.outermost == OUTERMOST.index("dp")
+    rules += [
+        ("expert_order", "with ep > 1 pp must be outermost: ep takes neighbours of dp", dp_outermost & (lay.ep > 1)),
+        ("order_alone", "dp outermost needs pp > 1 and dp > 1", dp_outermost & ((lay.pp == 1) | (lay.dp == 1))),
+    ]
     if world_size is not None:
         rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
     if lay.stage_layers:
-        wrong = [uneven is not None and sum(uneven) != model.layers for uneven in lay.stage_layers]
-        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", np.array(wrong)))
+        wrong = lay.stage_layers.where(lambda split: sum(split) != model.layers)
+        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", wrong))
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
 
 
@@ -89,7 +94,7 @@ def _empty_stages(lay: LayoutBatch) -> np.ndarray:
     """Where `stage_layers` leaves a stage none, shape (n,)."""
     if not lay.stage_layers:
         return np.zeros(len(lay), dtype=bool)
-    return np.array([uneven is not None and min(uneven) < 1 for uneven in lay.stage_layers])
+    return lay.stage_layers.where(lambda split: min(split) < 1)
 
 
 def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
@@ -102,6 +107,7 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
         ),
+        ("order", "the engine numbers ranks with pp outermost", lay.outermost == OUTERMOST.index("dp")),
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
@@ -146,3 +152,16 @@ def check_layout(
     for problem in problems:
         if problem.broken[0]:
             raise InputError(problem.reason, where="layout", found=layout.describe())
+
+
+def check_recomputable(model: Model, layout: Layout) -> None:
+    """Raise InputError where the engine cannot compute one micro-batch's gradient apart from all others."""
+    for reason, found in (
+        ("needs pp = 1", layout.pp > 1),
+        ("needs ZeRO 0 or 1: later stages cut gradients over ranks", layout.zero_stage > 1),
+        ("does not cover mixtures of experts", model.moe is not None),
+    ):
+        if found:
+            raise InputError(
+                f"comparing gradients {reason}", where="train.guard.recompute_every", found=layout.describe()
+            )

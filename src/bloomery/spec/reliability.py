@@ -19,6 +19,9 @@ class GuardSettings(Noun):
     clip_sigmas: float = Field(default=4.0, gt=0, description="above the median: clip to this level")
     skip_sigmas: float = Field(default=5.5, gt=0, description="above the median: leave the weights alone")
     max_skips: int = Field(default=5, ge=0, description="skipped steps of the last 100; one more goes back")
+    recompute_every: int = Field(
+        default=0, ge=0, description="steps of which one micro-batch is computed twice and compared; 0: none"
+    )
     max_rewinds: int = Field(default=3, ge=0, description="times in a row it goes back; one more stops")
 
     @model_validator(mode="after")
@@ -37,4 +40,13 @@ class Supervision(Noun):
     hang_factor: float = Field(default=5.0, gt=1, description="times the longest that phase has taken so far")
     first_phase_s: float = Field(default=300.0, gt=0, description="allowed to a phase that never ended before")
     same_failures: int = Field(default=3, ge=1, description="failures at one step with one cause; then it stops")
+    straggler_share: float = Field(
+        default=0.1, ge=0, lt=1, description="of a step that one rank takes longer than its peers; 0: not watched"
+    )
+    elastic: bool = Field(
+        default=False, description="go on without a rank that failed `same_failures` times in a row, on fewer ranks"
+    )
+    grow_after_s: float = Field(
+        default=600.0, ge=0, description="elastic: then all ranks are tried again, each time twice as late; 0: never"
+    )
     restarts: int = Field(default=100, ge=0, description="0: never start again by itself")

@@ -9,9 +9,11 @@ from pydantic import AfterValidator, Field, model_validator
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.course import Course, RampStage, ramp_problem, ramp_steps
+from bloomery.spec.launch import Launch
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
+from bloomery.spec.stabilisers import Stabilisers
 
 
 def _folder_name(name: str) -> str:
@@ -41,6 +43,9 @@ def _step_window(text: str) -> str:
 StepWindow = Annotated[str, AfterValidator(_step_window)]
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Data(Noun):
     """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
 
@@ -67,7 +72,7 @@ class Optimizer(Noun):
     head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
     scaling: Literal["none", "mup"] = Field(default="none", description="mup: `lr` is that of width `base_hidden`")
     base_hidden: int = Field(default=128, ge=1)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -101,7 +106,7 @@ class Train(Noun):
     ramp: tuple[RampStage, ...] = Field(
         default=(), description="smaller batches or shorter sequences at the start, stage by stage"
     )
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = Field(
         default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"
@@ -109,10 +114,14 @@ class Train(Noun):
     optimizer: Optimizer = Optimizer()
     averaging: Averaging = Averaging()
     checkpoint_every: int = Field(default=100, ge=1)
+    memory_every: int = Field(
+        default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
+    )
     keep_checkpoints: int = Field(default=2, ge=1)
     keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
+    stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
     log_every: int = Field(default=1, ge=1)
     document_mask: bool = Field(
@@ -135,6 +144,10 @@ class Train(Noun):
         if problem is None and self.course.last.steps < 1:
             problem = (
                 f"ramp: its {self.course.last.first_step} steps leave none of {self.n_steps} to the run's own batch"
+            )
+        if problem is None and self.ramp and self.supervision.elastic:
+            problem = (
+                "ramp and supervision.elastic: fewer ranks might not divide the smaller batches; choose one of them"
             )
         if problem is not None:
             raise ValueError(problem)
@@ -191,6 +204,7 @@ class Run(Noun):
     train: Train = Train()
     align: tuple[AlignStage, ...] = ()
     evaluate: Evaluate = Evaluate()
+    launch: Launch = Launch()
     out: str = "runs"
 
     @model_validator(mode="after")

@@ -57,7 +57,9 @@ def cut(samples: Samples, seq_len: int, first: int, count: int) -> Samples:
         for part in (samples.inputs, samples.targets, samples.documents)
     )
     assert inputs is not None and targets is not None
-    return Samples(inputs, targets, documents, samples.prefix)
+    # Samples with a prefix are their own only piece.
+    prefix = None if samples.prefix is None else samples.prefix[first : first + count]
+    return Samples(inputs, targets, documents, prefix)
 
 
 class Batches:
@@ -97,11 +99,20 @@ class Batches:
         share = phase.global_batch // self.mesh.layout.dp
         return slice(dp_rank * share // phase.pieces, -(-(dp_rank + 1) * share // phase.pieces))
 
+    def first_of(self, step: int, dp_rank: int, size: int) -> Batch:
+        """The first `size` sequences that some data-parallel rank has in `step`."""
+        return self._batch(step, self.samples(step), dp_rank, size)
+
     def _prepare(self, step: int, taken: list[int]) -> Batch:
-        phase, rank = self.course.at(step), self.mesh.dp_rank
-        share = phase.global_batch // self.mesh.layout.dp
-        samples = self.dataset.batch(np.array(taken[self._part(step, rank)]))
-        samples = cut(samples, phase.seq_len, rank * share % phase.pieces, share)
+        share = self.course.at(step).global_batch // self.mesh.layout.dp
+        return self._batch(step, taken, self.mesh.dp_rank, share)
+
+    def _batch(self, step: int, taken: list[int], dp_rank: int, size: int) -> Batch:
+        """The first `size` sequences that a data-parallel rank has of the samples that a step takes."""
+        phase = self.course.at(step)
+        samples = self.dataset.batch(np.array(taken[self._part(step, dp_rank)]))
+        first = dp_rank * (phase.global_batch // self.mesh.layout.dp) % phase.pieces
+        samples = cut(samples, phase.seq_len, first, size)
         count = sum(self.dataset.n_targets(i) for i in taken)
         tokens, targets, documents, prefix = (
             None if part is None else torch.from_numpy(part).to(self.mesh.device)

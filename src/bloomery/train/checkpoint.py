@@ -26,11 +26,13 @@ from bloomery.spec.commit import (
     Rectangle,
     TensorRecord,
     checkpoint_folders,
+    fence_held,
     read_commit,
     read_fence,
     write_commit,
 )
 from bloomery.spec.errors import BloomeryError
+from bloomery.spec.files import sync
 from bloomery.spec.layout import Layout
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.shard_file import write_shard
@@ -91,14 +93,8 @@ def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], 
     return tensors, index
 
 
-def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
-    """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
-
-    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
-    run over since (its fencing number is higher): two writers never mix.
-    """
-    folder = partial.parent
-    target = folder / f"step_{state['step']:06d}"
+def gathered(partial: Path, layout: Layout, state: dict[str, Any]) -> Commit:
+    """The commit that the indices of all ranks make up. Raises BloomeryError when one is missing."""
     files, shapes, parts = dict[str, FileRecord](), dict[str, tuple[int, ...]](), dict[str, list[Rectangle]]()
     indices = sorted(partial.glob("index_*.json"))
     if len(indices) != layout.world_size:
@@ -110,18 +106,32 @@ def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> 
         for key, entry in index["tensors"].items():
             shapes[key] = tuple(entry["shape"])
             parts.setdefault(key, []).append(Rectangle(**entry["part"]))
-        path.unlink()
     tensors = {key: TensorRecord(shape=shapes[key], parts=tuple(found)) for key, found in parts.items()}
-    write_commit(partial, Commit(format=FORMAT, layout=layout, tensors=tensors, files=files, **state))
-    _sync(partial)
-    owner = read_fence(folder.parent)
-    if owner > state["fence"]:
-        raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
+    return Commit(format=FORMAT, layout=layout, tensors=tensors, files=files, **state)
+
+
+def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
+    """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
+
+    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
+    run over since (its fencing number is higher): two writers never mix.
+    """
+    folder = partial.parent
+    target = folder / f"step_{state['step']:06d}"
+    write_commit(partial, gathered(partial, layout, state))
+    for path in partial.glob("index_*.json"):
+        path.unlink()
+    sync(partial)
     replaced = folder / f"replaced_{target.name[5:]}"
-    if target.exists():
-        os.rename(target, replaced)
-    os.rename(partial, target)
-    _sync(folder)
+    with fence_held(folder.parent):
+        owner = read_fence(folder.parent)
+        if owner > state["fence"]:
+            raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(partial, target)
+    sync(folder)
+    sync(folder.parent)  # the folder of checkpoints may itself be new
     for old in (replaced, *keep.outdated(folder, state["guard"].get("episode", -1))):
         shutil.rmtree(old, ignore_errors=True)
 
@@ -144,7 +154,7 @@ def set_aside(path: Path, why: str) -> Path:
     while (target := path.with_name(f"{why}_{path.name}{f'_{number}' if number else ''}")).exists():
         number += 1
     os.rename(path, target)
-    _sync(path.parent)
+    sync(path.parent)
     return target
 
 
@@ -170,14 +180,6 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     return commit
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
-    _sync(path)
+    sync(path)

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 from bloomery.data.order import Range, joined
+from bloomery.spec.modules import GROUPS
 from bloomery.spec.reliability import GuardSettings
 
 Verdict = Literal["ok", "clip", "skip", "rewind", "stop"]
@@ -160,6 +161,12 @@ class Guard:
             return [1.0] * len(groups)
         usual = [median(column) for column in zip(*self.group_log_norms, strict=True)]
         return [norm / math.exp(value) for norm, value in zip(groups, usual, strict=True)]
+
+    def group_limits(self, factor: float) -> list[float]:
+        """So many times each group's usual gradient norm; nothing is limited before it is known what is usual."""
+        if len(self.group_log_norms) < self.settings.warm_up:
+            return [math.inf] * len(GROUPS)
+        return [factor * math.exp(median(column)) for column in zip(*self.group_log_norms, strict=True)]
 
     def state(self) -> dict[str, Any]:
         """Plain values for the commit."""

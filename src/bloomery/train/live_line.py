@@ -19,10 +19,10 @@ class LiveLine:
         self._tty = sys.stderr.isatty()
         self._progress: Progress | None = None
 
-    def show(self, row: dict[str, Any]) -> None:
-        """One finished step: a row of metrics."""
+    def show(self, row: dict[str, Any], remark: str = "") -> None:
+        """One finished step: a row of metrics, and what somebody should know of now."""
         job, done = self._job, int(row["step"])
-        line = describe(row, job.steps, job.checkpoint_every)
+        line = describe(row, job.steps, job.checkpoint_every) + (f"  {remark}" if remark else "")
         if self._tty:
             if self._progress is None:
                 self._progress = _bar()

@@ -9,23 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.data.shards import TokenDataset
+from bloomery.data.spot_check import spot_check
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat
+from bloomery.parallel.clipping import clip_groups
 from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
 from bloomery.spec.course import Course
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
+from bloomery.spec.memory_copies import copies_folder
 from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
 from bloomery.train.incident import settle
+from bloomery.train.memory import MemoryCopies
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
+from bloomery.train.profiled_step import ProfiledStep
 from bloomery.train.record import Recorder
+from bloomery.train.reexecution import computed
 from bloomery.train.schedule import learning_rate
-from bloomery.train.session import Session, resume, save, save_now
+from bloomery.train.session import Session, keep_in_memory, resume, save, save_now
 from bloomery.train.writer import Writer
 
 
@@ -58,20 +64,25 @@ def _step(session: Session, step: int) -> int:
     """One optimizer step. Returns the number of the next one: `step` + 1, or an earlier one after a rewind."""
     job, engine, clock = session.job, session.engine, session.clock
     session.profile.before(step + 1)
+    session.sample.before(step + 1, session.recorder.peak_bytes(), clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
     phase = job.course.at(step)
     engine.expect(phase.global_batch, phase.seq_len)
-    loss_part = engine.forward_backward(batch)
+    loss_part = computed(session, step, batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
         statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
+        limits = session.guard.group_limits(job.stabilisers.adaptive_clip)
         judgement = session.guard.judge(
             step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups
         )
         rate = learning_rate(job.optimizer, step, job.steps)
         if judgement.verdict in ("ok", "clip"):
-            engine.clip(min(job.optimizer.clip, judgement.limit), statistics.grad_norm)
+            norm = statistics.grad_norm
+            if job.stabilisers.adaptive_clip:
+                norm = clip_groups(engine, statistics.groups, limits)
+            engine.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
     done = settle(session, step, judgement, statistics, loss_part)
@@ -79,17 +90,20 @@ def _step(session: Session, step: int) -> int:
         session.optimizers.zero_grad()
         if done > step:
             session.optimizers.average.update(done)
+    session.sample.after(step + 1, session.recorder, clock)
     with clock.bucket("profile"):
         profiled = session.profile.after(step + 1)
         if profiled:
             session.recorder.event("profiled", **profiled)
     if done % job.checkpoint_every == 0 and step < done < job.steps:
         save(session, done)
+    if job.memory_every and done % job.memory_every == 0 and step < done < job.steps:
+        keep_in_memory(session, done)
     if job.evaluate_every and done % job.evaluate_every == 0 and step < done < job.steps:
         evaluate(session, done)
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
-    session.recorder.lap(step + 1, clock.lap(), writing_s=session.writer.busy_s())
+    session.recorder.lap(step + 1, clock.lap(), session.writer.account())
     return done
 
 
@@ -103,8 +117,13 @@ def _compiled(job: Job, mesh: Mesh, recorder: Recorder) -> bool:
     return job.compiled and problem is None
 
 
+DATA_CHECK_S = 2.0
+"""Spent at each start on the hashes of token shards."""
+
+
 def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
     fence = read_fence(folder)
+    spot_check(Path(job.data), within_s=DATA_CHECK_S, seed=fence, rank=mesh.rank, ranks=mesh.world_size)
     recorder = Recorder(job, folder, mesh, fence)
     engine = build(
         job.model,
@@ -116,6 +135,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         seed=job.seed,
         measure=clock.bucket,
         compiled=_compiled(job, mesh, recorder),
+        stabilisers=job.stabilisers,
     )
     optimizers = build_optimizers(engine, job.optimizer, job.averaging, job.steps)
     session = Session(
@@ -129,7 +149,9 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         Guard(job.guard),
         recorder,
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
+        MemoryCopies(copies_folder(folder), engine, optimizers, fence),
         ProfileWindow(job.profile, folder, mesh.rank),
+        ProfiledStep(folder, mesh.rank, mesh.device, job.steps, taken=bool(job.profile)),
         fence,
     )
 

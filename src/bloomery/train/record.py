@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -19,6 +22,7 @@ from bloomery.parallel.engine import StepStatistics
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.job import Job
 from bloomery.train.live_line import LiveLine
+from bloomery.train.peers import watch_of
 
 
 class Recorder:
@@ -32,12 +36,13 @@ class Recorder:
         self._trackers = _trackers(job, folder) if mesh.rank == 0 else Trackers({})
         self._line = LiveLine(job)
         self._slow_steps = SlowSteps()
+        self._peers = watch_of(mesh, folder, job.supervision.straggler_share)
         self._base_bytes = psutil.Process().memory_info().rss
         self._last = time.perf_counter()
 
-    def resumed(self, step: int) -> None:
-        """The run goes on from a checkpoint."""
-        self.event("resumed", step=step)
+    def resumed(self, step: int, source: str) -> None:
+        """The run goes on from a state found in `source`: memory or disk."""
+        self.event("resumed", step=step, source=source)
 
     def step(self, done: int, statistics: StepStatistics, rate: float, verdict: str) -> None:
         """One finished step: metrics line and live line."""
@@ -62,7 +67,7 @@ class Recorder:
             "tokens_per_s": per_step / seconds,
             "step_time_s": seconds,
             "mfu": mfu,
-            "memory_bytes": self._peak_bytes(),
+            "memory_bytes": self.peak_bytes(),
             "verdict": verdict,
         }
         if self.job.model.moe is not None:
@@ -70,7 +75,15 @@ class Recorder:
         finite = {key: None if value != value else value for key, value in row.items()}
         if done % self.job.log_every == 0 or done == self.job.steps:
             self.metrics(finite)
-        self._line.show(row)
+        self._line.show(row, self._seen_of_others())
+
+    def _seen_of_others(self) -> str:
+        """Write down who has become slower than its peers or no longer is. Returns a remark for the live line."""
+        if self._peers is None:
+            return ""
+        for kind, values in self._peers.events():
+            self.event(kind, **values, fence=self.fence)
+        return self._peers.remark
 
     def metrics(self, row: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl and tell the trackers."""
@@ -78,10 +91,10 @@ class Recorder:
             self._metrics.write(row)
             self._trackers.write(row)
 
-    def lap(self, step: int, buckets: dict[str, float], writing_s: float = 0.0) -> None:
+    def lap(self, step: int, buckets: dict[str, float], beside: Mapping[str, float] = MappingProxyType({})) -> None:
         """Append this rank's seconds since the last lap; a step that took much longer than usual says why.
 
-        `writing_s`: a checkpoint was written beside them.
+        `beside`: what went on beside them, as `Writer.account` has it.
         """
         if step > 0 and step - 1 == self.job.course.at(step - 1).first_step:
             self._slow_steps = SlowSteps()
@@ -96,8 +109,9 @@ class Recorder:
                 "fence": self.fence,
                 "wall_s": wall,
                 "buckets": buckets,
-                **({"writing_s": writing_s} if writing_s else {}),
-                "peak_memory_bytes": self._peak_bytes(),
+                **beside,
+                **({"host": platform.node()} if step == -1 else {}),
+                "peak_memory_bytes": self.peak_bytes(),
             }
         )
 
@@ -110,11 +124,15 @@ class Recorder:
         self.event(kind, reason=reason)
         print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
 
-    def _peak_bytes(self) -> int:
+    def peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built."""
         if self.mesh.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.mesh.device)
         return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._base_bytes)
+
+    def leave_out(self, since_bytes: int) -> None:
+        """What the peak grew by since it was `since_bytes` is no part of training: a profiler took it."""
+        self._base_bytes += max(0, self.peak_bytes() - since_bytes)
 
     def close(self) -> None:
         """Flush everything."""

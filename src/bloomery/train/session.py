@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,10 @@ from bloomery.spec.job import Job
 from bloomery.train import checkpoint
 from bloomery.train.batches import Batches
 from bloomery.train.guard import Guard
+from bloomery.train.memory import NOWHERE, MemoryCopies, Place
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.profile import ProfileWindow
+from bloomery.train.profiled_step import ProfiledStep
 from bloomery.train.record import Recorder
 from bloomery.train.replicas import disagreeing
 from bloomery.train.writer import Writer
@@ -49,7 +52,9 @@ class Session:
     guard: Guard
     recorder: Recorder
     writer: Writer
+    memory: MemoryCopies
     profile: ProfileWindow
+    sample: ProfiledStep
     fence: int
     stop_requested: bool = False
     stopping: bool = False
@@ -58,6 +63,7 @@ class Session:
         """Flush and end what runs beside the steps."""
         self.profile.close(self.job.steps)
         self.writer.close()
+        self.memory.close()
         self.batches.close()
         self.recorder.close()
 
@@ -68,16 +74,18 @@ class Session:
 
 
 def resume(session: Session) -> int:
-    """Load the newest checkpoint that verifies, or the initial weights of the stage. Returns the first step."""
+    """Load the newest state that verifies, from memory or from disk, or the initial weights of the stage. Returns the
+    first step."""
     job = session.job
     if session.mesh.rank == 0:
         checkpoint.clear_unfinished(session.checkpoints)
-    found = _agree(session, _newest_good(session) if session.mesh.rank == 0 else -1)
-    if found < 0:
+    place, found = _newest_state(session)
+    if found < 0 and place == NOWHERE:
         if job.initial:
             checkpoint.load(Path(job.initial), session.engine, None)
         return 0
-    commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
+    path = session.checkpoints / f"step_{found:06d}" if place == NOWHERE else session.memory.path(place)
+    commit = checkpoint.load(path, session.engine, session.optimizers)
     if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
         what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
         raise BloomeryError(
@@ -85,8 +93,22 @@ def resume(session: Session) -> int:
         )
     session.guard = Guard.from_state(commit.guard, job.guard)
     session.batches.passed_over = session.guard.passed_over
-    session.recorder.resumed(commit.step)
+    session.recorder.resumed(commit.step, "disk" if place == NOWHERE else "memory")
     return commit.step
+
+
+def _newest_state(session: Session) -> tuple[Place, int]:
+    """What every rank loads: a copy in memory where it is ahead of the newest good checkpoint, else that (-1: none)."""
+    place, found = NOWHERE, -1
+    if session.mesh.rank == 0:
+        found = _newest_good(session)
+        place, problems = session.memory.newest_good()
+        for problem in problems:
+            session.recorder.event("memory_copy_skipped", reason=problem)
+        if place[2] <= found:
+            place = NOWHERE
+    fence, number, step, found = _agree(session, *place, found)
+    return (fence, number, step), found
 
 
 def _newest_good(session: Session, at_most: int | None = None, number: int = 1) -> int:
@@ -108,30 +130,42 @@ def _newest_good(session: Session, at_most: int | None = None, number: int = 1) 
     return found
 
 
-def _agree(session: Session, value: int) -> int:
-    """Rank 0's value, on every rank."""
+def _agree(session: Session, *values: int) -> list[int]:
+    """Rank 0's values, on every rank."""
     if session.mesh.world_size == 1:
-        return value
-    shared = torch.tensor(value, device=session.mesh.device)
+        return list(values)
+    shared = torch.tensor(values, device=session.mesh.device)
     dist.broadcast(shared, 0)
-    return int(shared)
+    return [int(value) for value in shared.tolist()]
 
 
 def save(session: Session, step: int) -> None:
     """Start saving the state after `step` steps; training goes on as soon as the snapshot is taken."""
-    job = session.job
     with session.clock.bucket("checkpoint"):
         _check_replicas(session, step)
-    state = {
+        session.writer.start(_state(session, step))
+
+
+def keep_in_memory(session: Session, step: int) -> None:
+    """Copy the state after `step` steps to the host's memory; a failure is said once and costs nothing but the copy."""
+    memory = session.memory
+    known = memory.error
+    with session.clock.bucket("snapshot"):
+        memory.take(_state(session, step))
+    if memory.error != known:
+        session.recorder.alarm("memory_copy_failed", f"no more copies in memory: {memory.error}")
+
+
+def _state(session: Session, step: int) -> dict[str, Any]:
+    """What a commit says beside the tensors."""
+    return {
         "step": step,
         "cursor": session.batches.first_sample(step),
-        "run_hash": job.run_hash(),
-        "data_hash": job.data_hash,
+        "run_hash": session.job.run_hash(),
+        "data_hash": session.job.data_hash,
         "guard": session.guard.state(),
         "fence": session.fence,
     }
-    with session.clock.bucket("checkpoint"):
-        session.writer.start(state)
 
 
 def _check_replicas(session: Session, step: int) -> None:
@@ -141,7 +175,7 @@ def _check_replicas(session: Session, step: int) -> None:
         return
     session.writer.wait()
     if session.mesh.rank == 0:
-        session.recorder.event("replicas_differ", step=step, culprit_ranks=list(odd))
+        session.recorder.event("replicas_differ", step=step, fence=session.fence, culprit_ranks=list(odd))
     raise CorruptionError(f"step {step}: parameters of ranks {', '.join(map(str, odd))} differ from their replicas'")
 
 
@@ -180,7 +214,7 @@ def rewind(session: Session, step: int) -> int:
         found = -1
         if session.mesh.rank == 0:
             found = _newest_good(session, at_most=earlier.episode, number=number)
-        found = _agree(session, found)
+        (found,) = _agree(session, found)
         if found < 0:
             raise BloomeryError(f"step {step}: no checkpoint from before step {earlier.episode} to go back to")
         first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)

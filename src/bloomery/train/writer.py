@@ -47,7 +47,7 @@ class Writer:
         self._saves = 0
         self._buffers: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._busy_s = 0.0
+        self._busy_s, self._started_bytes = 0.0, 0
 
     def start(self, state: dict[str, Any]) -> None:
         """Take a snapshot of parameters and moments and let it be written; `state` as in `checkpoint.commit`."""
@@ -57,6 +57,7 @@ class Writer:
         partial = self.folder / f"writing_{state['step']:06d}_{state['fence']}_{self._saves}"
         tensors, index = checkpoint.collect(self.engine, self.optimizers)
         snapshot = {key: self._copy(key, value) for key, value in tensors.items()}
+        self._started_bytes += sum(tensor.nbytes for tensor in snapshot.values())
         job = self._pool.submit(self._timed, checkpoint.write_part, partial, self.engine.mesh.rank, snapshot, index)
         self._save = Save(state["step"], partial, state, job)
 
@@ -73,10 +74,12 @@ class Writer:
         finally:
             self._busy_s += time.perf_counter() - started
 
-    def busy_s(self) -> float:
-        """Seconds the thread has worked since the last call: it competes with the steps it runs beside."""
-        seconds, self._busy_s = self._busy_s, 0.0
-        return seconds
+    def account(self) -> dict[str, float]:
+        """Since the last call: `writing_s`, seconds the thread has worked (it competes with the steps it runs beside),
+        and `written_bytes` of a save that has begun; only what there is."""
+        found = {"writing_s": self._busy_s, "written_bytes": self._started_bytes}
+        self._busy_s, self._started_bytes = 0.0, 0
+        return {name: value for name, value in found.items() if value}
 
     def vote(self, stop: bool) -> Votes:
         """What this rank says in the step's statistics."""

@@ -39,7 +39,7 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
         ports_per_node=ranks,
         latency_s=1e-4,
         half_size_bytes=0,
-        op_factor={"all_gather": 1.1, "reduce_scatter": 2.0, "send": 0.7},
+        op_factor={"all_gather": 1.1, "reduce_scatter": 2.0, "all_to_all": 1.3, "send": 0.7},
     )
     machine = cluster("this-machine").model_copy(
         update={"nodes": 1, "accelerators_per_node": ranks, "tiers": (tier,), "cuts": ()}
@@ -47,13 +47,14 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
     group = group_of(LayoutBatch.of([Layout(dp=ranks)]), "dp")
     rows = [
         {"op": op, "bytes": size, "s": [float(collective_s(machine, op, group, np.array([size]))[0])] * 3}
-        for op in ("all_reduce", "all_gather", "reduce_scatter", "send")
+        for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
         for size in (4 << 10, 64 << 10, 1 << 20, 8 << 20)
     ]
     found = fit_tier(rows, ranks)
     assert found.bandwidth_bytes_per_s == pytest.approx(2e9, rel=0.02)
     assert found.latency_s == pytest.approx(1e-4, rel=0.02)
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
+    assert found.op_factor["all_to_all"] == pytest.approx(1.3, rel=0.05)
     assert found.op_factor["send"] == pytest.approx(0.7, rel=0.05)
 
 
@@ -68,4 +69,8 @@ def test_a_probe_of_this_machine_reads_back_as_a_cluster(tmp_path: Path) -> None
         assert 1e9 < cut.accelerator.peak("float32") < 1e14
         assert 1e8 < cut.accelerator.memory_bandwidth_bytes_per_s < 1e13
         assert 1e-8 < cut.accelerator.launch_s < 1e-3
+    assert machine.storage.fsync_s is not None
+    assert machine.process_start_s is not None
+    assert machine.process_start_s > 0
+    assert 0 <= machine.noise < 10
     assert "date" in machine.provenance

@@ -287,6 +287,31 @@ def test_pairs_ask_what_a_function_does_and_which_does_this() -> None:
     assert len(found) == 4
 
 
+def test_half_a_surrogate_pair_is_counted_not_fatal(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"text": "half of one: \\ud83d"}\n{"text": "a whole one: \\ud83d\\ude00"}\n')
+    account = Account()
+    assert [found.text for found in read_documents(path, account)] == ["a whole one: \U0001f600"]
+    assert account.counts == {"half a surrogate pair": 1, "documents read": 1}
+
+
+def test_a_build_that_has_lost_files_is_made_again(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    assert build(settings(corpus), tmp_path / "out").reused
+    tokens = tmp_path / "out" / "train" / "tokens_000.bin"
+    tokens.write_bytes(tokens.read_bytes()[:-2])
+    assert not build(settings(corpus), tmp_path / "out").reused
+    verify(tmp_path / "out" / "train")
+
+
+def test_a_changed_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "out")
+    path = tmp_path / "out" / "tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b'"[', b'"]', 1) + b" ")
+    with pytest.raises(InputError, match=r"tokenizer.json: content does not match"):
+        load(tmp_path / "out")
+
+
 def test_a_cap_takes_small_files_whole_and_a_part_of_large_ones(tmp_path: Path) -> None:
     sizes = {"zh": 400, "en": 20, "fr": 5}
     for name, documents in sizes.items():

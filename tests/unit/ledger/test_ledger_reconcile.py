@@ -10,6 +10,7 @@ import synthetic_run
 from synthetic_run import ledger_line, ledger_lines, write_lines
 
 from bloomery.ledger.overview import runs_under
+from bloomery.ledger.parts import parts_of_step
 from bloomery.ledger.reconcile import reconcile
 from bloomery.spec.errors import InputError
 
@@ -147,3 +148,26 @@ def test_a_ledger_of_other_records_is_one_clear_line(run_dir: Path) -> None:
     (run_dir / "ledger.jsonl").write_text('{}\n{"rank": 0}\n')
     with pytest.raises(InputError, match="no finished step"):
         reconcile(run_dir)
+
+
+def test_the_parts_that_a_report_shows_add_up_to_the_step(run_dir: Path) -> None:
+    plan = json.loads((run_dir / "plan.json").read_text())
+    plan["estimate"]["compute"] = {"gemm": 0.5, "attention": 0.1, "memory": 0.15, "host": 0.05}
+    (run_dir / "plan.json").write_text(json.dumps(plan))
+    whole = parts_of_step(reconcile(run_dir).to_json())
+    assert whole[0].key == "compute"
+    for rank in (0, 1):
+        account = {"compute": {"gemm": 6.0, "attention": 1.0, "memory": 2.0, "host": 1.0}, "total": {"dp_comm": 0.2}}
+        path = run_dir / "profile" / f"kinds_rank_{rank:05d}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**account, "allocated_bytes": 1100 + rank}))
+    found = reconcile(run_dir)
+    parts = {part.key: part for part in parts_of_step(found.to_json())}
+    for rows in (whole, list(parts.values())):
+        assert sum(part.measured for part in rows) == pytest.approx(found.step_time_s.measured, rel=1e-12)
+        assert sum(part.predicted for part in rows) == pytest.approx(found.step_time_s.predicted, rel=1e-12)
+    assert parts["gemm"].measured == pytest.approx(0.9 * 0.6)
+    assert found.in_all["dp_comm"].measured == pytest.approx(0.2)
+    assert [rank.allocated_bytes.measured for rank in found.ranks] == [1100, 1101]
+    # The largest of the compute's kinds, not the compute as a whole, is what is named.
+    assert found.residual == "checkpoint" or found.residual in parts

@@ -60,3 +60,22 @@ def test_an_evaluation_makes_no_gradients() -> None:
     with torch.no_grad(), torch.profiler.profile() as seen:
         summed_cross_entropy(x_nd, weight_vd, targets_n)
     assert sum(event.name == "aten::mm" for event in seen.events()) == 1
+
+
+def test_the_z_loss_is_in_the_gradient_and_not_in_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "loss_rows", lambda _: 2)
+    x_nd, weight_vd = (torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64))
+    targets_n = torch.tensor([3, -100, 0, 10, 7])
+    grads = []
+    for ours in (True, False):
+        x, weight = x_nd.clone().requires_grad_(), weight_vd.clone().requires_grad_()
+        if ours:
+            value = summed_cross_entropy(x, weight, targets_n, z_loss=0.3)
+            value.backward()
+        else:
+            logits = x @ weight.t()
+            plain = F.cross_entropy(logits, targets_n, reduction="sum")
+            (plain + 0.3 * (logits.logsumexp(-1).square() * (targets_n >= 0)).sum()).backward()
+            torch.testing.assert_close(value, plain)
+        grads.append((x.grad, weight.grad))
+    torch.testing.assert_close(grads[0], grads[1])

@@ -59,6 +59,31 @@ def test_a_group_over_two_tiers_sends_only_its_share_across() -> None:
     assert seconds[0] == pytest.approx(inside + across)
 
 
+def two_hosts(rate: float) -> Cluster:
+    """Two hosts of two ranks each on gloo, joined by one link."""
+    inside = Tier(name="inside", span=2, bandwidth_bytes_per_s=2e9, ports_per_node=2, latency_s=0.0)
+    across = Tier(name="across", span=4, bandwidth_bytes_per_s=rate, ports_per_node=1, latency_s=0.0, flat=True)
+    return cluster().model_copy(update={"nodes": 2, "accelerators_per_node": 2, "tiers": (inside, across)})
+
+
+@pytest.mark.parametrize(("rate", "measured_s"), [(200e6 / 8, 0.2505), (1e9 / 8, 0.0506)])
+def test_a_flat_ring_of_all_ranks_crosses_a_host_once_as_measured_on_gloo(rate: float, measured_s: float) -> None:
+    """4 MiB all-reduced by 2 x 2 ranks over a shaped link: 3/2 of the message crosses each way."""
+    seconds = collective_s(two_hosts(rate), "all_reduce", group(4, 1), 4 << 20)
+    assert seconds[0] == pytest.approx(1.5 * (4 << 20) / rate)
+    assert seconds[0] == pytest.approx(measured_s, rel=0.02)
+
+
+def test_flat_rings_side_by_side_share_the_port_and_one_inside_a_host_is_as_before() -> None:
+    hosts = two_hosts(1e8)
+    side_by_side = collective_s(hosts, "all_reduce", group(2, 2), 1e6)
+    assert side_by_side[0] == pytest.approx(1e6 / (1e8 / 2))
+    inside = collective_s(hosts, "all_reduce", group(2, 1), 1e6)
+    tiered = hosts.model_copy(update={"tiers": (hosts.tiers[0], hosts.tiers[1].model_copy(update={"flat": False}))})
+    assert inside[0] == pytest.approx(collective_s(tiered, "all_reduce", group(2, 1), 1e6)[0])
+    assert collective_s(hosts, "all_reduce", group(1, 1), 1e6)[0] == 0.0
+
+
 def test_message_size_and_operation_factor_count() -> None:
     plain = cluster()
     tuned = cluster(half_size_bytes=1e6, op_factor={"all_gather": 2.0})
@@ -83,6 +108,30 @@ def test_groups_follow_the_mesh_order() -> None:
     lay = LayoutBatch.of([Layout(tp=2, cp=2, dp=4, pp=2, ep=2)])
     strides = {axis: int(group_of(lay, axis).stride[0]) for axis in ("tp", "cp", "ep", "dp", "pp", "world")}
     assert strides == {"tp": 1, "cp": 2, "ep": 4, "dp": 4, "pp": 16, "world": 1}
+
+
+@pytest.mark.parametrize("outermost", ["pp", "dp"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_members_of_a_node_are_those_that_numbering_the_ranks_puts_there(outermost: str, replicas: int) -> None:
+    degrees = {"pp": 2, "dp": 4, "cp": 2, "tp": 2}
+    lay = LayoutBatch.of([Layout(**degrees, dp_replicas=replicas, zero_stage=3, outermost=outermost)])
+    order = ["pp", "dp", "cp", "tp"] if outermost == "pp" else ["dp", "pp", "cp", "tp"]
+    ranks = np.arange(32).reshape([degrees[axis] for axis in order])
+    ranks = ranks.transpose([order.index(axis) for axis in ("pp", "dp", "cp", "tp")])
+    whole = ranks.reshape(2, replicas, 4 // replicas, 2, 2)
+    first = {
+        "tp": whole[0, 0, 0, 0, :],
+        "cp": whole[0, 0, 0, :, 0],
+        "data": whole[0, 0, :, :, 0],
+        "replica": whole[0, :, 0, 0, 0],
+        "pp": whole[:, 0, 0, 0, 0],
+        "ends": whole[:, 0, 0, 0, 0],
+    }
+    for axis, members in first.items():
+        found = group_of(lay, axis)
+        assert found.size[0] == members.size, axis
+        for node in (1, 2, 4, 8, 16, 32):
+            assert found.members(node)[0] == np.count_nonzero(members < node), (axis, node)
 
 
 def test_replicas_lie_outside_the_ranks_that_zero_cuts_over() -> None:

@@ -32,3 +32,24 @@ def test_a_profile_window_is_two_steps_in_order(window: str) -> None:
     assert step_window("10-12") == (10, 12)
     with pytest.raises(InputError, match="two steps"):
         Train.checked({"profile": window})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layers", "2"),
+        ("layers", True),
+        ("norm_eps", "1e-5"),
+    ],
+)
+def test_a_number_in_disguise_is_no_number(key: str, value: Any) -> None:
+    described = {"model": {**MODEL, key: value}, "cluster": cluster("this-machine").model_dump()}
+    with pytest.raises(InputError, match=rf"model\.{key}: a plain number is expected; found {value!r}"):
+        Run.checked(described)
+
+
+def test_true_and_text_stay_where_they_belong() -> None:
+    assert Train.checked({"compile": True}).compile is True
+    assert Train.checked({"profile": "2-3"}).profile == "2-3"
+    with pytest.raises(InputError, match=r"optimizer\.betas\.1: a plain number"):
+        Train.checked({"optimizer": {"betas": [0.9, "0.95"]}})

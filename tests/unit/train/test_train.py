@@ -19,12 +19,12 @@ from bloomery.spec.commit import (
     TensorRecord,
     newest_good,
     read_commit,
-    sha256_of,
     write_commit,
 )
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
 from bloomery.spec.run import Optimizer
+from bloomery.spec.seal import sha256_of
 from bloomery.train.schedule import learning_rate
 
 

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from bloomery.data.order import joined, past
-from bloomery.spec.commit import checkpoint_folders, sha256_of
+from bloomery.spec.commit import checkpoint_folders
+from bloomery.spec.seal import sha256_of
 from bloomery.train.checkpoint import Keep, clear_unfinished, set_aside
 from bloomery.train.replicas import checksum, odd_ones
 from bloomery.train.shard_file import write_shard

@@ -1,0 +1,22 @@
+# Bloomery with every version from constraints.txt.
+#   docker build -t bloomery .                                    processors
+#   docker build -t bloomery:cuda --build-arg ACCELERATOR=cuda .  NVIDIA GPUs (the driver is the host's)
+FROM python:3.11-slim-bookworm
+ARG ACCELERATOR=cpu
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
+# The compiler is for torch.compile.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /opt/bloomery
+COPY constraints.txt pyproject.toml README.md LICENSE ./
+# PyTorch alone first: its layer stays when our source changes.
+RUN case "$ACCELERATOR" in \
+      cpu) pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu \
+             --extra-index-url https://pypi.org/simple ;; \
+      cuda) pip install -c constraints.txt torch ;; \
+      *) echo "ACCELERATOR is cpu or cuda, not $ACCELERATOR" >&2; exit 2 ;; \
+    esac
+COPY src src
+RUN pip install -c constraints.txt .
+WORKDIR /work
+ENTRYPOINT ["bloomery"]
+CMD ["--help"]

@@ -1,0 +1,134 @@
+"""Judgements that need several hosts or ranks: who differs, who cannot be reached, whose clock is off, who is slow.
+
+Slowness is judged against the peers' median in robust sigmas (median absolute deviation), since the slow ones must not
+move what they are measured by. Of two, the slower is named: what disturbs a machine only ever slows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from bloomery.cluster.doctor.facts import Facts
+from bloomery.cluster.doctor.finding import Finding, Verdict
+
+SKEW_ADVICE_S, SKEW_FAULT_S = 0.1, 1.0
+SLOWER = 0.15
+"""A rank this much slower than its peers is named: every step waits for it."""
+SIGMAS = 4.0
+SIGMA_OF_MAD = 1.4826
+LEAST_SIGMA = 0.02
+"""Ranks that agree perfectly would let any difference stand out; quiet machines differ by this much."""
+
+
+@dataclass(frozen=True)
+class Offset:
+    """A host's clock beside ours: `seconds` ahead, known to within `within_s`."""
+
+    seconds: float
+    within_s: float
+
+
+def offset(sent: float, there: float, received: float) -> Offset:
+    """From our clock at a question sent and its answer received, and the other's in between (as NTP, RFC 5905)."""
+    return Offset(there - (sent + received) / 2, (received - sent) / 2)
+
+
+def best_offset(asked: Sequence[tuple[float, float, float]]) -> Offset:
+    """The tightest of several: the quickest answer says most."""
+    return min((offset(*one) for one in asked), key=lambda found: found.within_s)
+
+
+def clocks(offsets: Mapping[str, Offset]) -> list[Finding]:
+    """Who is ahead or behind the others' median by more than can be measured."""
+    middle = median(found.seconds for found in offsets.values())
+    findings = []
+    for host, found in offsets.items():
+        ahead = found.seconds - middle
+        sure = max(0.0, abs(ahead) - found.within_s)
+        verdict: Verdict = "fault" if sure >= SKEW_FAULT_S else "advice" if sure >= SKEW_ADVICE_S else "good"
+        text = f"{abs(ahead):.3f} s {'ahead' if ahead > 0 else 'behind'} (to within {found.within_s:.3f} s)"
+        remedy = "start chronyd or systemd-timesyncd" if verdict != "good" else ""
+        findings.append(Finding(check="clock", host=host, verdict=verdict, found=text, remedy=remedy))
+    return findings
+
+
+def alike(facts: Sequence[Facts]) -> list[Finding]:
+    """Versions and devices that differ between hosts."""
+    findings = []
+    names = list(dict.fromkeys(name for one in facts for name in one.versions))
+    values = {name: {one.host: one.versions.get(name, "none") for one in facts} for name in names}
+    values["GPUs"] = {one.host: f"{len(one.gpus)} x {one.gpus[0].name}" if one.gpus else "none" for one in facts}
+    values["cores"] = {one.host: str(one.cores_allowed) for one in facts}
+    for name, by_host in values.items():
+        have = list(by_host.values())
+        usual = max(dict.fromkeys(have), key=have.count)
+        for host, value in by_host.items():
+            if value != usual:
+                verdict: Verdict = "advice" if name in ("python", "cores") else "fault"
+                found = f"{name} {value}, others {usual}"
+                remedy = (
+                    "install the same everywhere" if name in facts[0].versions else "leave it out, or let it work alone"
+                )
+                findings.append(Finding(check="alike", host=host, verdict=verdict, found=found, remedy=remedy))
+    together = Finding(check="alike", host="all", verdict="good", found="the same versions, devices and cores")
+    return findings or [together]
+
+
+def reachable(attempts: Mapping[tuple[str, str], str]) -> list[Finding]:
+    """From what happened when each host connected to others, by (from, to); empty text where it went well."""
+    failed = {pair: problem for pair, problem in attempts.items() if problem}
+    hosts = list(dict.fromkeys(host for pair in attempts for host in pair))
+    shut = [host for host in hosts if _all_failed(attempts, failed, host, end=1)]
+    cut_off = [host for host in hosts if host not in shut and _all_failed(attempts, failed, host, end=0)]
+    findings = []
+    for host in (*shut, *cut_off):
+        found = "nobody connects to it" if host in shut else "it connects to nobody"
+        problem = next(problem for pair, problem in failed.items() if host in pair)
+        remedy = "open its ports to the others (firewall), or correct its address or route"
+        findings.append(
+            Finding(check="reachable", host=host, verdict="fault", found=f"{found}: {problem}", remedy=remedy)
+        )
+    for (source, host), problem in failed.items():
+        if source not in (*shut, *cut_off) and host not in (*shut, *cut_off):
+            found = f"{source} does not connect to it: {problem}"
+            remedy = f"look at the route and the firewall between {source} and {host}"
+            findings.append(Finding(check="reachable", host=host, verdict="fault", found=found, remedy=remedy))
+    well = Finding(check="reachable", host="all", verdict="good", found=f"{len(attempts)} connections between hosts")
+    return findings or [well]
+
+
+def _all_failed(
+    attempts: Mapping[tuple[str, str], str], failed: Mapping[tuple[str, str], str], host: str, *, end: int
+) -> bool:
+    """Whether no attempt with the host at this end (0: from it, 1: to it) went well."""
+    mine = [pair for pair in attempts if pair[end] == host]
+    return bool(mine) and all(pair in failed for pair in mine)
+
+
+def slow_ones(values: Mapping[str, float]) -> dict[str, float]:
+    """Who takes longer than the peers, and by what share. `values`: seconds by name."""
+    if len(values) < 2:
+        return {}
+    level = median(values.values()) if len(values) > 2 else min(values.values())
+    spread = median(abs(value - level) for value in values.values()) if len(values) > 3 else 0.0
+    sigma = max(SIGMA_OF_MAD * spread, LEAST_SIGMA * level)
+    return {
+        name: value / level - 1
+        for name, value in values.items()
+        if value > (1 + SLOWER) * level and value - level > SIGMAS * sigma
+    }
+
+
+def slow_links(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Hosts whose every link is slow, and by what share. `pairs`: bytes/s between two hosts.
+
+    A host is as good as its best link: a slow host drags all of its links down, and a good one has at least one with
+    another good one. Between two hosts nobody can tell which of them it is.
+    """
+    hosts = list(dict.fromkeys(host for pair in pairs for host in pair))
+    if len(hosts) < 3:
+        return {}
+    best = {host: max(rate for pair, rate in pairs.items() if host in pair) for host in hosts}
+    return slow_ones({host: 1 / rate for host, rate in best.items()})

@@ -1,0 +1,126 @@
+"""From the figures of all ranks to the parts of a `Cluster`: what one rank is, the link tiers, how noisy it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, median
+from typing import Any
+
+from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
+from bloomery.spec.cluster import PROBED, Accelerator, Tier
+
+ATTENTION_SHAPE = (4, 8, 256, 32)
+"""batch, heads, sequence, head dimension"""
+UPLOAD_BYTES = 64 << 20
+LARGE_PRODUCT = 1024
+LARGE_MESSAGE = 1 << 20
+"""Noise is judged by what takes long: the spread of a short one is the clock's and the scheduler's."""
+INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
+"""Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once."""
+
+
+def groups(slots: tuple[int, ...]) -> dict[str, list[list[int]]]:
+    """The ranks that talk to each other, by kind, for hosts of so many ranks each.
+
+    >>> groups((2, 2))
+    {'inside': [[0, 1], [2, 3]], 'alone': [[0, 2]], 'together': [[0, 2], [1, 3]]}
+    """
+    first = [sum(slots[:host]) for host in range(len(slots))]
+    found = {INSIDE: [list(range(start, start + n)) for start, n in zip(first, slots, strict=True) if n > 1]}
+    if len(slots) > 1:
+        lines = [[start + local for start in first] for local in range(min(slots))]
+        found |= {ALONE: lines[:1], **({TOGETHER: lines} if len(lines) > 1 else {})}
+    return {name: lines for name, lines in found.items() if lines}
+
+
+def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
+    """What one rank is: the mean over ranks that measured at the same time."""
+    first = results[0]
+    cuda = first["device"] == "cuda"
+    fits = {dtype: [fit_gemm(result["gemm"][dtype]) for result in results] for dtype in first["gemm"]}
+    peaks: dict[Any, float] = {dtype: mean(peak for peak, _ in found) for dtype, found in fits.items()}
+    surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
+    if not cuda:
+        peaks["float64"] = peaks["float32"] / 2
+    attention: dict[Any, float] = {
+        dtype: mean(attention_efficiency(r["attention"][dtype], ATTENTION_SHAPE, peaks[dtype]) for r in results)
+        for dtype in first["attention"]
+    }
+    streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
+    fastest, typical = max(map(max, streams)), mean(median(rates) for rates in streams)
+    uploads = [UPLOAD_BYTES / median(result["upload_s"]) for result in results if "upload_s" in result]
+    parts = Accelerator(
+        name=first["device_name"] if cuda else f"cpu-{first['threads']}-threads",
+        kind="gpu" if cuda else "cpu",
+        peak_flops_per_s=peaks,
+        memory_bytes=float(min(result["memory_bytes"] for result in results)),
+        memory_bandwidth_bytes_per_s=fastest,
+        memory_efficiency=typical / fastest,
+        launch_s=mean(median(result["launch_s"]) for result in results),
+        gemm=surfaces,
+        attention=attention,
+        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"][-1]["optimizer"]) for r in results),
+        upload_bytes_per_s=mean(uploads) if uploads else None,
+        source=PROBED,
+    )
+    reference_s: dict[Any, Any] = {dtype: _reference_s(results, dtype) for dtype in first["reference"]}
+    return calibrated(parts, reference_s)
+
+
+def _reference_s(results: Sequence[dict[str, Any]], dtype: str) -> list[float]:
+    """Seconds of compute of each reference model: the mean over ranks of their medians."""
+    by_rank = [[median(model["compute"]) for model in result["reference"][dtype]] for result in results]
+    return [mean(times) for times in zip(*by_rank, strict=True)]
+
+
+def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
+    """The links inside a host, where it has several ranks, and between hosts, where there are several.
+
+    Between hosts one rank of each measures a port, all of them at once how they share it.
+    """
+    slots = len(results) // hosts
+    backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
+    found = list[Tier]()
+    if slots > 1:
+        found.append(fit_tier(slowest(results, INSIDE), slots, backend))
+    if hosts > 1:
+        # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
+        alone = [{**row, "s": [min(row["s"])]} for row in slowest(results, ALONE)]
+        tier = fit_tier(alone, hosts, f"{backend} between hosts")
+        ports = shared_ports(alone, slowest(results, TOGETHER), slots)
+        found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
+    return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
+
+
+def slowest(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, Any]]:
+    """Of every operation and size the rank that took longest; a message is there when the last has it."""
+    worst = dict[tuple[str, int], dict[str, Any]]()
+    for result in results:
+        for row in result["links"].get(group, []):
+            key = (row["op"], row["bytes"])
+            if key not in worst or median(row["s"]) > median(worst[key]["s"]):
+                worst[key] = row
+    return list(worst.values())
+
+
+def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]], slots: int) -> int:
+    """How many ranks of a host can send to others at once at full rate, from the largest all-reduce of each."""
+    if slots == 1 or not together:
+        return 1
+
+    def largest_s(rows: Sequence[dict[str, Any]], size: int) -> float:
+        return median(next(row["s"] for row in rows if row["op"] == "all_reduce" and row["bytes"] == size))
+
+    size = min(max(row["bytes"] for row in rows) for rows in (alone, together))
+    share = largest_s(alone, size) / largest_s(together, size)
+    return max(1, min(slots, round(slots * share)))
+
+
+def noise_of(results: Sequence[dict[str, Any]]) -> float:
+    """Relative spread of repeats of large products, streams and messages: each kind's median, of the noisiest kind."""
+    kinds = (
+        [row for r in results for row in r["gemm"]["float32"] if row["m"] >= LARGE_PRODUCT],
+        [row for r in results for row in r["elementwise"]],
+        [row for r in results for rows in r["links"].values() for row in rows if row["bytes"] >= LARGE_MESSAGE],
+    )
+    return max(median(spread(row["s"]) for row in rows) for rows in kinds if rows)

@@ -1,0 +1,226 @@
+"""Kubernetes: a JobSet (jobset.x-k8s.io/v1alpha2) or a Kubeflow TrainJob (trainer.kubeflow.org/v1alpha1), as YAML.
+
+Either way one pod a host, numbered by its job's completion index, the first one found by its DNS name. The run as
+launched travels in a ConfigMap; data, checkpoints and ledger are on the volume that all pods share. A pod that is told
+to go saves within its grace period; the set then starts again as a whole and goes on. Wrong input is not tried again.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from bloomery.cluster.place import PORT
+from bloomery.cluster.sites.order import Order, require_program
+from bloomery.cluster.world import ALIVE_VARIABLE
+from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import to_yaml, write_atomically
+
+HOPELESS = [1, 2, 3]
+"""Exit codes after which another start would end the same way."""
+DESCRIBED = "/etc/bloomery"
+ALIVE_FILE = "/tmp/bloomery-alive"
+ALIVE_WITHIN_S = 60
+GPU_RESOURCES = {"mi": "amd.com/gpu"}
+"""Extended resource by the first letters of an accelerator's name; NVIDIA's where none fits."""
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?")
+
+Manifest = dict[str, Any]
+
+
+def manifests(one: Order) -> list[Manifest]:
+    """The ConfigMap and the job. Raises InputError when the run's name is none for Kubernetes."""
+    name, site = one.run.name, one.run.launch.kubernetes
+    if not _NAME.fullmatch(name):
+        accepted = "small letters, digits and dashes, a letter first, at most 42"
+        raise InputError("Kubernetes does not take this name", where="name", found=name, accepted=accepted)
+    described = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(one, f"{name}-run"),
+        "data": {"run.yaml": one.description_text()},
+    }
+    return [described, _job_set(one) if site.kind == "jobset" else _train_job(one)]
+
+
+def text(one: Order) -> str:
+    """All of it as YAML."""
+    return to_yaml(*manifests(one))
+
+
+def submit(one: Order) -> Path:
+    """Write the manifest and apply it. Returns its path. Raises BloomeryError with what kubectl says."""
+    kubectl = require_program("kubectl", "Kubernetes")
+    path = one.folder / "launch" / "kubernetes.yaml"
+    write_atomically(path, text(one))
+    done = subprocess.run([kubectl, "apply", "-f", str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise BloomeryError(f"kubectl: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return path
+
+
+def how_to_follow(one: Order) -> str:
+    """The command that shows the first pod's log, the live line in it."""
+    space = f" -n {one.run.launch.kubernetes.namespace}" if one.run.launch.kubernetes.namespace else ""
+    return (
+        f"kubectl logs{space} -f -l jobset.sigs.k8s.io/jobset-name={one.run.name},"
+        "batch.kubernetes.io/job-completion-index=0"
+    )
+
+
+def _metadata(one: Order, name: str) -> Manifest:
+    site = one.run.launch.kubernetes
+    return {"name": name, **({"namespace": site.namespace} if site.namespace else {})}
+
+
+def _labelled(one: Order) -> Manifest:
+    """The job's metadata, with Kueue's queue."""
+    queue = one.run.launch.kubernetes.queue
+    labels = {"labels": {"kueue.x-k8s.io/queue-name": queue}} if queue else {}
+    return {**_metadata(one, one.run.name), **labels}
+
+
+def _annotations(one: Order) -> Manifest:
+    """Kueue's hint to keep all pods within one value of a node label."""
+    topology = one.run.launch.kubernetes.topology
+    return {"annotations": {"kueue.x-k8s.io/podset-preferred-topology": topology}} if topology else {}
+
+
+def _command(one: Order) -> list[str]:
+    """What a pod runs, as its process 1, so that it gets the signals. The pod's number is set by an Indexed job."""
+    first = f"{one.run.name}-node-0-0.{one.run.name}"
+    train = ["bloomery", "train", f"{DESCRIBED}/run.yaml", "--rendezvous", f"{first}:{PORT}"]
+    mount = shlex.quote(one.run.launch.kubernetes.mount)
+    return ["sh", "-c", f'cd {mount} && exec {shlex.join(train)} --node "$JOB_COMPLETION_INDEX/{one.nodes}"']
+
+
+def _environment(one: Order) -> list[Manifest]:
+    values = {
+        "BLOOMERY_LAUNCHER": "kubernetes",
+        "BLOOMERY_JOB": one.run.name,
+        "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
+        ALIVE_VARIABLE: ALIVE_FILE,
+    }
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _probes() -> Manifest:
+    """Alive is a supervisor that looks after its ranks; it itself finds ranks that hang, and sooner."""
+    look = f"test $(( $(date +%s) - $(stat -c %Y {ALIVE_FILE}) )) -lt {ALIVE_WITHIN_S}"
+    probe = {"exec": {"command": ["sh", "-c", look]}, "timeoutSeconds": 10}
+    return {
+        "startupProbe": {**probe, "periodSeconds": 10, "failureThreshold": 60},
+        "livenessProbe": {**probe, "periodSeconds": 30, "failureThreshold": 3},
+    }
+
+
+def _resources(one: Order) -> Manifest:
+    if not one.gpus:
+        return {}
+    known = one.run.cluster.accelerator.name
+    resource = next((name for start, name in GPU_RESOURCES.items() if known.startswith(start)), "nvidia.com/gpu")
+    return {"limits": {resource: one.gpus}, "requests": {resource: one.gpus}}
+
+
+def _mounts(one: Order) -> list[Manifest]:
+    return [
+        {"name": "work", "mountPath": one.run.launch.kubernetes.mount},
+        {"name": "run", "mountPath": DESCRIBED, "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+
+
+def _volumes(one: Order) -> list[Manifest]:
+    return [
+        {"name": "work", "persistentVolumeClaim": {"claimName": one.run.launch.kubernetes.claim}},
+        {"name": "run", "configMap": {"name": f"{one.run.name}-run"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory"}},
+    ]
+
+
+def _job_set(one: Order) -> Manifest:
+    site = one.run.launch.kubernetes
+    resources = _resources(one)
+    container = {
+        "name": "bloomery",
+        "image": site.image,
+        "command": _command(one),
+        "env": _environment(one),
+        "ports": [{"containerPort": PORT}],
+        **({"resources": resources} if resources else {}),
+        **_probes(),
+        "volumeMounts": _mounts(one),
+    }
+    pod = {
+        "metadata": _annotations(one),
+        "spec": {
+            "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": site.grace_s,
+            "containers": [container],
+            "volumes": _volumes(one),
+        },
+    }
+    hopeless = {"containerName": "bloomery", "operator": "In", "values": HOPELESS}
+    job = {
+        "parallelism": one.nodes,
+        "completions": one.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": hopeless}]},
+        "template": pod,
+    }
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": _labelled(one),
+        "spec": {
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": site.restarts,
+                "rules": [{"name": "hopeless", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}],
+            },
+            "replicatedJobs": [{"name": "node", "replicas": 1, "template": {"spec": job}}],
+        },
+    }
+
+
+def _train_job(one: Order) -> Manifest:
+    """Kubeflow's runtime `torch-distributed` calls its job and container `node` and numbers pods as a JobSet does.
+
+    Its patches take no probes: those belong in the site's own runtime.
+    """
+    site = one.run.launch.kubernetes
+    resources = _resources(one)
+    pod = {
+        "metadata": _annotations(one),
+        "spec": {
+            "terminationGracePeriodSeconds": site.grace_s,
+            "containers": [{"name": "node", "volumeMounts": _mounts(one)}],
+            "volumes": _volumes(one),
+        },
+    }
+    jobs = [{"name": "node", "template": {"spec": {"template": pod}}}]
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _labelled(one),
+        "spec": {
+            "runtimeRef": {"name": site.runtime},
+            "trainer": {
+                "image": site.image,
+                "command": _command(one),
+                "numNodes": one.nodes,
+                "env": _environment(one),
+                **({"resourcesPerNode": resources} if resources else {}),
+            },
+            "runtimePatches": [
+                {
+                    "manager": "bloomery.io/launch",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}},
+                }
+            ],
+        },
+    }

@@ -1,0 +1,86 @@
+"""SkyPilot: the task's YAML, for a managed job (`sky jobs launch`), started again when machines are lost."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from bloomery.cluster.place import PORT
+from bloomery.cluster.sites.order import Order, require_program
+from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.job import STOPPED_BY_SIGNAL
+
+ACCELERATORS = {
+    "v100-32gb": "V100-32GB",
+    "a100-40gb": "A100",
+    "a100-80gb": "A100-80GB",
+    "h100-sxm": "H100",
+    "h200": "H200",
+    "b200": "B200",
+    "gb200": "GB200",
+    "mi300x": "MI300X",
+}
+"""SkyPilot's names (`sky show-gpus --all`) of the catalog's accelerators."""
+DESCRIBED = "/tmp/bloomery-run.yaml"
+
+
+def task(one: Order) -> dict[str, Any]:
+    """The task. Raises InputError when SkyPilot has no name for the accelerator."""
+    site = one.run.launch.skypilot
+    train = shlex.join(["bloomery", "train", DESCRIBED])
+    return {
+        "name": one.run.name,
+        "num_nodes": one.nodes,
+        "resources": {
+            **({"infra": site.infra} if site.infra else {}),
+            **({"accelerators": f"{_accelerator(one)}:{one.gpus}"} if one.gpus else {}),
+            "image_id": f"docker:{site.image}",
+            "use_spot": site.spot,
+            "job_recovery": {"recover_on_exit_codes": [STOPPED_BY_SIGNAL]},
+        },
+        "envs": {
+            "BLOOMERY_LAUNCHER": "skypilot",
+            "BLOOMERY_JOB": one.run.name,
+            "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
+        },
+        "volumes": {site.mount: site.volume},
+        "file_mounts": {DESCRIBED: str(one.description)},
+        "run": (
+            f"cd {shlex.quote(site.mount)}\n"
+            f'exec {train} --node "$SKYPILOT_NODE_RANK/$SKYPILOT_NUM_NODES" '
+            f'--rendezvous "$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"\n'
+        ),
+    }
+
+
+def _accelerator(one: Order) -> str:
+    name = one.run.cluster.accelerator.name
+    if name not in ACCELERATORS:
+        raise InputError("SkyPilot has no name for it", where="cluster.accelerator", found=name, accepted=ACCELERATORS)
+    return ACCELERATORS[name]
+
+
+def text(one: Order) -> str:
+    """The task as YAML."""
+    return to_yaml(task(one))
+
+
+def submit(one: Order) -> Path:
+    """Write the task and hand it to SkyPilot. Returns its path. Raises BloomeryError with what sky says."""
+    sky = require_program("sky", "SkyPilot")
+    path = one.folder / "launch" / "skypilot.yaml"
+    one.write_description()
+    write_atomically(path, text(one))
+    command = [sky, "jobs", "launch", "--yes", "--detach-run", "--name", one.run.name, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BloomeryError(f"sky: {(done.stderr.strip() or done.stdout.strip() or 'failed').splitlines()[-1]}")
+    return path
+
+
+def how_to_follow(one: Order) -> str:
+    """The command that shows the job's log, the live line in it."""
+    return f"sky jobs logs --name {one.run.name}"

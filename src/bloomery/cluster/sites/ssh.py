@@ -1,0 +1,123 @@
+"""A list of hosts, each reached by ssh: one `bloomery train` on each, their output here, all stopped when one fails.
+
+Host keys are checked as the user's own configuration says, and nobody is asked for anything. A host's run ends when the
+connection does: it reads its standard input, and saves and stops when that is closed.
+"""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bloomery.cluster.place import PORT
+from bloomery.cluster.sites.order import Order, program
+from bloomery.spec.errors import InputError
+from bloomery.spec.job import STOPPED_BY_SIGNAL
+
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
+POLL_S = 0.1
+_WRAPPER = 'exec 3<&0; { cat <&3; kill -TERM $$; } >/dev/null 2>&1 & exec "$@" <&- 3<&-'
+"""Runs a command that gets SIGTERM when standard input ends: of a dead connection nothing else is heard."""
+
+
+def read_hosts(path: Path) -> list[str]:
+    """The hosts of a file, one a line: `host` or `user@host`; `#` begins a remark. Raises InputError."""
+    if not path.is_file():
+        raise InputError("no such file", where=str(path))
+    hosts = list[str]()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        where = f"{path}: line {number}"
+        if len(words) > 1 or words[0].startswith("-"):
+            raise InputError(
+                "one host a line is expected", where=where, found=line.strip(), accepted="host or user@host"
+            )
+        if words[0] in hosts:
+            raise InputError("stands twice", where=where, found=words[0])
+        hosts.append(words[0])
+    if not hosts:
+        raise InputError("names no host", where=str(path))
+    return hosts
+
+
+def commands(one: Order, hosts: Sequence[str], ssh: Sequence[str] = SSH) -> list[list[str]]:
+    """The command for each host. The first host's name, as ssh knows it, is where the others find it."""
+    first = hosts[0].rpartition("@")[2]
+    made = []
+    for number, host in enumerate(hosts):
+        train = [*program(), "train", str(one.description)]
+        if len(hosts) > 1:
+            train += ["--node", f"{number}/{len(hosts)}", "--rendezvous", f"{first}:{PORT}"]
+        remote = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(['sh', '-c', _WRAPPER, 'bloomery', *train])}"
+        made.append([*ssh, host, remote])
+    return made
+
+
+def shown(command: Sequence[str]) -> str:
+    """A command as one would type it."""
+    return shlex.join(command)
+
+
+def run(commands: Sequence[Sequence[str]], hosts: Sequence[str]) -> int:
+    """Run all until all have ended; when one fails, or this is told to stop, the others save and stop.
+
+    Returns the first failure's code, 0 where there is none. Lines of hosts but the first carry the host's name.
+    """
+    processes = [
+        subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for command in commands
+    ]
+    readers = [
+        threading.Thread(target=_relay, args=(process, f"{host}: " if number else ""), daemon=True)
+        for number, (process, host) in enumerate(zip(processes, hosts, strict=False))
+    ]
+    for reader in readers:
+        reader.start()
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    code = 0
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = next((process.returncode for process in processes if process.returncode), 0)
+            if failed and not code:
+                code = failed
+                _stop(processes)
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        code = STOPPED_BY_SIGNAL
+        print("stopping all hosts after saving", file=sys.stderr, flush=True)
+        _stop(processes)
+        for process in processes:
+            process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _stop(processes)
+        for reader in readers:
+            reader.join(timeout=5)
+    return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _relay(process: subprocess.Popen[bytes], prefix: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        sys.stderr.write(prefix + line.decode(errors="replace"))
+        sys.stderr.flush()
+
+
+def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Close what they read: each then saves and ends by itself."""
+    for process in processes:
+        if process.stdin is not None and not process.stdin.closed:
+            process.stdin.close()

@@ -1,0 +1,61 @@
+"""A finished run as a calibration reads it: its reconciliation as one `Measured`."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from bloomery.ledger.reconcile import Reconciliation, read_plan, reconcile
+from bloomery.spec.catalog import read_run
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.components import COMPUTE
+from bloomery.spec.errors import InputError
+from bloomery.spec.measured import Measured
+
+
+def measured(run_dir: Path) -> tuple[Measured, Cluster]:
+    """What a run took, and the cluster its plan was made on.
+
+    Raises InputError where the folder is no run, has no finished step, or was not planned in its own number format.
+    """
+    if not (run_dir / "run.yaml").is_file():
+        raise InputError("not a run folder (no run.yaml in it)", where=str(run_dir))
+    run, found = read_run(run_dir / "run.yaml"), reconcile(run_dir)
+    estimate = read_plan(run_dir)[1]
+    if run.layout == "auto" or run.train.dtype not in ("auto", estimate.dtype):
+        problem = "its plan is of another number format than it ran in"
+        raise InputError(problem, where=str(run_dir), found=run.train.dtype, accepted=[estimate.dtype])
+    time = found.step_time_s
+    assert time.measured is not None
+    finished = datetime.datetime.fromtimestamp((run_dir / "ledger.jsonl").stat().st_mtime, datetime.UTC)
+    one = Measured(
+        name=run.name,
+        finished=finished.strftime("%Y-%m-%d %H:%M:%S"),
+        model=run.model,
+        layout=run.layout,
+        dtype=estimate.dtype,  # type: ignore[arg-type]
+        optimizer=run.train.optimizer.name,
+        global_batch=run.train.global_batch,
+        seq_len=run.train.seq_len,
+        step_s=time.measured,
+        noise=found.noise,
+        seconds=_seconds(found),
+        allocated_bytes=_largest([rank.allocated_bytes.measured for rank in found.ranks]),
+        resident_bytes=_largest([rank.memory_bytes.measured for rank in found.ranks]),
+        predicted_s=estimate.step_time_s,
+        interval_s=(estimate.low_s, estimate.high_s),
+    )
+    return one, run.cluster
+
+
+def _largest(values: list[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def _seconds(found: Reconciliation) -> dict[str, float]:
+    """By `spec.measured.PARTS`, without those that are no part of this layout."""
+    by_name = {one.name: one.seconds.measured or 0.0 for one in (*found.components, *found.kinds)}
+    compute = sum(by_name.pop(name) for name in COMPUTE)
+    other = by_name.pop("other") + by_name.pop("data")
+    by_name.pop("checkpoint")
+    return {name: value for name, value in by_name.items() if value} | {"compute": compute, "other": other}

@@ -1,0 +1,105 @@
+"""One step of every run, profiled by itself once things have settled: what its compute consists of, what it allocates.
+
+Each rank writes RUN_DIR/profile/kinds_rank_00000.json: seconds of compute by kind (`ledger.kinds`), how long messages
+were under way, and the most bytes of tensors that lived at once. The profiler's own time is booked to `profile`; the
+step it slowed is left out of every average. On a GPU, where operators are not where the time goes, nothing is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.profiler import record_function
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from bloomery.ledger.clock import Clock, unmarked
+from bloomery.ledger.kinds import MARK, Span, kinds
+from bloomery.ledger.reconcile import PROFILED_STEP
+from bloomery.parallel.engine import Engine
+from bloomery.train.optimizers import Optimizers
+from bloomery.train.record import Recorder
+
+LEAST_STEPS = 2 * PROFILED_STEP
+"""A shorter run is not worth the two seconds that starting a profiler takes."""
+MEMORY_EVENT = "[memory]"
+NANOSECOND = 1e-9
+
+
+class ProfiledStep:
+    """Profiles step `PROFILED_STEP` of a run of `steps`, once; `taken` says that a window of the user's covers it."""
+
+    def __init__(self, folder: Path, rank: int, device: torch.device, steps: int, *, taken: bool) -> None:
+        self._path = folder / "profile" / f"kinds_rank_{rank:05d}.json"
+        wanted = device.type == "cpu" and steps >= LEAST_STEPS and not taken
+        self._step = PROFILED_STEP if wanted and not self._path.exists() else None
+        self._profile: Any = None
+
+    def before(self, step: int, peak_bytes: int, clock: Clock, engine: Engine, optimizers: Optimizers) -> None:
+        """About to run `step` (counted from 1); `peak_bytes`: the most this process took until now."""
+        if step != self._step:
+            return
+        with clock.bucket("profile"):
+            self._peak_bytes, self._held = peak_bytes, held_bytes(engine, optimizers)
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.start()
+        clock.mark = lambda bucket: record_function(MARK + bucket)
+
+    def after(self, step: int, recorder: Recorder, clock: Clock) -> None:
+        """`step` is done. What the profiler took is no part of the run's memory."""
+        if self._profile is None:
+            return
+        clock.mark = unmarked
+        with clock.bucket("profile"):
+            self._profile.stop()
+            events = self._profile.profiler.kineto_results.events()
+            account = {"step": step, **_account(events), "allocated_bytes": self._held + _most_bytes(events)}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(account, indent=1))
+            self._profile = self._step = None
+            recorder.leave_out(self._peak_bytes)
+
+
+def held_bytes(engine: Engine, optimizers: Optimizers) -> int:
+    """Bytes of tensors that live between steps: parameters and what optimizers remember, each storage once."""
+    states = (tensor for part in optimizers.parts for state in part.state.values() for tensor in state.values())
+    return _storage_bytes([*_tensors(engine.parameters().values()), *_tensors(engine.updated().values()), *states])
+
+
+def _tensors(parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
+    yield from (parameter.detach() for parameter in parameters)
+
+
+def _storage_bytes(tensors: Iterable[Any]) -> int:
+    found = {}
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def _account(events: Iterable[Any]) -> dict[str, Any]:
+    spans = [
+        Span(e.name(), e.start_thread_id(), e.start_ns(), e.start_ns() + e.duration_ns())
+        for e in events
+        if e.name() != MEMORY_EVENT
+    ]
+    thread = next((span.thread for span in spans if span.name == MARK + "compute"), 0)
+    return kinds(spans, thread).to_json(NANOSECOND)
+
+
+def _most_bytes(events: Iterable[Any]) -> int:
+    """The most that was allocated at once since the profiler started."""
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == MEMORY_EVENT)
+    now = most = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most

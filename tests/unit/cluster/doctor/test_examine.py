@@ -1,0 +1,63 @@
+"""A visit to several hosts: two loopback addresses of this machine stand for two of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bloomery.cluster.doctor.checks import CHECKS, Needs
+from bloomery.cluster.doctor.compare import BURN_IN, compared
+from bloomery.cluster.doctor.examine import visit
+from bloomery.cluster.doctor.finding import Finding
+from bloomery.cluster.hostfile import Host, Hosts
+from bloomery.cluster.measuring import run_ranks
+
+PAIR = (Host("a", 1, "127.0.0.1", 1), Host("b", 1, "127.0.0.2", 1))
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> str:
+    """Starts everything here; the host `gone` does not answer."""
+    path = tmp_path / "shell"
+    path.write_text('#!/bin/sh\n[ "$1" = gone ] && { echo "no route to host gone" >&2; exit 255; }\nshift; exec "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def of(findings: list[Finding], check: str) -> dict[str, str]:
+    """Verdict by host of one check."""
+    return {finding.host: finding.verdict for finding in findings if finding.check == check}
+
+
+def test_every_host_is_examined_and_hosts_try_each_other(shell: str, tmp_path: Path) -> None:
+    findings = visit(Hosts(PAIR, (shell,)), tmp_path, Needs(hosts=2, peers=2))
+    for check in CHECKS:
+        assert set(of(findings, check)) == {"a", "b"}, check
+    assert of(findings, "clock") == {"a": "good", "b": "good"}
+    assert of(findings, "alike") == of(findings, "reachable") == {"all": "good"}
+
+
+def test_a_host_that_does_not_answer_and_a_wrong_address_are_faults_of_their_own(shell: str, tmp_path: Path) -> None:
+    hosts = (*PAIR, Host("gone"), Host("elsewhere", 1, "192.0.2.7"))
+    findings = visit(Hosts(hosts, (shell,)), tmp_path, Needs(hosts=4, peers=4))
+    faults = [one for one in findings if one.check == "reachable" and one.verdict == "fault"]
+    said = {one.host: one.found for one in faults}
+    assert set(said) == {"gone", "elsewhere"}
+    assert said["gone"] == "no route to host gone"
+    assert "192.0.2.7 is no address of it" in said["elsewhere"]
+
+
+def test_ranks_of_a_burn_in_do_the_same_laps_and_hosts_measure_their_link(shell: str) -> None:
+    hosts = Hosts(PAIR, (shell,))
+    results = run_ranks(BURN_IN, hosts, {"seconds": 0.3}, 600)
+    assert results[0]["laps"] == results[1]["laps"] >= 1
+    for result in results:
+        assert set(result["seconds"]) == {"product", "memory", "all_reduce"}
+        assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert set(results[0]["pairs"]) == {"1"}
+    assert set(results[1]["pairs"]) == {"0"}
+    _, records = compared(hosts, results, [], "t0")
+    assert {(record.who, record.what) for record in records} == {
+        (who, what) for who in "ab" for what in ("product", "memory", "link")
+    }

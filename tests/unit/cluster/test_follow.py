@@ -1,0 +1,56 @@
+"""Following a job shows what its scheduler says and its log, each once, and ends with it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+from bloomery.cluster.sites import follow as following
+from bloomery.cluster.sites.follow import LogTail, follow
+from bloomery.cluster.sites.jobs import last_job, remember
+from bloomery.cluster.sites.slurm import Status
+
+
+def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
+    log = tmp_path / "1.log"
+    lines = LogTail(log)
+    assert lines.lines() == []
+    log.write_text("one\ntwo\nthr")
+    assert lines.lines() == ["one", "two"]
+    with log.open("a") as stream:
+        stream.write("ee\n")
+    assert lines.lines() == ["three"]
+    assert lines.lines() == []
+
+
+def test_states_and_log_are_shown_until_the_job_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "1.log"
+    said = [Status("PENDING", "Resources"), Status("PENDING", "Resources"), Status("RUNNING"), Status("FAILED", code=2)]
+
+    def ask() -> Status:
+        if len(said) == 2:
+            log.write_text("pretrain step 1/10  loss 5.0\n")
+        if len(said) == 1:
+            log.write_text(log.read_text() + "error: no\n")
+        return said.pop(0)
+
+    out = io.StringIO()
+    monkeypatch.setattr(following, "ASK_EVERY_S", 0.0)
+    assert follow(tmp_path, log, ask, "job 1", out).code == 2
+    assert out.getvalue().splitlines() == [
+        "job 1: pending (Resources)",
+        "job 1: running",
+        "pretrain step 1/10  loss 5.0",
+        "job 1: failed",
+        "error: no",
+    ]
+
+
+def test_the_newest_job_of_a_site_is_remembered(tmp_path: Path) -> None:
+    assert last_job(tmp_path, "slurm", required=False) == ""
+    for job in ("7", "8"):
+        remember(tmp_path, "slurm", job)
+    remember(tmp_path, "elsewhere", "9")
+    assert last_job(tmp_path, "slurm") == "8"

@@ -1,0 +1,142 @@
+"""Supervisors of several hosts act as one, whatever happens to a rank, a host or the leader. No torch here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bloomery.cluster.channel import free_port
+from bloomery.ledger.sinks import read_lines
+from bloomery.spec.job import Job
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+
+STUB = Path(__file__).parent / "stub_rank.py"
+OK = ["ok"]
+
+
+class Hosts:
+    """Two hosts with two ranks each."""
+
+    def __init__(self, folder: Path, acts: dict[int, list[str]]) -> None:
+        self.folder = folder
+        job = Job(
+            name="pretrain", model=Model(layers=1, hidden=8, heads=1, vocab=8), layout=Layout(dp=4), dtype="float32",
+            seed=0, seq_len=8, global_batch=4, steps=1, optimizer=Optimizer(), data="", heldout="",
+        )  # fmt: skip
+        (folder / "job.json").write_text(job.model_dump_json())
+        (folder / "acts.json").write_text(json.dumps({rank: acts.get(rank, OK) for rank in range(4)}))
+        self.where = f"127.0.0.1:{free_port('127.0.0.1')}"
+        self.processes = [self.start(host) for host in (1, 0)][::-1]
+
+    def start(self, host: int) -> subprocess.Popen[str]:
+        """Start one."""
+        command = [sys.executable, str(STUB), str(self.folder), f"{host}/2", self.where]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def codes(self) -> list[int]:
+        """Exit codes, when both have ended."""
+        return [process.wait(timeout=180) for process in self.processes]
+
+    def told(self, start: int) -> list[dict[str, str]]:
+        """What the ranks of one start were told."""
+        return [json.loads((self.folder / f"rank_{rank}_start_{start}.json").read_text()) for rank in range(4)]
+
+    def wait_for(self, start: int) -> None:
+        """Until all ranks of a start are there."""
+        until = time.monotonic() + 180
+        while not all((self.folder / f"rank_{rank}_start_{start}.json").exists() for rank in range(4)):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+Make = Callable[[dict[int, list[str]]], Hosts]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Make]:
+    """Makes two hosts, of which nothing is left."""
+    made = list[Hosts]()
+
+    def make(acts: dict[int, list[str]]) -> Hosts:
+        made.append(Hosts(tmp_path, acts))
+        return made[-1]
+
+    yield make
+    for process in [process for one in made for process in one.processes]:
+        process.kill()
+        process.communicate()
+
+
+def test_each_host_gets_its_ranks_and_all_meet_at_one_place(hosts: Make) -> None:
+    one = hosts({})
+    assert one.codes() == [0, 0]
+    told = one.told(1)
+    assert [rank["LOCAL_RANK"] for rank in told] == ["0", "1", "0", "1"]
+    assert {rank["WORLD_SIZE"] for rank in told} == {"4"}
+    [meeting] = {rank["BLOOMERY_RENDEZVOUS"] for rank in told}
+    assert meeting.startswith("tcp://127.0.0.1:") and meeting != f"tcp://{one.where}"
+    assert {rank["GLOO_SOCKET_IFNAME"] for rank in told} == {"lo"}
+
+
+def test_a_rank_killed_on_another_host_is_named_and_all_start_again_elsewhere(hosts: Make) -> None:
+    one = hosts({3: ["kill", "ok"], 0: ["wait", "ok"]})
+    assert one.codes() == [0, 0]
+    [failure] = [event for event in read_lines(one.folder / "events.jsonl") if event["event"] == "worker_failed"]
+    assert (failure["rank"], failure["cause"]) == (3, "killed by SIGKILL")
+    assert one.told(1)[0]["BLOOMERY_RENDEZVOUS"] != one.told(2)[0]["BLOOMERY_RENDEZVOUS"]
+    assert [line["code"] for line in read_lines(one.folder / "supervision.jsonl")] == [1, 0]
+
+
+def test_a_signal_at_any_host_stops_all(hosts: Make) -> None:
+    one = hosts({rank: ["wait"] for rank in range(4)})
+    one.wait_for(1)
+    one.processes[1].terminate()
+    assert one.codes() == [75, 0]
+
+
+def test_a_host_that_is_lost_is_waited_for_and_named(hosts: Make) -> None:
+    one = hosts({rank: ["wait", "ok"] for rank in range(4)})
+    one.wait_for(1)
+    one.processes[1].kill()
+    one.processes[1].communicate()
+    one.processes[1] = one.start(1)
+    assert one.codes() == [0, 0]
+    [failure] = [event for event in read_lines(one.folder / "events.jsonl") if event["event"] == "worker_failed"]
+    assert (failure["rank"], failure["cause"]) == (2, "on host 1, which is lost")
+
+
+def test_without_its_leader_a_host_ends_and_leaves_nothing_behind(hosts: Make) -> None:
+    one = hosts({rank: ["wait"] for rank in range(4)})
+    one.wait_for(1)
+    one.processes[0].kill()
+    _, said = one.processes[1].communicate(timeout=180)
+    assert one.processes[1].returncode == 75
+    assert "the first host, 127.0.0.1, is lost" in said
+    done = subprocess.run(["pgrep", "-f", str(one.folder)], capture_output=True, text=True)
+    assert done.stdout == "", "orphans"
+
+
+def test_who_cannot_read_the_folder_is_not_let_in(hosts: Make, tmp_path: Path) -> None:
+    one = hosts({})
+    one.processes[1].kill()
+    one.processes[1].communicate()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".secret").write_text("guessed")
+    one.folder, folder = elsewhere, one.folder
+    stranger = one.start(1)
+    time.sleep(3)
+    assert stranger.poll() is None and not list(folder.glob("rank_*")), "training has begun with a stranger"
+    stranger.terminate()
+    assert stranger.wait(timeout=180) == 75
+    stranger.communicate()
+    one.processes[0].terminate()
+    assert one.processes[0].wait(timeout=180) == 75

@@ -1,0 +1,272 @@
+"""What is handed to a scheduler is what it accepts, and says of hosts and ranks what the layout does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bloomery.cluster.sites import kubernetes, skypilot, slurm, ssh
+from bloomery.cluster.sites.order import Order, order
+from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import InputError
+from bloomery.spec.launch import Slurm, time_limit_s
+
+ROOT = Path(__file__).parents[3]
+SCHEMAS = Path(__file__).parent / "schemas"
+
+
+def ordered(*assignments: str, nodes: int | None = None) -> Order:
+    """Llama 3 8B on two hosts of 8 H100."""
+    fixed = ["cluster.nodes=2", "layout={tp: 8, dp: 2}"]
+    return order(read_run(ROOT / "examples" / "llama3-8b.yaml", [*fixed, *assignments]), nodes)
+
+
+def problems(value: Any, schema: Any, where: str = "") -> list[str]:
+    """Where a value breaks a structural schema; keys that it does not know are pruned by an API server, so an error."""
+    if schema is True:
+        return []
+    types = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
+    wanted = types.get(schema.get("type", ""))
+    if wanted is not None and (not isinstance(value, wanted) or (wanted is int and isinstance(value, bool))):
+        return [f"{where}: {value!r} is no {schema['type']}"]
+    found = [f"{where}: {value!r} not in {schema['enum']}" for _ in [0] if value not in schema.get("enum", [value])]
+    if isinstance(value, dict):
+        known, more = schema.get("properties", {}), schema.get("additionalProperties")
+        found += [f"{where}.{key}: missing" for key in schema.get("required", []) if key not in value]
+        for key, item in value.items():
+            if key in known or more:
+                found += problems(item, known.get(key, more), f"{where}.{key}")
+            elif known or "properties" in schema:
+                found.append(f"{where}.{key}: unknown")
+    if isinstance(value, list):
+        found += [p for i, item in enumerate(value) for p in problems(item, schema.get("items", True), f"{where}[{i}]")]
+        limit = schema.get("maxItems", len(value))
+        found += [f"{where}: more than {limit}"] if len(value) > limit else []
+    if isinstance(value, str):
+        limits = schema.get("minLength", 0), schema.get("maxLength", len(value))
+        found += [] if limits[0] <= len(value) <= limits[1] else [f"{where}: {value!r} is too short or long"]
+        found += [] if re.search(schema.get("pattern", ""), value) else [f"{where}: {value!r} breaks the pattern"]
+    if isinstance(value, int) and value < schema.get("minimum", value):
+        found.append(f"{where}: {value} is too small")
+    return found
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_kubernetes_accepts_the_manifest(kind: str) -> None:
+    site = ["queue=team", "topology=rack", "namespace=me"]
+    one = ordered(f"launch.kubernetes.kind={kind}", *(f"launch.kubernetes.{word}" for word in site))
+    described, job = yaml.safe_load_all(kubernetes.text(one))
+    schema = json.loads((SCHEMAS / f"{kind}.json").read_text())
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "namespace": {"type": "string"}, "labels": True},
+    }
+    assert problems(job, schema) == []
+    assert read_run_of(described["data"]["run.yaml"]).layout == one.run.layout
+    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "team"}
+    everything = json.dumps(job)
+    for part in ('--node \\"$JOB_COMPLETION_INDEX/2\\"', "llama3-8b-node-0-0.llama3-8b:29400", '"nvidia.com/gpu": 8'):
+        assert part in everything, part
+    assert '"terminationGracePeriodSeconds": 120' in everything
+    assert "podset-preferred-topology" in everything
+    assert '"claimName": "bloomery"' in everything
+
+
+def read_run_of(text: str) -> Any:
+    """A description from its text."""
+    from bloomery.spec.files import parse_yaml
+    from bloomery.spec.run import Run
+
+    return Run.checked(parse_yaml(text, "run.yaml"))
+
+
+def test_the_checker_of_schemas_finds_what_an_api_server_would() -> None:
+    schema = json.loads((SCHEMAS / "jobset.json").read_text())
+    job = kubernetes.manifests(ordered())[1]
+    assert problems({**job, "metadata": {}}, schema) == []
+    pod = job["spec"]["replicatedJobs"][0]["template"]["spec"]
+    for broken, word in (
+        ({**job["spec"], "replicas": 1}, "unknown"),
+        ({**job["spec"], "failurePolicy": {"maxRestarts": "many"}}, "no integer"),
+        ({**job["spec"], "replicatedJobs": [{"template": {"spec": pod}}]}, "missing"),
+        ({**job["spec"], "startupPolicy": {"startupPolicyOrder": "Never"}}, "not in"),
+    ):
+        assert any(word in problem for problem in problems({**job, "metadata": {}, "spec": broken}, schema)), word
+
+
+def test_a_container_is_alive_while_its_supervisor_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bloomery.cluster.world import ALIVE_VARIABLE, pause
+
+    container = kubernetes.manifests(ordered())[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    alive = tmp_path / "alive"
+    command = [
+        part.replace(kubernetes.ALIVE_FILE, str(alive))
+        for part in container["containers"][0]["livenessProbe"]["exec"]["command"]
+    ]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode != 0
+    monkeypatch.setenv(ALIVE_VARIABLE, str(alive))
+    pause()
+    assert subprocess.run(command).returncode == 0
+    os.utime(alive, (time.time() - 2 * kubernetes.ALIVE_WITHIN_S,) * 2)
+    assert subprocess.run(command).returncode != 0
+
+
+def test_a_name_kubernetes_does_not_take_is_refused() -> None:
+    with pytest.raises(InputError, match="small letters"):
+        kubernetes.text(ordered("name=My_Run"))
+
+
+def test_skypilot_is_told_hosts_accelerators_and_what_to_recover_from() -> None:
+    task = yaml.safe_load(skypilot.text(ordered()))
+    assert (task["num_nodes"], task["resources"]["accelerators"]) == (2, "H100:8")
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    environment = {"SKYPILOT_NODE_RANK": "1", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
+    run = task["run"].replace("exec bloomery", "exec echo").replace("cd /work", "true")
+    done = subprocess.run(["sh", "-c", run], env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.stdout.split() == ["train", skypilot.DESCRIBED, "--node", "1/2", "--rendezvous", "10.0.0.1:29400"]
+    with pytest.raises(InputError, match="SkyPilot has no name"):
+        skypilot.text(ordered("cluster=h800-deepseek-like", "layout={tp: 8, dp: 2}"))
+
+
+def test_the_batch_script_says_what_the_layout_needs(tmp_path: Path) -> None:
+    site = ["partition=gpu", "account=lab", "qos=high", "time=24:00:00", "notice_s=90", "options=[--constraint=h100]"]
+    one = ordered("name=a run", *(f"launch.slurm.{word}" for word in site))
+    text = slurm.script([one], tmp_path / "%j.log")
+    options = [line.partition(" ")[2] for line in text.splitlines() if line.startswith("#SBATCH")]
+    for expected in (
+        "'--job-name=a run'", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive", "--requeue",
+        "--partition=gpu", "--account=lab", "--qos=high", "--time=24:00:00", "--signal=USR1@90", "--open-mode=append",
+        "--constraint=h100",
+    ):  # fmt: skip
+        assert expected in options, expected
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_several_runs_are_one_array_and_must_be_alike(tmp_path: Path) -> None:
+    one, two = ordered("name=one"), ordered("name=two")
+    text = slurm.script([one, two], tmp_path / "%A_%a.log")
+    assert "#SBATCH --array=0-1" in text
+    assert f"runs=({one.description} {two.description})" in text
+    with pytest.raises(InputError, match="same hosts"):
+        slurm.script([one, ordered(nodes=1)], tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["options=['--x; rm -rf']", "options=['--a=$(id)']", 'options=["--a\\n#"]', "partition=a b", "time=soon", "time=1"],
+)
+def test_what_would_be_a_command_in_the_script_is_refused(wrong: str) -> None:
+    with pytest.raises(InputError, match=r"launch\.slurm"):
+        ordered(f"launch.slurm.{wrong}")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("30", 1800), ("1:30", 90), ("24:00:00", 86400), ("2-12", 216000), ("1-0:30", 88200)]
+)
+def test_times_are_read_as_slurm_does(text: str, seconds: int) -> None:
+    assert time_limit_s(text) == seconds
+    assert Slurm(time=text, notice_s=10).time == text
+
+
+@pytest.mark.parametrize(
+    ("text", "state", "code"),
+    [
+        ("JobId=1 JobState=PENDING Reason=Priority ExitCode=0:0", "PENDING", None),
+        ("JobId=1 JobState=RUNNING Reason=None ExitCode=0:0", "RUNNING", None),
+        ("JobId=1 JobState=COMPLETED Reason=None ExitCode=0:0", "COMPLETED", 0),
+        ("JobId=1 JobState=FAILED Reason=NonZeroExitCode ExitCode=2:0", "FAILED", 2),
+        ("JobId=1 JobState=CANCELLED Reason=None ExitCode=0:15", "CANCELLED", 143),
+        ("JobId=1 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:0", "TIMEOUT", 1),
+    ],
+)
+def test_a_jobs_end_is_read_from_slurm(text: str, state: str, code: int | None) -> None:
+    found = slurm.read_status(text)
+    assert (found.state, found.code) == (state, code)
+
+
+def test_ranks_that_hosts_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(InputError, match="accepted: 1, 2, 4, 8, 16"):
+        ordered(nodes=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "names no host"),
+        ("a b", "one host a line"),
+        ("a\na", "stands twice"),
+        ("-oProxyCommand=x", "one host a line"),
+    ],
+)
+def test_a_wrong_host_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        ssh.read_hosts(path)
+
+
+FAKE_SSH = """#!/bin/sh
+# As sshd does: the last argument to a shell, standard input from the connection.
+while [ "$1" = -o ]; do shift 2; done
+export HOST="$1"; shift
+exec sh -c "$*"
+"""
+REMOTE = """
+import os, signal, sys, time
+def stop(*_): print("saved", flush=True); sys.exit(75)
+signal.signal(signal.SIGTERM, stop)
+print("here", os.environ["HOST"], *sys.argv[1:], flush=True)
+if os.environ["HOST"] == "bad": time.sleep(1); sys.exit(7)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """An ssh that stays here, and a program in place of Bloomery."""
+    path, program = tmp_path / "ssh", tmp_path / "remote.py"
+    path.write_text(FAKE_SSH)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    program.write_text(REMOTE)
+    monkeypatch.setattr(ssh, "program", lambda: [sys.executable, str(program)])
+    return (str(path), *ssh.SSH[1:])
+
+
+def test_one_host_that_fails_stops_all_after_saving(
+    fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    hosts = ["me@good", "bad"]
+    assert ssh.run(ssh.commands(ordered(), hosts, fake_ssh), hosts) == 7
+    said = capfd.readouterr().err
+    assert "here me@good train" in said and "--node 0/2 --rendezvous good:29400" in said
+    assert "bad: here bad train" in said and "--node 1/2" in said
+    assert "saved" in said
+
+
+def test_told_to_stop_it_stops_all_hosts_after_saving(
+    fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    hosts = ["one", "two"]
+    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert ssh.run(ssh.commands(ordered(), hosts, fake_ssh), hosts) == 75
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert capfd.readouterr().err.count("saved") == 2
+
+
+def test_host_keys_are_checked_as_the_user_has_it() -> None:
+    text = " ".join(ssh.commands(ordered(), ["a", "b"])[0])
+    assert "StrictHostKeyChecking" not in text and "UserKnownHostsFile" not in text and "BatchMode=yes" in text

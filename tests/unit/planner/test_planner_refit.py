@@ -1,0 +1,131 @@
+"""A calibration finds a machine that is known, and leaves no run worse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bloomery.ledger.history import remember, remembered, with_earlier
+from bloomery.planner.knobs import KNOBS, turned
+from bloomery.planner.refit import Runs, refit
+from bloomery.spec.catalog import cluster
+from bloomery.spec.cluster import Cluster, Cut, Tier
+from bloomery.spec.layout import Layout
+from bloomery.spec.measured import Measured
+from bloomery.spec.model import Model
+
+MODEL = Model(name="toy", layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=4096, max_seq_len=256)
+LAYOUTS = (
+    Layout(micro_batch=4),
+    Layout(micro_batch=1, recompute="full"),
+    Layout(dp=2, micro_batch=2),
+    Layout(dp=2, micro_batch=4, zero_stage=3),
+    Layout(tp=2, micro_batch=4),
+    Layout(tp=2, micro_batch=1, sequence_parallel=True),
+    Layout(pp=2, micro_batch=1),
+    Layout(dp=4, micro_batch=2),
+    Layout(tp=2, pp=2, micro_batch=2),
+)
+TRUTH = {"gemm": 0.88, "host": 1.5, "latency": 1.6, "memory": 0.85, "crowding": 0.9}
+
+
+@pytest.fixture(scope="module")
+def machine() -> Cluster:
+    """Two cores: a rank with both, two with one each, four that take turns."""
+    plain = cluster("this-machine")
+    link = Tier(name="gloo", span=4, bandwidth_bytes_per_s=1e9, ports_per_node=4, latency_s=2e-4)
+    cuts = tuple(
+        Cut(
+            ranks=n, accelerator=plain.accelerator.model_copy(update={"ranks_per_core": max(1.0, n / 2)}), tiers=(link,)
+        )
+        for n in (1, 2, 4)
+    )
+    return plain.model_copy(update={"cuts": cuts, "accelerators_per_node": 2, "tiers": (link,)})
+
+
+def run(layout: Layout, step_s: float = 1.0, **more: object) -> Measured:
+    values = {
+        "name": layout.describe(), "finished": "2026-01-01 00:00:00", "model": MODEL, "layout": layout, "noise": 0.01,
+        "dtype": "float32", "global_batch": 8, "seq_len": 256, "step_s": step_s, "seconds": {}, "predicted_s": 1.0,
+        "interval_s": (0.8, 1.3),
+    }  # fmt: skip
+    return Measured.model_validate({**values, **more})
+
+
+def ran_on(truth: Cluster, layouts: tuple[Layout, ...] = LAYOUTS) -> list[Measured]:
+    """Runs that took exactly what the model says of a machine."""
+    asked = [run(layout) for layout in layouts]
+    said = Runs(tuple(asked)).predict(truth)
+    parts = [{name: float(seconds[i]) for name, seconds in said.parts.items() if seconds[i]} for i in range(len(asked))]
+    return [
+        run(layout, float(said.step_s[i]), seconds=parts[i], allocated_bytes=float(said.memory_bytes[i]))
+        for i, layout in enumerate(layouts)
+    ]
+
+
+def test_a_known_machine_is_found(machine: Cluster) -> None:
+    runs = ran_on(turned(machine, TRUTH))
+    found = refit(runs, machine)
+    assert found.kept == 1.0
+    for name, factor in TRUTH.items():
+        # Messages are a small part of these steps: they say less of their latency.
+        assert found.factors[name] == pytest.approx(factor, rel=0.15 if name == "latency" else 0.06), name
+    assert np.all(np.abs(found.after) < 0.02)
+    assert np.median(np.abs(found.before)) > 0.1
+    unseen = [Layout(tp=2, dp=2, micro_batch=2), Layout(dp=2, micro_batch=1, recompute="full")]
+    held_out = Runs(tuple(ran_on(turned(machine, TRUTH), tuple(unseen))))
+    assert np.all(np.abs(held_out.errors(held_out.predict(found.cluster))) < 0.03)
+    assert found.interval is not None
+    assert found.interval.low < 1 < found.interval.high
+
+
+def test_a_machine_that_is_as_the_file_says_stays(machine: Cluster) -> None:
+    found = refit(ran_on(machine, LAYOUTS[:4]), machine)
+    assert all(factor == pytest.approx(1.0, abs=0.01) for factor in found.factors.values())
+
+
+def test_no_run_is_made_worse_even_by_one_that_contradicts_the_others(machine: Cluster) -> None:
+    good = ran_on(machine, LAYOUTS[:6])
+    odd = [one.model_copy(update={"step_s": 2.5 * one.step_s, "seconds": {}, "name": "odd"}) for one in good[:3]]
+    found = refit([*good, *odd], machine)
+    allowed = np.maximum(np.abs(found.before) + 0.005, 0.03)
+    assert np.all(np.abs(found.after) <= allowed)
+    assert np.median(np.abs(found.after)) <= np.median(np.abs(found.before))
+
+
+def test_one_disturbed_run_does_not_move_the_fit(machine: Cluster) -> None:
+    runs = ran_on(machine, LAYOUTS[:6])
+    disturbed = runs[0].model_copy(update={"step_s": 3 * runs[0].step_s, "noise": 0.5})
+    found = refit([disturbed, *runs[1:]], machine)
+    assert np.all(np.abs(found.after[1:]) < 0.03)
+
+
+def test_every_knob_moves_some_prediction_and_one_is_no_change(machine: Cluster) -> None:
+    expert = MODEL.model_copy(update={"moe": {"experts": 4, "top_k": 2, "expert_ffn_hidden": 128}})
+    routed = run(Layout(dp=2, ep=2, micro_batch=4), model=Model.model_validate(expert.model_dump()))
+    asked = Runs((*(run(layout) for layout in LAYOUTS), routed))
+    before = asked.predict(machine).step_s
+    assert np.allclose(asked.predict(turned(machine, {knob.name: 1.0 for knob in KNOBS})).step_s, before, rtol=1e-9)
+    for knob in KNOBS:
+        assert np.any(np.abs(asked.predict(turned(machine, {knob.name: 1.3})).step_s - before) > 1e-5 * before), knob
+
+
+def test_parts_add_up_to_the_step(machine: Cluster) -> None:
+    said = Runs(tuple(run(layout) for layout in LAYOUTS)).predict(machine)
+    whole = sum(seconds for name, seconds in said.parts.items() if name != "compute")
+    assert np.allclose(whole, said.step_s, rtol=1e-9)
+    assert np.allclose(sum(said.parts[kind] for kind in ("gemm", "attention", "memory", "host")), said.parts["compute"])
+
+
+def test_runs_are_remembered_and_the_newest_of_a_description_counts(tmp_path: Path) -> None:
+    file = tmp_path / "machine.yaml"
+    first, other = run(LAYOUTS[0], 1.0), run(LAYOUTS[1], 2.0)
+    remember(file, [first, other])
+    again = first.model_copy(update={"step_s": 1.5, "finished": "2026-01-02 00:00:00"})
+    assert with_earlier([again], remembered(file)) == [again, other] or with_earlier([again], remembered(file)) == [
+        other,
+        again,
+    ]
+    assert remembered(tmp_path / "none.yaml") == []
