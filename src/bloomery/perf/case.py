@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
 
-from bloomery.perf.precision import Precision, precision_of
+from bloomery.perf.precision import Precision, averaged, precision_of
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import Stack, stack_of
 from bloomery.perf.table import Codes, distinct
@@ -89,11 +89,12 @@ class Case:
         dtype: Dtype,
         stack: Stack | None = None,
         optimizer: str = "adamw",
+        averages_per_step: float = 0.0,
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
         stack = stack or stack_of(accelerator)
-        precision = precision_of(accelerator, dtype)
+        precision = averaged(precision_of(accelerator, dtype), averages_per_step)
         if stack.gradient_bytes is not None:
             precision = replace(precision, gradient=stack.gradient_bytes)
         return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)

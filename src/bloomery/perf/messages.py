@@ -126,11 +126,12 @@ def _context_s(case: Case) -> Inner:
 
 
 def _experts_s(case: Case) -> Inner:
-    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed.
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed; and what routers ask
+    context-parallel ranks.
 
     Our engine sends all tokens from each tensor-parallel rank; others under sequence parallelism 1/tp of them.
     """
-    if case.model.moe is None or not np.any(case.lay.ep > 1):
+    if case.model.moe is None or not np.any((case.lay.ep > 1) | (case.lay.cp > 1)):
         return NO_MESSAGES
     rows = case.once(
         "messages of experts",
@@ -139,10 +140,14 @@ def _experts_s(case: Case) -> Inner:
         ),
     )
     whole = case.stack.eager | (case.lay.sequence_parallel == 0)
-    group, cut = group_of(case.lay, "ep"), np.where(whole, 1, case.lay.tp)
+    cut = np.where(whole, 1, case.lay.tp)
+    groups = {axis: group_of(case.lay, axis) for axis in {row.axis for row in rows}}
     seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
     for row in rows:
-        one = collective_s(case.cluster, "all_to_all", group, row.bytes_each / cut)
+        if row.axis == "cp" and not case.stack.eager:
+            continue  # constants of other stacks were fitted without it
+        size = row.bytes_each / (cut if row.axis == "ep" else 1)
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], size)
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap

@@ -12,7 +12,7 @@ fill a unit of a link tier (a node) nor are all; an order of axes that no tier t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 from math import gcd, isqrt
@@ -148,6 +148,16 @@ def enumerate_layouts(
         n_enumerated=len(lay) + sum(count for _, count in refused.values()),
         refusals=tuple(Refusal(rule, reason, count) for rule, (reason, count) in refused.items()),
     )
+
+
+def also_at(model: Model, found: Enumeration, *, global_batch: int, seq_len: int) -> Enumeration:
+    """Those of `found` that keep every rule with another batch or sequence too: a run's smaller ones at its start."""
+    refused = {refusal.rule: (refusal.reason, refusal.count) for refusal in found.refusals}
+    problems = layout_problems(model, found.layouts, global_batch=global_batch, seq_len=seq_len)
+    at = f" (in the ramp, with {global_batch} x {seq_len} tokens)"
+    kept = _keep([replace(p, rule=f"{p.rule}{at}", reason=f"{p.reason}{at}") for p in problems], refused, each=1)
+    refusals = tuple(Refusal(rule, reason, count) for rule, (reason, count) in refused.items())
+    return replace(found, layouts=found.layouts.take(kept), refusals=refusals)
 
 
 def _product(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import OUTERMOST, SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 
@@ -122,17 +122,10 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     """What of a mixture of experts the engine cannot lay out."""
     if model.moe is None:
         return []
-    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.data_ranks // lay.ep, 1)
+    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.shards // lay.ep, 1)
     rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
     return [
         ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
-        ("expert_zero1", "mixtures of experts run with ZeRO 0, 2 and 3", lay.zero_stage == 1),
-        ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
-        (
-            "expert_selective",
-            "selective recomputation does not know experts: recompute whole layers or nothing",
-            lay.recompute == RECOMPUTE.index("selective"),
-        ),
         (
             "expert_ffn",
             f"tp cuts experts too and must divide expert_ffn_hidden {width}",
@@ -142,11 +135,6 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
             "expert_rows",
             f"ZeRO cuts experts over dp/ep ranks, which must divide expert_ffn_hidden {width} / tp and hidden",
             (lay.zero_stage >= 2) & rows,
-        ),
-        (
-            "sequence_balance",
-            "the auxiliary loss counts whole sequences: with cp > 1 use balancing bias",
-            (lay.cp > 1) & (model.moe.balancing == "aux_loss"),
         ),
     ]
 
