@@ -127,7 +127,9 @@ def dry_run(
     step_lengths = [least, least + 1]
     if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
         step_lengths = [micro_batches]
-    settings = {"seq_len": seq_len, "global_batch": global_batch, "dtype": dtype, "optimizers": optimizers}
+    settings: dict[str, Any] = {
+        "seq_len": seq_len, "global_batch": global_batch, "dtype": dtype, "optimizers": optimizers,
+    }  # fmt: skip
     samples: list[dict[str, Any]] = []
     executed = []
     for depth in stage_depths:

@@ -35,6 +35,8 @@ TRUTH = {"gemm": 0.88, "host": 1.5, "latency": 1.6, "memory": 0.85, "crowding": 
 def machine() -> Cluster:
     """Two cores: a rank with both, two with one each, four that take turns."""
     plain = cluster("this-machine")
+    rate = {"optimizer_bytes_per_s": 5e9}  # as a probe finds it
+    plain = plain.model_copy(update={"accelerator": plain.accelerator.model_copy(update=rate)})
     link = Tier(name="gloo", span=4, bandwidth_bytes_per_s=1e9, ports_per_node=4, latency_s=2e-4)
     cuts = tuple(
         Cut(

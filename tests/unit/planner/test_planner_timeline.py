@@ -160,7 +160,7 @@ def _most_in_flight(timeline: Timeline, rank: int) -> int:
 
 def steps(name: str) -> list[Step]:
     run = catalog.read_run(EXAMPLES / f"{name}.yaml")
-    found = search(run, runnable_only=name == "demo")
+    found = search(run, runnable_only=True)
     best = [planned_step(found.worlds[w].estimates, i) for w, i in found.order[:3]]
     return best + [planned_step(compared(run, key, layout)[1].estimates, 0) for key, layout in run.compare.items()]
 
@@ -170,8 +170,12 @@ def test_planned_steps_agree_with_the_closed_form_and_the_peak(name: str) -> Non
     for step in steps(name):
         # Uneven ends and long sends: the closed form lets every rank wait for each of them, the simulation does not.
         assert step.end_s == pytest.approx(step.step_time_s, rel=0.03)
+        # A rank's layers count as equal chunks in the closed form.
+        uneven = step.timeline.layout.stage_layers is not None and step.timeline.layout.vpp > 1
         for curve, parts in zip(step.memory, step.memory_parts, strict=True):
-            assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
+            assert max(n_bytes for _, n_bytes in curve) == pytest.approx(
+                sum(parts.values()), rel=0.04 if uneven else 1e-6
+            )
             assert curve[-1][1] == pytest.approx(curve[0][1])
 
 
