@@ -29,7 +29,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(base: Path, name: str, *options: str, **train: object) -> list[str]:
     """Train a run of two ranks."""
-    run = runs.describe(base, name, base / "shards", {"dp": 2}, **{"steps": 60, **train})
+    run = runs.describe(
+        base, name, base / "shards", {"dp": 2}, **{"steps": 60, "supervision": {"hang_floor_s": 120.0}, **train}
+    )
     (base / f"{name}.yaml").write_text(to_yaml(run.model_dump(mode="json")))
     return [sys.executable, "-m", "bloomery", "train", str(base / f"{name}.yaml"), *options]
 

@@ -23,6 +23,10 @@ NODE = {
 """Two hosts with a rank each."""
 
 
+PATIENT = {"hang_floor_s": 120.0}
+"""A busy machine is not hung."""
+
+
 class Scenario:
     """Runs below one folder, their data made once. A run takes some ten seconds: time to disturb it."""
 
@@ -37,7 +41,7 @@ class Scenario:
 
     def describe(self, name: str, **train: object) -> Path:
         """Write one."""
-        settings = {"steps": self.steps, "checkpoint_every": 10, "global_batch": 32, **train}
+        settings = {"steps": self.steps, "checkpoint_every": 10, "global_batch": 32, "supervision": PATIENT, **train}
         values = runs.describe(self.base, name, self.data, {"dp": 2}, **settings).model_dump(mode="json")
         values["cluster"] = NODE
         path = self.described(name)
