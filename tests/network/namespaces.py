@@ -21,21 +21,21 @@ LATENCY = "100ms"
 """tbf's: how long a packet may wait before it is dropped; no delay is added."""
 BURST = {"100mbit": "32kb", "1gbit": "128kb", "5gbit": "512kb"}
 
-BEFORE_ALL, AFTER_ALL = 200_000, 20
-"""Shares of the processor of a rank: hosts of their own would not feel what else this machine does (1024 each)."""
+SHARES = 200_000
+"""Of the processor for a rank, where others have 1024: hosts of their own do not feel what else this machine does."""
 
 ON_HOST = """#!/bin/sh
 # on_host HOST COMMAND...: as ssh, into a network namespace, in a control group of its own.
 host=$1; shift
-shares={shares}
-{last}
+case "$host" in
+{quotas}
+esac
 group={group}-$$
-mkdir "$group" && echo $shares > "$group/cpu.shares"
-{limit}
+mkdir "$group" && echo {shares} > "$group/cpu.shares"
+echo {period} > "$group/cpu.cfs_period_us" && echo "$quota" > "$group/cpu.cfs_quota_us"
 echo $$ > "$group/cgroup.procs"
 exec ip netns exec "{prefix}$host" "$@"
 """
-LIMIT = 'echo {period} > "$group/cpu.cfs_period_us" && echo {quota} > "$group/cpu.cfs_quota_us"'
 
 
 def reason_to_skip() -> str:
@@ -78,13 +78,17 @@ class Network:
         path.write_text("".join(lines))
         return path
 
-    def shell(self, core_share: float | None = None, yielding: tuple[str, ...] = ()) -> str:
-        """The script that starts commands, before whatever else this machine does; `core_share` of a core for each;
-        those of `yielding` hosts come after all others instead."""
-        quota = LIMIT.format(period=PERIOD_US, quota=round(PERIOD_US * core_share)) if core_share else ""
-        last = f'case "$host" in {"|".join(yielding)}) shares={AFTER_ALL};; esac' if yielding else ""
-        group = CPU_GROUPS / f"{self.prefix}rank"
-        text = ON_HOST.format(prefix=self.prefix, group=group, shares=BEFORE_ALL, limit=quota, last=last)
+    def shell(self, core_share: float, **of_its_own: float) -> str:
+        """The script that starts commands, each with this share of a core, before whatever else this machine does;
+        hosts named with another share have that one."""
+        shares = {name: of_its_own.get(name, core_share) for name in self.names}
+        text = ON_HOST.format(
+            prefix=self.prefix,
+            group=CPU_GROUPS / f"{self.prefix}rank",
+            quotas="\n".join(f"{name}) quota={round(PERIOD_US * share)};;" for name, share in shares.items()),
+            shares=SHARES,
+            period=PERIOD_US,
+        )
         path = self.folder / "on_host"
         path.write_text(text)
         path.chmod(0o755)
