@@ -101,21 +101,3 @@ def test_any_hosts_signal_stops_all_after_saving_and_a_lost_leader_ends_all(base
     hosts.processes[0].kill()
     assert hosts.processes[1].wait(timeout=120) == 75
     assert "the first host, 127.0.0.1, is lost" in hosts.errors[1].read_text()
-
-
-def test_a_stranger_is_not_let_in(base: Path) -> None:
-    found = Hosts(base, "stranger")
-    found.processes[1].kill()
-    found.processes[1].wait()
-    folder = base / "elsewhere" / "stranger"
-    folder.mkdir(parents=True)
-    (folder / ".secret").write_text("guessed")
-    stranger = [*found.commands[1], "--set", f"out={folder.parent}"]
-    with subprocess.Popen(stranger, stderr=subprocess.PIPE) as process:
-        time.sleep(8)
-        assert process.poll() is None
-        assert not runs.losses(found.folder), "training has begun with a stranger"
-        process.terminate()
-        assert process.wait(timeout=120) == 75
-    found.processes[0].terminate()
-    assert found.processes[0].wait(timeout=120) == 75

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -11,11 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.cluster.channel import free_port
+from bloomery.cluster.channel import Channel, LostError, free_port, proof, the_secret
+from bloomery.cluster.hosts import Leader
+from bloomery.cluster.place import Place
+from bloomery.cluster.world import Stopping
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.run import Optimizer
 
 STUB = Path(__file__).parent / "stub_rank.py"
@@ -124,19 +129,31 @@ def test_without_its_leader_a_host_ends_and_leaves_nothing_behind(hosts: Make) -
     assert done.stdout == "", "orphans"
 
 
-def test_who_cannot_read_the_folder_is_not_let_in(hosts: Make, tmp_path: Path) -> None:
-    one = hosts({})
-    one.processes[1].kill()
-    one.processes[1].communicate()
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (elsewhere / ".secret").write_text("guessed")
-    one.folder, folder = elsewhere, one.folder
-    stranger = one.start(1)
-    time.sleep(3)
-    assert stranger.poll() is None and not list(folder.glob("rank_*")), "training has begun with a stranger"
-    stranger.terminate()
-    assert stranger.wait(timeout=180) == 75
-    stranger.communicate()
-    one.processes[0].terminate()
-    assert one.processes[0].wait(timeout=180) == 75
+def test_only_who_can_read_the_folder_is_let_in(tmp_path: Path) -> None:
+    port = free_port("127.0.0.1")
+    leader = Leader(Place(0, 2, "127.0.0.1", port), tmp_path, Supervision(), Stopping())
+    for secret, joins in ((b"guessed", False), (the_secret(tmp_path), True), (the_secret(tmp_path), False)):
+        channel = Channel(socket.create_connection(("127.0.0.1", port)))
+        before = len(leader.members)
+        challenge = answer_of(leader, channel)
+        assert challenge is not None
+        channel.send({"node": 1, "proof": proof(secret, challenge["challenge"])})
+        answer = answer_of(leader, channel)
+        assert (answer == {"do": "welcome"}) == joins
+        assert len(leader.members) == before + joins
+    leader.members.clear()
+    leader.dismiss()
+
+
+def answer_of(leader: Leader, channel: Channel) -> dict[str, str] | None:
+    """What the leader says next; None when it hangs up."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        leader._listen()
+        try:
+            answer = channel.next()
+        except LostError:
+            return None
+        if answer is not None:
+            return answer
+    raise AssertionError("no answer")
