@@ -175,7 +175,7 @@ def expressible(run: Run) -> Evaluated:
     settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
     found = enumerate_layouts(run.model, ranks, **settings, runnable_only=False)
     lay = found.layouts
-    even = run.model.layers % (lay.pp * lay.vpp) == 0
+    even = (run.model.layers % (lay.pp * lay.vpp) == 0) & ~lay.v_shaped & (lay.uneven == 0)
     lay = lay.take(even & (lay.cp == 1) & (lay.zero_stage <= 1))
     estimates = estimate(run.model, run.cluster, lay, **settings, dtype="float16", stack=MEGATRON_2022)
     return Evaluated(run.cluster, lay, estimates, found.n_enumerated, found.refusals)

@@ -87,6 +87,8 @@ class Case:
     dtype: str = "float64"
     mask: Literal["causal", "prefix", "documents", "both"] = "causal"
     optimizer: str = "adamw"
+    ramp: bool = False
+    """The first step has half as many sequences, half as long: a pipeline greets its neighbours anew in the next."""
     balanced: bool = False
     """Experts are taken in turns instead of chosen, so that every one gets as many tokens as any other."""
     stable: bool = False
@@ -97,8 +99,7 @@ class Case:
         """How the row is called in the tests' output and on disk."""
         layout = self.layout.replace(",", "-").replace("=", "").replace("+", "_")
         mask = "" if self.mask == "causal" else f"-{self.mask}"
-        marks = ("-masked" if self.masked else "") + ("-balanced" if self.balanced else "")
-        marks += "-stable" if self.stable else ""
+        marks = "".join(f"-{mark}" for mark in ("masked", "balanced", "ramp", "stable") if getattr(self, mark))
         return f"{self.model}-{layout}{marks}{mask}-{self.optimizer}-{self.dtype}"
 
     @property
@@ -129,13 +130,20 @@ def seen(step: int, mask: str) -> dict[str, np.ndarray]:
     return {name: found[name] for name in chosen}
 
 
-def local_batch(case: Case, step: int, mine: slice) -> Any:
-    """The sequences `mine` of one step's global batch, as the engine takes them."""
+def size_at(case: Case, step: int) -> tuple[int, int]:
+    """Sequences and their length in one step."""
+    return (GLOBAL_BATCH // 2, SEQ_LEN // 2) if case.ramp and step == 0 else (GLOBAL_BATCH, SEQ_LEN)
+
+
+def local_batch(case: Case, step: int, dp: int, dp_rank: int) -> Any:
+    """One data-parallel rank's sequences of a step's global batch, as the engine takes them."""
     import torch
 
     from bloomery.parallel.batch import Batch
 
-    tokens, targets = batch(step, case.masked)
+    n, length = size_at(case, step)
+    tokens, targets = (whole[:n, :length] for whole in batch(step, case.masked))
+    mine = slice(dp_rank * n // dp, (dp_rank + 1) * n // dp)
     extra = {name: torch.from_numpy(value[mine]) for name, value in seen(step, case.mask).items()}
     parts = (torch.from_numpy(whole[mine]) for whole in (tokens, targets))
     return Batch(*parts, int((targets >= 0).sum()), **extra)
@@ -162,10 +170,10 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
             take_turns(engine)
         optimizer = build_optimizers(engine, OPTIMIZERS[case.optimizer])
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
-        mine = slice(mesh.dp_rank * GLOBAL_BATCH // layout.dp, (mesh.dp_rank + 1) * GLOBAL_BATCH // layout.dp)
         held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
         for step in range(STEPS):
-            local = local_batch(case, step, mine)
+            local = local_batch(case, step, layout.dp, mesh.dp_rank)
+            engine.expect(*size_at(case, step))
             with record(mesh) if step == RECORDED else contextlib.nullcontext(Counter()) as messages:
                 part = engine.forward_backward(local)
                 engine.reduce_gradients()

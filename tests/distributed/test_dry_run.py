@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import GLOBAL_BATCH, MODELS, SEQ_LEN, Case
+from ranks import GLOBAL_BATCH, MODELS, OPTIMIZERS, SEQ_LEN, Case
 from test_exactness import CASES
 
 from bloomery.cli.train import train
@@ -28,6 +28,7 @@ from bloomery.spec.layout import Layout
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.shard_table import stage_parameters
+from bloomery.train.optimizers import build_optimizers
 
 CLUSTER = catalog.cluster("selene-like")
 YUAN = catalog.model("yuan-1.0-245b")
@@ -41,7 +42,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 def small(case: Case) -> DryRun:
     return compare(
         case.structure, Layout.parse(case.layout), CLUSTER, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH,
-        dtype=case.dtype,  # type: ignore[arg-type]
+        dtype=case.dtype, optimizer=case.optimizer,  # type: ignore[arg-type]
+        optimizers=lambda engine: build_optimizers(engine, OPTIMIZERS[case.optimizer]).parts,
     )  # fmt: skip
 
 
@@ -68,6 +70,8 @@ def chosen() -> list[Case]:
         *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
         # What masked attention keeps is its kernel's choice: no formula here.
         *(case for case in plain if case.model not in ("llama", "window", "wide-window") and "vpp" not in case.layout),
+        Case("llama", "tp=2,dp=2,sp=true,zero=2,micro_batch=2", optimizer="muon"),
+        Case("llama", "tp=2,pp=2,dp=2,zero=1,micro_batch=2", optimizer="muon"),
         *(case for case in plain if "recompute" in case.layout or "pp=4" in case.layout),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", dtype="bfloat16"),
         Case("llama", "dp=2,zero=2,micro_batch=2", dtype="bfloat16"),
@@ -178,7 +182,10 @@ def test_a_mixture_of_experts_of_a_trillion_parameters_on_1024_ranks() -> None:
     assert [one.account.layers for one in found.classes] == [3, 4, 3]
 
 
-@pytest.mark.parametrize("text", ["micro_batch=2", "dp=2,ep=2", "tp=2,dp=4,ep=2,sp=true,zero=2"])
+SELECTIVE = ("micro_batch=2,recompute=selective", "tp=2,dp=2,ep=2,sp=true,recompute=selective")
+
+
+@pytest.mark.parametrize("text", ["micro_batch=2", "dp=2,ep=2", "tp=2,dp=4,ep=2,sp=true,zero=2", *SELECTIVE])
 def test_a_rank_of_experts_holds_computes_and_sends_what_is_predicted(text: str) -> None:
     moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, shared_experts=1)
     model = Model(layers=2, hidden=512, heads=8, ffn_hidden=1024, vocab=1024, max_seq_len=256, moe=moe)

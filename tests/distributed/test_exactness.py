@@ -3,6 +3,7 @@ and every rank sends exactly what the shard table planned, in count and bytes.""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def table() -> list[Case]:
             "tp=2,micro_batch=4", "dp=2,micro_batch=4", "dp=2,zero=1,micro_batch=4", "dp=2,zero=2,micro_batch=4",
             "dp=2,zero=3,micro_batch=4", "dp=4,zero=2,replicas=2,micro_batch=2",
             "pp=2,micro_batch=2", "tp=2,dp=2,sp=true,zero=2,micro_batch=2",
+        )
+    ]  # fmt: skip
+    cases += [
+        Case("llama", layout, ramp=True)
+        for layout in (
+            "tp=2,dp=2,sp=true,zero=2,micro_batch=1", "pp=2,dp=2,vpp=2,zero=2,micro_batch=1",
+            "pp=2,schedule=zbv,micro_batch=1", "cp=2,pp=2,micro_batch=2",
         )
     ]  # fmt: skip
     return [*cases, *stabilised(), *on_a_v(), *uneven(), *tied_across_stages(), *context_cases(), *expert_cases()]
@@ -170,16 +178,37 @@ def expert_cases() -> list[Case]:
         "dp=4,ep=4,zero=3,micro_batch=1",
         "tp=2,dp=2,ep=2,micro_batch=2",
         "pp=2,dp=2,ep=2,micro_batch=2",
+        "dp=4,ep=2,zero=1,micro_batch=1",
+        "dp=8,ep=2,replicas=2,zero=3,micro_batch=1",
+        "dp=2,ep=2,zero=3,micro_batch=2,recompute=selective",
+        "cp=2,micro_batch=4",
+        "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )
     deepseek = (
         "dp=2,micro_batch=2",
         "dp=2,ep=2,micro_batch=4",
+        "dp=2,zero=1,micro_batch=2",
+        "dp=4,ep=2,replicas=2,zero=2,micro_batch=1",
+        "dp=4,replicas=2,zero=2,micro_batch=2",
+        "cp=2,dp=2,ep=2,zero=2,micro_batch=2",
+        "tp=2,sp=true,micro_batch=4,recompute=selective",
+        "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2",
         "tp=2,sp=true,micro_batch=4",
         "dp=4,ep=2,zero=2,micro_batch=1",
         "tp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=2",
         "tp=2,pp=2,dp=2,ep=2,sp=true,zero=2,micro_batch=1,vpp=2",
     )
-    return [Case("mixtral", layout) for layout in mixtral] + [Case("deepseek", layout) for layout in deepseek]
+    muon = (
+        "dp=2,zero=1,micro_batch=2",
+        "dp=4,ep=2,zero=2,micro_batch=1",
+        "tp=2,dp=2,ep=2,sp=true,zero=3,micro_batch=2",
+        "pp=2,dp=4,ep=2,zero=1,micro_batch=1",
+    )
+    return [
+        *(Case("mixtral", layout) for layout in mixtral),
+        *(Case("deepseek", layout) for layout in deepseek),
+        *(Case("deepseek", layout, optimizer="muon") for layout in muon),
+    ]
 
 
 CASES = table()
@@ -203,9 +232,7 @@ BALANCED = [
     Case("mixtral", "dp=4,ep=2,zero=2,micro_batch=2", dtype="bfloat16", balanced=True),
 ]
 REFERENCES = {
-    (c.model, c.masked, c.mask, c.optimizer, c.stable): Case(
-        c.model, "micro_batch=8", c.masked, mask=c.mask, optimizer=c.optimizer, stable=c.stable
-    )
+    (c.model, c.masked, c.mask, c.optimizer, c.ramp, c.stable): replace(c, layout=f"micro_batch={4 if c.ramp else 8}")
     for c in CASES
 }
 
@@ -227,7 +254,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layout_equals_one_process(case: Case, folder: Path) -> None:
-    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer, case.stable)]
+    reference = REFERENCES[(case.model, case.masked, case.mask, case.optimizer, case.ramp, case.stable)]
     (alone,) = results(reference, 1, folder)
     for rank in results(case, world_size(case), folder):
         np.testing.assert_allclose(rank["losses"], alone["losses"], rtol=1e-9)

@@ -17,7 +17,7 @@ from bloomery.spec.commit import read_commit
 from bloomery.spec.layout import Layout
 from bloomery.spec.run import Optimizer
 
-CHAIN = ("dp=4,ep=4", "tp=2,dp=2,ep=2,zero=2", "dp=4,ep=2,zero=3", "dp=1")
+CHAIN = ("dp=4,ep=4", "tp=2,dp=2,ep=2,zero=2", "dp=4,ep=2,zero=1", "dp=4,ep=2,zero=3", "dp=1")
 
 
 def _worker(rank: int, text: str, source: Path | None, target: Path) -> None:

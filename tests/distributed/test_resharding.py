@@ -1,5 +1,5 @@
-"""A checkpoint written under any layout loads under any other: no bit of parameters and moments changes, and training
-goes on as it would have. Dimensions divide by few of the layouts, so ranks hold short and empty shards."""
+"""A checkpoint written under any layout loads under any other: no bit of parameters, moments and averages changes, and
+training goes on as it would have. Dimensions divide by few of the layouts, so ranks hold short and empty shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ranks import GLOBAL_BATCH, SEQ_LEN, batch, run_ranks
 
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
-from bloomery.spec.run import Optimizer
+from bloomery.spec.run import Averaging, Optimizer
 
 UNEVEN = Model(layers=4, hidden=24, heads=4, kv_heads=2, ffn_hidden=66, vocab=66, max_seq_len=SEQ_LEN)
 """Under tensor parallelism ffn and vocabulary have 33 rows, keys and values 6."""
@@ -36,6 +36,7 @@ LAYOUTS = (
 )
 MUON = Optimizer(name="muon")
 """Has both kinds of state: one moment of matrices, two of the rest."""
+AVERAGING = Averaging(method="ema", decay=0.75)
 STEPS = 2
 """Steps before the checkpoint, and after it: the second of those reads what the loaded moments made of the first."""
 
@@ -57,26 +58,39 @@ class Training:
             UNEVEN, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64", seed=0,
             measure=lambda _: contextlib.nullcontext(),
         )  # fmt: skip
-        return cls(engine, build_optimizers(engine, MUON))
+        return cls(engine, build_optimizers(engine, MUON, AVERAGING))
 
     def steps(self, first: int, count: int, rate: float) -> list[float]:
         """Train so many steps; their losses."""
-        import torch
-
-        from bloomery.parallel.batch import Batch
-
-        mesh, losses = self.engine.mesh, []
-        share = GLOBAL_BATCH // mesh.layout.dp
-        mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+        losses = []
         self.optimizers.set_rate(rate)
         for step in range(first, first + count):
-            tokens, targets = (torch.from_numpy(values[mine]) for values in batch(step, masked=False))
-            part = self.engine.forward_backward(Batch(tokens, targets, GLOBAL_BATCH * SEQ_LEN))
+            part = self.engine.forward_backward(self.batch(step))
             self.engine.reduce_gradients()
             losses.append(self.engine.statistics(part).loss)
             self.engine.update(self.optimizers)
             self.optimizers.zero_grad()
+            self.optimizers.average.update(step + 1)
         return losses
+
+    def held_out(self) -> list[float]:
+        """Loss of a batch under the weights and under their average."""
+        (last, count) = self.engine.evaluate(self.batch(0))
+        with self.optimizers.average.in_use():
+            (averaged, _) = self.engine.evaluate(self.batch(0))
+        return [last / count, averaged / count]
+
+    def batch(self, step: int) -> Any:
+        """This data-parallel rank's part of a batch."""
+        import torch
+
+        from bloomery.parallel.batch import Batch
+
+        mesh = self.engine.mesh
+        share = GLOBAL_BATCH // mesh.layout.dp
+        mine = slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share)
+        tokens, targets = (torch.from_numpy(values[mine]) for values in batch(step, masked=False))
+        return Batch(tokens, targets, GLOBAL_BATCH * SEQ_LEN)
 
     def digest(self) -> str:
         """Of every parameter and its moments, put together from all ranks."""
@@ -122,7 +136,11 @@ def write(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         writer.start(state)
         assert writer.wait()
         writer.close()
-        note = {"digest": training.digest(), "losses": training.steps(STEPS, 2, rate_of(number))}
+        note = {
+            "digest": training.digest(),
+            "held_out": training.held_out(),
+            "losses": training.steps(STEPS, 2, rate_of(number)),
+        }
         if rank == 0:
             (folder / f"wrote.{number}.json").write_text(json.dumps(note))
         meshes.stop(mesh)
@@ -141,7 +159,10 @@ def read(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         training, notes = Training.under(layout, mesh), []
         for other in range(len(LAYOUTS)):
             checkpoint.load(folder / str(other) / f"step_{STEPS:06d}", training.engine, training.optimizers)
-            notes.append({"digest": training.digest(), "losses": training.steps(STEPS, 2, rate_of(other))})
+            held_out = training.held_out()
+            # The average has been in the weights' place: not a bit of either may have changed.
+            notes.append({"digest": training.digest(), "held_out": held_out})
+            notes[-1]["losses"] = training.steps(STEPS, 2, rate_of(other))
         if rank == 0:
             (folder / f"read.{number}.json").write_text(json.dumps(notes))
         meshes.stop(mesh)
@@ -168,6 +189,8 @@ def test_any_layout_loads_what_any_other_wrote(written: int, loaded: int, folder
     found = json.loads((folder / f"read.{loaded}.json").read_text())[written]
     assert found["digest"] == wrote["digest"]
     np.testing.assert_allclose(found["losses"], wrote["losses"], rtol=1e-9)
+    np.testing.assert_allclose(found["held_out"], wrote["held_out"], rtol=1e-9)
+    assert abs(wrote["held_out"][0] / wrote["held_out"][1] - 1) > 1e-6
 
 
 def test_no_two_checkpoints_are_alike(folder: Path) -> None:

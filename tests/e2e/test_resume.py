@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import yaml
@@ -34,12 +36,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
 def command(*arguments: object) -> list[str]:
     """The console program."""
     return [sys.executable, "-m", "bloomery", *map(str, arguments)]
 
 
-def write_run(folder: Path, name: str, data: Path, layout: dict[str, object]) -> Path:
+def write_run(
+    folder: Path,
+    name: str,
+    data: Path,
+    layout: dict[str, object],
+    settings: Mapping[str, object] = NOTHING,
+) -> Path:
     """A tiny run that saves often."""
     values = {
         "name": name,
@@ -47,7 +58,14 @@ def write_run(folder: Path, name: str, data: Path, layout: dict[str, object]) ->
         "cluster": "this-machine",
         "layout": {"micro_batch": 2, **layout},
         "data": {"folder": str(data), "vocab": 512},
-        "train": {"seq_len": 64, "global_batch": 8, "steps": STEPS, "checkpoint_every": 3, "dtype": "float32"},
+        "train": {
+            "seq_len": 64,
+            "global_batch": 8,
+            "steps": STEPS,
+            "checkpoint_every": 3,
+            "dtype": "float32",
+            **settings,
+        },
         "out": str(folder / "runs"),
     }
     path = folder / f"{name}.yaml"
@@ -85,13 +103,22 @@ def workers(run_dir: Path) -> list[int]:
     return json.loads((run_dir / ".processes").read_text())
 
 
-@pytest.mark.parametrize("layout", [{"dp": 2}, {"tp": 2, "sequence_parallel": True}, {"dp": 2, "zero_stage": 2}])
+RAMP = {
+    "ramp": [{"tokens": 640, "global_batch": 4, "seq_len": 32}, {"tokens": 640, "global_batch": 4}],
+    "averaging": {"method": "uniform", "every": 2, "start": 0.1},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [({"dp": 2}, {}), ({"tp": 2, "sequence_parallel": True}, {}), ({"dp": 2, "zero_stage": 2}, RAMP)],
+)
 def test_killed_and_started_again_ends_with_the_same_bits(
-    tmp_path: Path, data: Path, layout: dict[str, object]
+    tmp_path: Path, data: Path, layout: dict[str, object], settings: dict[str, object]
 ) -> None:
-    undisturbed = write_run(tmp_path, "undisturbed", data, layout)
+    undisturbed = write_run(tmp_path, "undisturbed", data, layout, settings)
     assert train(undisturbed).returncode == 0
-    disturbed = write_run(tmp_path, "disturbed", data, layout)
+    disturbed = write_run(tmp_path, "disturbed", data, layout, settings)
     run_dir = tmp_path / "runs" / "disturbed"
     process = subprocess.Popen(command("train", disturbed), stderr=subprocess.DEVNULL)
     wait_for_step(run_dir, 4)

@@ -18,7 +18,7 @@ def test_a_slow_rank_is_named_and_booked(tmp_path: Path, monkeypatch: pytest.Mon
     data = runs.make_data(tmp_path)
     described = describe(tmp_path, "run", data, {"dp": 2}, steps=45, checkpoint_every=100)
     folder, job = prepare.prepare_pretraining(described, world_size=None, fresh=False)
-    monkeypatch.setenv("SLOWER", json.dumps([1, "data", 12, 0.1]))
+    monkeypatch.setenv("SLOWER", json.dumps([1, "data", 12, 0.25]))
     assert launch("slower", folder, job.layout.world_size) == 0
     found = [event for event in events(folder, "straggler") if event["class"] == "loader"]
     assert [(event["culprit_rank"], bool(event["host"])) for event in found] == [(1, True)]

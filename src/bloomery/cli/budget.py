@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from bloomery.planner.budget import Question
+    from bloomery.planner.laws import Law
     from bloomery.planner.throughput import Machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -40,7 +41,9 @@ def budget(
     unique_tokens: UniqueTokens = None,
     inference_tokens: Annotated[str | None, typer.Option(help="Tokens served over its life: Sardana's point.")] = None,
     convention: Annotated[str, typer.Option(help="What --pf-days counts: 6nd, or 8nd with recomputation.")] = "6nd",
-    law: Annotated[str, typer.Option(help="The law shown in full.")] = "besiroglu",
+    law: Annotated[
+        str, typer.Option(help="The law shown in full; a file of `budget fit --out` joins in.")
+    ] = "besiroglu",
     json: Json = False,
 ) -> None:
     """Give some of PF-days, money, days, accelerators, parameters, tokens, target loss: get the rest, under each law.
@@ -58,6 +61,7 @@ def budget(
     if convention not in CONVENTIONS:
         near = nearest_match(convention, CONVENTIONS)
         raise InputError("not known", where="--convention", found=convention, accepted=CONVENTIONS, nearest=near)
+    own = _own_law(law)
     question = Question(
         pf_days=quantity(pf_days, "--pf-days"),
         parameters=quantity(parameters, "--parameters"),
@@ -69,7 +73,8 @@ def budget(
         unique_tokens=quantity(unique_tokens, "--unique-tokens"),
         inference_tokens=quantity(inference_tokens, "--inference-tokens"),
         flops_per_parameter_token=CONVENTIONS[convention],
-        law=law,
+        law=law if own is None else own.key,
+        own=own,
     )
     question, where = _with_model(question, _machine(cluster, price, model, seq_len, global_batch), model)
     found = complete(question, where)
@@ -85,6 +90,7 @@ def compare(
     cluster: Cluster = None,
     price: Price = None,
     unique_tokens: UniqueTokens = None,
+    law: Annotated[str | None, typer.Option(help="A file of `budget fit --out`, judged beside the others.")] = None,
     json: Json = False,
 ) -> None:
     """Which of several sizes and amounts of data is better, under each law; with a cluster, what each takes."""
@@ -92,9 +98,13 @@ def compare(
     from bloomery.cli.console import print_json
     from bloomery.planner.choices import compare as judge
     from bloomery.planner.means import Means, spend
+    from bloomery.spec.errors import InputError
 
     pairs = [_choice(text) for text in choices]
-    verdicts = judge(pairs, unique_tokens=quantity(unique_tokens, "--unique-tokens"))
+    own = None if law is None else _own_law(law)
+    if law is not None and own is None:
+        raise InputError("a law file is expected: every published law is judged anyway", where="--law", found=law)
+    verdicts = judge(pairs, unique_tokens=quantity(unique_tokens, "--unique-tokens"), own=own)
     machine = _machine(cluster, price, None, None, None)
     spendings = [spend(Means(machine), n, d) for n, d in pairs] if machine is not None else []
     if json:
@@ -107,17 +117,22 @@ def compare(
 def fit(
     sweep: Annotated[Path, typer.Argument(metavar="SWEEP.jsonl", help='Rows {"parameters", "tokens", "loss"}.')],
     resamples: Annotated[int, typer.Option(min=0, help="Bootstrap samples for the intervals.")] = 200,
+    out: Annotated[Path | None, typer.Option(help="Write the law to this YAML file, for `budget --law`.")] = None,
     json: Json = False,
 ) -> None:
     """Fit L = E + A/N^alpha + B/D^beta to your own runs, with 90 % bootstrap intervals."""
     from bloomery.cli.budget_tables import HORIZONS, print_fit
     from bloomery.cli.console import print_json
+    from bloomery.planner.law_file import write_law
     from bloomery.planner.law_fit import fit as fit_law
     from bloomery.planner.law_fit import read_runs
 
     found = fit_law(read_runs(sweep), resamples=resamples)
+    if out is not None:
+        write_law(out, found, sweep)
     if not json:
         print_fit(found)
+        print(f"{out}: `bloomery budget --law {out}` answers with it" if out else "--out LAW.yaml keeps it for --law")
         return
     largest = found.largest_flops()
     optima = [{"flops": largest * times, **found.optimal(largest * times)} for times in HORIZONS]
@@ -160,6 +175,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if abs(value) < float("inf") else None
     return value
+
+
+def _own_law(name: str) -> Law | None:
+    """The law of a file; None for the name of a published one."""
+    from bloomery.planner.law_file import is_file, read_law
+
+    return read_law(Path(name)) if is_file(name) else None
 
 
 def _choice(text: str) -> tuple[float, float]:

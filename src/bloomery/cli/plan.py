@@ -24,9 +24,8 @@ def plan(
     layout: Annotated[str | None, typer.Option(help="A layout to show beside the best: tp=2,pp=2,dp=2.")] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="Plan for so many ranks of the cluster.")] = None,
     runnable: Annotated[
-        bool | None,
-        typer.Option("--runnable/--all", help="Only what the engine runs today (default on CPU clusters), or all."),
-    ] = None,
+        bool, typer.Option("--runnable/--all", help="Only what the engine runs, or also what it does not run yet.")
+    ] = True,
     explain: Annotated[
         bool, typer.Option("--explain", help="The best layout's waterfall, sensitivities, what binds the others.")
     ] = False,
@@ -49,8 +48,7 @@ def plan(
     for name, path in (("--trace", trace), ("--page", page)):
         _refuse_folder(name, path)
     run = read(run_file, set_ or [], cluster, layout)
-    only = run.cluster.accelerator.kind == "cpu" if runnable is None else runnable
-    found = search(run, world_size=nproc, runnable_only=only)
+    found = search(run, world_size=nproc, runnable_only=runnable)
     plan = answer(run, found, top=top)
     more = _more(run, found, nproc, explain=explain or page is not None, pareto=pareto or page is not None)
     if trace is not None or page is not None:

@@ -75,6 +75,7 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
     from bloomery.cluster.dry_run import compare
     from bloomery.cluster.prepare import chosen_layout
     from bloomery.planner.search import run_dtype
+    from bloomery.train.optimizers import build_optimizers
 
     layout = chosen_layout(run, nproc)
     cluster = run.cluster.cut(layout.world_size)
@@ -87,6 +88,8 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
             seq_len=run.train.seq_len,
             global_batch=run.train.global_batch,
             dtype=run_dtype(run, cluster),
+            optimizer=run.train.optimizer.name,
+            optimizers=lambda engine: build_optimizers(engine, run.train.optimizer).parts,
         )
     if as_json:
         print_json(found.to_json())

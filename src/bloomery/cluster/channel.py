@@ -14,6 +14,7 @@ import secrets
 import selectors
 import socket
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ class Channel:
             self.socket.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.opened = time.monotonic()
         self._received = b""
+        self._unread = deque[dict[str, Any]]()
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message. Raises LostError."""
@@ -46,13 +48,27 @@ class Channel:
         except OSError as error:
             raise LostError(str(error)) from None
 
+    def next(self) -> dict[str, Any] | None:
+        """The oldest message not taken yet, None when there is none. Raises LostError when no more will come."""
+        if not self._unread:
+            self._unread.extend(self._arrived())
+        return self._unread.popleft() if self._unread else None
+
     def receive(self) -> list[dict[str, Any]]:
-        """The messages that have come since the last call. Raises LostError when no more will."""
+        """All messages not taken yet. Raises LostError when no more will come."""
+        self._unread.extend(self._arrived())
+        messages = list(self._unread)
+        self._unread.clear()
+        return messages
+
+    def _arrived(self) -> list[dict[str, Any]]:
         while _readable(self.socket):
             try:
                 part = self.socket.recv(1 << 16)
             except OSError as error:
                 raise LostError(str(error)) from None
+            if not part and b"\n" in self._received:
+                break
             if not part:
                 raise LostError("the connection was closed")
             self._received += part

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.parallel.dry_run import Message, RankAccount, dry_run
+from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
 from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
@@ -119,19 +119,29 @@ class DryRun:
         }
 
 
-def compare(model: Model, layout: Layout, cluster: Cluster, *, seq_len: int, global_batch: int, dtype: Dtype) -> DryRun:
+def compare(
+    model: Model,
+    layout: Layout,
+    cluster: Cluster,
+    *,
+    seq_len: int,
+    global_batch: int,
+    dtype: Dtype,
+    optimizer: str = "adamw",
+    optimizers: Optimizers = adamw,
+) -> DryRun:
     """Execute a rank of each class without data and set the performance model's answers beside it.
 
-    Raises InputError for what the engine cannot run.
+    `optimizer`: its name in a run, `optimizers`: what makes it. Raises InputError for what the engine cannot run.
     """
     settings = {"global_batch": global_batch, "seq_len": seq_len, "dtype": dtype}
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
-    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings)  # type: ignore[arg-type]
+    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings, optimizer=optimizer)  # type: ignore[arg-type]
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
         rank = pipeline_rank * layout.tp * layout.data_ranks
-        account = dry_run(model, layout, rank, **settings)  # type: ignore[arg-type]
+        account = dry_run(model, layout, rank, **settings, optimizers=optimizers)  # type: ignore[arg-type]
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
         lines = tuple(compared_lines(case, account, order.held_layers[pipeline_rank]))
@@ -160,6 +170,7 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
         parameter_bytes=precision.parameter,
         gradient_bytes=precision.gradient,
         block_bytes=precision.compute,
+        optimizer=case.optimizer,
     )
     counted = Counter[Message]()
     for row in rows:

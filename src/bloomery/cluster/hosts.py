@@ -314,9 +314,9 @@ def _join(folder: Path, place: Place, stopping: Stopping) -> Channel | None:
 def _reply(channel: Channel) -> dict[str, Any]:
     until = time.monotonic() + ANSWER_WITHIN_S
     while time.monotonic() < until:
-        messages = channel.receive()
-        if messages:
-            return messages[0]
+        message = channel.next()
+        if message is not None:
+            return message
         pause()
     raise LostError("no answer")
 
@@ -324,9 +324,9 @@ def _reply(channel: Channel) -> dict[str, Any]:
 def _next_order(channel: Channel, stopping: Stopping, said: float = 0.0) -> dict[str, Any]:
     """Wait for an order that changes something."""
     while True:
-        for message in channel.receive():
-            if message.get("do") in ("start", "leave"):
-                return message
+        message = channel.next()
+        if message is not None and message.get("do") in ("start", "leave"):
+            return message
         if time.monotonic() - said > REPORT_EVERY_S:
             said = time.monotonic()
             channel.send({"asked": stopping.asked})
@@ -341,11 +341,11 @@ def _serve(module: str, folder: Path, channel: Channel, order: dict[str, Any], s
     start, told, said = {"start": order["start"]}, False, 0.0
     with running(module, folder, share, read_job(folder).supervision, stopping) as world:
         while True:
-            for message in channel.receive():
-                if message.get("do") in ("end", "leave"):
-                    return message["do"] == "leave"
-                if message.get("do") == "dump":
-                    channel.send({**start, "stacks": world.stacks()})
+            told_to = (channel.next() or {}).get("do")
+            if told_to in ("end", "leave"):
+                return bool(told_to == "leave")
+            if told_to == "dump":
+                channel.send({**start, "stacks": world.stacks()})
             outcome = None if told else world.ended()
             if outcome is not None:
                 told = True

@@ -16,6 +16,7 @@ from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
 from bloomery.perf.compilation import compilation_pays
 from bloomery.perf.estimate import estimate
+from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
@@ -27,7 +28,7 @@ from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, check_recomputable
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
-from bloomery.spec.run import AlignStage, Run
+from bloomery.spec.run import AlignStage, Averaging, Run
 from bloomery.spec.seal import sealed_json, sealed_text
 from bloomery.spec.shard_table import collectives
 
@@ -72,14 +73,15 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
     if train.supervision.elastic and world_size not in (None, layout.world_size):
         sizes = {"global_batch": train.global_batch, "seq_len": train.seq_len}
         layout = fitted(run.model, layout, world_size or 1, **sizes) or layout
-    check_layout(
-        run.model,
-        layout,
-        global_batch=train.global_batch,
-        seq_len=train.seq_len,
-        world_size=None if train.supervision.elastic else world_size,
-        run=True,
-    )
+    for phase in train.course.phases:
+        check_layout(
+            run.model,
+            layout,
+            global_batch=phase.global_batch,
+            seq_len=phase.seq_len,
+            world_size=None if train.supervision.elastic else world_size,
+            run=True,
+        )
     return layout
 
 
@@ -87,10 +89,18 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
     """What `plan.json` holds: the estimate the run starts with and the messages of its first pipeline rank."""
     cluster = run.cluster.cut(layout.world_size)
     batch = LayoutBatch.of([layout])
-    settings = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
+    settings: dict[str, Any] = {"global_batch": run.train.global_batch, "seq_len": run.train.seq_len}
     known = dtype if dtype in cluster.accelerator.peak_flops_per_s else "float32"
     optimizer = run.train.optimizer.name
-    one = estimate(run.model, cluster, batch, **settings, dtype=known, optimizer=optimizer).one(0)  # type: ignore[arg-type]
+    one = estimate(
+        run.model,
+        cluster,
+        batch,
+        **settings,
+        dtype=known,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        averages_per_step=run.train.averaging.updates_per_step,
+    ).one(0)
     wide = 8 if dtype == "float64" else 4
     messages = collectives(
         run.model,
@@ -137,10 +147,17 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
-    expected = predicted(resolved, layout, dtype)
+    course = run.train.course
+    expected = predicted(resolved, layout, dtype) | {"first_step": course.last.first_step}
     job = _job(resolved, layout, dtype, expected["estimate"]).model_copy(
         update={
             "data": str(data / "train"),
+            "averaging": run.train.averaging,
+            "ramp": run.train.ramp,
+            "ramp_flops": tuple(
+                model_flops(run.model, global_batch=phase.global_batch, seq_len=phase.seq_len)
+                for phase in course.phases[:-1]
+            ),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "train"),
             "steps": run.train.n_steps,
@@ -157,7 +174,15 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     if run.layout == "auto":
         raise InputError("train the run first", where=str(run_folder(run)))
     layout, data = run.layout, data_folder(run)
-    train = run.train.model_copy(update={"global_batch": stage.global_batch, "steps": stage.steps, "tokens": None})
+    train = run.train.model_copy(
+        update={
+            "global_batch": stage.global_batch,
+            "steps": stage.steps,
+            "tokens": None,
+            "ramp": (),
+            "averaging": Averaging(),
+        }
+    )
     staged = run.model_copy(update={"train": train})
     check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
     if not (data / "pairs" / "manifest.json").is_file():
@@ -206,7 +231,8 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     checkpoints, or when checkpoints there were made by another job: a resume must not mix two.
     """
     checkpoints = folder / "checkpoints"
-    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints)
+    copies = 0 if job.averaging.method == "none" else 1
+    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, copies)
     with run_lock(folder):
         if fresh:
             forget_copies(folder)

@@ -71,12 +71,15 @@ class Heartbeat:
         self._changes, self._since, self._phase = 0, time.monotonic(), 0
         self._longest = [0.0] * len(PHASES)
 
-    def begin(self, step: int) -> None:
-        """A step begins: from now on its predecessor's phases are part of what is usual."""
+    def begin(self, step: int, anew: bool = False) -> None:
+        """A step begins: from now on its predecessor's phases are part of what is usual; `anew`: steps change
+        their size, so that nothing is."""
         if self.step >= 0:
             pairs = zip(self._seen, self._longest, strict=True)
             self._longest = [max(seen, longest * FORGET) if seen else longest for seen, longest in pairs]
             self._seen = [0.0] * len(PHASES)
+        if anew:
+            self._longest = [0.0] * len(PHASES)
         self.step = step
 
     def enter(self, bucket: str) -> None:

@@ -187,9 +187,12 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
     run_dir = Path(run_dir)
     plan, estimate = read_plan(run_dir)
     lines = [line for line in read_lines(run_dir / "ledger.jsonl") if line.keys() >= LEDGER_KEYS]
-    if not any(line["step"] > 0 for line in lines):
-        raise InputError("no finished step in ledger.jsonl: nothing to reconcile yet", where=str(run_dir))
-    steady, notes = _steady_steps(lines)
+    # What was planned is a step of the run's own batch; those of a ramp before it are of other sizes.
+    first = int(plan.get("first_step", 0))
+    if not any(line["step"] > first for line in lines):
+        problem = "no finished step" if not first else f"no step after the ramp's {first}"
+        raise InputError(f"{problem} in ledger.jsonl: nothing to reconcile yet", where=str(run_dir))
+    steady, notes = _steady_steps([line for line in lines if not 0 < line["step"] <= first])
     measured = _mean_buckets(steady)
     step_s = float(sum(measured.values()))
     n_steps = len({line["step"] for line in lines if line["step"] > 0})

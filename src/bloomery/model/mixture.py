@@ -67,11 +67,16 @@ class _AddLoss(torch.autograd.Function):
         return gradient, torch.ones_like(ctx.loss), None, None
 
 
+def _alone(tokens_be: Tensor) -> Tensor:
+    """This rank has whole sequences."""
+    return tokens_be
+
+
 class Router(nn.Module):
     """Chooses experts; see `MixtureOfExperts` for the rules and their sources. Works in float32 or wider.
 
     `loss_share`: what the loss of one sequence counts: one over the sequences of the global batch, and over the ranks
-    that compute the same.
+    that compute the same. `over_ranks`: where ranks hold parts of sequences, adds up the copies for each expert.
     """
 
     bias: nn.Parameter | None
@@ -79,6 +84,7 @@ class Router(nn.Module):
     def __init__(self, hidden: int, moe: MixtureOfExperts) -> None:
         super().__init__()
         self.moe, self.tally, self.loss_share = moe, RouterTally(), 1.0
+        self.over_ranks: Callable[[Tensor], Tensor] = _alone
         self.weight = nn.Parameter(torch.empty(moe.experts, hidden).normal_(std=0.02))
         moves = moe.balancing == "bias"
         self.bias = nn.Parameter(torch.zeros(moe.experts), requires_grad=False) if moves else None
@@ -124,7 +130,8 @@ class Router(nn.Module):
         moe, loss_b = self.moe, logits_bse.new_zeros(logits_bse.shape[0])
         if moe.balancing == "aux_loss":
             share_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
-            load_be = tokens_be.to(share_be.dtype) * (moe.experts / (moe.top_k * logits_bse.shape[1]))
+            whole_be = self.over_ranks(tokens_be).to(share_be.dtype)
+            load_be = whole_be * (moe.experts / whole_be.sum(-1, keepdim=True))
             loss_b = loss_b + moe.aux_loss_coefficient * (share_be * load_be).sum(-1)
         if moe.z_loss_coefficient:
             loss_b = loss_b + moe.z_loss_coefficient * logits_bse.logsumexp(-1).square().mean(1)

@@ -73,7 +73,7 @@ def _overlap(
 
 
 def load_weights(checkpoint: Path, module: Transformer) -> None:
-    """Fill a plain whole model from a checkpoint folder, which is verified first."""
+    """Fill a plain whole model from a checkpoint folder, which is verified first: averages where it has them."""
     with CheckpointReader(checkpoint, read_commit(checkpoint)) as reader, torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(reader.read(name, tuple(parameter.shape), (0,) * parameter.dim()))
+            parameter.copy_(reader.read(reader.commit.trained(name), tuple(parameter.shape), (0,) * parameter.dim()))

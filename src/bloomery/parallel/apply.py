@@ -25,7 +25,7 @@ from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
-from bloomery.parallel.expert import send_to_experts
+from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
@@ -61,6 +61,7 @@ def lay_out(
             apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
+            balance_whole_sequences(stage, context)
         if layout.ep > 1:
             send_to_experts(stage, mesh, measure)
         if compiled:

@@ -71,7 +71,7 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
     def cut(parameter: torch.nn.Parameter) -> Shard | None:
         return Shard(1) if parameter in experts else None
 
-    if mesh.expert_mesh is not None and mesh.layout.dp == mesh.layout.ep:
+    if mesh.expert_mesh is not None and mesh.layout.shards == mesh.layout.ep:
         alone = experts
     elif mesh.expert_mesh is not None:
         for mixture in mixtures([stage]):
@@ -134,6 +134,19 @@ def units(stages: Sequence[Transformer], *, experts_apart: bool) -> list[tuple[s
         answer.append(("dp", [parameter for parameter in unit if parameter not in experts]))
         answer.append(("edp", [parameter for parameter in unit if parameter in experts]))
     return [unit for unit in answer if unit[1]]
+
+
+def sum_whole(stages: Sequence[Transformer], mesh: Mesh, measure: Measure) -> None:
+    """Sum the gradients that each rank still has whole: all of them where ZeRO cuts none, else those of experts that
+    FSDP leaves alone, over the replicas, since no other rank of their own has them."""
+    layout = mesh.layout
+    axes = {"dp": "dp", "edp": "edp" if layout.data_ranks > layout.ep else ""}
+    if layout.zero_stage:
+        axes = {"dp": "", "edp": "replica" if layout.dp_replicas > 1 and layout.ep == layout.shards else ""}
+    for axis, unit in units(stages, experts_apart=layout.ep > 1) if any(axes.values()) else ():
+        if axes[axis]:
+            gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
+            sum_flat(gradients, mesh.group(axes[axis]), measure, "dp_comm")
 
 
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,9 @@ _LEFT_OVER = "whole_gradient_bytes"
 
 Message = tuple[str, str, int]
 """Axis, operation, payload bytes: as `recorder` counts them."""
+
+Optimizers = Callable[[Engine], Sequence[torch.optim.Optimizer]]
+"""What makes an engine's optimizers, each of which owns some of its parameters."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,42 @@ class RankAccount:
     executed: tuple[tuple[int, int], ...]
 
 
+def adamw(engine: Engine) -> Sequence[torch.optim.Optimizer]:
+    """AdamW over everything, whose state does not depend on its settings."""
+    updated = engine.updated().values()
+    kinds = [[p for p in updated if isinstance(p, DTensor) == cut] for cut in (False, True)]
+    return [torch.optim.AdamW([{"params": kind} for kind in kinds if kind], fused=True)]
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Several optimizers that step as one."""
+
+    parts: Sequence[torch.optim.Optimizer]
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def held_bytes(self) -> int:
+        """What they remember of parameters on this rank."""
+        states = [state for part in self.parts for state in part.state.values()]
+        return sum(_bytes(value) for state in states for value in state.values() if value.dim())
+
+
 def dry_run(
-    model: Model, layout: Layout, rank: int, *, seq_len: int, global_batch: int, dtype: str = "bfloat16"
+    model: Model,
+    layout: Layout,
+    rank: int,
+    *,
+    seq_len: int,
+    global_batch: int,
+    dtype: str = "bfloat16",
+    optimizers: Optimizers = adamw,
 ) -> RankAccount:
     """The account of `rank`. Raises InputError for what the engine cannot run."""
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
@@ -90,13 +127,14 @@ def dry_run(
     step_lengths = [least, least + 1]
     if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
         step_lengths = [micro_batches]
+    settings = {"seq_len": seq_len, "global_batch": global_batch, "dtype": dtype, "optimizers": optimizers}
     samples: list[dict[str, Any]] = []
     executed = []
     for depth in stage_depths:
         part, cut = (model, layout) if depth == 0 else shallow(model, layout, depth)
         held = layers if depth == 0 else depth * layout.vpp
         executed += [(held, length) for length in step_lengths]
-        taken = _steps(part, cut, rank, step_lengths, seq_len=seq_len, global_batch=global_batch, dtype=dtype)
+        taken = _steps(part, cut, rank, step_lengths, **settings)
         # Gradients left over between micro-batches do not grow with their number: those of the longer step stay.
         samples.append({**_at(step_lengths, taken, micro_batches), _LEFT_OVER: taken[-1][_LEFT_OVER]})
     depths = [depth * layout.vpp for depth in stage_depths]
@@ -106,7 +144,7 @@ def dry_run(
         pipeline_rank=pipeline_rank,
         layers=layers,
         micro_batches=micro_batches,
-        working_bytes=_working_bytes(model, layout, rank, seq_len=seq_len, global_batch=global_batch, dtype=dtype),
+        working_bytes=_working_bytes(model, layout, rank, **settings),
         executed=tuple(executed),
         **whole,
     )
@@ -152,7 +190,15 @@ def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> 
 
 
 def _steps(
-    model: Model, layout: Layout, rank: int, lengths: list[int], *, seq_len: int, global_batch: int, dtype: str
+    model: Model,
+    layout: Layout,
+    rank: int,
+    lengths: list[int],
+    *,
+    seq_len: int,
+    global_batch: int,
+    dtype: str,
+    optimizers: Optimizers,
 ) -> list[dict[str, Any]]:
     """One step of each length in micro-batches, on one engine."""
     stages: list[Transformer] = []
@@ -177,22 +223,18 @@ def _steps(
             measure=measure,
         )
         stages.extend(engine.stages.values())
-        updated = engine.updated().values()
-        kinds = [[p for p in updated if isinstance(p, DTensor) == cut] for cut in (False, True)]
-        optimizer = torch.optim.AdamW([{"params": kind} for kind in kinds if kind], fused=True)
+        optimizer = _Together(optimizers(engine))
         answer = []
         for length in lengths:
             most = 0
-            step = _step(engine, mesh, optimizer, length, seq_len, dtype)
+            step = _step(engine, mesh, optimizer, length, seq_len)
             answer.append({**step, _LEFT_OVER: most})
         return answer
 
 
-def _step(
-    engine: Engine, mesh: Mesh, optimizer: torch.optim.Optimizer, micro_batches: int, seq_len: int, dtype: str
-) -> dict[str, Any]:
+def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, seq_len: int) -> dict[str, Any]:
     """Run one optimizer step of so many micro-batches and say what it took."""
-    engine.schedule_for(micro_batches, seq_len, dtype)
+    engine.expect(micro_batches * mesh.layout.micro_batch * mesh.layout.dp, seq_len)
     if engine.schedule is not None:
         expect_given_shapes(engine.schedule)
     local = micro_batches * mesh.layout.micro_batch
@@ -210,12 +252,11 @@ def _step(
         engine.update(optimizer)
         optimizer.zero_grad()
     parameters = [parameter for parameter in engine.parameters().values() if parameter.requires_grad]
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     return {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "parameter_bytes": sum(_bytes(parameter) for parameter in parameters),
         "gradient_bytes": gradients,
-        "optimizer_bytes": sum(_bytes(moment) for moment in moments),
+        "optimizer_bytes": optimizer.held_bytes(),
         "layer_activation_bytes": saved.layers // micro_batches,
         "end_activation_bytes": saved.ends // micro_batches,
         # Autocast keeps its copies as long as its block lasts: a pipeline's whole step, else one micro-batch.

@@ -19,7 +19,7 @@ from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
-from bloomery.parallel.data_parallel import free_gathered, sum_flat, units
+from bloomery.parallel.data_parallel import free_gathered, sum_flat, sum_whole
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
@@ -103,6 +103,8 @@ class Engine:
         self.n_targets = 1
         self.autocast_dtype: torch.dtype | None = None
         self.schedule: Schedule | None = None
+        self._scheduled: tuple[int, int] | None = None
+        self.parameter_dtype = torch.float32
         self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
@@ -129,17 +131,20 @@ class Engine:
             return contextlib.nullcontext()
         return torch.autocast(self.mesh.device.type, dtype=self.autocast_dtype)
 
-    def schedule_for(self, micro_batches: int, seq_len: int, dtype: str) -> None:
-        """Make the pipeline schedule of steps with so many micro-batches; without stages there is none to make."""
-        if self.layout.pp == 1:
+    def expect(self, global_batch: int, seq_len: int) -> None:
+        """Be ready for steps (or evaluations) of this size: only a pipeline's schedule depends on it. A new one asks
+        its neighbours once whether shapes are known: a few bytes that no plan counts."""
+        micro_batches = global_batch // (self.layout.dp * self.layout.micro_batch)
+        if self.layout.pp == 1 or self._scheduled == (micro_batches, seq_len):
             return
+        self._scheduled = (micro_batches, seq_len)
         self.schedule = build_schedule(
             self.stages,
             self.mesh,
             micro_batches=micro_batches,
             seq_len=seq_len,
-            stream_dtype=_DTYPES[dtype],
-            loss_dtype=_DTYPES[dtype],
+            stream_dtype=self.parameter_dtype,
+            loss_dtype=self.parameter_dtype,
             loss=self._mean,
             measure=self.measure,
         )
@@ -220,11 +225,8 @@ class Engine:
                 dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
-        elif layout.data_ranks > 1 and layout.zero_stage == 0:
-            for axis, unit in units(list(self.stages.values()), experts_apart=layout.ep > 1):
-                gradients = [parameter.grad for parameter in unit if parameter.grad is not None]
-                if axis == "dp" or layout.data_ranks > layout.ep:
-                    sum_flat(gradients, self.mesh.group(axis), self.measure, "dp_comm")
+        elif layout.data_ranks > 1:
+            sum_whole(list(self.stages.values()), self.mesh, self.measure)
         self.routed = summed_routing(self.stages.values(), self.mesh, self.measure)
 
     def update(self, optimizer: Steps) -> None:
@@ -279,7 +281,7 @@ class Engine:
         parameter, layout = self.table[name], self.layout
         tp = layout.tp if parameter.tp_dim is None else 1
         if parameter.expert and layout.ep > 1:
-            return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else 1)
+            return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else layout.dp_replicas)
         ends = 2 if self._tied_apart and name == "embedding.weight" else 1
         return ends * tp * (layout.data_ranks if layout.zero_stage == 0 else layout.dp_replicas)
 
@@ -329,10 +331,10 @@ class Engine:
                 owner = owner and 0 in self.stages
             ranks, place, same = layout.shards, mesh.shard_rank, mesh.data_rank
             if entry.expert and layout.ep > 1:
-                ranks, same = layout.data_ranks // layout.ep, mesh.data_rank // layout.ep
-                place = same
-            if layout.zero_stage >= 1:
-                shard = _rows(shard, entry.data_dim, ranks, place)
+                ranks, same = layout.shards // layout.ep, mesh.data_rank // layout.ep
+                place = mesh.shard_rank // layout.ep
+            if layout.zero_stage >= 2 or (layout.zero_stage == 1 and entry.kind != "buffer"):
+                shard = _rows(shard, entry.data_dim if layout.zero_stage >= 2 else 0, ranks, place)
                 owner = owner and mesh.replica == 0
             else:
                 owner = owner and same == 0
@@ -389,8 +391,8 @@ def build(
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
-        every_unit = [unit for _, unit in units(list(stages.values()), experts_apart=False)]
-        engine.update_shards = UpdateShards(every_unit, mesh.group("dp"), measure)
+        engine.update_shards = UpdateShards.of(list(stages.values()), mesh, measure)
     engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-    engine.schedule_for(global_batch // (layout.dp * layout.micro_batch), seq_len, dtype)
+    engine.parameter_dtype = _DTYPES[dtype]
+    engine.expect(global_batch, seq_len)
     return engine

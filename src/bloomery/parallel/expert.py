@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from bloomery.model.mixture import Experts, Mixture, by_expert, on_host, permute
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
+from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.mesh import Mesh
 
 
@@ -80,6 +81,23 @@ def mixtures(stages: Iterable[Transformer]) -> list[Mixture]:
     return [layer.ffn for stage in stages for layer in stage.blocks() if isinstance(layer.ffn, Mixture)]
 
 
+def balance_whole_sequences(stage: Transformer, axis: ContextAxis) -> None:
+    """Let routers whose loss weighs each expert's share of a sequence count the sequence's tokens on all ranks.
+
+    The loss is linear in a rank's own scores once the counts are known, so nothing else has to be sent.
+    """
+
+    def over_ranks(tokens_be: Tensor) -> Tensor:
+        whole_be = tokens_be.clone()
+        with axis.measure("tp_comm"):
+            dist.all_reduce(whole_be, group=axis.group)
+        return whole_be
+
+    for mixture in mixtures([stage]):
+        if mixture.router.moe.balancing == "aux_loss":
+            mixture.router.over_ranks = over_ranks
+
+
 def expert_parameters(stage: Transformer) -> set[nn.Parameter]:
     """The parameters of routed experts."""
     return {parameter for mixture in mixtures([stage]) for parameter in mixture.experts.parameters()}
@@ -109,6 +127,8 @@ def summed_routing(stages: Iterable[Transformer], mesh: Mesh, measure: Measure) 
     if mesh.layout.data_ranks > 1:
         with measure("dp_comm"):
             dist.all_reduce(tokens_le, group=mesh.group("dp"))
+            if mesh.layout.dp_replicas > 1:
+                dist.all_reduce(tokens_le, group=mesh.group("replica"))
     fullest_l = tokens_le.amax(1) / tokens_le.double().mean(1).clamp(min=1)
     model = next(iter(stages)).model
     all_mixtures = sum(model.is_routed(layer) for layer in range(model.layers))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from bloomery.model.feed_forward import FeedForward
+from bloomery.model.mixture import Mixture
 from bloomery.model.transformer import Transformer
 
 
@@ -38,12 +38,15 @@ def recompute_layers(stage: Transformer) -> None:
 
 
 def recompute_outputs(stage: Transformer) -> None:
-    """Keep no outputs of norms and activation functions in any layer (gathered inputs: `tensor`, by `made_again`)."""
+    """Keep no outputs of norms and activation functions in any layer, experts' among them (gathered inputs: `tensor`,
+    by `made_again`). Copies of tokens on their way to experts, and a router's scores, are kept: they cost messages."""
     for layer in stage.blocks():
         for norm in (layer.attention_norm, layer.ffn_norm):
             norm.forward = partial(_normalised, norm.forward, norm)  # type: ignore[method-assign]
-        if isinstance(layer.ffn, FeedForward):
-            layer.ffn.activate = partial(made_again, layer.ffn.activate)
+        blocks = [layer.ffn.shared, layer.ffn.experts] if isinstance(layer.ffn, Mixture) else [layer.ffn]
+        for block in blocks:
+            if block is not None:
+                block.activate = partial(made_again, block.activate)
         layer.forward = partial(_keeping_recipes, layer.forward)  # type: ignore[method-assign]
 
 

@@ -2,6 +2,7 @@
 
 A unit is what one layer holds. ZeRO cuts rows over dp after tensor parallelism has cut rows or columns, so the dp axis
 is gathered first: one message an axis and unit, whatever the number of matrices. `spec.shard_table` plans the same.
+Experts stay on their expert-parallel rank; what ZeRO cut of them is gathered over the ranks that have the same.
 The ledger books these messages with the optimizer step they belong to.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bloomery.parallel.engine import Engine, LocalShard
 from bloomery.parallel.update_shards import rows_of
-from bloomery.spec.parameters import is_hidden_matrix
+from bloomery.spec.parameters import Parameter, is_hidden_matrix
 
 
 def matrix_units(engine: Engine) -> Iterator[list[LocalShard]]:
@@ -28,30 +29,43 @@ def matrix_units(engine: Engine) -> Iterator[list[LocalShard]]:
 
 
 def gather_whole(engine: Engine, unit: Sequence[LocalShard], local: Sequence[Tensor]) -> list[Tensor]:
-    """The whole (out, in) matrices of a unit, `local` being this rank's rectangles of them, in the unit's order."""
-    layout, mesh = engine.layout, engine.mesh
-    parts = list(local)
+    """The whole (out, in) matrices of a unit, of experts all of this rank's (experts, out, in); `local` being this
+    rank's rectangles of them, in the unit's order."""
+    layout, parts = engine.layout, list(local)
+    entries = [engine.table[item.shard.name] for item in unit]
     if layout.zero_stage >= 1:
-        rows = [_tensor_rows(engine, item) for item in unit]
-        padded = [_padded(part, rows_of(n, layout.shards, 0)[1]) for part, n in zip(parts, rows, strict=True)]
-        gathered = _gather(padded, layout.shards, mesh.group("dp"))
-        parts = [torch.cat(pieces)[:n] for pieces, n in zip(gathered, rows, strict=True)]
-    cut = [i for i, item in enumerate(unit) if engine.table[item.shard.name].tp_dim is not None]
+        experts_on = "edp" if layout.ep > 1 else "dp"
+        for axis, ranks in (("dp", layout.shards), ("edp", layout.shards // layout.ep)):
+            held = [i for i, entry in enumerate(entries) if axis == (experts_on if entry.expert else "dp")]
+            if held and ranks > 1:
+                _join(engine, axis, ranks, held, parts, entries)
+    cut = [i for i, entry in enumerate(entries) if entry.tp_dim is not None]
     if layout.tp > 1 and cut:
-        gathered = _gather([parts[i] for i in cut], layout.tp, mesh.group("tp"))
+        gathered = _gather([parts[i] for i in cut], layout.tp, engine.mesh.group("tp"))
         for i, pieces in zip(cut, gathered, strict=True):
-            parts[i] = torch.cat(pieces, dim=engine.table[unit[i].shard.name].tp_dim or 0)
+            parts[i] = torch.cat(pieces, dim=entries[i].tp_dim or 0)
     return parts
 
 
-def _tensor_rows(engine: Engine, item: LocalShard) -> int:
-    """Rows of the rectangle that tensor parallelism leaves, before ZeRO cuts it."""
-    return engine.table[item.shard.name].local_shape(engine.layout.tp)[0]
+def _join(
+    engine: Engine, axis: str, ranks: int, held: Sequence[int], parts: list[Tensor], entries: Sequence[Parameter]
+) -> None:
+    """Put together what ZeRO cut of the parts number `held`, in one message."""
+    layout = engine.layout
+    dims = {i: entries[i].data_dim if layout.zero_stage >= 2 else 0 for i in held}
+    sizes = {i: entries[i].local_shape(layout.tp, layout.ep)[dims[i]] for i in held}
+    padded = [_padded(parts[i], dims[i], rows_of(sizes[i], ranks, 0)[1]) for i in held]
+    for i, pieces in zip(held, _gather(padded, ranks, engine.mesh.group(axis)), strict=True):
+        parts[i] = torch.cat(pieces, dim=dims[i]).narrow(dims[i], 0, sizes[i])
 
 
-def _padded(part: Tensor, rows: int) -> Tensor:
-    """`part` (n, columns) with zero rows up to `rows`: every rank's message has one size."""
-    return part if part.shape[0] == rows else torch.cat((part, part.new_zeros(rows - part.shape[0], part.shape[1])))
+def _padded(part: Tensor, dim: int, size: int) -> Tensor:
+    """`part` with zeros up to `size` in one dimension: every rank's message has one size."""
+    if part.shape[dim] == size:
+        return part
+    shape = list(part.shape)
+    shape[dim] = size - part.shape[dim]
+    return torch.cat((part, part.new_zeros(shape)), dim=dim)
 
 
 def _gather(parts: Sequence[Tensor], size: int, group: dist.ProcessGroup) -> list[list[Tensor]]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar, cast, overload
 
 import numpy as np
 
-from bloomery.perf.precision import Precision, precision_of
+from bloomery.perf.precision import Precision, averaged, precision_of
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import Stack, stack_of
 from bloomery.perf.table import Codes, distinct
@@ -34,9 +34,9 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
-MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "norms_sharded", "stages", "micro_batches")
+MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
-MODEL_STATE = (*MESH, "dp_replicas", "zero_stage", "stages")
+MODEL_STATE = (*MESH, "dp_replicas", "outermost", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
 
 
@@ -89,11 +89,12 @@ class Case:
         dtype: Dtype,
         stack: Stack | None = None,
         optimizer: str = "adamw",
+        averages_per_step: float = 0.0,
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
         stack = stack or stack_of(accelerator)
-        precision = precision_of(accelerator, dtype)
+        precision = averaged(precision_of(accelerator, dtype), averages_per_step)
         if stack.gradient_bytes is not None:
             precision = replace(precision, gradient=stack.gradient_bytes)
         return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)
@@ -175,11 +176,12 @@ class Case:
     def sent(self) -> LayoutBatch:
         """The layouts as far as the shard table's messages go under this stack, which may differ from our engine's.
 
-        ZeRO 1 sends what an all-reduce is made of, in two halves: other stacks' constants were fitted with it timed as
-        one. Others keep (or hide) what our selective recomputation gathers again.
+        ZeRO 1 sends what an all-reduce is made of, in two halves; stacks that run messages beside compute hide both in
+        one step, so there it is timed as one. Others keep (or hide) what our selective recomputation gathers again.
         """
         changed, columns = dict[str, np.ndarray](), vars(self.lay)
-        if not self.stack.eager and "zero_stage" in columns:
+        beside = not self.stack.eager and not self.stack.whole_gradients
+        if beside and "zero_stage" in columns:
             changed["zero_stage"] = np.where(self.lay.zero_stage == 1, 0, self.lay.zero_stage)
         if self.stack.selective_share is not None and "recompute" in columns:
             changed["recompute"] = np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute)
@@ -305,16 +307,12 @@ class Case:
         """(splits, 4, ranks): layers, MoE layers, whether the last stage is there, and (fullest, heaviest) of each
         split; (n,): the row of a layout."""
         lay = self.lay
-        uneven = lay.stage_layers or (None,)
-        number = {split: i for i, split in enumerate(dict.fromkeys(uneven))}
-        which = np.broadcast_to(np.array([number[split] for split in uneven]), (len(lay),))
-        cut = [self._codes(name) for name in ("pp", "vpp", "v_shaped")]
-        place, row = distinct([*cut, Codes(which, len(number))])
+        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven")])
         most = int(lay.pp.max(initial=2))
         table = np.zeros((len(place), 4, most), dtype=np.int64)
         columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
         for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
-            split = uneven[place[i]] if lay.stage_layers else None
+            split = lay.stage_layers[place[i]] if lay.stage_layers else None
             table[i] = _stages(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
         return table, row
 

@@ -1,10 +1,10 @@
 """Seconds of collective operations: latency and bandwidth (alpha-beta) over the tiers that a group really spans.
 
-Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), nodes filled in that order, so a group of an axis
-is `size` ranks `stride` apart: part of it may share a node. A collective runs tier by tier, as NCCL's hierarchies do:
-reduce-scatter inside, the rest across on a share of the message, all-gather inside. Over a `flat` tier it is one ring
-of all ranks instead, as fast as its slowest edge; each ring crosses a node's border once, rings side by side share the
-ports.
+Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), or dp, pp, cp, tp (`Layout.outermost`), nodes
+filled in that order, so a group of an axis is `size` ranks `stride` apart: part of it may share a node. A collective
+runs tier by tier, as NCCL's hierarchies do: reduce-scatter inside, the rest across on a share of the message,
+all-gather inside. Over a `flat` tier it is one ring of all ranks instead, as fast as its slowest edge; each ring
+crosses a node's border once, rings side by side share the ports.
 
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
 et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
@@ -25,14 +25,20 @@ from bloomery.spec.layout import LayoutBatch
 
 @dataclass(frozen=True)
 class Group:
-    """Groups of `size` ranks that lie `stride` ranks apart, shape (n,) each."""
+    """Groups of `size` ranks that lie `stride` ranks apart, shape (n,) each; where there is a `far` (rows of such
+    ranks, distance between rows), `size` are those of all rows."""
 
     size: np.ndarray
     stride: np.ndarray
+    far: tuple[np.ndarray, np.ndarray] | None = None
 
     def members(self, span: int) -> np.ndarray:
         """How many of a group's ranks lie within one unit of `span` accelerators, shape (n,)."""
-        return np.minimum(self.size, np.maximum(1, span // self.stride))
+        if self.far is None:
+            return np.minimum(self.size, np.maximum(1, span // self.stride))
+        rows, distance = self.far
+        within = np.minimum(self.size // rows, np.maximum(1, span // self.stride))
+        return within * np.minimum(rows, np.maximum(1, span // distance))
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
@@ -43,18 +49,26 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
         return Group(lay.tp, np.ones_like(lay.tp))
     if axis == "cp":
         return Group(lay.cp, lay.tp)
-    if axis == "data":
-        return Group(lay.shards, lay.tp)
-    if axis == "edp":
-        return Group(np.maximum(lay.data_ranks // lay.ep, 1), lay.tp * lay.ep)
-    if axis == "replica":
-        return Group(lay.dp_replicas, lay.tp * lay.shards)
     if axis == "world":
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp
+    if axis == "ep":
+        return Group(lay.ep, inner)  # pp is outermost where there is one
+    # Distance between neighbours of dp and of pp, one of which lies inside the other.
+    data, stages = (
+        np.where(lay.outermost == 0, *apart) for apart in ((inner, inner * lay.pp), (inner * lay.dp, inner))
+    )
+    if axis in ("data", "edp"):
+        size, near = (lay.shards, lay.tp) if axis == "data" else (lay.data_ranks // lay.ep, lay.tp * lay.ep)
+        if not np.any(lay.outermost):
+            return Group(np.maximum(size, 1), near)
+        rows = np.where(lay.outermost == 0, 1, size // lay.cp)
+        return Group(np.maximum(size, 1), near, (rows, data))
+    if axis == "replica":
+        return Group(lay.dp_replicas, data * (lay.dp // lay.dp_replicas))
     if axis == "ends":
-        return Group(np.minimum(lay.pp, 2), np.maximum(lay.pp - 1, 1) * inner * lay.dp)
-    return Group(lay.pp, inner * lay.dp) if axis == "pp" else Group(lay.ep if axis == "ep" else lay.dp, inner)
+        return Group(np.minimum(lay.pp, 2), np.maximum(lay.pp - 1, 1) * stages)
+    return Group(lay.pp, stages) if axis == "pp" else Group(lay.dp, data)
 
 
 def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:

@@ -128,6 +128,7 @@ def estimate(
     dtype: Dtype = "bfloat16",
     stack: Stack | None = None,
     optimizer: str = "adamw",
+    averages_per_step: float = 0.0,
 ) -> Estimates:
     """Predict step time, its components and memory of `layouts` (they must keep `spec.layout.layout_problems`).
 
@@ -144,6 +145,7 @@ def estimate(
             dtype=dtype,
             stack=stack,
             optimizer=optimizer,
+            averages_per_step=averages_per_step,
         )
     )
 

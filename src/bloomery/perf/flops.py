@@ -101,6 +101,12 @@ def weights_share(model: Model, seq_len: int) -> float:
     return (forward.layers - forward.attention) / (2 * forward.layers)
 
 
+def head_in_layers(model: Model, seq_len: int) -> float:
+    """FLOPs of the head over those of a layer, on average over the layers."""
+    forward = forward_flops(model, seq_len)
+    return forward.head * model.layers / forward.layers
+
+
 def model_flops(model: Model, *, global_batch: int, seq_len: int, causal: bool = False) -> float:
     """FLOPs of one optimizer step without recomputation; full attention unless `causal`."""
     return 3 * global_batch * forward_flops(model, seq_len, causal=causal).total

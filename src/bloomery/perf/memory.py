@@ -131,9 +131,13 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
-        inside = layer_parameters(case.model, case.model.layers - 1)
-        matrices = ranks.layers * Held.of([p for p in inside if is_hidden_matrix(p)]).dense(lay)
-        states = states - precision.norm * _cut(case, matrices, 0.0, lay.zero_stage >= 1)
+        first, last = (
+            Held.of([p for p in layer_parameters(case.model, layer) if is_hidden_matrix(p)])
+            for layer in (0, case.model.layers - 1)
+        )
+        matrices = ranks.dense_layers * first.dense(lay) + ranks.moe_layers * last.dense(lay)
+        experts = ranks.moe_layers * last.experts(lay)
+        states = states - precision.norm * _cut(case, matrices, experts, lay.zero_stage >= 1)
     return {
         "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
         "gradients": precision.gradient * _cut(case, dense, experts, sharded),
@@ -169,7 +173,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
         if stack.selective_share is not None:
             return whole, stack.selective_share * whole
         # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
-        outputs = operators - 2 * case.stream_tokens * model.hidden * precision.stream
+        outputs = operators - _selective_outer_bytes(case)
         widths = stack.saved_widths(model) - (2 if model.gated else 1)
         return whole, stack.kept * (outputs + widths * inside * width * precision.compute)
     each = 2 * precision.compute + (1 if stack.dropout else 0)
@@ -220,6 +224,23 @@ def _eager_outer_bytes(case: Case) -> Any:
     return norms + copies * case.tokens * h * precision.compute
 
 
+def _selective_outer_bytes(case: Case) -> Any:
+    """What our engine keeps of that when norms' outputs are made again: their inputs; of a mixture the router's scores,
+    and its input where that is a copy in a wider format."""
+    model, compute = case.model, case.precision.compute
+    kept = 2 * case.stream_tokens * model.hidden * case.precision.stream
+    if model.moe is None:
+        return kept
+    copy = model.hidden * 4 if compute < 4 else 0
+    return kept + case.tokens * (copy + _routing_bytes(case, model.moe))
+
+
+def _routing_bytes(case: Case, moe: MixtureOfExperts) -> Any:
+    """Bytes a token of a router's scores, of the experts of a token and of both orders of the copies."""
+    wide = max(4, case.precision.compute)
+    return moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
+
+
 def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarray) -> Any:
     """Bytes a token that a layer with experts keeps as inputs of its blocks, and for its routing.
 
@@ -229,8 +250,7 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarra
     h, compute = case.model.hidden, case.precision.compute
     wide = max(4, compute)
     shared = np.where(narrowed, 2 if case.model.gated else 1, int(compute < wide)) * (moe.shared_experts > 0)
-    scores = moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
-    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + scores
+    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + _routing_bytes(case, moe)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Inside the layers the stack's share of overlap is taken off here; what data para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -126,11 +126,12 @@ def _context_s(case: Case) -> Inner:
 
 
 def _experts_s(case: Case) -> Inner:
-    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed.
+    """Expert parallelism: dispatch and combination, forward and backward, again when recomputed; and what routers ask
+    context-parallel ranks.
 
     Our engine sends all tokens from each tensor-parallel rank; others under sequence parallelism 1/tp of them.
     """
-    if case.model.moe is None or not np.any(case.lay.ep > 1):
+    if case.model.moe is None or not np.any((case.lay.ep > 1) | (case.lay.cp > 1)):
         return NO_MESSAGES
     rows = case.once(
         "messages of experts",
@@ -139,10 +140,14 @@ def _experts_s(case: Case) -> Inner:
         ),
     )
     whole = case.stack.eager | (case.lay.sequence_parallel == 0)
-    group, cut = group_of(case.lay, "ep"), np.where(whole, 1, case.lay.tp)
+    cut = np.where(whole, 1, case.lay.tp)
+    groups = {axis: group_of(case.lay, axis) for axis in {row.axis for row in rows}}
     seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
     for row in rows:
-        one = collective_s(case.cluster, "all_to_all", group, row.bytes_each / cut)
+        if row.axis == "cp" and not case.stack.eager:
+            continue  # constants of other stacks were fitted without it
+        size = row.bytes_each / (cut if row.axis == "ep" else 1)
+        one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], size)
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one
     exposed = 1.0 - case.stack.inner_overlap
@@ -177,9 +182,11 @@ def data_messages(case: Case) -> Data:
         },
     )
     rows = case.once(
-        f"data-parallel messages, eager {case.stack.eager}",
+        f"data-parallel messages, eager {case.stack.eager}, whole {case.stack.whole_gradients}",
         lambda: data_collectives(case.model, case.sent, ranks.shape, **widths),
     )
+    if case.stack.whole_gradients:
+        rows = _as_one(rows)
     groups = {axis: group_of(case.lay, "data" if axis == "dp" else axis) for axis in {row.axis for row in rows}}
     nothing = np.zeros(np.shape(ranks.layers))
     seconds = {"reduce": nothing, "gather": nothing, "gather_each": nothing}
@@ -188,6 +195,19 @@ def data_messages(case: Case) -> Data:
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
     return Data(**seconds)
+
+
+def _as_one(rows: Sequence[Collective]) -> list[Collective]:
+    """Messages of one kind over one group and step as one message with all their bytes; others as they are."""
+    together: dict[tuple[str, str], list[Collective]] = {}
+    for row in rows:
+        if row.each == "step":
+            together.setdefault((row.op, row.axis), []).append(row)
+    joined = [row for row in rows if row.each != "step"]
+    for same in together.values():
+        n_bytes = sum(row.count * row.bytes_each for row in same)
+        joined.append(replace(same[0], count=np.where(n_bytes > 0, 1, 0), bytes_each=n_bytes))
+    return joined
 
 
 def tied_s(case: Case) -> Any:

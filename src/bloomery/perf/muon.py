@@ -1,6 +1,7 @@
 """Seconds that Muon takes beyond AdamW: gathering whole matrices and orthogonalising them.
 
-Every rank orthogonalises all matrices of its pipeline stage: nothing is divided over tensor- or data-parallel ranks.
+Every rank orthogonalises all matrices of its pipeline stage: nothing is divided over tensor- or data-parallel ranks but
+experts, over the expert-parallel ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_s
 from bloomery.spec.cluster import CollectiveName
-from bloomery.spec.collective import StageShape
 from bloomery.spec.data_messages import matrix_collectives
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
 
@@ -25,23 +25,24 @@ def muon_s(case: Case) -> Any:
     ranks = case.kinds
     if case.optimizer != "muon":
         return np.zeros(np.shape(ranks.layers))
-    seconds = ranks.layers * _layer_s(case)
-    shape = StageShape(ranks.layers, ranks.first, ranks.last)
-    for row in matrix_collectives(case.model, case.lay, shape, parameter_bytes=case.precision.parameter):
+    seconds = ranks.dense_layers * _layer_s(case, 0) + ranks.moe_layers * _layer_s(case, case.model.layers - 1)
+    for row in matrix_collectives(case.model, case.lay, ranks.shape, parameter_bytes=case.precision.parameter):
         group = group_of(case.lay, "data" if row.axis == "dp" else row.axis)
         one = collective_s(case.cluster, cast(CollectiveName, row.op), group, row.bytes_each)
         seconds = seconds + row.count * one
     return seconds
 
 
-def _layer_s(case: Case) -> float:
-    """One layer's matrices: X X^T, its square, and the product with X, of the smaller side r and the larger c."""
-    accelerator, total = case.accelerator, 0.0
+def _layer_s(case: Case, layer: int) -> Any:
+    """One layer's matrices, of experts those on a rank: X X^T, its square, and the product with X, of the smaller side
+    r and the larger c."""
+    accelerator, total = case.accelerator, np.zeros(len(case.lay))
     narrow = accelerator.kind != "cpu" and "bfloat16" in accelerator.peak_flops_per_s
     dtype, wide = ("bfloat16", 2) if narrow else ("float32", 4)
-    for parameter in layer_parameters(case.model, case.model.layers - 1):
+    for parameter in layer_parameters(case.model, layer):
         if is_hidden_matrix(parameter):
-            r, c = sorted(parameter.shape)
+            count = parameter.shape[0] // case.lay.ep if parameter.expert else 1
+            r, c = sorted(parameter.shape[-2:])
             for m, n, k in ((r, r, c), (r, r, r), (r, c, r)):
-                total += float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type]
+                total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type]
     return NEWTON_SCHULZ_STEPS * total

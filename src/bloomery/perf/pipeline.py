@@ -8,9 +8,9 @@ a v-th of it when interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 
 
 Where s > 1 ranks share a core (`Accelerator.ranks_per_core`), what a waiting rank leaves the others use. t_r is the
 time while all work; alone a stage is s times as fast. So in a steady turn the slowest stage does alone what the others
-(on average t_o) have not had to do: m (t_o + (max_r t_r - t_o) / s). While the pipeline fills and drains, k = 1 ... p - 1
-of its p stages work, each for f_k = max(1/s, k/p) of t_r: both ramps take 2 sum_k f_k in the place of the p - 1 steady
-turns that they hold the work of, a (2 mean_k f_k - 1)-th of the plain bubble (none where all share one core).
+(on average t_o) have not had to do: m (t_o + (max_r t_r - t_o) / s). While the pipeline fills and drains, k = 1 ...
+p - 1 of its p stages work, each for f_k = max(1/s, k/p) of t_r: both ramps take 2 sum_k f_k in the place of the p - 1
+steady turns that they hold the work of, a (2 mean_k f_k - 1)-th of the plain bubble (none where all share one core).
 
 For even stages this is (m + (p-1)/v) t: the bubble fraction (p-1)/(v m) of the paper. GPipe takes the same time as 1F1B
 and differs in memory. On a V the bubble is another (`v_bubble_s`). Averaged over ranks, T = m mean_r t_r + bubble; the

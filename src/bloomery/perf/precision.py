@@ -8,7 +8,7 @@ for the operands of a layer's matrix products; all else stays 16-bit (Micikevici
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bloomery.spec.cluster import Accelerator, Dtype
 from bloomery.spec.errors import InputError
@@ -22,6 +22,7 @@ class Precision:
 
     `stream`: the residual stream and what stages send; `compute`: what enters and leaves a block and is kept for
     backward; `operand`: operands of matrix products; `norm`: gradients and master weights as the optimizer reads them.
+    `averages_per_step`: updates of a running average of the weights, which is kept beside the optimizer's state.
     """
 
     parameter: int
@@ -31,21 +32,30 @@ class Precision:
     compute: int
     operand: int
     norm: int = 4
+    averages_per_step: float = 0.0
 
     @property
-    def adam_bytes(self) -> int:
+    def adam_bytes(self) -> float:
         """Bytes one AdamW update moves per parameter: read gradient, weight, two moments; write weight, two moments.
 
-        28 for float32; with 16-bit working weights the master weight is updated and a 16-bit copy written.
+        28 for float32; with 16-bit working weights the master weight is updated and a 16-bit copy written. An average
+        of the weights is read and written, with the weight read once more.
         """
         copy = self.parameter if self.parameter < self.norm else 0
-        return self.gradient + 6 * self.norm + copy
+        return self.gradient + 6 * self.norm + copy + 3 * self.norm * self.averages_per_step
 
     @property
     def clip_bytes(self) -> int:
         """Bytes the gradient norm and clipping move per parameter: one read for the norm, as much again for scaling,
         which reads and writes but only where the norm exceeds its limit; 8 for float32."""
         return 2 * self.gradient
+
+
+def averaged(precision: Precision, updates_per_step: float) -> Precision:
+    """The same with a running average of the weights, updated so often (0: none)."""
+    if not updates_per_step:
+        return precision
+    return replace(precision, optimizer=precision.optimizer + precision.norm, averages_per_step=updates_per_step)
 
 
 def precision_of(accelerator: Accelerator, dtype: Dtype) -> Precision:

@@ -32,7 +32,8 @@ PUBLISHED = replace(GPU, selective_share=0.0)
 """Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept anyway."""
 
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
-MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed"), recompute="full")
+MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed", gradient_bytes=2), recompute="full")
+"""DeepSpeed's engine accumulates and reduces gradients in the 16 bits of the weights."""
 MEGATRON_CORE = Profile(replace(PUBLISHED, name="megatron-core"), zero_stage=1, sequence_parallel=True)
 FSDP = Profile(replace(PUBLISHED, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
 """Selective: per operator, every other matrix product is kept (torchtitan's default)."""

@@ -89,6 +89,12 @@ class Stack:
     serial_launch: bool
     expert_imbalance: float = 1.0
 
+    @property
+    def whole_gradients(self) -> bool:
+        """Whether a rank's gradients are reduced as one buffer after the backward pass (Megatron's contiguous buffer),
+        for want of anything to run beside them; else bucket by bucket, one a layer."""
+        return not self.eager and not self.gradient_overlap
+
     def layer_kernels(self, *, moe: bool) -> Passes:
         """Kernels of one layer in each direction."""
         more = self.expert_kernels if moe else Passes(0, 0)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
+from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import Work, stage_work
 from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
@@ -104,7 +105,7 @@ class Sends(Table):
         return cls(sends(case, forward)[0] + sends(case, backward)[1], case.lay.vpp.astype(np.float64))
 
 
-SENDS = (*MESH, "sequence_parallel", "micro_batch", "vpp", "v_shaped")
+SENDS = (*MESH, "outermost", "sequence_parallel", "micro_batch", "vpp", "v_shaped")
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,8 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     if stack.serial_launch:
         return forward, backward
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
-    crosses = (lay.pp > 1) & (lay.world_size > case.cluster.accelerators_per_node)
+    pipeline = group_of(lay, "pp")
+    crosses = (lay.pp > 1) & (pipeline.size * pipeline.stride > case.cluster.accelerators_per_node)
     call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
     host_forward = work.host_forward + call_s * inner.calls_forward
     host_backward = work.host_backward + call_s * inner.calls_backward

@@ -38,7 +38,10 @@ NEARLY_FRESH_EPOCHS = 4.0
 
 @dataclass(frozen=True)
 class Question:
-    """What is given; None is asked for. `flops_per_parameter_token` of PF-days: 6, or 8 with recomputation counted."""
+    """What is given; None is asked for. `own`: a law beside the published ones (`law_file`).
+
+    `flops_per_parameter_token` of PF-days: 6, or 8 with recomputation counted.
+    """
 
     pf_days: float | None = None
     parameters: float | None = None
@@ -51,6 +54,18 @@ class Question:
     inference_tokens: float | None = None
     flops_per_parameter_token: int = 6
     law: str = "besiroglu"
+    own: Law | None = None
+
+    def every_law(self) -> tuple[Law, ...]:
+        """The published laws, one's own last, each knowing how many tokens there are."""
+        own = () if self.own is None else (self.own,)
+        return tuple(with_unique_tokens(of, self.unique_tokens) for of in (*laws().values(), *own))
+
+    def chosen_law(self) -> Law:
+        """The law shown in full. Raises InputError."""
+        if self.own is not None and self.law == self.own.key:
+            return self.own
+        return with_unique_tokens(law(self.law), self.unique_tokens)
 
     @property
     def work_is_fixed(self) -> bool:
@@ -113,9 +128,9 @@ def budget(question: Question, machine: Machine | None) -> Budget:
     """
     _check(question, machine)
     means = None if machine is None else Means(machine, question.money, question.days, question.accelerators)
-    answers = [_answer(question, _knowing(key, question), means) for key in laws()]
+    answers = [_answer(question, of, means) for of in question.every_law()]
     if question.inference_tokens is not None:
-        answers.append(_inference_answer(question, _knowing(question.law, question), means))
+        answers.append(_inference_answer(question, question.chosen_law(), means))
     _refuse_where_nothing_is_left(question, answers)
     cluster = None if machine is None else machine.cluster
     return Budget(
@@ -147,10 +162,6 @@ def work(question: Question, of: Law) -> tuple[float, float]:
         return nan, nan
     parameters, tokens = of.optimal(flops)
     return float(parameters), float(tokens)
-
-
-def _knowing(key: str, question: Question) -> Law:
-    return with_unique_tokens(law(key), question.unique_tokens)
 
 
 def _answer(question: Question, of: Law, means: Means | None) -> Answer:
@@ -227,7 +238,7 @@ def _finite(value: float) -> float | None:
 
 def _check(question: Question, machine: Machine | None) -> None:
     """Refuse what contradicts itself, saying by how much, and what is too little, saying what one more would do."""
-    law(question.law)
+    question.chosen_law()
     for name in ("pf_days", "parameters", "tokens", "target_loss", "money", "days", "unique_tokens"):
         value = getattr(question, name)
         if value is not None and not (isfinite(value) and value > 0):
@@ -273,7 +284,7 @@ def _check_work(question: Question) -> None:
                 f"--pf-days {pf_days:,.0f} is {pf_days / computed:.3g} times that{hint}"
             )
     if loss is not None and (question.both or pf_days is not None):
-        of = _knowing(question.law, question)
+        of = question.chosen_law()
         said = "they fix the loss"
         if of.has_loss:
             reached = float(of.loss(*work(replace(question, target_loss=None), of)))
@@ -296,11 +307,20 @@ def _notes(question: Question, answers: list[Answer]) -> tuple[str, ...]:
     sizes = [answer.optimal_parameters for answer in answers if not isnan(answer.optimal_parameters)]
     if len(sizes) > 1 and question.parameters is None:
         found.append(f"the laws' optimum spreads from {_si(min(sizes))} to {_si(max(sizes))} parameters")
+    if question.own is not None and question.own.fitted_flops is not None:
+        found += _extrapolated(question.own, question.own.fitted_flops[1], answers)
     if question.unique_tokens is not None:
         over = [answer.title for answer in answers if (answer.epochs or 0.0) > NEARLY_FRESH_EPOCHS]
         if over:
             found.append(f"more than {NEARLY_FRESH_EPOCHS:.0f} epochs, where repeated tokens fade: {', '.join(over)}")
     return tuple(found)
+
+
+def _extrapolated(own: Law, largest: float, answers: list[Answer]) -> list[str]:
+    """How far beyond its runs one's own law is asked, and what they left open."""
+    asked = next(answer.pf_days_6nd for answer in answers if answer.law == own.key) * PF_DAY
+    beyond = [f"{own.title}: {asked / largest:.3g} times the FLOP of its largest run; extrapolated"]
+    return (beyond if asked > 1.5 * largest else []) + ([f"{own.title}: {own.note}"] if own.note else [])
 
 
 def _si(value: float) -> str:

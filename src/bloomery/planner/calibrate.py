@@ -22,6 +22,8 @@ from bloomery.spec.calibration import ArchitectureConstants, Calibration, StackC
 
 NOISE = 0.05
 """Spread of log seconds between a good prediction and a measured run."""
+FEW = 10
+"""A source with fewer runs counts as so many: two lines of one log once set a whole stack's network."""
 STEP = 1e-3
 """Step of the numerical derivative, in log."""
 SPREADS: dict[str, dict[str, float]] = {
@@ -127,8 +129,8 @@ class Problem:
     def weights(self) -> np.ndarray:
         """Of each run, shape (n,)."""
         count = Counter(run.source for run in self.questions.runs)
-        each = np.array([count[run.source] for run in self.questions.runs], dtype=float)
-        return (each / 10.0) ** -0.35 / NOISE
+        each = np.array([max(count[run.source], FEW) for run in self.questions.runs], dtype=float)
+        return (each / FEW) ** -0.35 / NOISE
 
     @cached_property
     def felt_by(self) -> tuple[tuple[int, ...], ...]:

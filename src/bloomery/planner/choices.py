@@ -32,11 +32,17 @@ class Verdict:
     optimal_tokens: float
 
 
-def compare(choices: list[tuple[float, float]], *, unique_tokens: float | None = None) -> tuple[Verdict, ...]:
-    """Every law's verdict on two or more (parameters, tokens). Raises InputError on fewer."""
+def compare(
+    choices: list[tuple[float, float]], *, unique_tokens: float | None = None, own: Law | None = None
+) -> tuple[Verdict, ...]:
+    """The verdict of every law, one's `own` among them, on two or more (parameters, tokens).
+
+    Raises InputError on fewer.
+    """
     if len(choices) < 2:
         raise InputError("at least two choices are needed", where="budget compare", accepted="PARAMETERS:TOKENS ...")
-    return tuple(_verdict(with_unique_tokens(each, unique_tokens), choices) for each in laws().values())
+    every = (*laws().values(), *(() if own is None else (own,)))
+    return tuple(_verdict(with_unique_tokens(each, unique_tokens), choices) for each in every)
 
 
 def _verdict(of: Law, choices: list[tuple[float, float]]) -> Verdict:

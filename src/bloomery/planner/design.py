@@ -162,7 +162,11 @@ class _Desk:
         """The structure under the best layout that cuts it evenly; None where none fits or keeps the rules."""
         run = self.run.model_copy(update={"model": model, "layout": "auto", "compare": {}})
         try:
-            found = search(run, runnable_only=self.runnable_only)
+            found = search(
+                run,
+                runnable_only=self.runnable_only,
+                wanted=lambda lay: shapes.evenly_cut(model.layers, lay, self.stages),
+            )
         except (InputError, LimitError):
             return None
         for world, index in found.order:

@@ -1,16 +1,19 @@
 """Every valid layout of a model on so many ranks, as one `LayoutBatch`, and a count of what the rules refused.
 
-The space is a product: meshes (tp, pp, dp, cp, ep with tp*pp*dp*cp = world size) x options (interleaving, ZeRO stage,
-sequence parallelism, micro-batch, recomputation). A mesh that no option can save is refused before the product is
-built; the others are judged by the same `layout_problems` as the trainer's, in two halves. Memory and speed are not
-judged here. GPipe is left out: it takes 1F1B's time and never less memory. Replicated ZeRO (`dp_replicas`) is left out:
-it is for a user to ask for.
+The space is a product: meshes (tp, pp, dp, cp, ep with tp*pp*dp*cp = world size) x options: the schedule with its
+chunks a rank and the split of the layers, which axis is outermost, micro-batch; ZeRO stage, replicas, sequence
+parallelism, recomputation. A mesh that no option can save is refused before the product is built; the others are judged
+by the same `layout_problems` as the trainer's, in two halves. Memory and speed are not judged here.
+
+Left out is what cannot be better: GPipe, which takes 1F1B's time and never less memory; replicas (HSDP) that neither
+fill a unit of a link tier (a node) nor are all; an order of axes that no tier tells from the usual one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from itertools import product
 from math import gcd, isqrt
 from typing import Any
@@ -18,15 +21,26 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import MESH
-from bloomery.spec.layout import RECOMPUTE, SCHEDULES, LayoutBatch
+from bloomery.perf.flops import head_in_layers
+from bloomery.spec.layout import (
+    OUTERMOST,
+    RECOMPUTE,
+    SCHEDULES,
+    V_SCHEDULES,
+    LayoutBatch,
+    Splits,
+    balanced_split,
+    stage_split,
+)
 from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.
-MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving")
-OPTIONS = ("vpp", "zero_stage", "sequence_parallel", "micro_batch", "recompute")
-CUTTING, SAVING = ("vpp", "micro_batch"), ("zero_stage", "sequence_parallel", "recompute")
-MILDEST = np.array([1, 0, 0, 1, 0], dtype=np.int64)  # of OPTIONS: no interleaving, ZeRO or recomputation
+MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving", "replicas", "order_alone")
+CUTTING = ("vpp", "schedule", "balanced", "outermost", "micro_batch")
+SAVING = ("zero_stage", "dp_replicas", "sequence_parallel", "recompute")
+MILDEST = dict.fromkeys((*CUTTING, *SAVING), 0) | {"vpp": 1, "micro_batch": 1, "dp_replicas": 1}
+"""No interleaving, ZeRO or recomputation."""
 
 
 @dataclass(frozen=True)
@@ -71,44 +85,63 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def options(model: Model, global_batch: int) -> np.ndarray:
-    """Every combination of the options, shape (o, 5), in the order of `OPTIONS`."""
-    vpp = divisors(model.layers)
+def cuttings(model: Model, global_batch: int) -> np.ndarray:
+    """Every way to cut the step, shape (o, 5), in the order of `CUTTING`. Interleaved stages are even; the others also
+    come with stages of even cost (`balanced`), the head counted in layers."""
+    one, looped, *folded = (SCHEDULES.index(name) for name in ("1f1b", "interleaved", *V_SCHEDULES))
+    schedules = [(vpp, looped if vpp > 1 else one, 0) for vpp in divisors(model.layers)]
+    schedules += [(2, schedule, 0) for schedule in folded]
+    schedules += [(vpp, schedule, 1) for vpp, schedule in ((1, one), *((2, schedule) for schedule in folded))]
     micro_batch = [2**k for k in range(global_batch.bit_length()) if global_batch % 2**k == 0]
-    return np.array(list(product(vpp, range(4), (0, 1), micro_batch, range(len(RECOMPUTE)))), dtype=np.int64)
+    every = product(schedules, range(len(OUTERMOST)), micro_batch)
+    return np.array([(*schedule, order, size) for schedule, order, size in every], dtype=np.int64)
+
+
+def savings(world_size: int) -> np.ndarray:
+    """Every way to save memory, shape (o, 4), in the order of `SAVING`."""
+    zero = [(0, 1), (1, 1), *product((2, 3), divisors(world_size))]
+    return np.array([(*stage, *rest) for stage, *rest in product(zero, (0, 1), range(len(RECOMPUTE)))], dtype=np.int64)
 
 
 def enumerate_layouts(
-    model: Model, world_size: int, *, global_batch: int, seq_len: int, runnable_only: bool
+    model: Model,
+    world_size: int,
+    *,
+    global_batch: int,
+    seq_len: int,
+    runnable_only: bool,
+    spans: Sequence[int] = (),
 ) -> Enumeration:
     """All layouts of `model` on `world_size` ranks that keep every rule, with the rules that refused the others.
 
-    A rule concerns the mesh and how the batch is cut (`CUTTING`), or the mesh and how memory is saved (`SAVING`), never
-    both. So each half is judged with the other at its mildest, and what both accept is valid (a test compares with a
-    loop over everything); a refusal in one half counts for all that the other half would have made of it.
+    `spans`: accelerators in a unit of each link tier, smaller than the world (a node). A rule concerns the mesh and how
+    the batch is cut (`CUTTING`), or the mesh and how memory is saved (`SAVING`); one alone concerns both halves and is
+    asked last. So each half is judged with the other at its mildest (a test compares with a loop over everything); a
+    refusal in one half counts for all that the other half would have made of it.
     """
     mesh = meshes(model, world_size, runnable_only=runnable_only)
-    option = options(model, global_batch)
-    cutting, saving = _half(option, CUTTING), _half(option, SAVING)
+    cutting, saving = cuttings(model, global_batch), savings(world_size)
+    whole = int(np.count_nonzero(saving[:, SAVING.index("dp_replicas")] == 1))
     refused: dict[str, tuple[str, int]] = {}
 
-    def keep(rows: np.ndarray, choice: np.ndarray, each: int | np.ndarray) -> np.ndarray:
-        lay = _batch(rows, choice)
+    def keep(lay: LayoutBatch, each: int | np.ndarray) -> np.ndarray:
         found = layout_problems(model, lay, global_batch=global_batch, seq_len=seq_len, world_size=world_size)
         if runnable_only:
             found += runnable_problems(model, lay)
         return _keep(found, refused, each=each)
 
     # What breaks with the mildest options (no interleaving, micro-batch 1) breaks with all of them.
-    mesh = mesh[keep(mesh, np.tile(MILDEST, (len(mesh), 1)), len(option))]
-    cut_mesh, cut = _cuts_by_mesh(model, mesh, cutting, global_batch, refused, each=len(saving))
-    save_mesh, save = (index.reshape(-1) for index in np.indices((len(mesh), len(saving))))
+    mesh = mesh[keep(layouts_of_meshes(mesh), len(cutting) * whole)]
+    cut_mesh, cut = _cuts_by_mesh(model, mesh, cutting, global_batch, seq_len, spans, refused, each=whole)
+    save_mesh, save = _savings_by_mesh(mesh, saving, spans)
     cuts = np.bincount(cut_mesh, minlength=len(mesh))
-    kept = keep(mesh[save_mesh], saving[save], cuts[save_mesh])
+    kept = keep(_batch(model, seq_len, mesh[save_mesh], saving=saving[save]), cuts[save_mesh])
     save_mesh, save = save_mesh[kept], save[kept]
     saves = np.bincount(save_mesh, minlength=len(mesh))
-    kept = keep(mesh[cut_mesh], cutting[cut], saves[cut_mesh])
-    lay = _product(mesh, (cut_mesh[kept], cutting[cut[kept]]), (save_mesh, saving[save]))
+    kept = keep(_batch(model, seq_len, mesh[cut_mesh], cutting=cutting[cut]), saves[cut_mesh])
+    lay = _product(model, seq_len, mesh, (cut_mesh[kept], cutting[cut[kept]]), (save_mesh, saving[save]))
+    if runnable_only and model.tie_embeddings:
+        lay = lay.take(_keep(runnable_problems(model, lay), refused, each=1))
     return Enumeration(
         world_size=world_size,
         layouts=lay,
@@ -117,25 +150,38 @@ def enumerate_layouts(
     )
 
 
-def _half(option: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
-    """The different values of some columns of `options`, the other columns at their mildest."""
-    free = [name in columns for name in OPTIONS]
-    return np.unique(np.where(free, option, MILDEST), axis=0)
+def also_at(model: Model, found: Enumeration, *, global_batch: int, seq_len: int) -> Enumeration:
+    """Those of `found` that keep every rule with another batch or sequence too: a run's smaller ones at its start."""
+    refused = {refusal.rule: (refusal.reason, refusal.count) for refusal in found.refusals}
+    problems = layout_problems(model, found.layouts, global_batch=global_batch, seq_len=seq_len)
+    at = f" (in the ramp, with {global_batch} x {seq_len} tokens)"
+    kept = _keep([replace(p, rule=f"{p.rule}{at}", reason=f"{p.reason}{at}") for p in problems], refused, each=1)
+    refusals = tuple(Refusal(rule, reason, count) for rule, (reason, count) in refused.items())
+    return replace(found, layouts=found.layouts.take(kept), refusals=refusals)
 
 
 def _product(
-    mesh: np.ndarray, cuts: tuple[np.ndarray, np.ndarray], saves: tuple[np.ndarray, np.ndarray]
+    model: Model,
+    seq_len: int,
+    mesh: np.ndarray,
+    cuts: tuple[np.ndarray, np.ndarray],
+    saves: tuple[np.ndarray, np.ndarray],
 ) -> LayoutBatch:
     """Every cut of a mesh with every saving of the same mesh; both are (row of mesh, options), sorted by mesh."""
     saves_of = np.bincount(saves[0], minlength=len(mesh))
     times = saves_of[cuts[0]]
     start = (np.cumsum(saves_of) - saves_of)[cuts[0]]
     save = np.arange(times.sum()) + np.repeat(start - (np.cumsum(times) - times), times)
-    rows = _batch(mesh[cuts[0]], cuts[1])
-    names = (*MESH, *CUTTING, "dp_replicas", "schedule", "cp_method")
-    outer: dict[str, Any] = {name: np.repeat(getattr(rows, name), times) for name in names}
-    inner = {name: saves[1][:, OPTIONS.index(name)][save] for name in SAVING}
-    return LayoutBatch(**outer, **inner)
+    rows = _batch(model, seq_len, mesh[cuts[0]], cutting=cuts[1])
+    outer: dict[str, Any] = {
+        name: np.repeat(getattr(rows, name), times)
+        for name in (*MESH, "vpp", "schedule", "outermost", "micro_batch", "cp_method")
+    }
+    inner = {name: column[save] for name, column in zip(SAVING, saves[1].T, strict=True)}
+    splits = None
+    if rows.stage_layers is not None:
+        splits = Splits(rows.stage_layers.kinds, np.repeat(rows.stage_layers.which, times))
+    return LayoutBatch(**outer, **inner, stage_layers=splits)
 
 
 def _cuts_by_mesh(
@@ -143,22 +189,41 @@ def _cuts_by_mesh(
     mesh: np.ndarray,
     cutting: np.ndarray,
     global_batch: int,
+    seq_len: int,
+    spans: Sequence[int],
     refused: dict[str, tuple[str, int]],
     each: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (mesh, cut) of the product without the two large families that arithmetic refuses wholesale.
+    """Indices (mesh, cut) of the product without the large families that arithmetic refuses wholesale.
 
-    These are uneven interleaving (pp*vpp must divide the layers) and micro-batches that do not divide the batch; they
-    are most of the product, so they are counted here and never built.
+    These are uneven interleaving (pp*vpp must divide the layers), more stages than layers and micro-batches that do not
+    divide the batch; they are most of the product, so they are counted here and never built. Not counted: what is no
+    layout of its own, as chunks without a pipeline, stages balanced as they were, an order that changes no distance.
     """
-    pp, dp = mesh[:, 1, None], mesh[:, 2, None]
-    vpp, micro_batch = cutting[None, :, 0], cutting[None, :, 3]
-    pointless = (vpp > 1) & (pp == 1)
-    uneven = (vpp > 1) & ~pointless & (model.layers % (pp * vpp) != 0)
-    indivisible = ~uneven & ~pointless & (global_batch % (dp * micro_batch) != 0)
+    tp, pp, dp, cp = (mesh[:, column, None] for column in range(4))
+    vpp, schedule, balanced, outermost, micro_batch = (column[None] for column in cutting.T)
+    looped = schedule == SCHEDULES.index("interleaved")
+    same = _default_is_balanced(model, seq_len, pp * vpp)
+    told_apart = np.logical_or.reduce([np.zeros_like(tp, dtype=bool), *(tp * cp < span for span in spans)])
+    pointless = (pp == 1) & ((vpp > 1) | (balanced == 1)) | (balanced == 1) & same
+    pointless |= (outermost == 1) & ((pp == 1) | (dp == 1) | ~told_apart | (mesh[:, 4, None] > 1))
+    uneven = looped & ~pointless & (model.layers % (pp * vpp) != 0)
+    deep = ~uneven & ~pointless & (pp * vpp > model.layers)
+    indivisible = ~uneven & ~deep & ~pointless & (global_batch % (dp * micro_batch) != 0)
     _count(refused, "even_interleaving", "interleaved stages must be even: pp*vpp divides the layers", uneven, each)
+    _count(refused, "layers", f"pp*vpp must not exceed {model.layers} layers", deep, each)
     _count(refused, "batch", f"dp*micro_batch must divide global_batch {global_batch}", indivisible, each)
-    keep = np.nonzero(~(pointless | uneven | indivisible))
+    keep = np.nonzero(~(pointless | uneven | deep | indivisible))
+    return keep[0], keep[1]
+
+
+def _savings_by_mesh(mesh: np.ndarray, saving: np.ndarray, spans: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (mesh, saving) of the product; replicas are those that fill a unit of a link tier, or no replicas."""
+    tp, dp, cp = (mesh[:, column, None] for column in (0, 2, 3))
+    replicas = saving[None, :, 1]
+    ranks = tp * cp * (dp // replicas)  # of one replica and pipeline stage
+    wanted = np.isin(ranks, spans) | (replicas == 1)
+    keep = np.nonzero(wanted & (dp % replicas == 0))
     return keep[0], keep[1]
 
 
@@ -179,27 +244,55 @@ def _count(
         refused[rule] = (reason, count + refused.get(rule, (reason, 0))[1])
 
 
+@lru_cache(maxsize=256)
+def balanced_stages(model: Model, seq_len: int, stages: int) -> tuple[int, ...] | None:
+    """Layers of each stage when the head is counted in layers; None where that is the default split or leaves a stage
+    none."""
+    if stages > model.layers:
+        return None
+    split = balanced_split(model.layers, [0.0] * (stages - 1) + [head_in_layers(model, seq_len)])
+    return None if min(split) < 1 or split == stage_split(model.layers, stages) else split
+
+
+def _default_is_balanced(model: Model, seq_len: int, stages: np.ndarray) -> np.ndarray:
+    """Where stages of even cost are the default split, in the shape of `stages`."""
+    found, place = np.unique(stages, return_inverse=True)
+    same = np.array([balanced_stages(model, seq_len, int(n)) is None for n in found], dtype=bool)
+    return same[place].reshape(stages.shape)
+
+
 def layouts_of_meshes(mesh: np.ndarray) -> LayoutBatch:
     """Each (tp, pp, dp, cp, ep), shape (m, 5), with the mildest options: no interleaving, micro-batch 1, no ZeRO."""
-    return _batch(mesh, np.tile(MILDEST, (len(mesh), 1)))
+    return _columns(mesh, {})
 
 
-def _batch(mesh: np.ndarray, option: np.ndarray) -> LayoutBatch:
-    """Rows of meshes and of options, both of length n, as n layouts."""
-    tp, pp, dp, cp, ep = mesh.T
-    vpp, zero_stage, sequence_parallel, micro_batch, recompute = option.T
-    return LayoutBatch(
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        dp=dp,
-        dp_replicas=np.ones_like(dp),
-        cp=cp,
-        ep=ep,
-        zero_stage=zero_stage,
-        sequence_parallel=sequence_parallel,
-        micro_batch=micro_batch,
-        schedule=np.where(vpp > 1, SCHEDULES.index("interleaved"), SCHEDULES.index("1f1b")),
-        recompute=recompute,
-        cp_method=np.zeros_like(cp),
+def _batch(
+    model: Model,
+    seq_len: int,
+    mesh: np.ndarray,
+    *,
+    cutting: np.ndarray | None = None,
+    saving: np.ndarray | None = None,
+) -> LayoutBatch:
+    """Rows of meshes and of one half of the options, both of length n, as n layouts; the other half at its mildest."""
+    chosen: dict[str, np.ndarray] = {}
+    for names, rows in ((CUTTING, cutting), (SAVING, saving)):
+        if rows is not None:
+            chosen |= dict(zip(names, rows.T, strict=True))
+    balanced = chosen.pop("balanced", None)
+    lay = _columns(mesh, chosen)
+    if balanced is None or not balanced.any():
+        return lay
+    stages = np.where(balanced == 1, lay.pp * lay.vpp, 0)
+    found, which = np.unique(stages, return_inverse=True)
+    return lay.having(
+        stage_layers=Splits(tuple(balanced_stages(model, seq_len, int(n)) if n else None for n in found), which)
     )
+
+
+def _columns(mesh: np.ndarray, chosen: dict[str, np.ndarray]) -> LayoutBatch:
+    """Meshes with some options as columns, the others at their mildest."""
+    named: dict[str, Any] = dict(zip(MESH, mesh.T, strict=True))
+    names = [name for name in (*CUTTING, *SAVING, "cp_method") if name != "balanced"]
+    options: dict[str, Any] = {name: chosen.get(name, np.full(len(mesh), MILDEST.get(name, 0))) for name in names}
+    return LayoutBatch(**named, **options)

@@ -9,13 +9,20 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates
-from bloomery.planner.enumerate import OPTIONS
 from bloomery.spec.cluster import Cluster
-from bloomery.spec.layout import RECOMPUTE, LayoutBatch
+from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 
 GIB = float(2**30)
 TIE = 1e-4  # relative difference below which two predictions are the same
-_WORDS = {"zero_stage": "ZeRO", "micro_batch": "micro-batch"}
+CHOICES = (
+    ("schedule", "vpp", "uneven"),
+    ("outermost",),
+    ("micro_batch",),
+    ("zero_stage", "dp_replicas"),
+    ("sequence_parallel",),
+    ("recompute",),
+)
+"""Columns of a batch that are one choice: chunks go with a schedule, replicas with a ZeRO stage."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +73,22 @@ def why_the_winner_won(lay: LayoutBatch, estimates: Estimates, cluster: Cluster,
     For each option the best change that fits and the one that misses by least; the best of the next three meshes.
     Lines are ordered by what the change costs.
     """
-    same = {name: getattr(lay, name) == getattr(lay, name)[winner] for name in (*MESH, *OPTIONS)}
+    columns = (*MESH, *(name for choice in CHOICES for name in choice))
+    same = {name: getattr(lay, name) == getattr(lay, name)[winner] for name in columns}
     short = shortage_bytes(estimates, cluster)
     same_mesh = np.logical_and.reduce([same[name] for name in MESH])
     lines: list[tuple[float, str]] = []
-    for name in OPTIONS:
-        others_same = np.logical_and.reduce([same[other] for other in OPTIONS if other != name])
-        changes = [
-            (*_loss(estimates, short, winner, int(i)), int(i))
-            for i in np.flatnonzero(same_mesh & others_same & ~same[name])
-        ]
+    for choice in CHOICES:
+        others_same = np.logical_and.reduce([same[other] for other in columns if other not in choice])
+        changed = ~np.logical_and.reduce([same[name] for name in choice])
+        changes = [(*_loss(estimates, short, winner, int(i)), int(i)) for i in np.flatnonzero(others_same & changed)]
         for family in ([c for c in changes if c[0] < np.inf], [c for c in changes if c[0] == np.inf]):
             if family:
                 loss, text, i = min(
                     family, key=lambda change: (change[0], shortage_bytes(estimates, cluster)[change[2]])
                 )
-                lines.append((loss, f"{_option(name, lay, i)} instead of {_option(name, lay, winner)}: {text}"))
+                ours, theirs = (_option(choice[0], lay.layout(place)) for place in (winner, i))
+                lines.append((loss, f"{theirs} instead of {ours}: {text}"))
     for i in _best_other_meshes(lay, estimates, same_mesh, count=3):
         loss, text = _loss(estimates, short, winner, i)
         lines.append((loss, f"{lay.layout(i).describe()}: {text}"))
@@ -122,10 +129,15 @@ def _signed(seconds: float) -> str:
     return f"{seconds:+.3g} s" if abs(seconds) >= 1 else f"{seconds * 1e3:+.3g} ms"
 
 
-def _option(name: str, lay: LayoutBatch, i: int) -> str:
-    value = int(getattr(lay, name)[i])
-    if name == "recompute":
-        return f"recompute {RECOMPUTE[value]}"
-    if name == "sequence_parallel":
-        return "sequence parallel" if value else "no sequence parallel"
-    return f"{_WORDS.get(name, name)} {value}"
+def _option(choice: str, layout: Layout) -> str:
+    """What a layout chose, in words; `choice`: the first of the columns that are one."""
+    stages = " and stages of even cost" if layout.stage_layers else ""
+    replicas = f" in {layout.dp_replicas} replicas" if layout.dp_replicas > 1 else ""
+    return {
+        "schedule": (layout.schedule if layout.v_shaped else f"vpp {layout.vpp}") + stages,
+        "outermost": f"{layout.outermost} outermost",
+        "micro_batch": f"micro-batch {layout.micro_batch}",
+        "zero_stage": f"ZeRO {layout.zero_stage}{replicas}",
+        "sequence_parallel": "sequence parallel" if layout.sequence_parallel else "no sequence parallel",
+        "recompute": f"recompute {layout.recompute}",
+    }[choice]

@@ -16,17 +16,21 @@ import numpy as np
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
 from bloomery.planner.explain import TIE, shortage_bytes
 from bloomery.planner.search import Evaluated, Found
-from bloomery.spec.layout import RECOMPUTE
+from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
 
 GIB = float(2**30)
-AXES = ("tp", "pp", "cp", "ep", "vpp", "zero_stage", "sequence_parallel", "micro_batch", "recompute")
+AXES = (
+    "tp", "pp", "cp", "ep", "outermost", "schedule", "vpp", "zero_stage", "dp_replicas", "sequence_parallel",
+    "micro_batch", "recompute",
+)  # fmt: skip
 """dp is what the others leave of the ranks."""
+NO_FAMILY = -1
 MESH_AXES = ("tp", "pp")
 """Axes whose refused values are told too; the smallest few of them."""
 REFUSED_SHOWN = 3
-_WORDS = {"zero_stage": "ZeRO", "micro_batch": "micro-batch"}
+_WORDS = {"zero_stage": "ZeRO", "micro_batch": "micro-batch", "dp_replicas": "replicas"}
 _SHORT = {
     "kernel": "compute",
     "recompute": "recomputation",
@@ -65,12 +69,19 @@ def losing_families(run: Run, found: Found) -> tuple[Family, ...]:
     missing = shortage_bytes(world.estimates, world.cluster)
     families: list[Family] = []
     for axis in AXES:
-        column = getattr(world.layouts, axis)
+        column = _column(world.layouts, axis)
         for value in np.unique(column):
-            if value != column[winner]:
+            if value not in (NO_FAMILY, column[winner]):
                 families.append(_valid(world, winner, axis, int(value), np.flatnonzero(column == value), missing))
     families += _refused(run, world, found.runnable_only)
     return tuple(sorted(families, key=lambda family: (AXES.index(family.axis), family.value)))
+
+
+def _column(lay: LayoutBatch, axis: str) -> np.ndarray:
+    """The value of an axis, shape (n,). A V is a schedule of its own, not a number of chunks; all others are one."""
+    if axis == "vpp":
+        return np.where(lay.v_shaped, NO_FAMILY, lay.vpp)
+    return np.where(lay.v_shaped, lay.schedule, 0) if axis == "schedule" else getattr(lay, axis)
 
 
 def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.ndarray, missing: np.ndarray) -> Family:
@@ -142,6 +153,10 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
 def _name(axis: str, value: int) -> str:
     if axis == "recompute":
         return f"recompute {RECOMPUTE[value]}"
+    if axis == "schedule":
+        return SCHEDULES[value] if value else "stages in one direction"
+    if axis == "outermost":
+        return f"{OUTERMOST[value]} outermost"
     if axis == "sequence_parallel":
         return "sequence parallel" if value else "no sequence parallel"
     return f"{_WORDS.get(axis, axis)} {value}"

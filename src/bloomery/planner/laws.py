@@ -30,7 +30,8 @@ FLOPS_RANGE = (1e9, 1e36)
 
 @dataclass(frozen=True)
 class Law:
-    """What all laws share. `exponent_interval`: 80 % interval of a in N_opt ~ C^a, as published (None: none)."""
+    """What all laws share. `exponent_interval`: 80 % interval of a in N_opt ~ C^a, as published (None: none);
+    `fitted_flops`: FLOP of the smallest and the largest run behind it (None: see its source)."""
 
     key: str
     title: str
@@ -38,6 +39,7 @@ class Law:
     note: str
     exponent_interval: tuple[float, float] | None = None
     pivot_flops: float = 1.3e20
+    fitted_flops: tuple[float, float] | None = None
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
         """L(N, D); NaN for a law without a loss."""

@@ -57,7 +57,7 @@ def planned_tokens(run: Run) -> int:
     """The tokens of the budget: as given, or steps x batch x sequence."""
     if run.train.tokens is not None:
         return run.train.tokens
-    return run.train.n_steps * run.train.global_batch * run.train.seq_len
+    return run.train.course.tokens(run.train.n_steps)
 
 
 def goodput(cluster: Cluster, parameters: int) -> tuple[float, float | None]:
@@ -84,7 +84,7 @@ def _days_pessimistic(cluster: Cluster, parameters: int, productive_s: float) ->
 
 
 def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
-    """The whole run on `cluster` (cut to the layout's ranks) at `step_time_s` seconds per optimizer step."""
+    """The whole run on `cluster` (cut to the layout's ranks) at `step_time_s` seconds per step on average."""
     productive_s = run.train.n_steps * step_time_s
     share, interval_s = goodput(cluster, parameter_count(run.model))
     wall_s = productive_s / share if share > 0 else None

@@ -15,7 +15,7 @@ import numpy as np
 
 from bloomery.planner.enumerate import divisors
 from bloomery.planner.outlook import outlook
-from bloomery.planner.search import Evaluated, evaluate
+from bloomery.planner.search import Evaluated, evaluate, mean_step_s
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.errors import LimitError
 from bloomery.spec.layout import LayoutBatch
@@ -175,7 +175,7 @@ def plainness(worlds: list[Evaluated], places: np.ndarray) -> np.ndarray:
 
 def _point(run: Run, world: Evaluated, i: int, alike: int) -> Point:
     step_s = float(world.estimates.step_time_s[i])
-    future = outlook(run, world.cluster, step_s)
+    future = outlook(run, world.cluster, mean_step_s(run, world, int(i)))
     layout = world.layouts.layout(int(i))
     return Point(
         world_size=world.cluster.size,

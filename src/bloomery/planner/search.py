@@ -7,7 +7,7 @@ layouts one wants to compare, and the reason of everything that was refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -15,11 +15,12 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
-from bloomery.planner.enumerate import Refusal, enumerate_layouts
+from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, runnable_problems
@@ -61,15 +62,21 @@ def plan(run: Run, *, world_size: int | None = None, top: int = 10, runnable_onl
     return answer(run, search(run, world_size=world_size, runnable_only=runnable_only), top=top)
 
 
-def search(run: Run, *, world_size: int | None = None, runnable_only: bool) -> Found:
+def search(
+    run: Run,
+    *,
+    world_size: int | None = None,
+    runnable_only: bool,
+    wanted: Callable[[LayoutBatch], np.ndarray] | None = None,
+) -> Found:
     """Every valid layout of `run` on its cluster, evaluated, and the ranking.
 
     `world_size`: plan for so many ranks (default: every measured cut of the cluster, else the whole of it).
-    `runnable_only`: consider only what the engine runs today. Raises InputError when no layout keeps the rules,
-    LimitError when none of the valid ones fits in memory.
+    `runnable_only`: consider only what the engine runs today; `wanted`: only those of the valid layouts (a mask).
+    Raises InputError when no layout keeps the rules, LimitError when none of the valid ones fits in memory.
     """
     sizes = [world_size] if world_size is not None else list(run.cluster.world_sizes())
-    worlds = [evaluate(run, ranks, runnable_only) for ranks in sizes]
+    worlds = [evaluate(run, ranks, runnable_only, wanted) for ranks in sizes]
     if not any(len(world.layouts) for world in worlds):
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
@@ -151,8 +158,10 @@ def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
     return fits[best], mesh[best]
 
 
-def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
-    """All valid layouts on `ranks` ranks of the run's cluster, with their estimates."""
+def evaluate(
+    run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
+) -> Evaluated:
+    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -160,22 +169,38 @@ def evaluate(run: Run, ranks: int, runnable_only: bool) -> Evaluated:
         global_batch=run.train.global_batch,
         seq_len=run.train.seq_len,
         runnable_only=runnable_only,
+        spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
-    estimates = estimates_on(run, cluster, found.layouts)
-    return Evaluated(cluster, found.layouts, estimates, found.n_enumerated, found.refusals)
+    for phase in run.train.course.phases[:-1]:
+        found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
+    lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
+    estimates = estimates_on(run, cluster, lay)
+    return Evaluated(cluster, lay, estimates, found.n_enumerated, found.refusals)
 
 
-def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch) -> Estimates:
-    """What the performance model says of `layouts` for the run's batch and number format on `cluster`."""
+def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
+    """What the performance model says of `layouts` for the number format of the run on `cluster`, with the run's own
+    batch or that of another phase of its course."""
+    sizes = run.train if phase is None else phase
     return estimate(
         run.model,
         cluster,
         layouts,
-        global_batch=run.train.global_batch,
-        seq_len=run.train.seq_len,
+        global_batch=sizes.global_batch,
+        seq_len=sizes.seq_len,
         dtype=run_dtype(run, cluster),
         optimizer=run.train.optimizer.name,
+        averages_per_step=run.train.averaging.updates_per_step,
     )
+
+
+def mean_step_s(run: Run, world: Evaluated, i: int) -> float:
+    """Seconds of a step of layout i, averaged over the phases of the run."""
+    course, one = run.train.course, world.layouts.take(np.array([i]))
+    total = course.last.steps * float(world.estimates.step_time_s[i])
+    for phase in course.phases[:-1]:
+        total += phase.steps * float(estimates_on(run, world.cluster, one, phase).step_time_s[0])
+    return total / course.last.stop_step
 
 
 def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
@@ -187,7 +212,7 @@ def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
         name=name,
         layout=layout,
         estimate=world.estimates.one(i),
-        outlook=outlook(run, world.cluster, float(world.estimates.step_time_s[i])),
+        outlook=outlook(run, world.cluster, mean_step_s(run, world, i)),
         memory_bytes=float(world.estimates.peak_bytes[i]),
         memory_limit_bytes=world.cluster.accelerator.memory_bytes,
         fits=bool(world.estimates.fits[i]),
@@ -207,10 +232,10 @@ def compared(run: Run, name: str, layout: Layout) -> tuple[Row, Evaluated]:
 
     Raises InputError when it breaks a rule.
     """
-    batch, seq_len = run.train.global_batch, run.train.seq_len
     try:
         cluster = run.cluster.cut(layout.world_size)
-        check_layout(run.model, layout, global_batch=batch, seq_len=seq_len)
+        for phase in run.train.course.phases:
+            check_layout(run.model, layout, global_batch=phase.global_batch, seq_len=phase.seq_len)
     except InputError as error:
         where = "layout" if name == "given" else f"compare.{name}"
         raise InputError(str(error), where=where) from None
@@ -274,6 +299,11 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
     notes = []
     if any("guess" in text for text in run.cluster.provenance.values()):
         notes.append(f"cluster {run.cluster.name} is an unmeasured guess; `bloomery probe` measures this machine")
+    ramp = run.train.course.last.first_step
+    if ramp:
+        notes.append(
+            f"the first {ramp} steps are train.ramp's, of other sizes: days count them, a step's figures do not"
+        )
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)

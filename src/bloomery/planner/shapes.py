@@ -14,10 +14,12 @@ from math import ceil, exp, floor, log
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from bloomery.planner.laws import Law
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.files import parse_yaml
-from bloomery.spec.layout import Layout
+from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import embedding_parameters, head_parameters, layer_parameter_count, parameter_count
 
@@ -141,14 +143,20 @@ def of_width(own: Model, hidden: int, variant: Variant, unit: int, between: tupl
     return [one.model_copy(update={"layers": n, "name": f"l{n}-h{hidden}"}) for n in depths]
 
 
-def stages_agree(layers: int, stages: int, rule: Stages) -> bool:
-    """Whether `stages` hold as many layers each; under `ends` the first and last, or the last, may hold one fewer.
+def stages_agree(layers: int, stages: Any, rule: Stages) -> Any:
+    """Whether `stages` (a number or an array) hold as many layers each; under `ends` the first and last, or the last,
+    may hold one fewer.
 
     The embedding and the head take that layer's time, as in Llama 3 405B (126 layers, 16 stages: Dubey et al. 2024,
     2407.21783, section 3.3.2; recalled, verify). `stage_split` and the engine cut so by themselves.
     """
-    fewer = (0, 1, 2) if rule == "ends" and stages > 2 else (0,)
-    return rule == "any" or any((layers + n) % stages == 0 for n in fewer)
+    fewer = np.where(np.asarray(stages) > 2, 2, 0) if rule == "ends" else 0
+    return (rule == "any") | (-layers % stages <= fewer)
+
+
+def evenly_cut(layers: int, lay: LayoutBatch, rule: Stages) -> np.ndarray:
+    """The layouts whose stages agree, shape (n,); stages of even cost do so under `any` alone."""
+    return stages_agree(layers, lay.pp * lay.vpp, rule) & ((lay.uneven == 0) | (rule == "any"))
 
 
 def divides(model: Model, layout: Layout, rule: Stages) -> bool:
@@ -157,7 +165,7 @@ def divides(model: Model, layout: Layout, rule: Stages) -> bool:
     whole_heads = model.heads % tp == 0 and model.kv_heads % tp == 0
     wide = model.hidden % (TILE * tp) == 0 or model.hidden % model.head_dim == 0
     tiles = model.ffn_hidden % tp == 0 and model.vocab % (TILE * tp) == 0
-    return whole_heads and wide and tiles and stages_agree(model.layers, layout.pp * layout.vpp, rule)
+    return whole_heads and wide and tiles and bool(stages_agree(model.layers, layout.n_stages, rule))
 
 
 def _rounded(width: float, unit: int) -> int:

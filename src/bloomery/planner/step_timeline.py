@@ -20,7 +20,7 @@ from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
-from bloomery.spec.layout import stages_of
+from bloomery.spec.layout import Splits, stages_of
 
 AFTER = ("dp_comm", "optimizer", "other")
 """Components of a step that follow its pipeline, in their order."""
@@ -107,7 +107,7 @@ def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
     case = _copies(whole, i, n)
     split = tuple(len(layers) for layers in ranges)
     one = np.ones(n, dtype=np.int64)
-    unrolled = replace(case.lay, pp=n * one, vpp=one, schedule=0 * one, stage_layers=(split,) * n)
+    unrolled = replace(case.lay, pp=n * one, vpp=one, schedule=0 * one, stage_layers=Splits.of([split] * n))
     case = replace(case, lay=unrolled)
     return case.ranks(np.arange(n)), case
 

@@ -23,6 +23,8 @@ from bloomery.spec.seal import sha256_of
 
 BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
 FORMAT = 1
+AVERAGE = "average"
+"""Before the name of a parameter: its running average."""
 COMMIT_FILE = "commit.json"
 FENCE_FILE = ".fence"
 
@@ -63,6 +65,11 @@ class Commit(Noun):
     fence: int = 0
     tensors: dict[str, TensorRecord]
     files: dict[str, FileRecord]
+
+    def trained(self, name: str) -> str:
+        """The tensor that a parameter is to be used by: its running average where there is one."""
+        averaged = f"{AVERAGE}.{name}"
+        return averaged if averaged in self.tensors else name
 
 
 def read_commit(folder: Path, *, verify: bool = True) -> Commit:
@@ -148,11 +155,12 @@ def fence_held(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def check_space(checkpoints: Path, parameters: int, keep: int) -> None:
-    """Raise InputError when the disk cannot hold the checkpoints to come: those kept and the one being written."""
+def check_space(checkpoints: Path, parameters: int, keep: int, averages: int = 0) -> None:
+    """Raise InputError when the disk cannot hold the checkpoints to come: those kept and the one being written, with so
+    many averages of the weights in each."""
     existing = next(path for path in (checkpoints, *checkpoints.absolute().parents) if path.exists())
     count = max(1, keep + 1 - len(checkpoint_folders(checkpoints)))
-    need, free = parameters * BYTES_PER_PARAMETER * count, shutil.disk_usage(existing).free
+    need, free = parameters * (BYTES_PER_PARAMETER + 4 * averages) * count, shutil.disk_usage(existing).free
     if need > free:
         raise InputError(
             f"no space left for checkpoints: {count} of them take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "

@@ -48,6 +48,15 @@ def _padded(parameters: Iterable[Parameter], tp: Any, dp: Any) -> Any:
     return total
 
 
+def _padded_experts(parameters: Iterable[Parameter], tp: Any, ranks: Any, ep: Any) -> Any:
+    """The same of stacked experts of one ep rank, padded in whole experts."""
+    total: Any = 0
+    for p in parameters:
+        each = p.size // p.shape[0] // (1 if p.tp_dim is None else tp)
+        total = total + -(-(p.shape[0] // ep) // ranks) * ranks * each
+    return total
+
+
 def _local(parameters: Iterable[Parameter], tp: Any) -> Any:
     """Elements of these parameters on one tp rank."""
     counted = Counter((p.size, p.tp_dim is not None) for p in parameters)
@@ -71,9 +80,15 @@ class _Unit:
         """On one rank, before ZeRO."""
         return sum(_local(part, tp) * there for part, there in self.parts) // self.share
 
-    def padded(self, tp: Any) -> Any:
-        """The same, each tensor padded to rows for all ranks."""
-        return sum(_padded(part, tp, self.ranks) * there for part, there in self.parts) // self.share
+    def padded(self, tp: Any, first: Any) -> Any:
+        """The same, each tensor padded to rows for all ranks; `first`: where experts are cut in dimension 0, (n,)."""
+        total: Any = 0
+        for part, there in self.parts:
+            size = _padded(part, tp, self.ranks) // self.share
+            if any(p.expert for p in part):
+                size = np.where(first, _padded_experts(part, tp, self.ranks, self.share), size)
+            total = total + size * there
+        return total
 
 
 def _kinds(model: Model, shape: StageShape) -> list[tuple[Any, tuple[Parameter, ...]]]:
@@ -94,7 +109,7 @@ def _units(model: Model, lay: LayoutBatch, shape: StageShape) -> Iterator[_Unit]
         ]
         if experts:
             replicas, apart = expert_replicas(lay), lay.ep > 1
-            yield _Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep)
+            yield _Unit("experts", "edp", replicas, held * apart, [(experts, 1)], lay.ep)
             parts.append((experts, ~apart))
         yield _Unit("layer", "dp", lay.shards, held, parts, buffers=buffers)
     for ends, there in _end_units(model, lay, shape):
@@ -115,18 +130,20 @@ def data_collectives(
     cut, replicated = (lay.data_ranks > 1) & (lay.zero_stage >= 1), (lay.data_ranks > 1) & (lay.zero_stage == 0)
     across = cut & (lay.dp_replicas > 1)
     for unit in _units(model, lay, shape):
-        site, axis, held = f"zero.{unit.site}", unit.axis, unit.held
+        site, axis = f"zero.{unit.site}", unit.axis
         reduced = unit.elements(lay.tp) * gradient_bytes
+        # Experts that no other rank of a replica has are summed over the replicas alone, whole.
+        rows.add(site, "replica", "all_reduce", "backward", across * unit.held * (unit.ranks == 1), reduced)
+        held = unit.held * (unit.ranks > 1)
         rows.add(f"gradients.{unit.site}", axis, "all_reduce", "step", replicated * held, reduced)
         if not np.any(cut):
             continue
-        padded = unit.padded(lay.tp)
-        gathered, reduced = (
-            (padded + _padded(unit.buffers, lay.tp, lay.shards)) * parameter_bytes,
-            padded * gradient_bytes,
-        )
+        padded = unit.padded(lay.tp, lay.zero_stage == 1)
+        # FSDP gathers what it wraps, buffers too; ZeRO 1 what optimizers move.
+        beside = _padded(unit.buffers, lay.tp, lay.shards) * (lay.zero_stage >= 2)
+        gathered, reduced = (padded + beside) * parameter_bytes, padded * gradient_bytes
         rows.add(site, axis, "reduce_scatter", "backward", cut * held, reduced)
-        rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // lay.shards)
+        rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // unit.ranks)
         rows.add(site, axis, "all_gather", "step", cut * (lay.zero_stage == 1) * held, gathered)
         rows.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 2) * held, gathered)
         third.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 3) * held, gathered)
@@ -158,14 +175,21 @@ def norm_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradi
 
 def matrix_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int) -> list[Collective]:
     """Muon orthogonalises whole matrices: each layer's momentum is gathered over the ranks that ZeRO, then those that
-    tensor parallelism cut it over."""
-    rows = Rows()
-    layer = [p for p in layer_parameters(model, model.layers - 1) if is_hidden_matrix(p)]
-    sharded, cut = (lay.data_ranks > 1) & (lay.zero_stage >= 1), [p for p in layer if p.tp_dim is not None]
-    rows_bytes = _padded(layer, lay.tp, lay.shards) * parameter_bytes
-    rows.add("matrices.rows", "dp", "all_gather", "step", sharded * shape.layers, rows_bytes)
-    whole_bytes = sum(p.size for p in cut) * parameter_bytes
-    rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * shape.layers, whole_bytes)
+    tensor parallelism cut it over; experts stay on their expert-parallel rank."""
+    rows, sharded = Rows(), (lay.data_ranks > 1) & (lay.zero_stage >= 1)
+    apart, replicas = lay.ep > 1, expert_replicas(lay)
+    for held, layer in _kinds(model, shape):
+        matrices = [p for p in layer if is_hidden_matrix(p) and not p.expert]
+        experts = [p for p in layer if is_hidden_matrix(p) and p.expert]
+        units = [_Unit("rows", "dp", lay.shards, held, [(matrices, 1), (experts, ~apart)])]
+        if experts:
+            units.append(_Unit("experts", "edp", replicas, held * apart * (replicas > 1), [(experts, 1)], lay.ep))
+        for unit in units:
+            n_bytes = unit.padded(lay.tp, lay.zero_stage == 1) * parameter_bytes
+            rows.add(f"matrices.{unit.site}", unit.axis, "all_gather", "step", sharded * unit.held, n_bytes)
+        sizes = (sum(p.size for p in part if p.tp_dim is not None) for part in (matrices, experts))
+        whole_bytes = (next(sizes) + next(sizes) // lay.ep) * parameter_bytes
+        rows.add("matrices.whole", "tp", "all_gather", "step", (lay.tp > 1) * held, whole_bytes)
     return rows.rows
 
 

@@ -22,9 +22,14 @@ COUNT_BYTES = 8
 
 
 def dispatch_rows(model: Model, lay: LayoutBatch, moe_layers: Any, *, seq_len: int, block_bytes: int) -> Iterator[Row]:
-    """Expert parallelism in one micro-batch: sizes first, then the copies there and back, and their gradients."""
+    """Expert parallelism in one micro-batch: sizes first, then the copies there and back, and their gradients. Where
+    the router's loss is of whole sequences, context-parallel ranks add up how many tokens of each every expert gets."""
     if model.moe is None:
         return
+    if model.moe.balancing == "aux_loss":
+        parts, loads = (lay.cp > 1) * moe_layers, lay.micro_batch * model.moe.experts * COUNT_BYTES
+        yield "router.loads", "cp", "all_reduce", "forward", parts, loads
+        yield "router.loads", "cp", "all_reduce", "recompute", parts * (lay.recompute == 2), loads
     times = (lay.ep > 1) * moe_layers
     again = times * (lay.recompute == 2)
     sizes = COUNT_BYTES * model.moe.experts
@@ -41,8 +46,9 @@ def routing_row(model: Model, lay: LayoutBatch, moe_layers: Any) -> Iterator[Row
     if model.moe is not None:
         sizes = COUNT_BYTES * model.moe.experts * moe_layers
         yield "routing", "dp", "all_reduce", "step", (lay.data_ranks > 1) * (moe_layers > 0), sizes
+        yield "routing", "replica", "all_reduce", "step", (lay.dp_replicas > 1) * (moe_layers > 0), sizes
 
 
 def expert_replicas(lay: LayoutBatch) -> Any:
-    """Over how many ranks the copies of an expert lie, shape (n,)."""
-    return lay.data_ranks // lay.ep + (lay.ep > lay.data_ranks)
+    """Over how many ranks the copies of an expert lie (of each replica, where there are several), shape (n,)."""
+    return lay.shards // lay.ep + (lay.ep > lay.shards)

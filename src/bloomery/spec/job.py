@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 
 from bloomery.spec.base import Noun
+from bloomery.spec.course import Course, RampStage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, write_atomically
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
-from bloomery.spec.run import Optimizer
+from bloomery.spec.run import Averaging, Optimizer
 from bloomery.spec.seal import KEY, sealed_json
-from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
+from bloomery.spec.stabilisers import Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
@@ -29,14 +30,18 @@ FIXED = (
     "seed",
     "seq_len",
     "global_batch",
+    "ramp",
     "steps",
     "optimizer",
+    "averaging",
     "kind",
     "document_mask",
     "dtype",
     "stabilisers",
 )
 """What a resume takes over unchanged: model, batches, schedule, seed."""
+LATER = ("stabilisers", "ramp", "averaging")
+"""Of these, what is no part of the hash where it is not used: checkpoints from before there was any go on."""
 
 
 class Job(Noun):
@@ -50,8 +55,10 @@ class Job(Noun):
     seed: int
     seq_len: int
     global_batch: int
+    ramp: tuple[RampStage, ...] = ()
     steps: int
     optimizer: Optimizer
+    averaging: Averaging = Averaging()
     data: str
     heldout: str
     kind: str = "tokens"
@@ -71,14 +78,25 @@ class Job(Noun):
     metrics: tuple[str, ...] = ()
     profile: str = ""
     model_flops: float = 0.0
+    ramp_flops: tuple[float, ...] = ()
     peak_flops_per_s: float = 0.0
     mfu_convention: str = ""
+
+    @property
+    def course(self) -> Course:
+        """The batch and the length of sequences of every step."""
+        return Course.of(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len, steps=self.steps)
+
+    def flops_of(self, step: int) -> float:
+        """Model FLOPs of one step (0: unknown)."""
+        return (*self.ramp_flops, self.model_flops)[self.course.at(step).number]
 
     def run_hash(self) -> str:
         """The hash of what must not change between a checkpoint and its resume."""
         values = self.model_dump(mode="json", include=set(FIXED))
-        if self.stabilisers == UNTOUCHED:
-            del values["stabilisers"]  # checkpoints from before there were any go on
+        for name in LATER:
+            if getattr(self, name) == Job.model_fields[name].default:
+                del values[name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:

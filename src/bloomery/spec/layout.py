@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from heapq import heapify, heapreplace
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -18,13 +19,15 @@ from bloomery.spec.model import Model
 RECOMPUTE = ("none", "selective", "full")
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
 CP_METHODS = ("ring", "all_gather")
+OUTERMOST = ("pp", "dp")
 V_SCHEDULES = ("zbv", "dualpipev")
 """Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
 2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
 
 
 class Layout(Noun):
-    """Degrees of parallelism and how the step is cut. Mesh order, outermost first: pp, dp, cp, tp (ep inside dp)."""
+    """Degrees of parallelism and how the step is cut. Mesh order, outermost first: pp, dp, cp, tp (ep inside dp); dp,
+    pp, cp, tp where `outermost` says so."""
 
     tp: int = Field(default=1, ge=1)
     pp: int = Field(default=1, ge=1)
@@ -41,6 +44,9 @@ class Layout(Noun):
     micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
     schedule: Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"] = "1f1b"
     recompute: Literal["none", "selective", "full"] = "none"
+    outermost: Literal["pp", "dp"] = Field(
+        default="pp", description="the axis whose ranks lie farthest apart; under dp a pipeline's stages are neighbours"
+    )
     stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each of the pp*vpp stages")
 
     @model_validator(mode="before")
@@ -105,7 +111,8 @@ class Layout(Noun):
 
     def describe(self) -> str:
         """A short name, for tables: `tp2 pp2 dp2 sp zero3 mb4`."""
-        parts = [f"{axis}{getattr(self, axis)}" for axis in ("tp", "pp", "vpp", "dp", "cp", "ep")]
+        axes = ("tp", "pp", "dp", "cp", "ep") if self.v_shaped else ("tp", "pp", "vpp", "dp", "cp", "ep")
+        parts = [f"{axis}{getattr(self, axis)}" for axis in axes]
         parts = [part for part in parts if not part.endswith("p1")] or ["dp1"]
         parts += ["all-gather"] if self.cp > 1 and self.cp_method == "all_gather" else []
         parts += [f"replicas{self.dp_replicas}"] if self.dp_replicas > 1 else []
@@ -113,6 +120,8 @@ class Layout(Noun):
         parts += [f"zero{self.zero_stage}"] if self.zero_stage else []
         parts += [f"mb{self.micro_batch}"]
         parts += [self.schedule] if self.v_shaped else []
+        parts += ["dp-outermost"] if self.outermost == "dp" else []
+        parts += [f"stages{_run_lengths(self.stage_layers)}"] if self.stage_layers else []
         parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
         return " ".join(parts)
 
@@ -140,6 +149,12 @@ class Layout(Noun):
             if key == "stage_layers":
                 values[key] = [int(piece) if piece.isdecimal() else piece for piece in value.split("+")]
         return cls.checked(values, where="--layout")
+
+
+def _run_lengths(counts: Sequence[int]) -> str:
+    """`3+4x6+2` of 3, six times 4, and 2."""
+    runs = [(count, len(list(same))) for count, same in groupby(counts)]
+    return "+".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
 def stage_split(layers: int, stages: int) -> tuple[int, ...]:
@@ -187,6 +202,34 @@ def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
 
 
 @dataclass(frozen=True)
+class Splits:
+    """`Layout.stage_layers` of n layouts: `which` (n,) of a few `kinds` each has; None is the default split."""
+
+    kinds: tuple[tuple[int, ...] | None, ...]
+    which: np.ndarray
+
+    @classmethod
+    def of(cls, each: Sequence[tuple[int, ...] | None]) -> Splits:
+        """Of layouts one by one."""
+        number = {split: i for i, split in enumerate(dict.fromkeys(each))}
+        return cls(tuple(number), np.array([number[split] for split in each], dtype=np.int64))
+
+    def __iter__(self) -> Iterator[tuple[int, ...] | None]:
+        return (self.kinds[i] for i in self.which.tolist())
+
+    def __getitem__(self, i: int) -> tuple[int, ...] | None:
+        return self.kinds[int(self.which[i])]
+
+    def take(self, index: np.ndarray) -> Splits:
+        """Those of the layouts at `index` (integers or a mask)."""
+        return Splits(self.kinds, self.which[index])
+
+    def where(self, holds: Callable[[tuple[int, ...]], bool]) -> np.ndarray:
+        """Where a split that is not the default has a property, shape (n,)."""
+        return np.array([split is not None and holds(split) for split in self.kinds], dtype=bool)[self.which]
+
+
+@dataclass(frozen=True)
 class LayoutBatch:
     """n layouts as integer arrays of shape (n,); names (schedule, recompute, ...) are indices into their tuples."""
 
@@ -203,7 +246,8 @@ class LayoutBatch:
     schedule: np.ndarray
     recompute: np.ndarray
     cp_method: np.ndarray
-    stage_layers: tuple[tuple[int, ...] | None, ...] | None = None
+    outermost: np.ndarray
+    stage_layers: Splits | None = None
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -231,7 +275,8 @@ class LayoutBatch:
             schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts]),
             recompute=np.array([RECOMPUTE.index(layout.recompute) for layout in layouts]),
             cp_method=np.array([CP_METHODS.index(layout.cp_method) for layout in layouts]),
-            stage_layers=tuple(layout.stage_layers for layout in layouts),
+            outermost=np.array([OUTERMOST.index(layout.outermost) for layout in layouts]),
+            stage_layers=Splits.of([layout.stage_layers for layout in layouts]),
         )
 
     @cached_property
@@ -245,6 +290,11 @@ class LayoutBatch:
         return np.isin(self.schedule, [SCHEDULES.index(name) for name in V_SCHEDULES])
 
     @cached_property
+    def uneven(self) -> np.ndarray:
+        """Which of the splits of its stages each layout has, shape (n,)."""
+        return np.zeros(len(self), dtype=np.int64) if self.stage_layers is None else self.stage_layers.which
+
+    @cached_property
     def norms_sharded(self) -> np.ndarray:
         """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over tensor-parallel ranks, (n,)."""
         return (self.tp > 1) & (self.zero_stage >= 2)
@@ -256,7 +306,7 @@ class LayoutBatch:
         part.__dict__.update({name: getattr(self, name)[index] for name in columns})
         return part
 
-    def having(self, **columns: np.ndarray) -> LayoutBatch:
+    def having(self, **columns: np.ndarray | Splits) -> LayoutBatch:
         """The same layouts with other values in some columns."""
         part = object.__new__(LayoutBatch)
         own = {f.name: vars(self)[f.name] for f in fields(self) if f.name in vars(self)}
@@ -266,9 +316,7 @@ class LayoutBatch:
     def take(self, index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` (integers or a mask)."""
         arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "stage_layers"}
-        chosen = np.arange(len(self))[index]
-        uneven = tuple(self.stage_layers[i] for i in chosen) if self.stage_layers else None
-        return LayoutBatch(**arrays, stage_layers=uneven)
+        return LayoutBatch(**arrays, stage_layers=self.stage_layers.take(index) if self.stage_layers else None)
 
     def layout(self, i: int) -> Layout:
         """The i-th layout as a noun."""
@@ -277,6 +325,7 @@ class LayoutBatch:
         values["schedule"] = SCHEDULES[int(self.schedule[i])]
         values["recompute"] = RECOMPUTE[int(self.recompute[i])]
         values["cp_method"] = CP_METHODS[int(self.cp_method[i])]
+        values["outermost"] = OUTERMOST[int(self.outermost[i])]
         values["stage_layers"] = self.stage_layers[i] if self.stage_layers else None
         return Layout(**values)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import RECOMPUTE, SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import OUTERMOST, SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 
@@ -72,11 +72,16 @@ def layout_problems(
             (lay.dp // lay.dp_replicas) % lay.ep != 0,
         ),
     ]
+    dp_outermost = lay.outermost == OUTERMOST.index("dp")
+    rules += [
+        ("expert_order", "with ep > 1 pp must be outermost: ep takes neighbours of dp", dp_outermost & (lay.ep > 1)),
+        ("order_alone", "dp outermost needs pp > 1 and dp > 1", dp_outermost & ((lay.pp == 1) | (lay.dp == 1))),
+    ]
     if world_size is not None:
         rules.append(("world", f"tp*pp*dp*cp must equal {world_size} ranks", lay.world_size != world_size))
     if lay.stage_layers:
-        wrong = [uneven is not None and sum(uneven) != model.layers for uneven in lay.stage_layers]
-        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", np.array(wrong)))
+        wrong = lay.stage_layers.where(lambda split: sum(split) != model.layers)
+        rules.append(("stage_layers", f"stage_layers must add up to {model.layers} layers", wrong))
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
 
 
@@ -89,7 +94,7 @@ def _empty_stages(lay: LayoutBatch) -> np.ndarray:
     """Where `stage_layers` leaves a stage none, shape (n,)."""
     if not lay.stage_layers:
         return np.zeros(len(lay), dtype=bool)
-    return np.array([uneven is not None and min(uneven) < 1 for uneven in lay.stage_layers])
+    return lay.stage_layers.where(lambda split: min(split) < 1)
 
 
 def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
@@ -102,6 +107,7 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
             (lay.zero_stage == 3) & (lay.pp > 1),
         ),
+        ("order", "the engine numbers ranks with pp outermost", lay.outermost == OUTERMOST.index("dp")),
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
@@ -116,17 +122,10 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     """What of a mixture of experts the engine cannot lay out."""
     if model.moe is None:
         return []
-    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.data_ranks // lay.ep, 1)
+    width, replicas = model.moe.expert_ffn_hidden, np.maximum(lay.shards // lay.ep, 1)
     rows = (width // lay.tp % replicas != 0) | (model.hidden % replicas != 0)
     return [
         ("expert_bias", "the engine's experts have no biases", np.full(len(lay), model.bias)),
-        ("expert_zero1", "mixtures of experts run with ZeRO 0, 2 and 3", lay.zero_stage == 1),
-        ("expert_replicas", "expert parallelism runs without replicas", (lay.ep > 1) & (lay.dp_replicas > 1)),
-        (
-            "expert_selective",
-            "selective recomputation does not know experts: recompute whole layers or nothing",
-            lay.recompute == RECOMPUTE.index("selective"),
-        ),
         (
             "expert_ffn",
             f"tp cuts experts too and must divide expert_ffn_hidden {width}",
@@ -136,11 +135,6 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
             "expert_rows",
             f"ZeRO cuts experts over dp/ep ranks, which must divide expert_ffn_hidden {width} / tp and hidden",
             (lay.zero_stage >= 2) & rows,
-        ),
-        (
-            "sequence_balance",
-            "the auxiliary loss counts whole sequences: with cp > 1 use balancing bias",
-            (lay.cp > 1) & (model.moe.balancing == "aux_loss"),
         ),
     ]
 

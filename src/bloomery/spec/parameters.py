@@ -22,8 +22,8 @@ Kind = Literal["embedding", "matrix", "norm", "bias", "buffer"]
 class Parameter:
     """One tensor. `tp_dim`: the dimension tensor parallelism cuts (None: replicated).
 
-    `expert`: of all routed experts, stacked in dimension 0, which expert parallelism cuts; ZeRO cuts dimension 1, so
-    that few experts lie on many ranks without padding.
+    `expert`: of all routed experts, stacked in dimension 0, which expert parallelism cuts; ZeRO 2 and 3 cut dimension
+    1, so that few experts lie on many ranks without padding, ZeRO 1 whole experts, whose state is then one block.
 
     `tp_partial`: replicated, but used where a tensor-parallel rank's backward pass sees its own part only: its heads,
     or its part of the experts, whose answers a router weighs.
@@ -48,7 +48,7 @@ class Parameter:
 
     @property
     def data_dim(self) -> int:
-        """The dimension ZeRO cuts."""
+        """The dimension ZeRO 2 and 3 cut; ZeRO 1 cuts dimension 0."""
         return 1 if self.expert else 0
 
     def local_shape(self, tp: int, ep: int = 1) -> tuple[int, ...]:

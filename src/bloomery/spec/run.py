@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
+from bloomery.spec.course import Course, RampStage, ramp_problem, ramp_steps
 from bloomery.spec.launch import Launch
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -81,6 +82,20 @@ class Optimizer(Noun):
     decay: float = Field(default=0.2, gt=0, le=1, description="WSD: share of the steps that decays")
 
 
+class Averaging(Noun):
+    """A running average of the weights: what is evaluated, exported and aligned once it has begun."""
+
+    method: Literal["none", "ema", "uniform"] = "none"
+    decay: float = Field(default=0.999, gt=0, lt=1, description="of ema, at each update")
+    every: int = Field(default=1, ge=1, description="steps from update to update")
+    start: float = Field(default=0.0, ge=0, lt=1, description="share of the steps before it begins")
+
+    @property
+    def updates_per_step(self) -> float:
+        """Of the average, while it is kept."""
+        return 0.0 if self.method == "none" else 1 / self.every
+
+
 class Train(Noun):
     """Pre-training. `global_batch` is in sequences; the budget is `tokens` or `steps`."""
 
@@ -88,12 +103,16 @@ class Train(Noun):
     global_batch: int = Field(default=16, ge=1)
     tokens: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
+    ramp: tuple[RampStage, ...] = Field(
+        default=(), description="smaller batches or shorter sequences at the start, stage by stage"
+    )
     seed: int = Field(default=0, ge=0)
     dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
     compile: bool | Literal["auto"] = Field(
         default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"
     )
     optimizer: Optimizer = Optimizer()
+    averaging: Averaging = Averaging()
     checkpoint_every: int = Field(default=100, ge=1)
     memory_every: int = Field(
         default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
@@ -119,14 +138,38 @@ class Train(Noun):
             raise ValueError("give tokens or steps, not both (`--set train.tokens=null`, or steps, clears one)")
         return self
 
+    @model_validator(mode="after")
+    def _possible_ramp(self) -> Train:
+        problem = ramp_problem(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len)
+        if problem is None and self.course.last.steps < 1:
+            problem = (
+                f"ramp: its {self.course.last.first_step} steps leave none of {self.n_steps} to the run's own batch"
+            )
+        if problem is None and self.ramp and self.supervision.elastic:
+            problem = (
+                "ramp and supervision.elastic: fewer ranks might not divide the smaller batches; choose one of them"
+            )
+        if problem is not None:
+            raise ValueError(problem)
+        return self
+
     @property
     def n_steps(self) -> int:
-        """Optimizer steps of the budget (100 where neither tokens nor steps is given)."""
+        """Optimizer steps of the budget, the ramp's among them (100 where neither tokens nor steps is given)."""
         if self.steps is not None:
             return self.steps
-        if self.tokens is not None:
-            return max(1, round(self.tokens / (self.global_batch * self.seq_len)))
-        return 100
+        if self.tokens is None:
+            return 100
+        sizes = {"global_batch": self.global_batch, "seq_len": self.seq_len}
+        ramp = Course.of(self.ramp, **sizes, steps=sum(ramp_steps(stage, **sizes) for stage in self.ramp))
+        used = ramp.last
+        left = self.tokens - used.first_token
+        return used.first_step + max(0 if self.ramp else 1, round(left / used.tokens))
+
+    @property
+    def course(self) -> Course:
+        """The batch and the length of sequences of every step."""
+        return Course.of(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len, steps=self.n_steps)
 
 
 class AlignStage(Noun):
@@ -168,12 +211,16 @@ class Run(Noun):
     def _fits(self) -> Run:
         if self.train.seq_len > self.model.max_seq_len:
             raise ValueError(f"train.seq_len {self.train.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}")
+        if self.model.mask == "prefix" and any(
+            stage.seq_len not in (None, self.train.seq_len) for stage in self.train.ramp
+        ):
+            raise ValueError(
+                "train.ramp cuts samples into shorter ones, which a prefix (model.mask) spans: grow batches only"
+            )
         optimizer = self.train.optimizer
         if optimizer.scaling == "mup" and self.model.init != "unit_stream":
             # A head that starts at one size moves the logits the more the wider it is.
             raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
-        if optimizer.name == "muon" and self.model.moe:
-            raise ValueError("train.optimizer.name muon does not train mixture-of-experts models yet; use adamw")
         names = [stage.name for stage in self.align]
         if len(set(names)) < len(names):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")

@@ -1,4 +1,5 @@
-"""Batches of the global order, prepared one step ahead: step k takes samples k*G .. (k+1)*G - 1 whatever the layout.
+"""Batches of the global order, prepared one step ahead: a step takes the samples that its `Course` says, whatever the
+layout; where sequences are shorter than samples, their pieces one after the other.
 
 Samples that the step guard passes over are left out of the order; what follows them moves up.
 """
@@ -18,6 +19,7 @@ from bloomery.data.samples import Samples
 from bloomery.data.shards import TokenDataset
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.course import Course
 from bloomery.spec.job import Job
 
 
@@ -48,44 +50,72 @@ def open_tokens(job: Job, folder: str, *, seed: int) -> TokenDataset:
     return TokenDataset(Path(folder), seq_len=job.seq_len, seed=seed, prefix=prefix, documents=job.document_mask)
 
 
+def cut(samples: Samples, seq_len: int, first: int, count: int) -> Samples:
+    """`count` pieces of `seq_len` tokens from number `first` on, of samples cut into such pieces in their order."""
+    inputs, targets, documents = (
+        None if part is None else part.reshape(-1, seq_len)[first : first + count]
+        for part in (samples.inputs, samples.targets, samples.documents)
+    )
+    assert inputs is not None and targets is not None
+    # Samples with a prefix are their own only piece.
+    prefix = None if samples.prefix is None else samples.prefix[first : first + count]
+    return Samples(inputs, targets, documents, prefix)
+
+
 class Batches:
     """This data-parallel rank's share of each global batch."""
 
-    def __init__(self, dataset: Dataset, mesh: Mesh, global_batch: int) -> None:
-        self.dataset, self.global_batch = dataset, global_batch
-        self.share = global_batch // mesh.layout.dp
-        self.first, self.device = mesh.dp_rank * self.share, mesh.device
+    def __init__(self, dataset: Dataset, mesh: Mesh, course: Course) -> None:
+        self.dataset, self.course, self.mesh = dataset, course, mesh
         self.passed_over: list[Range] = []
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="batches")
-        self._ahead: tuple[int, Future[Batch]] | None = None
+        self._ahead: tuple[list[int], Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
         """The batch of `step`; starts on the next."""
-        start, following = self.first_sample(step), self.first_sample(step + 1)
-        ahead = self._ahead
-        future = ahead[1] if ahead and ahead[0] == start else self._pool.submit(self._prepare, start)
+        wanted, ahead = self.samples(step), self._ahead
+        future = ahead[1] if ahead and ahead[0] == wanted else self._pool.submit(self._prepare, step, wanted)
         result = future.result()
-        self._ahead = (following, self._pool.submit(self._prepare, following))
+        following = self.samples(step + 1)
+        self._ahead = (following, self._pool.submit(self._prepare, step + 1, following))
         return result
 
     def first_sample(self, step: int) -> int:
         """The global index that step `step` begins at: the data cursor before it."""
-        return past(step * self.global_batch, self.passed_over)
+        return past(self.course.position(step), self.passed_over)
 
-    def _prepare(self, start: int) -> Batch:
-        return self._batch(start, np.arange(start + self.first, start + self.first + self.share))
+    def samples(self, step: int) -> list[int]:
+        """The global indices that step `step` takes."""
+        start = self.course.position(step)
+        return [past(start + i, self.passed_over) for i in range(self.course.at(step).samples)]
+
+    def of_rank(self, step: int, dp_rank: int) -> list[int]:
+        """Those that one data-parallel rank has some of."""
+        return self.samples(step)[self._part(step, dp_rank)]
+
+    def _part(self, step: int, dp_rank: int) -> slice:
+        """Of the samples of a step, those that a data-parallel rank has some of."""
+        phase = self.course.at(step)
+        share = phase.global_batch // self.mesh.layout.dp
+        return slice(dp_rank * share // phase.pieces, -(-(dp_rank + 1) * share // phase.pieces))
 
     def first_of(self, step: int, dp_rank: int, size: int) -> Batch:
         """The first `size` sequences that some data-parallel rank has in `step`."""
-        start = self.first_sample(step)
-        return self._batch(start, start + dp_rank * self.share + np.arange(size))
+        return self._batch(step, self.samples(step), dp_rank, size)
 
-    def _batch(self, start: int, indices: np.ndarray) -> Batch:
-        """Some samples of the global batch that begins at `start`."""
-        samples = self.dataset.batch(indices)
-        count = sum(self.dataset.n_targets(i) for i in range(start, start + self.global_batch))
+    def _prepare(self, step: int, taken: list[int]) -> Batch:
+        share = self.course.at(step).global_batch // self.mesh.layout.dp
+        return self._batch(step, taken, self.mesh.dp_rank, share)
+
+    def _batch(self, step: int, taken: list[int], dp_rank: int, size: int) -> Batch:
+        """The first `size` sequences that a data-parallel rank has of the samples that a step takes."""
+        phase = self.course.at(step)
+        samples = self.dataset.batch(np.array(taken[self._part(step, dp_rank)]))
+        first = dp_rank * (phase.global_batch // self.mesh.layout.dp) % phase.pieces
+        samples = cut(samples, phase.seq_len, first, size)
+        count = sum(self.dataset.n_targets(i) for i in taken)
         tokens, targets, documents, prefix = (
-            None if part is None else torch.from_numpy(part).to(self.device)
+            None if part is None else torch.from_numpy(part).to(self.mesh.device)
             for part in (samples.inputs, samples.targets, samples.documents, samples.prefix)
         )
         assert tokens is not None and targets is not None

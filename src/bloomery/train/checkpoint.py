@@ -19,6 +19,7 @@ from torch import Tensor
 from bloomery.model.weights import CheckpointReader
 from bloomery.parallel.engine import Engine
 from bloomery.spec.commit import (
+    AVERAGE,
     FORMAT,
     Commit,
     FileRecord,
@@ -159,18 +160,21 @@ def set_aside(path: Path, why: str) -> Path:
 
 def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
-    all ranks together."""
+    all ranks together. Without `optimizers` parameters are what training made in the end, averages where there are."""
     commit = read_commit(folder, verify=False)
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
             shard = item.shard
-            item.local().copy_(reader.read(shard.name, shard.shape, shard.offsets))
+            name = shard.name if optimizers is not None else commit.trained(shard.name)
+            item.local().copy_(reader.read(name, shard.shape, shard.offsets))
             if optimizers is None:
                 continue
             names = optimizers.moment_names(item.parameter)
             # An imported model has none: it starts its optimizer anew.
             if all(f"{name}.{shard.name}" in commit.tensors for name in names):
-                for name, moment in optimizers.start_moments(item.parameter, commit.step).items():
+                averaged = f"{AVERAGE}.{shard.name}" in commit.tensors
+                started = optimizers.start_moments(item.parameter, commit.step, averaged=averaged)
+                for name, moment in started.items():
                     item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
     engine.gather_updated()
     return commit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -62,17 +63,15 @@ def report(session: Session, step: int, judgement: Judgement, statistics: StepSt
     return diagnosis
 
 
-def _samples(session: Session, step: int, rank: int | None) -> range:
+def _samples(session: Session, step: int, rank: int | None) -> list[int]:
     """The global samples of the step, or of the data-parallel rank that `rank` belongs to."""
-    first, layout = session.batches.first_sample(step), session.job.layout
+    batches, layout = session.batches, session.job.layout
     if rank is None or layout.dp == 1:
-        return range(first, first + session.job.global_batch)
-    share = session.job.global_batch // layout.dp
-    start = first + rank // layout.tp % layout.data_ranks // layout.cp * share
-    return range(start, start + share)
+        return batches.samples(step)
+    return batches.of_rank(step, rank // layout.tp % layout.data_ranks // layout.cp)
 
 
-def _documents(session: Session, samples: range) -> list[dict[str, Any]]:
+def _documents(session: Session, samples: Sequence[int]) -> list[dict[str, Any]]:
     """Source documents, each once."""
     seen = dict[tuple[Any, ...], dict[str, Any]]()
     for sample in samples:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bloomery.data.shards import TokenDataset
 from bloomery.data.spot_check import spot_check
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat
@@ -16,6 +17,7 @@ from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import read_fence
+from bloomery.spec.course import Course
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.spec.memory_copies import copies_folder
 from bloomery.train.batches import Batches, open_dataset, open_tokens
@@ -46,7 +48,7 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
         step = start
         while step < job.steps:
             if heartbeat is not None:
-                heartbeat.begin(step)
+                heartbeat.begin(step, anew=step == job.course.at(step).first_step)
             step = _step(session, step)
             if session.stopping and step < job.steps:
                 save_now(session, step)
@@ -65,6 +67,8 @@ def _step(session: Session, step: int) -> int:
     session.sample.before(step + 1, session.recorder.peak_bytes(), clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
+    phase = job.course.at(step)
+    engine.expect(phase.global_batch, phase.seq_len)
     loss_part = computed(session, step, batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
@@ -84,6 +88,8 @@ def _step(session: Session, step: int) -> int:
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()
+        if done > step:
+            session.optimizers.average.update(done)
     session.sample.after(step + 1, session.recorder, clock)
     with clock.bucket("profile"):
         profiled = session.profile.after(step + 1)
@@ -131,7 +137,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         compiled=_compiled(job, mesh, recorder),
         stabilisers=job.stabilisers,
     )
-    optimizers = build_optimizers(engine, job.optimizer)
+    optimizers = build_optimizers(engine, job.optimizer, job.averaging, job.steps)
     session = Session(
         job,
         folder,
@@ -139,7 +145,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         clock,
         engine,
         optimizers,
-        Batches(open_dataset(job), mesh, job.global_batch),
+        Batches(open_dataset(job), mesh, job.course),
         Guard(job.guard),
         recorder,
         Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
@@ -158,21 +164,34 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
 
 
 def evaluate(session: Session, step: int) -> None:
-    """Held-out loss and bits per byte with the weights as they are."""
-    job = session.job
+    """Held-out loss and bits per byte with the weights as they are to be used: their average once it has begun, and
+    then the last ones' as well."""
+    job, average = session.job, session.optimizers.average
+    own = Course.of((), global_batch=job.global_batch, seq_len=job.seq_len, steps=job.steps)
     with session.clock.bucket("evaluate"):
         heldout = open_tokens(job, job.heldout, seed=0)
-        batches = Batches(heldout, session.mesh, job.global_batch)
-        rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
-        total, count = 0.0, 0
-        for number in range(rounds):
-            with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
-                loss, n = session.engine.evaluate(batches.get(number))
-            total, count = total + loss, count + n
+        session.engine.expect(job.global_batch, job.seq_len)
+        batches = Batches(heldout, session.mesh, own)
+        row = {"step": step, **_heldout(session, batches, heldout)}
+        if average.begun:
+            with average.in_use():
+                found = _heldout(session, batches, heldout)
+            row = {"step": step, **found, "heldout_loss_of_last_weights": row["heldout_loss"]}
         batches.close()
-        mean = total / count
-        bits = mean / math.log(2) * heldout.n_tokens / heldout.text_bytes
-        session.recorder.metrics({"step": step, "heldout_loss": mean, "heldout_bits_per_byte": bits})
+        session.recorder.metrics(row)
+
+
+def _heldout(session: Session, batches: Batches, heldout: TokenDataset) -> dict[str, float]:
+    job = session.job
+    rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
+    total, count = 0.0, 0
+    for number in range(rounds):
+        with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
+            loss, n = session.engine.evaluate(batches.get(number))
+        total, count = total + loss, count + n
+    mean = total / count
+    bits = mean / math.log(2) * heldout.n_tokens / heldout.text_bytes
+    return {"heldout_loss": mean, "heldout_bits_per_byte": bits}
 
 
 def _finish(session: Session) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +22,10 @@ from torch.distributed.tensor import DTensor
 from bloomery.model.init import rectangle
 from bloomery.parallel.engine import Engine, LocalShard
 from bloomery.parallel.whole_matrices import gather_whole, matrix_units
+from bloomery.spec.commit import AVERAGE
 from bloomery.spec.parameters import Parameter, is_hidden_matrix
-from bloomery.spec.run import Optimizer
+from bloomery.spec.run import Averaging, Optimizer
+from bloomery.train.averaging import Average
 
 ADAMW_MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 ADAMW_RMS = 0.2
@@ -75,9 +78,12 @@ class Muon(torch.optim.Optimizer):
         for unit in self.units:
             wholes = gather_whole(self.engine, unit, [self._direction(item) for item in unit])
             for item, whole in zip(unit, _orthogonalised(wholes), strict=True):
-                weight, scale = item.local(), ADAMW_RMS * max(whole.shape) ** 0.5
+                weight, scale = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(rectangle(whole, item.shard), alpha=-group["lr"] * scale)
+                # Of experts, `whole` begins with this rank's first.
+                first, *offsets = item.shard.offsets
+                mine = replace(item.shard, offsets=(first % len(whole), *offsets))
+                weight.add_(rectangle(whole, mine), alpha=-group["lr"] * scale)
 
     def _direction(self, item: LocalShard) -> Tensor:
         """This rank's rectangle of gradient and momentum as Nesterov mixes them; the momentum is brought up to date."""
@@ -90,21 +96,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Each matrix orthogonalised, those of one shape in one batch."""
-    order = sorted(range(len(matrices)), key=lambda i: matrices[i].shape)
+    """Each matrix orthogonalised, those of one shape in one batch; of (experts, out, in) each expert's by itself."""
+    stacks = [matrix if matrix.dim() == 3 else matrix[None] for matrix in matrices]
+    order = sorted(range(len(matrices)), key=lambda i: stacks[i].shape[1:])
     found = list(matrices)
-    for _, same in groupby(order, key=lambda i: matrices[i].shape):
+    for _, same in groupby(order, key=lambda i: stacks[i].shape[1:]):
         batch = list(same)
-        for i, result in zip(batch, orthogonal(torch.stack([matrices[i] for i in batch])), strict=True):
-            found[i] = result
+        results = orthogonal(torch.cat([stacks[i] for i in batch])).split([len(stacks[i]) for i in batch])
+        for i, result in zip(batch, results, strict=True):
+            found[i] = result.view_as(matrices[i])
     return found
 
 
 class Optimizers:
-    """The optimizers that together own every parameter, stepped as one."""
+    """The optimizers that together own every parameter, stepped as one, and the average of what they make."""
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[torch.optim.Optimizer], average: Average) -> None:
+        self.parts, self.average = tuple(parts), average
         self._owner = {
             id(parameter): part for part in self.parts for group in part.param_groups for parameter in group["params"]
         }
@@ -129,6 +137,7 @@ class Optimizers:
         """Forget all moments: a checkpoint's are about to take their place, or the first step's."""
         for part in self.parts:
             part.state.clear()
+        self.average.kept.clear()
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
@@ -138,13 +147,15 @@ class Optimizers:
         return MOMENTUM if isinstance(owner, Muon) else ADAMW_MOMENTS
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter by name; empty before the first step."""
+        """The moments of a parameter by name, its average with them; empty before the first step."""
         names = self.moment_names(parameter)
         state = self._owner[id(parameter)].state.get(parameter, {}) if names else {}
-        return {name: state[name] for name in names if name in state}
+        averaged = {AVERAGE: self.average.kept[parameter]} if parameter in self.average.kept else {}
+        return {name: state[name] for name in names if name in state} | averaged
 
-    def start_moments(self, parameter: nn.Parameter, step: int) -> dict[str, Tensor]:
-        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps."""
+    def start_moments(self, parameter: nn.Parameter, step: int, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps; with its
+        average where one had begun."""
         if not self.moment_names(parameter):
             return {}
         state = self._owner[id(parameter)].state[parameter]
@@ -152,18 +163,23 @@ class Optimizers:
         state.update(moments)
         if self.moment_names(parameter) == ADAMW_MOMENTS:
             state["step"] = torch.tensor(float(step))
-        return moments
+        return moments | ({AVERAGE: self.average.begin(parameter)} if averaged else {})
 
 
-def build_optimizers(engine: Engine, settings: Optimizer) -> Optimizers:
-    """The optimizers that `settings` names, over the engine's parameters."""
+NO_AVERAGE = Averaging()
+
+
+def build_optimizers(
+    engine: Engine, settings: Optimizer, averaging: Averaging = NO_AVERAGE, n_steps: int = 1
+) -> Optimizers:
+    """The optimizers that `settings` names, over the engine's parameters, for a run of `n_steps`."""
     parts = list[torch.optim.Optimizer]()
     if settings.name == "muon" and any(stage.blocks() for stage in engine.stages.values()):
         parts.append(Muon(engine, settings))
     groups = _adamw_groups(engine, settings)
     if groups:
         parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
-    optimizers = Optimizers(parts)
+    optimizers = Optimizers(parts, Average(engine, averaging, n_steps))
     optimizers.set_rate(settings.lr)
     return optimizers
 

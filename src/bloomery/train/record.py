@@ -50,10 +50,11 @@ class Recorder:
             return
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        per_step = self.job.global_batch * self.job.seq_len
+        course, flops = self.job.course, self.job.flops_of(done - 1)
+        per_step = course.at(done - 1).tokens
         mfu = None
-        if self.job.peak_flops_per_s and self.job.model_flops:
-            mfu = self.job.model_flops / seconds / (self.job.peak_flops_per_s * self.mesh.world_size)
+        if self.job.peak_flops_per_s and flops:
+            mfu = flops / seconds / (self.job.peak_flops_per_s * self.mesh.world_size)
             if mfu > 1:
                 self.event("mfu_over_one", step=done, mfu=mfu, convention=self.job.mfu_convention)
                 mfu = None
@@ -62,7 +63,7 @@ class Recorder:
             "loss": statistics.loss,
             "grad_norm": statistics.grad_norm,
             "lr": rate,
-            "tokens": done * per_step,
+            "tokens": course.tokens(done),
             "tokens_per_s": per_step / seconds,
             "step_time_s": seconds,
             "mfu": mfu,
@@ -95,6 +96,8 @@ class Recorder:
 
         `beside`: what went on beside them, as `Writer.account` has it.
         """
+        if step > 0 and step - 1 == self.job.course.at(step - 1).first_step:
+            self._slow_steps = SlowSteps()
         slow = self._slow_steps.judge(buckets) if step > 0 else None
         if slow is not None:
             self.event("slow_step", step=step, **asdict(slow))

@@ -110,6 +110,30 @@ def test_groups_follow_the_mesh_order() -> None:
     assert strides == {"tp": 1, "cp": 2, "ep": 4, "dp": 4, "pp": 16, "world": 1}
 
 
+@pytest.mark.parametrize("outermost", ["pp", "dp"])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_members_of_a_node_are_those_that_numbering_the_ranks_puts_there(outermost: str, replicas: int) -> None:
+    degrees = {"pp": 2, "dp": 4, "cp": 2, "tp": 2}
+    lay = LayoutBatch.of([Layout(**degrees, dp_replicas=replicas, zero_stage=3, outermost=outermost)])
+    order = ["pp", "dp", "cp", "tp"] if outermost == "pp" else ["dp", "pp", "cp", "tp"]
+    ranks = np.arange(32).reshape([degrees[axis] for axis in order])
+    ranks = ranks.transpose([order.index(axis) for axis in ("pp", "dp", "cp", "tp")])
+    whole = ranks.reshape(2, replicas, 4 // replicas, 2, 2)
+    first = {
+        "tp": whole[0, 0, 0, 0, :],
+        "cp": whole[0, 0, 0, :, 0],
+        "data": whole[0, 0, :, :, 0],
+        "replica": whole[0, :, 0, 0, 0],
+        "pp": whole[:, 0, 0, 0, 0],
+        "ends": whole[:, 0, 0, 0, 0],
+    }
+    for axis, members in first.items():
+        found = group_of(lay, axis)
+        assert found.size[0] == members.size, axis
+        for node in (1, 2, 4, 8, 16, 32):
+            assert found.members(node)[0] == np.count_nonzero(members < node), (axis, node)
+
+
 def test_replicas_lie_outside_the_ranks_that_zero_cuts_over() -> None:
     lay = LayoutBatch.of([Layout(tp=2, dp=8, dp_replicas=2, zero_stage=3)])
     found = {

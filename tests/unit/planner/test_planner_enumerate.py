@@ -8,58 +8,78 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bloomery.perf.flops import forward_flops
 from bloomery.planner.enumerate import Enumeration, enumerate_layouts
 from bloomery.spec import catalog
-from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout
-from bloomery.spec.layout_rules import check_layout
+from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch, balanced_split, stage_split
+from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
 from bloomery.spec.model import Model
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BATCH, SEQ = 12, 64
 
 
+SPANS = (2,)
+
+
 def small_model(**changes: object) -> Model:
-    values = {"layers": 4, "hidden": 48, "heads": 6, "kv_heads": 2, "vocab": 512, "max_seq_len": 64}
+    values = {"layers": 4, "hidden": 48, "heads": 6, "kv_heads": 2, "vocab": 1024, "max_seq_len": 64}
     return Model.checked({**values, **changes})
 
 
 def found(model: Model, world_size: int, runnable_only: bool) -> Enumeration:
-    return enumerate_layouts(model, world_size, global_batch=BATCH, seq_len=SEQ, runnable_only=runnable_only)
+    return enumerate_layouts(
+        model, world_size, global_batch=BATCH, seq_len=SEQ, runnable_only=runnable_only, spans=SPANS
+    )
 
 
 def nouns(enumeration: Enumeration) -> set[Layout]:
     return {enumeration.layouts.layout(i) for i in range(len(enumeration.layouts))}
 
 
+def pipelines(model: Model, pp: int, head: float) -> list[dict[str, object]]:
+    """Every schedule with every number of chunks and split that is searched; `head`: its work in layers."""
+    chunks = [vpp for vpp in range(2, model.layers + 1) if model.layers % (pp * vpp) == 0]
+    ways: list[dict[str, object]] = [{"vpp": vpp, "schedule": "interleaved"} for vpp in chunks]
+    for vpp, schedule in ((1, "1f1b"), (2, "zbv"), (2, "dualpipev")):
+        ways.append({"vpp": vpp, "schedule": schedule})
+        stages = pp * vpp
+        if pp > 1 and stages <= model.layers:
+            split = balanced_split(model.layers, [0.0] * (stages - 1) + [head])
+            if split != stage_split(model.layers, stages) and min(split) > 0:
+                ways.append({"vpp": vpp, "schedule": schedule, "stage_layers": split})
+    return ways
+
+
 def by_brute_force(model: Model, world_size: int, runnable_only: bool) -> set[Layout]:
-    """Every layout of the searched options that `check_layout` accepts; vpp only where it divides the layers."""
+    """Every layout of the searched options that keeps the rules; vpp only where it divides the layers, replicas and
+    orders only where some node of two accelerators tells them apart."""
     degrees = range(1, world_size + 1)
     meshes = [m for m in product(degrees, repeat=4) if np.prod(m) == world_size]
     experts = range(1, world_size + 1) if model.moe else (1,)
-    recompute = ("none", "selective", "full")
-    accepted = set()
-    for (tp, pp, dp, cp), ep, vpp, zero, sp, mb, again in product(
-        meshes, experts, range(1, model.layers + 1), range(4), (False, True), (1, 2, 4, 8), recompute
-    ):
-        if vpp > 1 and model.layers % (pp * vpp):
-            continue
-        layout = Layout(
-            tp=tp, pp=pp, dp=dp, cp=cp, ep=ep, vpp=vpp, zero_stage=zero, sequence_parallel=sp, micro_batch=mb,
-            recompute=again, schedule="interleaved" if vpp > 1 else "1f1b",
-        )  # fmt: skip
-        try:
-            check_layout(model, layout, global_batch=BATCH, seq_len=SEQ, world_size=world_size, run=runnable_only)
-        except InputError:
-            continue
-        accepted.add(layout)
-    return accepted
+    head = forward_flops(model, SEQ).head / (forward_flops(model, SEQ).layers / model.layers)
+    every = []
+    for (tp, pp, dp, cp), ep in product(meshes, experts):
+        orders = ("pp", "dp") if tp * cp < SPANS[0] and world_size > SPANS[0] else ("pp",)
+        replicas = [r for r in range(1, dp + 1) if dp % r == 0 and (r == 1 or tp * cp * dp // r in SPANS)]
+        for way, order, zero, r, sp, mb, again in product(
+            pipelines(model, pp, head), orders, range(4), replicas, (False, True), (1, 2, 4, 8), RECOMPUTE
+        ):
+            mesh = {"tp": tp, "pp": pp, "dp": dp, "cp": cp, "ep": ep, "outermost": order, "dp_replicas": r}
+            rest = {"zero_stage": zero, "sequence_parallel": sp, "micro_batch": mb, "recompute": again}
+            every.append(Layout.model_validate({**way, **mesh, **rest}))
+    batch = LayoutBatch.of(every)
+    problems = layout_problems(model, batch, global_batch=BATCH, seq_len=SEQ, world_size=world_size)
+    problems += runnable_problems(model, batch) if runnable_only else []
+    broken = np.logical_or.reduce([problem.broken for problem in problems])
+    return {layout for layout, wrong in zip(every, broken, strict=True) if not wrong}
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("runnable_only", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 4, 6])
-def test_exactly_the_layouts_of_a_brute_force_search(world_size: int, runnable_only: bool) -> None:
-    model = small_model()
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_exactly_the_layouts_of_a_brute_force_search(world_size: int, runnable_only: bool, tied: bool) -> None:
+    model = small_model(tie_embeddings=tied)
     enumeration = found(model, world_size, runnable_only)
     assert nouns(enumeration) == by_brute_force(model, world_size, runnable_only)
     assert len(nouns(enumeration)) == len(enumeration.layouts)
@@ -72,14 +92,51 @@ def test_experts_are_spread_over_data_parallel_ranks(runnable_only: bool) -> Non
     assert {layout.ep for layout in nouns(found(model, 4, runnable_only))} == {1, 2, 4}
 
 
-@pytest.mark.parametrize("example", ["demo", "llama3-8b"])
-def test_everything_found_for_running_passes_the_trainers_own_check(example: str) -> None:
-    run = catalog.read_run(EXAMPLES / f"{example}.yaml")
-    for ranks in run.cluster.world_sizes():
-        batch, seq_len = run.train.global_batch, run.train.seq_len
-        enumeration = enumerate_layouts(run.model, ranks, global_batch=batch, seq_len=seq_len, runnable_only=True)
-        for layout in nouns(enumeration):
-            check_layout(run.model, layout, global_batch=batch, seq_len=seq_len, world_size=ranks, run=True)
+def test_a_v_replicas_orders_and_stages_of_even_cost_are_searched() -> None:
+    every = nouns(found(small_model(), 4, False))
+    assert {layout.schedule for layout in every} == {"1f1b", "interleaved", "zbv", "dualpipev"}
+    assert {layout.dp_replicas for layout in every} == {1, 2}
+    assert {layout.outermost for layout in every} == {"pp", "dp"}
+    assert {layout.stage_layers for layout in every if layout.n_stages == 2} == {None, (3, 1)}
+    assert {layout.outermost for layout in nouns(found(small_model(), 4, True))} == {"pp"}
+
+
+def random_question(seed: int) -> tuple[Model, int, int]:
+    """A model, a number of ranks and a batch."""
+    rng = np.random.default_rng(seed)
+    kv_heads = int(rng.choice([1, 2, 4]))
+    model = Model.checked(
+        {
+            "layers": int(rng.integers(2, 13)),
+            "kv_heads": kv_heads,
+            "heads": kv_heads * int(rng.choice([1, 2, 3])),
+            "hidden": kv_heads * 6 * int(rng.choice([8, 16, 20])),
+            "ffn_hidden": int(rng.choice([96, 100, 192])),
+            "vocab": int(rng.choice([512, 4096, 4098])),
+            "max_seq_len": SEQ,
+            "head_dim": 16,
+            "tie_embeddings": bool(rng.integers(2)),
+            **({"moe": {"experts": 4, "top_k": 2, "expert_ffn_hidden": 96}} if rng.integers(2) else {}),
+        }
+    )
+    return model, int(rng.choice([2, 4, 6, 8, 16])), int(rng.choice([4, 12, 16, 24]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_found_for_running_the_trainer_accepts(seed: int) -> None:
+    model, ranks, batch = random_question(seed)
+    spans = [span for span in (2, 4) if span < ranks]
+    enumeration = enumerate_layouts(model, ranks, global_batch=batch, seq_len=SEQ, runnable_only=True, spans=spans)
+    lay = enumeration.layouts
+    assert len(lay) > 0
+    problems = layout_problems(model, lay, global_batch=batch, seq_len=SEQ, world_size=ranks)
+    for problem in [*problems, *runnable_problems(model, lay)]:
+        assert not problem.broken.any(), problem.rule
+    for i in np.random.default_rng(seed).choice(len(lay), size=min(60, len(lay)), replace=False):
+        # As a noun, through the file it would be written to, by the trainer's own check.
+        layout = Layout.checked(lay.layout(int(i)).model_dump(mode="json"))
+        check_layout(model, layout, global_batch=batch, seq_len=SEQ, world_size=ranks, run=True)
+        assert sum(layout.stage_layers or stage_split(model.layers, layout.n_stages)) == model.layers
 
 
 def test_every_layout_is_either_found_or_refused_for_one_reason() -> None:

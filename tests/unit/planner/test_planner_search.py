@@ -49,6 +49,24 @@ def test_every_layout_in_a_runnable_answer_passes_the_trainers_check(name: str) 
         assert row.fits
 
 
+def test_a_ramp_leaves_only_layouts_that_all_of_its_stages_can_run_and_its_steps_count_with_their_own_time() -> None:
+    run = example("llama3-8b", "train.ramp=[{tokens: 1e8, global_batch: 8, seq_len: 2048}]")
+    answer = plan(run, runnable_only=True)
+    small, whole = run.train.course.phases
+    assert (small.global_batch, small.seq_len) == (8, 2048)
+    for row in answer.best:
+        seconds = 0.0
+        for phase in (small, whole):
+            sizes = {"global_batch": phase.global_batch, "seq_len": phase.seq_len}
+            check_layout(run.model, row.layout, **sizes, run=True)
+            cluster, one = run.cluster.cut(row.layout.world_size), LayoutBatch.of([row.layout])
+            alone = estimate(run.model, cluster, one, **sizes, dtype=run_dtype(run, cluster))
+            seconds += phase.steps * float(alone.step_time_s[0])
+        assert row.outlook.days == pytest.approx(seconds / 86_400)
+    assert any("in the ramp, with 8 x 2048 tokens" in refusal.reason for refusal in answer.refusals)
+    assert any("train.ramp" in note for note in answer.notes)
+
+
 def test_no_layout_evaluated_by_itself_is_faster_than_the_winner() -> None:
     run, answer = planned("demo", runnable_only=True)
     times = []

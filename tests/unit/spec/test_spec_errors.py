@@ -80,7 +80,7 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("assignment", "words"),
     [
-        ("train=4", "train: a mapping is expected; found 4; accepted: checkpoint_every"),
+        ("train=4", "train: a mapping is expected; found 4; accepted: averaging, checkpoint_every"),
         ("align=null", "align: a list is expected"),
         ("train.steps=1.5", "train.steps: a whole number is expected; found 1.5"),
         ("train.steps=0", "train.steps: at least 1 is expected; found 0"),

@@ -11,21 +11,20 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.run import Run, Train, step_window
 
 MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
-EXPERTS = {"experts": 4, "top_k": 1, "expert_ffn_hidden": 32}
 
 
 @pytest.mark.parametrize(
-    ("model", "optimizer", "reason"),
+    ("model", "train", "reason"),
     [
-        ({}, {"scaling": "mup"}, "mup needs model.init unit_stream"),
-        ({"moe": EXPERTS}, {"name": "muon"}, "does not train mixture-of-experts"),
+        ({}, {"optimizer": {"scaling": "mup"}}, "mup needs model.init unit_stream"),
+        ({"mask": "prefix"}, {"ramp": [{"tokens": 600, "seq_len": 64}]}, "would cut prefixes"),
     ],
 )
-def test_what_does_not_go_together_is_refused(model: dict[str, Any], optimizer: dict[str, Any], reason: str) -> None:
+def test_what_does_not_go_together_is_refused(model: dict[str, Any], train: dict[str, Any], reason: str) -> None:
     described = {"model": {**MODEL, **model}, "cluster": cluster("this-machine").model_dump()}
     with pytest.raises(InputError, match=reason):
-        Run.checked({**described, "train": {"optimizer": optimizer}})
-    Run.checked({**described, "train": {"optimizer": {"name": "adamw"}}})
+        Run.checked({**described, "train": train})
+    Run.checked({**described, "train": {"optimizer": {"name": "adamw"}, "ramp": [{"tokens": 600, "global_batch": 4}]}})
 
 
 @pytest.mark.parametrize("window", ["12-10", "0-3", "10:12", "10", "a-b"])

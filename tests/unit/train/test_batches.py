@@ -1,7 +1,8 @@
-"""Every world size trains on the same samples in the same order."""
+"""Every world size trains on the same samples in the same order, however batch and sequences grow."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from bloomery.data.samples import Samples
+from bloomery.data.shards import TokenDataset, write_tokens
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.course import Course, RampStage
 from bloomery.spec.fitting import fitted
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -36,7 +39,8 @@ class Numbered:
 def test_the_samples_of_a_step_are_the_same_on_any_number_of_ranks(ranks: int) -> None:
     layout = fitted(MODEL, Layout(dp=4, micro_batch=3), ranks, global_batch=GLOBAL_BATCH, seq_len=4)
     assert layout is not None and layout.world_size == ranks
-    shares = [Batches(Numbered(), Mesh(layout, torch.device("cpu"), r, None), GLOBAL_BATCH) for r in range(ranks)]
+    course = Course.of((), global_batch=GLOBAL_BATCH, seq_len=4, steps=9)
+    shares = [Batches(Numbered(), Mesh(layout, torch.device("cpu"), r, None), course) for r in range(ranks)]
     for step in (0, 1, 7):
         parts = [share.get(step) for share in shares]
         taken = torch.cat([part.tokens_bs[:, 0] for part in parts]).tolist()
@@ -45,3 +49,50 @@ def test_the_samples_of_a_step_are_the_same_on_any_number_of_ranks(ranks: int) -
         assert {len(list(part.split(layout.micro_batch))) for part in parts} == {12 // (ranks * layout.micro_batch)}
     for share in shares:
         share.close()
+
+
+SEQ_LEN, STEPS = 8, 9
+RAMP = (RampStage(tokens=16, global_batch=4, seq_len=4), RampStage(tokens=48, global_batch=6, seq_len=4))
+COURSE = Course.of(RAMP, global_batch=4, seq_len=SEQ_LEN, steps=STEPS)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> TokenDataset:
+    random = np.random.default_rng(0)
+    documents = [({"id": i, "path": "", "bytes": 9}, random.integers(0, 90, 21).tolist()) for i in range(40)]
+    write_tokens(tmp_path / "shards", documents, vocab=99, shard_tokens=100, end=98)
+    return TokenDataset(tmp_path / "shards", seq_len=SEQ_LEN, seed=3, documents=True)
+
+
+def taken(dataset: TokenDataset, dp: int, passed_over: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """All that the ranks together get in a run, in order, as one row each."""
+    found: dict[str, list[torch.Tensor]] = {"tokens": [], "targets": [], "documents": []}
+    counts = []
+    ranks = [Batches(dataset, Mesh(Layout(dp=dp), torch.device("cpu"), rank, None), COURSE) for rank in range(dp)]
+    for step in range(STEPS):
+        for batches in ranks:
+            batches.passed_over = passed_over
+            batch = batches.get(step)
+            assert batch.tokens_bs.shape == (COURSE.at(step).global_batch // dp, COURSE.at(step).seq_len)
+            assert batch.documents_bs is not None
+            counts.append(batch.n_targets == COURSE.at(step).tokens)
+            for name, part in zip(found, (batch.tokens_bs, batch.targets_bs, batch.documents_bs), strict=True):
+                found[name].append(part.flatten())
+    for batches in ranks:
+        batches.close()
+    assert all(counts)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+@pytest.mark.parametrize("passed_over", [[], [(2, 5), (7, 8)]])
+def test_shorter_sequences_are_the_samples_in_their_order(
+    dataset: TokenDataset, dp: int, passed_over: list[tuple[int, int]]
+) -> None:
+    every = [i for i in range(99) if not any(first <= i < stop for first, stop in passed_over)]
+    samples = dataset.batch(every[: COURSE.position(STEPS)])
+    found = taken(dataset, dp, passed_over)
+    assert samples.documents is not None
+    assert torch.equal(found["tokens"], torch.from_numpy(samples.inputs.flatten()))
+    assert torch.equal(found["targets"], torch.from_numpy(samples.targets.flatten()))
+    assert torch.equal(found["documents"], torch.from_numpy(samples.documents.flatten()))

@@ -1,0 +1,107 @@
+"""One's own law goes from a sweep to a budget: what the runs were made by is what the budget answers with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bloomery.cli import sweep as sweep_command
+from bloomery.cli.budget import app
+from bloomery.cli.sweep import sweep
+from bloomery.cluster.prepare import data_folder
+from bloomery.planner.budget import Question, budget
+from bloomery.planner.choices import compare
+from bloomery.planner.law_file import read_law
+from bloomery.planner.laws import Additive, law, laws
+from bloomery.planner.sweep import Point
+from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import InputError
+from bloomery.spec.files import to_yaml
+from bloomery.spec.run import Run
+
+TRUTH = Additive(key="truth", title="", source="", note="", E=1.2, A=90.0, B=700.0, alpha=0.30, beta=0.36)
+LAW = "kind: additive\nE: 1.2\nA: 90\nB: 700\nalpha: 0.3\nbeta: 0.36\n"
+
+
+def run_file(folder: Path) -> Path:
+    """A run whose token shards are said to be there."""
+    path = folder / "run.yaml"
+    values = {"name": "small", "model": {"extends": "tiny-5m", "vocab": 2048}, "cluster": "generic-8xh100"}
+    path.write_text(to_yaml({**values, "out": str(folder), "train": {"seq_len": 128, "global_batch": 16}}))
+    manifest = data_folder(read_run(path, [])) / "train" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text("{}")
+    return path
+
+
+def bloomery_budget(*arguments: object) -> str:
+    """What `bloomery budget` prints."""
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def swept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An IsoFLOP grid whose runs end at the truth's loss, with a thousandth of noise."""
+    noise = np.random.default_rng(3)
+
+    def loss_of(run: Run, point: Point, place: Path) -> float:
+        return float(TRUTH.loss(point.parameters, point.tokens)) * float(np.exp(1e-3 * noise.standard_normal()))
+
+    monkeypatch.setattr(sweep_command, "train_point", loss_of)
+    out = folder / "sweep.jsonl"
+    sweep(run_file(folder), flops="1e15,1e16,1e17,1e18", sizes="2M,4M,8M,20M,50M,100M", out=out)
+    return out
+
+
+def test_a_sweep_becomes_a_law_that_a_budget_answers_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = swept(tmp_path, monkeypatch)
+    path = tmp_path / "mine.yaml"
+    bloomery_budget("fit", runs, "--resamples", 30, "--out", path)
+    answers = json.loads(bloomery_budget("--law", path, "--pf-days", 0.01, "--json"))["answers"]
+    assert [answer["law"] for answer in answers] == [*laws(), "fitted"]
+    mine, size = answers[-1], float(TRUTH.optimal(0.01 * 8.64e19)[0])
+    assert mine["parameters"] == pytest.approx(size, rel=0.25)
+    assert mine["interval"][0] < size < mine["interval"][1]
+    assert mine["loss"] == pytest.approx(float(TRUTH.optimal_loss(0.01 * 8.64e19)), rel=0.01)
+    besiroglu = next(answer for answer in answers if answer["law"] == "besiroglu")
+    assert besiroglu["parameters"] == pytest.approx(float(law("besiroglu").optimal(0.01 * 8.64e19)[0]))
+
+
+def test_ones_own_law_reads_back_judges_choices_and_says_how_far_it_is_stretched(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(LAW + "fitted_flops: [1.0e15, 1.0e18]\n")
+    own = read_law(path)
+    assert own.loss(1e9, 1e10) == TRUTH.loss(1e9, 1e10)
+    assert own.pivot_flops == pytest.approx(10**16.5)
+    verdict = compare([(2e8, 1e10), (1e9, 2e9)], own=own)[-1]
+    assert verdict.law == own.key and verdict.losses[0] == TRUTH.loss(2e8, 1e10)
+    found = budget(Question(parameters=1e9, law=own.key, own=own), None)
+    flops = 6 * found.answers[-1].parameters * found.answers[-1].tokens
+    assert f"{flops / 1e18:.3g} times the FLOP of its largest run" in " ".join(found.notes)
+    inside = budget(Question(parameters=1e6, law=own.key, own=own), None)
+    assert not any("largest run" in note for note in inside.notes)
+    served = budget(Question(pf_days=1.0, inference_tokens=1e12, law=own.key, own=own), None)
+    assert served.answers[-1].law == "sardana-fitted"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (LAW.replace("additive", "cubic"), "kind: not a law of this kind"),
+        (LAW.replace("alpha: 0.3", "alpha: many"), "alpha: a positive number"),
+        (LAW.replace("A: 90\n", ""), "A: a positive number"),
+        (LAW + "gamma: 3\n", "no such key"),
+        (LAW + "exponent_interval: [0.6, 0.4]\n", "exponent_interval: two numbers"),
+    ],
+)
+def test_a_wrong_law_file_is_named_by_its_key(text: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words):
+        read_law(path)
