@@ -84,7 +84,7 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[str]) -> int:
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     code = 0
     try:
-        while any(process.poll() is None for process in processes):
+        while None in [process.poll() for process in processes]:  # every one is looked at: a code is known once polled
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if failed and not code:
                 code = failed
