@@ -103,6 +103,7 @@ class World:
     def __init__(self, module: str, folder: Path, share: Share, scratch: Path, settings: Supervision) -> None:
         self.share, self.scratch, self.settings = share, scratch, settings
         self.started = time.monotonic()
+        self._beats = [Beat(0, self.started)] * len(share.ranks)
         for name, value in READ_AT_IMPORT.items():
             os.environ.setdefault(name, value)
         context = get_context("forkserver")
@@ -124,9 +125,10 @@ class World:
                 os.kill(process.pid, number)
 
     def beats(self) -> list[Beat]:
-        """The last sign of life of every rank here."""
-        unheard = Beat(0, self.started)
-        return [read_beat(beat_file(self.scratch, rank)) or unheard for rank in self.share.ranks]
+        """The last sign of life of every rank here; one that cannot be read just now is the one before."""
+        read = [read_beat(beat_file(self.scratch, rank)) for rank in self.share.ranks]
+        self._beats = [now or before for now, before in zip(read, self._beats, strict=True)]
+        return self._beats
 
     def states(self) -> list[str]:
         """The state letter of every process here."""

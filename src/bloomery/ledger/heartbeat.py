@@ -88,8 +88,9 @@ class Heartbeat:
         self._seen[self._phase] = max(self._seen[self._phase], now - self._since)
         self._phase = PHASES.index(PHASE_OF.get(bucket, WAITING))
         self._changes, self._since = self._changes + 1, now
-        _LONGEST.pack_into(self._map, _HEAD.size, *self._longest)
-        _HEAD.pack_into(self._map, 0, self._changes, now, self.step, self._phase)
+        # `pack_into` clears before it writes: whoever reads in between would find nothing.
+        sign = _HEAD.pack(self._changes, now, self.step, self._phase) + _LONGEST.pack(*self._longest)
+        self._map[: len(sign)] = sign
 
 
 def read_beat(path: Path) -> Beat | None:

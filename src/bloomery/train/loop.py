@@ -91,10 +91,9 @@ def _step(session: Session, step: int) -> int:
         if done > step:
             session.optimizers.average.update(done)
     session.sample.after(step + 1, session.recorder, clock)
-    with clock.bucket("profile"):
-        profiled = session.profile.after(step + 1)
-        if profiled:
-            session.recorder.event("profiled", **profiled)
+    if session.profile.ends_after(step + 1):  # a step that enters this bucket is not like the others
+        with clock.bucket("profile"):
+            session.recorder.event("profiled", **(session.profile.close(step + 1) or {}))
     if done % job.checkpoint_every == 0 and step < done < job.steps:
         save(session, done)
     if job.memory_every and done % job.memory_every == 0 and step < done < job.steps:

@@ -37,14 +37,12 @@ class ProfileWindow:
         self._profile = profile(activities=activities)
         self._profile.start()
 
-    def after(self, step: int) -> dict[str, Any] | None:
-        """`step` is done. Returns the account of communication when the window closed."""
-        if self._profile is None or self._steps is None or step < self._steps[1]:
-            return None
-        return self.close(step)
+    def ends_after(self, step: int) -> bool:
+        """Whether `step`, which is done, was the last one of an open window: `close` it."""
+        return self._profile is not None and self._steps is not None and step >= self._steps[1]
 
     def close(self, step: int) -> dict[str, Any] | None:
-        """End the window now, whatever it has; None when none is open."""
+        """End the window now, whatever it has: the account of communication in it; None when none is open."""
         if self._profile is None:
             return None
         self._profile.stop()
