@@ -16,10 +16,10 @@ from bloomery.spec.errors import InputError, in_plain_words, nearest_match
 
 VERBS: dict[str, tuple[str, str]] = {
     "plan": ("plan:plan", "The best layouts of a run: time, memory, MFU, cost, and why."),
-    "design": ("design:design", "The structures of equal loss that train fastest on this cluster."),
+    "design": ("design:design", "Structures of equal loss, fastest on this cluster."),
     "budget": ("budget:app", "From some of money, time, PF-days, tokens, loss to the rest."),
     "sweep": ("sweep:sweep", "An IsoFLOP grid of small runs here, for `budget fit`."),
-    "validate": ("validate:validate", "Predicted against measured for published training runs."),
+    "validate": ("validate:validate", "Predicted against measured, for published runs."),
     "probe": ("probe:probe", "Measure this machine; writes a calibrated cluster file."),
     "doctor": ("doctor:doctor", "Is this machine or cluster fit to train? Faults, remedies."),
     "calibrate": ("calibrate:calibrate", "Refit a cluster file to what finished runs on it took."),

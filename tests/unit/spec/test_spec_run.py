@@ -17,7 +17,7 @@ MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
     ("model", "train", "reason"),
     [
         ({}, {"optimizer": {"scaling": "mup"}}, "mup needs model.init unit_stream"),
-        ({"mask": "prefix"}, {"ramp": [{"tokens": 600, "seq_len": 64}]}, "would cut prefixes"),
+        ({"mask": "prefix"}, {"ramp": [{"tokens": 600, "seq_len": 64}]}, "grow batches only"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model: dict[str, Any], train: dict[str, Any], reason: str) -> None:
