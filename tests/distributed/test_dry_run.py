@@ -67,7 +67,7 @@ def chosen() -> list[Case]:
     plain = [case for case in dense if "cp=" not in case.layout and case.mask == "causal"]
     return [
         *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
-        *(case for case in CASES if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
+        *(case for case in dense if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
         # What masked attention keeps is its kernel's choice: no formula here.
         *(case for case in plain if case.model not in ("llama", "window", "wide-window") and "vpp" not in case.layout),
         Case("llama", "tp=2,dp=2,sp=true,zero=2,micro_batch=2", optimizer="muon"),
