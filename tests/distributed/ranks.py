@@ -264,7 +264,7 @@ def _train_cases(rank: int, world_size: int, cases: Sequence[Case], folder: Path
         (folder / f"{case.name}.{rank}.json").write_text(json.dumps({**result, "shards": shards}))
 
 
-def run_cases(world_size: int, cases: Sequence[Case], folder: Path, timeout_s: float = 300) -> None:
+def run_cases(world_size: int, cases: Sequence[Case], folder: Path, timeout_s: float = 1200) -> None:
     """Run the cases on `world_size` processes; raise when one fails or hangs."""
     run_ranks(world_size, _train_cases, cases, folder, timeout_s=timeout_s)
 
