@@ -30,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(base: Path, name: str, *options: str, **train: object) -> list[str]:
     """Train a run of two ranks."""
     run = runs.describe(
-        base, name, base / "shards", {"dp": 2}, **{"steps": 60, "supervision": {"hang_floor_s": 120.0}, **train}
+        base, name, base / "shards", {"dp": 2}, **{"steps": 120, "supervision": {"hang_floor_s": 120.0}, **train}
     )
     (base / f"{name}.yaml").write_text(to_yaml(run.model_dump(mode="json")))
     return [sys.executable, "-m", "bloomery", "train", str(base / f"{name}.yaml"), *options]
@@ -42,9 +42,7 @@ class Hosts:
     def __init__(self, base: Path, name: str) -> None:
         where = f"127.0.0.1:{free_port('127.0.0.1')}"
         self.folder, self.errors = base / "runs" / name, [base / f"{name}.{host}.err" for host in range(2)]
-        self.commands = [
-            command(base, name, "--node", f"{host}/2", "--rendezvous", where, steps=60) for host in range(2)
-        ]
+        self.commands = [command(base, name, "--node", f"{host}/2", "--rendezvous", where) for host in range(2)]
         self.processes = [self.start(host) for host in range(2)]
 
     def start(self, host: int) -> subprocess.Popen[bytes]:
@@ -57,9 +55,13 @@ class Hosts:
         return [process.wait(timeout=240) for process in self.processes]
 
     def reached(self, step: int, resumes: int = 0) -> None:
-        """Wait until a step was taken, after so many ranks have resumed."""
+        """Wait until a step was taken and a checkpoint is whole, after so many ranks have resumed."""
         until = time.monotonic() + 240
-        while max(runs.losses(self.folder), default=0) < step or len(runs.events(self.folder, "resumed")) < resumes:
+        while (
+            max(runs.losses(self.folder), default=0) < step
+            or len(runs.events(self.folder, "resumed")) < resumes
+            or not any(self.folder.glob("checkpoints/step_*/commit.json"))
+        ):
             assert time.monotonic() < until, "\n".join(path.read_text() for path in self.errors)
             time.sleep(0.02)
 
