@@ -37,7 +37,11 @@ class Needs(Noun):
 
 
 Answer = tuple[Verdict, str, str]
-GOOD: Callable[[str], Answer] = lambda found: ("good", found, "")  # noqa: E731
+
+
+def good(found: str) -> Answer:
+    """Nothing to remedy."""
+    return "good", found, ""
 
 
 def judged(facts: Facts, needs: Needs) -> list[Finding]:
@@ -89,7 +93,7 @@ def versions(facts: Facts, _: Needs) -> Answer:
             f"driver {driver} is too old for CUDA {cuda}",
             f"driver {needed} or newer, or torch for older CUDA",
         )
-    return GOOD(listed)
+    return good(listed)
 
 
 def gpus(facts: Facts, _: Needs) -> Answer:
@@ -114,7 +118,7 @@ def gpus(facts: Facts, _: Needs) -> Answer:
             return "advice", f"{who}: {gpu.celsius} °C", "look at the cooling; it will slow down"
         if gpu.link[0] < gpu.link[1]:
             return "advice", f"{who}: PCIe x{gpu.link[0]} of x{gpu.link[1]}", "reseat the card; look at the slot"
-    return GOOD(f"{len(facts.gpus)} in order" if facts.gpus else "none here")
+    return good(f"{len(facts.gpus)} in order" if facts.gpus else "none here")
 
 
 def network(facts: Facts, needs: Needs) -> Answer:
@@ -144,7 +148,7 @@ def network(facts: Facts, needs: Needs) -> Answer:
             return "advice", f"{name} at {slow} Mbit/s while {fastest} has {fast}", f"name {fastest} instead"
     if needs.hosts > 1 and not links:
         return "fault", "no interface but loopback is up", "connect the host"
-    return GOOD(", ".join(f"{n} {i.mbit_per_s or '?'} Mbit/s" for n, i in sorted(links.items())) or "loopback alone")
+    return good(", ".join(f"{n} {i.mbit_per_s or '?'} Mbit/s" for n, i in sorted(links.items())) or "loopback alone")
 
 
 VARIABLES_OF_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -165,7 +169,7 @@ def affinity(facts: Facts, needs: Needs) -> Answer:
         return "advice", found, "bind each rank to the node of its GPU, not all to one"
     if 2 * allowed <= online:
         return "advice", f"bound to {allowed} of {online} cores", "ask the scheduler for more cores a task"
-    return GOOD(f"{allowed} of {online} cores, {facts.numa_nodes} NUMA node{'s' * (facts.numa_nodes > 1)}")
+    return good(f"{allowed} of {online} cores, {facts.numa_nodes} NUMA node{'s' * (facts.numa_nodes > 1)}")
 
 
 def governor(facts: Facts, _: Needs) -> Answer:
@@ -176,7 +180,7 @@ def governor(facts: Facts, _: Needs) -> Answer:
     slow = [name for name in facts.governors if name in ("powersave", "ondemand", "conservative")]
     if slow:
         return "advice", f"cpu governor {slow[0]}", "`cpupower frequency-set -g performance`"
-    return GOOD(f"steal {facts.steal:.0%}, governor {', '.join(facts.governors) or 'not ours to see'}")
+    return good(f"steal {facts.steal:.0%}, governor {', '.join(facts.governors) or 'not ours to see'}")
 
 
 def load(facts: Facts, _: Needs) -> Answer:
@@ -184,7 +188,7 @@ def load(facts: Facts, _: Needs) -> Answer:
     busiest = f"; most by {facts.busiest.name} ({facts.busiest.pid})" if facts.busiest else ""
     found = f"{facts.others:.0%} of the cores used by others"
     if facts.others < BUSY_ADVICE:
-        return GOOD(found)
+        return good(found)
     verdict: Verdict = "fault" if facts.others >= BUSY_FAULT else "advice"
     return verdict, found + busiest, "end or move the other work; it slows every rank that waits for this one"
 
@@ -198,7 +202,7 @@ def memory(facts: Facts, needs: Needs) -> Answer:
     if need > room:
         remedy = "raise the job's memory" if limit == room else "fewer ranks here, a layout with less memory, ZeRO"
         return "fault", f"{found}; {needs.ranks} ranks need {need / GIB:.1f}", remedy
-    return GOOD(found + (f", {need / GIB:.1f} needed" if need else ""))
+    return good(found + (f", {need / GIB:.1f} needed" if need else ""))
 
 
 def shared_memory(facts: Facts, _: Needs) -> Answer:
@@ -221,7 +225,7 @@ def open_files(facts: Facts, needs: Needs) -> Answer:
     soft, hard = facts.files
     need = FILES_OF_A_RANK + 8 * needs.peers
     if soft == -1 or soft >= need:
-        return GOOD(f"{soft if soft != -1 else 'no'} open files allowed")
+        return good(f"{soft if soft != -1 else 'no'} open files allowed")
     remedy = (
         f"`ulimit -n {need}`" if hard in (-1,) or hard >= need else f"nofile {need} in limits.conf or the unit file"
     )
@@ -232,9 +236,9 @@ def locked_memory(facts: Facts, _: Needs) -> Answer:
     """RDMA registers memory, which must be allowed to be locked."""
     soft = facts.locked_bytes[0]
     if not facts.infiniband:
-        return GOOD("no RDMA adapter here")
+        return good("no RDMA adapter here")
     if soft == -1:
-        return GOOD("no limit")
+        return good("no limit")
     return "fault", f"{soft / MIB:.0f} MiB may be locked", "memlock unlimited in limits.conf and for slurmd"
 
 
@@ -250,14 +254,14 @@ def disk(facts: Facts, needs: Needs) -> Answer:
         return "fault", f"{found}; {need}", "free some space, or lower train.keep_checkpoints"
     if there.write_bytes_per_s < SLOW_DISK_BYTES_PER_S or there.sync_s > SLOW_SYNC_S:
         return "advice", found, "write runs to a faster disk; checkpoints will hold training up"
-    return GOOD(found)
+    return good(found)
 
 
 def ports(facts: Facts, _: Needs) -> Answer:
     """Processes here can reach each other."""
     if facts.loopback_problem:
         return "fault", f"loopback: {facts.loopback_problem}", "`ip link set lo up`; allow loopback in the firewall"
-    return GOOD("loopback connects")
+    return good("loopback connects")
 
 
 def name_service(facts: Facts, needs: Needs) -> Answer:
@@ -272,7 +276,7 @@ def name_service(facts: Facts, needs: Needs) -> Answer:
     if facts.resolve_s > SLOW_RESOLVE_S:
         return "advice", f"{facts.resolve_s:.1f} s to resolve {facts.host}", "add it to /etc/hosts; look at resolv.conf"
     known = ", ".join(facts.hostname_addresses) or "unknown"
-    return GOOD(f"{facts.host} is {known}{f', {named} is used' if named else ''}")
+    return good(f"{facts.host} is {known}{f', {named} is used' if named else ''}")
 
 
 CHECKS: dict[str, Callable[[Facts, Needs], Answer]] = {
