@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -71,7 +72,16 @@ class Rank:
         self.folder, self.layout = folder, layout
         self.mesh = meshes.start(layout, torch.device("cpu"), os.environ["BLOOMERY_RENDEZVOUS"])
         model = Model.checked(settings["model"])
-        self.engine = build(model, layout, self.mesh, seq_len=seq_len, global_batch=batch, dtype="float32", seed=0)
+        self.engine = build(
+            model,
+            layout,
+            self.mesh,
+            seq_len=seq_len,
+            global_batch=batch,
+            dtype="float32",
+            seed=0,
+            measure=lambda _: nullcontext(),
+        )
         self.optimizers = build_optimizers(self.engine, Optimizer())
         chosen = torch.randint(0, model.vocab, (batch // layout.dp, seq_len + 1), generator=torch.manual_seed(0))
         self.batch = Batch(chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous(), batch * seq_len)

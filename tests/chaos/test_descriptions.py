@@ -47,6 +47,10 @@ def renamed(holder: dict[str, Any], key: str) -> None:
     holder[f"{key}x"] = holder.pop(key)
 
 
+MINUTES = ("launch.slurm.time", 7)
+"""A bare number is right there."""
+
+
 def mutations(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What was done to which key, and the description then."""
     for path, value in keys(values):
@@ -55,7 +59,7 @@ def mutations(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(path[-1], str) and not free:
             yield f"{name} renamed", with_change(values, path, renamed)
         for wrong in wrong_values(value):
-            if not (free and isinstance(wrong, str)):
+            if not (free and isinstance(wrong, str)) and (name, wrong) != MINUTES:
                 yield f"{name} = {wrong!r:.30}", with_change(values, path, partial(put, wrong=wrong))
 
 

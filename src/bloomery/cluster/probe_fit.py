@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
+from math import exp, log
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
 
-from bloomery.perf.estimate import estimate
+from bloomery.perf.breakdown import compute_kinds
+from bloomery.perf.case import Case
+from bloomery.perf.estimate import estimate_case
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.perf.precision import Precision
+from bloomery.planner.knobs import turned
 from bloomery.spec.cluster import (
     OPERATIONS,
     Accelerator,
@@ -22,6 +26,7 @@ from bloomery.spec.cluster import (
     GemmEfficiency,
     Tier,
 )
+from bloomery.spec.components import COMPUTE, KINDS
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
@@ -35,7 +40,11 @@ REFERENCE_SEQ_LEN = 256
 REFERENCE_BATCH = 8
 """Two micro-batches: gradients are added to, as in training, not only written."""
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
-LAUNCH_BISECTIONS = 24
+LAUNCH_BISECTIONS, KIND_ROUNDS = 24, 6
+DEEPER = REFERENCES[1].layers - REFERENCES[0].layers
+Kinds = Mapping[str, float]
+"""Seconds of the compute of one step, by `spec.components.KINDS`, or {"compute": all of it} where nothing tells them
+apart."""
 
 
 def fit_gemm(rows: Sequence[dict[str, Any]]) -> tuple[float, GemmEfficiency]:
@@ -68,22 +77,48 @@ def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, i
     return min(1.0, flops / min(seconds) / peak)
 
 
-def calibrated(accelerator: Accelerator, measured_s: dict[Dtype, Sequence[float]]) -> Accelerator:
+def calibrated(accelerator: Accelerator, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
     """The accelerator made to agree with the reference models' compute on one rank, in the order of `REFERENCES`.
 
-    They differ in depth alone: the difference is what layers cost, the rest is the ends. What kernels alone leave out
-    of a layer is mostly a cost of each kernel whatever its size (threads woken and joined, caches cold, Python), so
-    `launch_s` takes it up, one figure for all formats; what stays becomes the `compute_factor` of each format.
+    They differ in depth alone: the difference is what layers cost, the rest is the ends. Where a profiler told the
+    compute by kind, each kind's rate is made to agree: what operators get in a step, with cold caches and new memory,
+    is not what they get alone. Where it did not, what kernels alone leave out of a layer is taken for a cost of each
+    kernel whatever its size (threads woken and joined, Python): `launch_s`. What stays becomes the `compute_factor` of
+    each format.
     """
-    layers = {dtype: _layer_and_ends(seconds)[0] for dtype, seconds in measured_s.items()}
-    launch_s = mean(_launch_s(accelerator, dtype, layer_s) for dtype, layer_s in layers.items())
-    launched = accelerator.model_copy(update={"launch_s": max(accelerator.launch_s, launch_s)})
+    if all(len(model) > 1 for models in measured.values() for model in models):
+        accelerator = _by_kind(accelerator, measured)
+    else:
+        launch_s = mean(_launch_s(accelerator, dtype, _layer_and_ends(models)[0]) for dtype, models in measured.items())
+        accelerator = accelerator.model_copy(update={"launch_s": max(accelerator.launch_s, launch_s)})
     factors = dict[Dtype, ComputeFactor]()
-    for dtype, seconds in measured_s.items():
-        layer, ends = _layer_and_ends(seconds)
-        predicted_layer, predicted_ends = _predicted(launched, dtype)
+    for dtype, models in measured.items():
+        layer, ends = _layer_and_ends(models)
+        predicted_layer, predicted_ends = _layer_and_ends(_predicted(accelerator, dtype))
         factors[dtype] = ComputeFactor(layers=layer / predicted_layer, ends=ends / predicted_ends)
-    return launched.model_copy(update={"compute_factor": factors})
+    return accelerator.model_copy(update={"compute_factor": factors})
+
+
+def _by_kind(accelerator: Accelerator, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
+    """Rates turned until a layer takes what it took, kind by kind; turned again because kinds lean on each other (a
+    small product waits for memory)."""
+    machine = _machine(accelerator)
+    for _ in range(KIND_ROUNDS):
+        factors = dict[str, float]()
+        for kind in KINDS:
+            slower = [
+                log(_of_a_layer(models, kind) / _of_a_layer(_predicted(machine.accelerator, dtype), kind))
+                for dtype, models in measured.items()
+            ]
+            factors[kind] = exp(mean(slower) if kind == "host" else -mean(slower))
+        machine = turned(machine, factors)
+    return machine.accelerator
+
+
+def _of_a_layer(models: Sequence[Kinds], kind: str) -> float:
+    """Seconds of one kind; noise cannot make it vanish."""
+    shallow, deep = (model[kind] for model in models)
+    return max((deep - shallow) / DEEPER, 0.01 * deep)
 
 
 def _launch_s(accelerator: Accelerator, dtype: Dtype, layer_s: float) -> float:
@@ -91,34 +126,40 @@ def _launch_s(accelerator: Accelerator, dtype: Dtype, layer_s: float) -> float:
     low, high = 0.0, layer_s
     for _ in range(LAUNCH_BISECTIONS):
         middle = (low + high) / 2
-        slower = _predicted(accelerator.model_copy(update={"launch_s": middle}), dtype)[0] > layer_s
-        low, high = (low, middle) if slower else (middle, high)
+        slower = accelerator.model_copy(update={"launch_s": middle})
+        low, high = (low, middle) if _layer_and_ends(_predicted(slower, dtype))[0] > layer_s else (middle, high)
     return low
 
 
-def _predicted(accelerator: Accelerator, dtype: Dtype) -> tuple[float, float]:
-    return _layer_and_ends([_reference_s(accelerator, dtype, model) for model in REFERENCES])
-
-
-def _layer_and_ends(seconds: Sequence[float]) -> tuple[float, float]:
+def _layer_and_ends(models: Sequence[Kinds]) -> tuple[float, float]:
     """Seconds of one layer and of everything else; noise cannot make either vanish."""
-    shallow, deep = seconds
-    layer = max((deep - shallow) / (REFERENCES[1].layers - REFERENCES[0].layers), 0.01 * deep)
+    shallow, deep = (sum(model.values()) for model in models)
+    layer = max((deep - shallow) / DEEPER, 0.01 * deep)
     return layer, max(shallow - REFERENCES[0].layers * layer, 0.01 * shallow)
 
 
-def _reference_s(accelerator: Accelerator, dtype: Dtype, model: Model) -> float:
-    """Predicted compute of one reference step."""
+def _predicted(accelerator: Accelerator, dtype: Dtype) -> list[Kinds]:
+    """Predicted compute of one step of each reference, by kind."""
+    found = list[Kinds]()
+    for model in REFERENCES:
+        case = Case.of(
+            model,
+            _machine(accelerator),
+            LayoutBatch.of([REFERENCE_LAYOUT]),
+            global_batch=REFERENCE_BATCH,
+            seq_len=REFERENCE_SEQ_LEN,
+            dtype=dtype,
+        )
+        components = estimate_case(case).components
+        compute_s = np.asarray(sum(components[part] for part in COMPUTE))
+        found.append({kind: float(times[0]) for kind, times in compute_kinds(case, compute_s).items()})
+    return found
+
+
+def _machine(accelerator: Accelerator) -> Cluster:
+    """One rank of it, alone."""
     alone = Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)
-    found = estimate(
-        model,
-        Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,)),
-        LayoutBatch.of([REFERENCE_LAYOUT]),
-        global_batch=REFERENCE_BATCH,
-        seq_len=REFERENCE_SEQ_LEN,
-        dtype=dtype,
-    )
-    return float(sum(found.components[part][0] for part in ("ideal", "kernel", "recompute")))
+    return Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,))
 
 
 def optimizer_rate(seconds: Sequence[float]) -> float:

@@ -63,14 +63,18 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         upload_bytes_per_s=mean(uploads) if uploads else None,
         source=PROBED,
     )
-    reference_s: dict[Any, Any] = {dtype: _reference_s(results, dtype) for dtype in first["reference"]}
-    return calibrated(parts, reference_s)
+    reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["reference"]}
+    return calibrated(parts, reference)
 
 
-def _reference_s(results: Sequence[dict[str, Any]], dtype: str) -> list[float]:
-    """Seconds of compute of each reference model: the mean over ranks of their medians."""
-    by_rank = [[median(model["compute"]) for model in result["reference"][dtype]] for result in results]
-    return [mean(times) for times in zip(*by_rank, strict=True)]
+def _reference_kinds(results: Sequence[dict[str, Any]], dtype: str) -> list[dict[str, float]]:
+    """Seconds of compute of each reference model, by kind where they were told apart: the mean over ranks of their
+    medians, in the shares of their profiled steps."""
+    found = list[dict[str, float]]()
+    for models in zip(*(result["reference"][dtype] for result in results), strict=True):
+        each = [{kind: share * median(model["compute"]) for kind, share in model["shares"].items()} for model in models]
+        found.append({kind: mean(one[kind] for one in each) for kind in each[0]})
+    return found
 
 
 def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:

@@ -11,16 +11,20 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch.autograd.profiler import record_function
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from bloomery.cluster.meeting import Place, join, leave
 from bloomery.cluster.probe_fit import REFERENCE_BATCH, REFERENCE_LAYOUT, REFERENCE_SEQ_LEN, REFERENCES
 from bloomery.cluster.probe_links import measure_links, now
 from bloomery.cluster.probe_parts import ATTENTION_SHAPE, UPLOAD_BYTES
+from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.model import Model
+from bloomery.train.profiled_step import kinds_of
 
 GEMM_SHAPES = [(m, n, k) for m in (256, 1024) for n in (64, 256, 1024) for k in (64, 256, 1024)]
 GEMM_SHAPES += [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
@@ -28,6 +32,7 @@ ELEMENT_BYTES = (2 << 20, 8 << 20, 16 << 20)
 WARM_UP_S = 0.5
 REFERENCE_WARM_UP = 2
 REFERENCE_ROUNDS = 5
+PROFILED_STEPS = 2
 TRIAL_SHAPE = (256, 256, 256)
 LEAST_RATIO = 0.5
 """A format whose products run below this share of float32's rate is not measured: nobody gains from training in it, and
@@ -123,10 +128,11 @@ def measure_launch(device: torch.device, at_least_s: float) -> list[float]:
     return [s / (2 * n) for s in seconds(chain, device, at_least_s)]
 
 
-def measure_reference(device: torch.device, model: Model, dtype: str, rounds: int) -> dict[str, list[float]]:
+def measure_reference(device: torch.device, model: Model, dtype: str, rounds: int) -> dict[str, Any]:
     """A step of a reference model by the real engine, alone on this rank: seconds of its two halves by round.
 
-    `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients.
+    `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients; `shares` of
+    the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
     engine = build(
@@ -142,10 +148,11 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     optimizer = torch.optim.AdamW(engine.parameters().values(), lr=1e-4, fused=True)
     shape = (REFERENCE_BATCH, REFERENCE_SEQ_LEN)
     tokens = torch.randint(0, model.vocab, shape, device=device)
+    batch = Batch(tokens, tokens, tokens.numel())
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     for _ in range(REFERENCE_WARM_UP + rounds):
         started = now(device)
-        loss = engine.forward_backward(Batch(tokens, tokens, tokens.numel()))
+        loss = engine.forward_backward(batch)
         between = now(device)
         norm = engine.statistics(loss).grad_norm
         engine.clip(norm / 2, norm)
@@ -153,7 +160,15 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
         optimizer.zero_grad()
         found["compute"].append(between - started)
         found["optimizer"].append(now(device) - between)
-    return {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
+    halves = {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
+    if device.type != "cpu":
+        return {**halves, "shares": {"compute": 1.0}}
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        for _ in range(PROFILED_STEPS):
+            with record_function(MARK + "compute"):
+                engine.forward_backward(batch)
+            optimizer.zero_grad()
+    return {**halves, "shares": kinds_of(profiled).shares}
 
 
 def measure_upload(device: torch.device) -> list[float]:

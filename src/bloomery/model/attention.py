@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torch import Tensor, cat, nn
 
+from bloomery.model.norm import RMSNorm
 from bloomery.model.view import View, attend
 from bloomery.spec.model import Model
 
@@ -49,8 +50,8 @@ class Attention(nn.Module):
         self.k = nn.Linear(model.hidden, model.kv_width, bias=bias)
         self.v = nn.Linear(model.hidden, model.kv_width, bias=bias)
         if model.qk_norm:
-            self.q_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
-            self.k_norm = nn.RMSNorm(model.head_dim, eps=model.norm_eps)
+            self.q_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
+            self.k_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
         self.o: nn.Module = nn.Linear(model.query_width, model.hidden, bias=model.bias)
         self.attend: Attend = attend
 

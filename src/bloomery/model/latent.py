@@ -14,6 +14,7 @@ from torch import Tensor, cat, einsum, nn
 from torch.nn import functional as F
 
 from bloomery.model.attention import Attend, KeyValues
+from bloomery.model.norm import RMSNorm
 from bloomery.model.view import View, attend
 from bloomery.spec.attention import YarnScaling
 from bloomery.spec.model import Model
@@ -32,13 +33,13 @@ class LatentAttention(nn.Module):
         self.scale = mla.head_dim**-0.5 * sharper
         if mla.q_lora_rank:
             self.q_a = nn.Linear(model.hidden, mla.q_lora_rank, bias=False)
-            self.q_a_norm = nn.RMSNorm(mla.q_lora_rank, eps=model.norm_eps)
+            self.q_a_norm = RMSNorm(mla.q_lora_rank, eps=model.norm_eps)
             self.q_b = nn.Linear(mla.q_lora_rank, model.query_width, bias=False)
         else:
             self.q = nn.Linear(model.hidden, model.query_width, bias=False)
         self.through_latent = bool(mla.q_lora_rank)
         self.kv_a = nn.Linear(model.hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
-        self.kv_a_norm = nn.RMSNorm(mla.kv_lora_rank, eps=model.norm_eps)
+        self.kv_a_norm = RMSNorm(mla.kv_lora_rank, eps=model.norm_eps)
         self.kv_b = nn.Linear(mla.kv_lora_rank, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
         self.o: nn.Module = nn.Linear(model.output_width, model.hidden, bias=False)
         self.attend: Attend = attend

@@ -145,12 +145,12 @@ class _Copies(torch.autograd.Function):
     def forward(ctx: Any, x_nd: Tensor, order_r: Tensor, back_r: Tensor) -> Tensor:
         ctx.save_for_backward(back_r)
         ctx.tokens = x_nd.shape[0]
-        return x_nd[order_r // (order_r.shape[0] // x_nd.shape[0])]
+        return x_nd.index_select(0, order_r // (order_r.shape[0] // x_nd.shape[0]))
 
     @staticmethod
     def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor, None, None]:
         (back_r,) = ctx.saved_tensors
-        return gradient_rd[back_r].unflatten(0, (ctx.tokens, -1)).sum(1), None, None
+        return gradient_rd.index_select(0, back_r).unflatten(0, (ctx.tokens, -1)).sum(1), None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -159,12 +159,12 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_rd: Tensor, order_r: Tensor, back_r: Tensor) -> Tensor:
         ctx.save_for_backward(back_r)
-        return x_rd[order_r]
+        return x_rd.index_select(0, order_r)
 
     @staticmethod
     def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor, None, None]:
         (back_r,) = ctx.saved_tensors
-        return gradient_rd[back_r], None, None
+        return gradient_rd.index_select(0, back_r), None, None
 
 
 def permute(x_rd: Tensor, order_r: Tensor, back_r: Tensor) -> Tensor:

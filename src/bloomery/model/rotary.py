@@ -7,6 +7,7 @@ heads, k width, f width / 2.
 from __future__ import annotations
 
 from math import ceil, floor, log, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,40 @@ def rotary_tables(
     positions_s: Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin of rotary positions, shape (s, width) each, made in float64."""
-    angle_sk = torch.outer(positions_s.double(), frequencies(width, theta, scaling, positions_s.device)).repeat(1, 2)
+    angle_sf = torch.outer(positions_s.double(), frequencies(width, theta, scaling, positions_s.device))
     factor = amplitude(scaling)
-    return (angle_sk.cos() * factor).to(dtype), (angle_sk.sin() * factor).to(dtype)
+    cos_sf, sin_sf = ((wave(angle_sf) * factor).to(dtype) for wave in (torch.cos, torch.sin))
+    return cos_sf.repeat(1, 2), sin_sf.repeat(1, 2)
 
 
 def rotate(x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor) -> Tensor:
     """Queries or keys turned to their positions."""
-    first, second = x_bhsk.chunk(2, dim=-1)
-    return x_bhsk * cos_sk + torch.cat((-second, first), dim=-1) * sin_sk
+    if torch.compiler.is_compiling():
+        # One kernel either way, and no writes into halves for the compiler to take apart.
+        first, second = x_bhsk.chunk(2, dim=-1)
+        return x_bhsk * cos_sk + torch.cat((-second, first), dim=-1) * sin_sk
+    return _Rotation.apply(x_bhsk, cos_sk, sin_sk)
+
+
+class _Rotation(torch.autograd.Function):
+    """Three operators each way. Autograd's own way back makes zeros of the whole for the gradient of each half."""
+
+    @staticmethod
+    def forward(ctx: Any, x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_sk, sin_sk)
+        return _turned(x_bhsk, cos_sk, sin_sk, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_bhsk: Tensor) -> tuple[Tensor, None, None]:
+        """The rotation back: its transpose."""
+        cos_sk, sin_sk = ctx.saved_tensors
+        return _turned(gradient_bhsk, cos_sk, sin_sk, -1.0), None, None
+
+
+def _turned(x_bhsk: Tensor, cos_sk: Tensor, sin_sk: Tensor, direction: float) -> Tensor:
+    """x cos + (-second half, first half) sin; both halves of the tables are the same."""
+    half = x_bhsk.shape[-1] // 2
+    turned_bhsk, sin_sf = x_bhsk * cos_sk, sin_sk[..., :half]
+    turned_bhsk[..., :half].addcmul_(x_bhsk[..., half:], sin_sf, value=-direction)
+    turned_bhsk[..., half:].addcmul_(x_bhsk[..., :half], sin_sf, value=direction)
+    return turned_bhsk

@@ -16,6 +16,7 @@ from bloomery.model.attention import Attention, KeyValues
 from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
 from bloomery.model.mixture import feed_forward
+from bloomery.model.norm import RMSNorm
 from bloomery.model.rotary import rotary_tables
 from bloomery.model.shrink import shrink_gradient
 from bloomery.model.view import View
@@ -24,7 +25,7 @@ from bloomery.spec.model import Model
 
 def norm(model: Model) -> nn.Module:
     """RMSNorm or LayerNorm over the hidden dimension."""
-    kind = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
     return kind(model.hidden, eps=model.norm_eps)
 
 

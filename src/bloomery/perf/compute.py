@@ -55,7 +55,7 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     attention_forward, attention_backward = _attention(case)
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
     forward = attention_forward + sum(block[0] for block in blocks)
-    backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held)
+    backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held) + _joined(case, held)
     work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
     share = case.stack.selective_share
@@ -176,26 +176,25 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     whole = case.tokens * model.hidden * precision.stream
     inside = case.tokens * precision.compute / case.lay.tp
     width = model.ffn_hidden
-    dispatch: Any = 0.0
+    copies: Any = 0.0
     if moe and model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        # Dispatch and combination each read and write every routed copy of a token.
-        dispatch = 4 * model.moe.top_k * case.tokens * model.hidden * precision.compute
+        copies = model.moe.top_k * case.tokens * model.hidden * precision.compute
     heads = model.heads + (1 if model.mla else model.kv_heads)
     turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)
 
     inner = _inner_norm_bytes(case)
 
-    def seconds(norm: float, residual: float, projections: float, activation: float, rotary: float) -> Any:
-        n_bytes = 2 * (norm + residual) * stream + projections * whole + dispatch
+    def seconds(
+        norm: float, residual: float, projections: float, activation: float, rotary: float, routed: float
+    ) -> Any:
+        n_bytes = 2 * (norm + residual) * stream + projections * whole + routed * copies
         n_bytes = n_bytes + (activation * width + rotary * turned) * inside + norm * inner + _cast_bytes(case)
         return memory_s(case.accelerator, stack.traffic * n_bytes)
 
-    residual, projections, rotary = stack.residual, stack.projections, stack.rotary
-    forward = seconds(norm.forward, residual.forward, projections.forward, activation.forward, rotary.forward)
-    backward = seconds(norm.backward, residual.backward, projections.backward, activation.backward, rotary.backward)
-    return forward, backward
+    parts = (norm, stack.residual, stack.projections, activation, stack.rotary, stack.routed)
+    return seconds(*(part.forward for part in parts)), seconds(*(part.backward for part in parts))
 
 
 def _outputs_again(case: Case, moe: bool) -> Any:
@@ -236,6 +235,13 @@ def _casts(case: Case, held: Held) -> Any:
     if precision.compute >= precision.parameter:
         return 0.0
     return memory_s(case.accelerator, _elements(case, held) * 2 * (precision.parameter + precision.compute))
+
+
+def _joined(case: Case, held: Held) -> Any:
+    """Gradients of experts one by one become one tensor."""
+    if not case.stack.eager:
+        return 0.0
+    return memory_s(case.accelerator, 2 * case.precision.gradient * held.experts(case.lay))
 
 
 def _elements(case: Case, held: Held) -> Any:

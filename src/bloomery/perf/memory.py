@@ -184,18 +184,18 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
 def _attention_widths(case: Case) -> Any:
     """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
 
-    Our engine pads the values of latent attention, and so what attention gives back; its RMSNorm keeps a normalised
-    input and one figure beside the input.
+    Our engine pads the values of latent attention, and so what attention gives back; its RMSNorm keeps a figure a row
+    beside its input.
     """
     model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
     if mla is not None:
         query, key_value = mla.q_lora_rank, mla.kv_lora_rank
-        norms = (query + 1 if query else 0) + key_value + 1 if eager else 0
-        latents = case.tokens * (2 * (query + key_value) + model.rotary_width + norms)
+        figures = (1 if query else 0) + 1 if eager else 0
+        latents = case.tokens * (2 * (query + key_value) + model.rotary_width + figures)
         heads = 4 * model.query_width if eager else model.query_width + model.kv_width + model.value_width
         return latents + inside * (heads + model.output_width)
     width = model.query_width + model.kv_width
-    norms = (2 * width + model.heads + model.kv_heads if eager else width) if model.qk_norm else 0
+    norms = width + (model.heads + model.kv_heads if eager else 0) if model.qk_norm else 0
     return inside * (2 * width + norms)
 
 
@@ -210,12 +210,12 @@ def _outer_bytes(case: Case) -> Any:
 def _eager_outer_bytes(case: Case) -> Any:
     """The same of plain PyTorch modules, as the engine's saved tensors have it.
 
-    RMSNorm keeps its normalised input beside its input (and a figure a token; LayerNorm two figures); blocks keep their
-    gathered input whole under sequence parallelism; autocast without tensor parallelism keeps a copy for each
-    projection. All layers share one pair of rotary tables.
+    RMSNorm keeps a figure a token beside its input (LayerNorm two); blocks keep their gathered input whole under
+    sequence parallelism; autocast without tensor parallelism keeps a copy for each projection. All layers share one
+    pair of rotary tables.
     """
     model, precision, h = case.model, case.precision, case.model.hidden
-    norm = 2 * h + 1 if model.norm == "rmsnorm" else h + 2
+    norm = h + (1 if model.norm == "rmsnorm" else 2)
     norms = 2 * case.stream_tokens * precision.stream * norm
     narrowed = (case.lay.tp == 1) & (precision.compute < precision.stream)
     if model.moe is not None:

@@ -1,8 +1,9 @@
 """`Stack`: what the software adds to the hardware, as few numbers: fused or eager kernels, overlap, launches.
 
 Traffic is counted in passes: one read or one write of a whole tensor. `hidden` passes are over tokens x hidden, `width`
-over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, each forward and
-backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`. `traffic` multiplies them all:
+over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, `routed` over a
+token's copies for experts x hidden (dispatch, combination, what the experts' inputs are added up from), each forward
+and backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`. `traffic` multiplies them all:
 what a stack really moves over what was counted.
 
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
@@ -63,6 +64,7 @@ class Stack:
     rotary: Passes
     softmax: Passes
     logits: Passes
+    routed: Passes
     accumulate: float
     kernels: Passes
     expert_kernels: Passes
@@ -126,6 +128,7 @@ GPU = Stack(
     rotary=Passes(5, 6),
     softmax=Passes(6, 7),
     logits=Passes(8, 8),
+    routed=Passes(4, 4),
     accumulate=0.0,
     kernels=Passes(120, 180),
     expert_kernels=Passes(100, 100),
@@ -166,6 +169,7 @@ MEGATRON_2022 = Stack(
     rotary=Passes(2, 2),
     softmax=Passes(4.5, 5.5),
     logits=Passes(8, 6),
+    routed=Passes(4, 4),
     accumulate=0.0,
     kernels=Passes(180, 170),
     expert_kernels=Passes(100, 100),
@@ -197,15 +201,16 @@ EAGER_CPU = Stack(
     name="eager-cpu",
     flash_attention=True,
     dropout=False,
-    rmsnorm=Passes(7, 18),
+    rmsnorm=Passes(5, 12),
     layernorm=Passes(3, 6),
     residual=Passes(3, 3),
     projections=Passes(0, 9),
     gelu=Passes(3, 5),
-    swiglu=Passes(6, 11),
-    rotary=Passes(10, 14),
+    swiglu=Passes(5, 9),
+    rotary=Passes(5, 5),
     softmax=Passes(6, 8),
     logits=Passes(9, 0),
+    routed=Passes(9, 17),
     accumulate=3.0,
     kernels=Passes(150, 200),
     expert_kernels=Passes(100, 100),

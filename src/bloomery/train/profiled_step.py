@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from bloomery.ledger.clock import Clock, unmarked
-from bloomery.ledger.kinds import MARK, Span, kinds
+from bloomery.ledger.kinds import MARK, Kinds, Span, kinds
 from bloomery.ledger.reconcile import PROFILED_STEP
 from bloomery.parallel.engine import Engine
 from bloomery.train.optimizers import Optimizers
@@ -57,8 +57,8 @@ class ProfiledStep:
         clock.mark = unmarked
         with clock.bucket("profile"):
             self._profile.stop()
-            events = self._profile.profiler.kineto_results.events()
-            account = {"step": step, **_account(events), "allocated_bytes": self._held + _most_bytes(events)}
+            allocated = self._held + _most_bytes(_events(self._profile))
+            account = {"step": step, **kinds_of(self._profile).to_json(NANOSECOND), "allocated_bytes": allocated}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(account, indent=1))
             self._profile = self._step = None
@@ -85,14 +85,19 @@ def _storage_bytes(tensors: Iterable[Any]) -> int:
     return sum(found.values())
 
 
-def _account(events: Iterable[Any]) -> dict[str, Any]:
+def _events(profiled: Any) -> Iterable[Any]:
+    return profiled.profiler.kineto_results.events()  # type: ignore[no-any-return]
+
+
+def kinds_of(profiled: profile) -> Kinds:
+    """The account of what ran under a profiler, in nanoseconds; buckets are spans named `ledger.kinds.MARK` + name."""
     spans = [
         Span(e.name(), e.start_thread_id(), e.start_ns(), e.start_ns() + e.duration_ns())
-        for e in events
+        for e in _events(profiled)
         if e.name() != MEMORY_EVENT
     ]
     thread = next((span.thread for span in spans if span.name == MARK + "compute"), 0)
-    return kinds(spans, thread).to_json(NANOSECOND)
+    return kinds(spans, thread)
 
 
 def _most_bytes(events: Iterable[Any]) -> int:

@@ -67,13 +67,21 @@ def test_passed_over_samples_are_left_out_and_the_order_goes_on() -> None:
     assert taken == [index for index in range(40) if not (8 <= index < 20 or 24 <= index < 32)]
 
 
-@pytest.mark.parametrize("bit", [0, 15, 31])
-def test_every_flipped_bit_changes_the_checksum(bit: int) -> None:
-    tensors = [torch.randn(5, 7), torch.randn(3)]
-    before = checksum(tensors)
-    words = tensors[1].view(torch.int32)
-    words[2] ^= torch.tensor(1 << bit if bit < 31 else -(1 << 31), dtype=torch.int32)
-    assert checksum(tensors) != before
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_flipped_bit_changes_the_checksum(dtype: torch.dtype) -> None:
+    # Not a whole number of 64-bit words, and not on their boundary.
+    tensors = [torch.randn(5, 7).to(dtype), torch.randn(14).to(dtype)[3:], torch.randn(1).to(dtype)]
+    before, word = checksum(tensors), {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for tensor in tensors:
+        words = tensor.view(word).view(-1)
+        for place in range(len(words)):
+            for bit in range(8 * dtype.itemsize):
+                flip = torch.tensor(1).to(word) << bit
+                words[place] ^= flip
+                assert checksum(tensors) != before
+                words[place] ^= flip
+    assert checksum(tensors) == before
+    assert checksum([tensors[1], tensors[0], tensors[2]]) != before
 
 
 def test_the_odd_one_of_three_is_named_and_both_of_two() -> None:
