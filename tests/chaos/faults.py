@@ -189,9 +189,9 @@ def plant(faults: list[Fault]) -> None:
     def got(self: Batches, step: int) -> Any:
         NOW["sample"] = self.first_sample(step)
         if any(fault.kind == "taken" for fault in faults):
-            mine = range(NOW["sample"] + self.first, NOW["sample"] + self.first + self.share)
+            mine = self.of_rank(step, self.mesh.dp_rank)
             with (FOLDER / "taken.txt").open("a") as stream:
-                stream.write(f"{step} {mine.start} {mine.stop}\n")
+                stream.write(f"{step} {mine[0]} {mine[-1] + 1}\n")
         return get(self, step)
 
     def reduced(self: Engine) -> None:

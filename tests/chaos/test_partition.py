@@ -112,8 +112,8 @@ def writes(run: Path, step: int, fence: int) -> None:
     partial = run / "checkpoints" / f"writing_{step:06d}_{fence}_1"
     file = checkpoint.shard_name(0)
     index = {"weight": {"shape": (64,), "part": {"file": file, "key": "weight", "offsets": (0,), "shape": (64,)}}}
-    checkpoint.write_part(partial, 0, tensors, index)
     state = {"step": step, "cursor": 0, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": fence}
+    checkpoint.write_part(partial, 0, tensors, index, Layout(), state)
     checkpoint.commit(partial, Layout(), state, Keep(2))
 
 

@@ -33,21 +33,21 @@ def state_at(step: int) -> list[dict[str, torch.Tensor]]:
 def save(run: Path, step: int, fence: int, number: int) -> None:
     """Save as the writers of two ranks do, one after the other."""
     partial = run / "checkpoints" / f"writing_{step:06d}_{fence}_{number}"
+    state = {"step": step, "cursor": step, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": fence}
     for rank, tensors in enumerate(state_at(step)):
         file = checkpoint.shard_name(rank)
         index = {
             key: {"shape": value.shape, "part": {"file": file, "key": key, "offsets": (0,), "shape": value.shape}}
             for key, value in tensors.items()
         }
-        checkpoint.write_part(partial, rank, tensors, index)
-    state = {"step": step, "cursor": step, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": fence}
+        checkpoint.write_part(partial, rank, tensors, index, Layout(dp=WORLD), state)
     checkpoint.commit(partial, Layout(dp=WORLD), state, Keep(2))
 
 
 def recovered(run: Path) -> int:
     """The step a start goes on from, as `train.session` finds it; -1 from the beginning."""
     checkpoints = run / "checkpoints"
-    checkpoint.clear_unfinished(checkpoints)
+    checkpoint.settle_unfinished(checkpoints, read_fence(run), Keep(2))
     for folder in checkpoint_folders(checkpoints):
         try:
             commit = read_commit(folder)

@@ -174,7 +174,8 @@ PLACES = ((0, 3, "checkpoint"), (1, 6, "data"), (0, 8, "compute"), (1, 10, "logg
 def test_f4_hangs_in_saving_and_evaluation(tmp_path: Path, data: Path, figure: Figure) -> None:
     places = [(1, 3, "checkpoint"), (0, 6, "checkpoint"), (1, 7, "evaluate"), (0, 11, "evaluate"), (1, 12, "data")]
     faults = [{"kind": "loop", "rank": rank, "step": step - 1, "bucket": bucket} for rank, step, bucket in places]
-    settings = {"evaluate_every": 1, "supervision": {"hang_floor_s": 4.0}}
+    # The first save is one whose usual length nobody knows.
+    settings = {"evaluate_every": 1, "supervision": {"hang_floor_s": 4.0, "first_phase_s": 20.0}}
     folder, code = train(describe(tmp_path, "run", data, {"dp": 2}, **settings), faults)
     right = named(folder, faults)
     phases = [event["phase"] for event in events(folder, "worker_failed")]

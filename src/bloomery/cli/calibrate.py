@@ -23,8 +23,8 @@ def calibrate(
 ) -> None:
     """Refit a cluster file to finished runs: few factors with a meaning, each drawn to where the file has it.
 
-    Runs of earlier calibrations are remembered beside the file and fitted again; a fit that makes one of them worse is
-    taken back as far as it must. Exit code 3: nothing could be kept, the file stands.
+    Runs of earlier calibrations are remembered beside the file and fitted again; a fit that makes them worse is taken
+    back as far as it must. Exit code 3: nothing could be kept, the file stands.
     """
     from bloomery.cli.console import print_json
     from bloomery.cluster.probe import write_cluster
@@ -100,10 +100,10 @@ def _print(found: Refit, target: Path) -> None:
         knobs.add_row(row["name"], f"{row['factor']:.3f}", row["meaning"])
     console.print(knobs)
     if not found.kept:
-        console.print("every step towards the fit makes a run worse: the file stands as it is", highlight=False)
+        console.print("every step towards the fit makes earlier runs worse: the file stands as it is", highlight=False)
         return
     if found.kept < 1:
-        console.print(f"kept {found.kept:.0%} of the fit: all of it would make a run worse", highlight=False)
+        console.print(f"kept {found.kept:.0%} of the fit: all of it would make earlier runs worse", highlight=False)
     if found.interval:
         low, high = found.interval.low - 1, found.interval.high - 1
         console.print(f"90 % interval of a step from now on: {low:+.1%} to {high:+.1%} of the plan", highlight=False)

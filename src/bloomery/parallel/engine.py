@@ -317,7 +317,8 @@ class Engine:
         count = (batch.targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
         vector = torch.stack((total, count)) / self.layout.tp
         if self.mesh.world_size > 1:
-            dist.all_reduce(vector)
+            with self.measure("other"):
+                dist.all_reduce(vector)
         loss, n = vector.tolist()
         return loss, round(n)
 

@@ -112,10 +112,11 @@ KNOBS = (
 
 
 def knobs_of(cluster: Cluster) -> tuple[Knob, ...]:
-    """Those of a cluster: the general ones, and the pace of each measured cut."""
+    """Those of a cluster: the general ones, and the pace of each measured cut, less sure the noisier its probe was."""
     cuts = [cut for cut in cluster.cuts if cut.accelerator.ranks_per_core == 1]
+    spread = 0.05 + 0.25 * cluster.noise
     paces = (
-        Knob(f"pace_{cut.ranks}", f"time of all compute with {cut.ranks} ranks", 0.05, device=_pace, ranks=cut.ranks)
+        Knob(f"pace_{cut.ranks}", f"time of all compute with {cut.ranks} ranks", spread, device=_pace, ranks=cut.ranks)
         for cut in cuts
     )
     return (*KNOBS, *paces)

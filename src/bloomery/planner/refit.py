@@ -6,8 +6,9 @@
 The parts of each run (matrix products, messages of each dimension, ...) tell the knobs apart that its step time alone
 would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts with its distance, not its square.
 
-Where a fit makes a run worse, that run weighs more in the next one (`INSISTENCE`); what is then still worse takes the
-fit back towards the old file until nothing is (`STEPS_BACK`); where even the smallest step is too far, the file stands.
+The runs together never become worse, in their median error and in their mean. A single one that a fit makes worse, and
+no longer good (`GOOD`), weighs more in the next fit (`INSISTENCE`); what is then still worse takes the fit back towards
+the old file until nothing is (`STEPS_BACK`); where even the smallest step is too far, the file stands.
 
 The interval comes from each run's error without it, by the fit's own leverage.
 """
@@ -38,8 +39,11 @@ STEP = 1e-3
 STEPS_BACK = (1.0, 0.75, 0.5, 0.25, 0.1)
 INSISTENCE, ATTEMPTS = 3.0, 4
 """How much more a run weighs that a fit made worse, and how many fits are tried."""
+GOOD = 0.15
+"""A run whose error stays below this (or its own noise) is not worse: one that was right by two errors that cancelled
+each other has to move when the first of them goes."""
 TOLERANCE = 0.005
-"""A run is no worse while its error grows by less than this, or stays within its own noise."""
+"""Nor is one whose error grows by less than this."""
 LEAST_TURN = 0.005
 LEAST_RUNS = 5
 """Of fewer runs no interval is told."""
@@ -161,9 +165,9 @@ class _Problem:
         return np.array(errors)
 
     def worse(self, x: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Which runs are predicted worse than `before`, by more than their own noise, (n,)."""
+        """Which runs are predicted worse than `before`, and not well, (n,)."""
         after = self.runs.errors(self.runs.predict(self.at(x)))
-        return np.abs(after) > np.maximum(np.abs(before) + TOLERANCE, self.runs.noise)
+        return np.abs(after) > np.maximum(np.abs(before) + TOLERANCE, np.maximum(GOOD, self.runs.noise))
 
     def jacobian(self, x: np.ndarray) -> np.ndarray:
         here = self.residuals(x)
@@ -217,7 +221,7 @@ class Refit:
 
 
 def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 8) -> Refit:
-    """The cluster that agrees best with `runs` without making one of them worse."""
+    """The cluster that agrees best with `runs` without making them worse."""
     from scipy.optimize import least_squares
 
     problem = _Problem(Runs(tuple(runs)), cluster, np.ones(len(runs)))
@@ -238,10 +242,12 @@ def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 8) -> Ref
 
 
 def _furthest(problem: _Problem, x: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the largest step towards the fit that leaves no run worse, errors there); (0, `before`) where none does."""
+    """(the largest step towards the fit that leaves no run worse, nor all of them together, errors there); (0,
+    `before`) where none does."""
     for kept in STEPS_BACK:
         after = problem.runs.errors(problem.runs.predict(problem.at(kept * x)))
-        if not problem.worse(kept * x, before).any() and np.median(np.abs(after)) <= np.median(np.abs(before)):
+        together = all(of(np.abs(after)) <= of(np.abs(before)) for of in (np.median, np.mean))
+        if together and not problem.worse(kept * x, before).any():
             return kept, after
     return 0.0, before
 

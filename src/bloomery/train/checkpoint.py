@@ -1,14 +1,17 @@
 """Checkpoints by the commit protocol: shards, fsync, hashes, commit file, rename, fsync of the directory.
 
 A checkpoint holds every parameter and its optimizer's moments as rectangles, and loads under any layout. It exists when
-its folder has its final name; whatever a crash leaves behind has another one and is never read.
+its folder has its final name. Of what a crash leaves behind, a save of which every rank had written its part is
+finished by the next start; anything else is never read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,10 @@ from bloomery.spec.layout import Layout
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.shard_file import write_shard
 
+STATE = "state.json"
+UNFINISHED = (BloomeryError, OSError, ValueError, KeyError, TypeError)
+"""What reading the parts of a save raises when one is missing or damaged."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -57,16 +64,39 @@ def step_of(folder: Path) -> int:
     return int(folder.name[5:])
 
 
-def write_part(partial: Path, rank: int, tensors: dict[str, Tensor], index: dict[str, dict[str, Any]]) -> None:
-    """Write one rank's shard and its index below `partial`. Raises OSError when the disk does not take it."""
+def write_part(
+    partial: Path,
+    rank: int,
+    tensors: dict[str, Tensor],
+    index: dict[str, dict[str, Any]],
+    layout: Layout,
+    state: dict[str, Any],
+) -> None:
+    """Write one rank's shard and its index below `partial`; the first rank's also what the commit will say (`state`, as
+    in `commit`). A seal is the last thing written. Raises OSError when the disk does not take it."""
     partial.mkdir(parents=True, exist_ok=True)
     file = partial / shard_name(rank)
     need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(partial).free
     if need > free:
         raise OSError(f"no space left: this rank's part takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
     record = write_shard(file, tensors) if tensors else None
+    if rank == 0:
+        _write_sealed(partial / STATE, {"layout": layout.model_dump(mode="json"), "state": state})
     described = {"file": file.name, "record": record.model_dump() if record else None, "tensors": index}
-    _write_json(partial / f"index_{rank:05d}.json", described)
+    _write_sealed(partial / f"index_{rank:05d}.json", described)
+
+
+def is_whole(partial: Path, ranks: int) -> bool:
+    """Whether all of so many ranks have left their part."""
+    return len(list(partial.glob("index_*.seal"))) == ranks
+
+
+def complete(partial: Path) -> Commit:
+    """Write and verify the commit that the parts make up. Raises BloomeryError, OSError, ValueError or KeyError when
+    one is missing or changed."""
+    described = _read_sealed(partial / STATE)
+    write_commit(partial, gathered(partial, Layout(**described["layout"]), described["state"]))
+    return read_commit(partial)
 
 
 def shard_name(rank: int) -> str:
@@ -100,7 +130,7 @@ def gathered(partial: Path, layout: Layout, state: dict[str, Any]) -> Commit:
     if len(indices) != layout.world_size:
         raise BloomeryError(f"{partial}: {len(indices)} of {layout.world_size} ranks left an index")
     for path in indices:
-        index = json.loads(path.read_text())
+        index = _read_sealed(path)
         if index["record"] is not None:
             files[index["file"]] = FileRecord(**index["record"])
         for key, entry in index["tensors"].items():
@@ -116,36 +146,51 @@ def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> 
     `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
     run over since (its fencing number is higher): two writers never mix.
     """
+    commit = gathered(partial, layout, state)
+    write_commit(partial, commit)
+    _publish(partial, commit, state["fence"], keep)
+
+
+def _publish(partial: Path, commit: Commit, fence: int, keep: Keep) -> None:
+    """The final name, and the end of what it replaces or makes outdated."""
     folder = partial.parent
-    target = folder / f"step_{state['step']:06d}"
-    write_commit(partial, gathered(partial, layout, state))
-    for path in partial.glob("index_*.json"):
-        path.unlink()
+    target = folder / f"step_{commit.step:06d}"
+    for path in (partial / STATE, *partial.glob("index_*.json"), *partial.glob("*.seal")):
+        path.unlink(missing_ok=True)
     sync(partial)
     replaced = folder / f"replaced_{target.name[5:]}"
     with fence_held(folder.parent):
         owner = read_fence(folder.parent)
-        if owner > state["fence"]:
+        if owner > fence:
             raise BloomeryError(f"{folder.parent}: another process (fencing number {owner}) has taken this run over")
         if target.exists():
             os.rename(target, replaced)
         os.rename(partial, target)
     sync(folder)
     sync(folder.parent)  # the folder of checkpoints may itself be new
-    for old in (replaced, *keep.outdated(folder, state["guard"].get("episode", -1))):
+    for old in (replaced, *keep.outdated(folder, commit.guard.get("episode", -1))):
         shutil.rmtree(old, ignore_errors=True)
 
 
-def clear_unfinished(folder: Path) -> None:
-    """Remove what a crash left half-written; a replaced checkpoint whose successor never got its name gets it back."""
-    for path in folder.glob("writing_*"):
-        shutil.rmtree(path, ignore_errors=True)
+def settle_unfinished(folder: Path, fence: int, keep: Keep) -> int:
+    """Finish or remove what a crash left half-written: the newest save of which every rank has left its part becomes a
+    checkpoint; a replaced checkpoint whose successor never got its name gets it back. `fence`: this start's. Returns
+    the step of what was finished, -1 for nothing."""
     for path in folder.glob("replaced_*"):
         target = folder / path.name.replace("replaced_", "step_")
         if target.exists():
             shutil.rmtree(path, ignore_errors=True)
         else:
             os.rename(path, target)
+    newest, finished = max((step_of(path) for path in checkpoint_folders(folder)), default=-1), -1
+    for path in sorted(folder.glob("writing_*"), reverse=True):
+        if finished < 0 and int(path.name.split("_")[1]) > newest:
+            with suppress(*UNFINISHED):
+                found = complete(path)
+                _publish(path, found, fence, keep)
+                finished = found.step
+        shutil.rmtree(path, ignore_errors=True)
+    return finished
 
 
 def set_aside(path: Path, why: str) -> Path:
@@ -180,6 +225,20 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     return commit
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_sealed(path: Path, value: Any) -> None:
+    """A file of JSON, and its hash beside it once it is on disk."""
     path.write_text(json.dumps(value), encoding="utf-8")
     sync(path)
+    seal = path.with_suffix(".seal")
+    seal.write_text(_hash(path))
+    sync(seal)
+
+
+def _read_sealed(path: Path) -> Any:
+    if path.with_suffix(".seal").read_text() != _hash(path):
+        raise BloomeryError(f"{path}: changed since it was written")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

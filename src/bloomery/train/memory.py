@@ -7,8 +7,6 @@ next finds out. Several hosts would have to send their parts to each other; that
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +16,6 @@ import torch
 from torch import Tensor
 
 from bloomery.parallel.engine import Engine
-from bloomery.spec.commit import read_commit, write_commit
-from bloomery.spec.errors import BloomeryError
-from bloomery.spec.layout import Layout
 from bloomery.spec.memory_copies import own_folder
 from bloomery.train import checkpoint
 from bloomery.train.optimizers import Optimizers
@@ -69,13 +64,8 @@ class MemoryCopies:
 
     def _write(self, place: Place, state: dict[str, Any], tensors: dict[str, Tensor], index: dict[str, Any]) -> None:
         own_folder(self.folder)
-        target, rank = self.path(place), self.engine.mesh.rank
-        checkpoint.write_part(target, rank, tensors, index)
-        if rank == 0:
-            described = {"layout": self.engine.layout.model_dump(mode="json"), "state": state}
-            (target / "state.json").write_text(json.dumps(described))
-            _seal(target / "state.json")
-        _seal(target / f"index_{rank:05d}.json")
+        rank, layout = self.engine.mesh.rank, self.engine.layout
+        checkpoint.write_part(self.path(place), rank, tensors, index, layout, state)
         if rank == 0:
             self._drop_outdated(place)
 
@@ -90,8 +80,7 @@ class MemoryCopies:
 
     def _is_whole(self, place: Place) -> bool:
         """Whether every rank of this start has left its part of a copy."""
-        parts = list(self.path(place).glob("index_*.seal"))
-        return place[0] == self.fence and len(parts) == self.engine.mesh.world_size
+        return place[0] == self.fence and checkpoint.is_whole(self.path(place), self.engine.mesh.world_size)
 
     def path(self, place: Place) -> Path:
         """The folder of one copy."""
@@ -109,37 +98,14 @@ class MemoryCopies:
         for place in self.places():
             if found == NOWHERE and 0 < place[0] < self.fence:
                 try:
-                    self._complete(self.path(place))
+                    checkpoint.complete(self.path(place))
                     found = place
                     continue
-                except (BloomeryError, OSError, ValueError, KeyError, TypeError) as error:
+                except checkpoint.UNFINISHED as error:
                     problems.append(str(error))
             shutil.rmtree(self.path(place), ignore_errors=True)
         return found, problems
 
-    def _complete(self, path: Path) -> None:
-        """Write the commit that the parts make up. Raises BloomeryError and others when one is missing or changed."""
-        _check_seal(path / "state.json")
-        described = json.loads((path / "state.json").read_text())
-        for index in path.glob("index_*.json"):
-            _check_seal(index)
-        write_commit(path, checkpoint.gathered(path, Layout(**described["layout"]), described["state"]))
-        read_commit(path)
-
     def close(self) -> None:
         """Let the thread end."""
         self._pool.shutdown(wait=True)
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _seal(path: Path) -> None:
-    """Leave the hash of a finished file beside it."""
-    path.with_suffix(".seal").write_text(_hash(path))
-
-
-def _check_seal(path: Path) -> None:
-    if path.with_suffix(".seal").read_text() != _hash(path):
-        raise BloomeryError(f"{path}: changed since it was written")

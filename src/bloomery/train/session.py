@@ -78,7 +78,9 @@ def resume(session: Session) -> int:
     first step."""
     job = session.job
     if session.mesh.rank == 0:
-        checkpoint.clear_unfinished(session.checkpoints)
+        finished = checkpoint.settle_unfinished(session.checkpoints, session.fence, session.writer.keep)
+        if finished >= 0:
+            session.recorder.event("checkpoint_finished", step=finished)
     place, found = _newest_state(session)
     if found < 0 and place == NOWHERE:
         if job.initial:

@@ -58,7 +58,8 @@ class Writer:
         tensors, index = checkpoint.collect(self.engine, self.optimizers)
         snapshot = {key: self._copy(key, value) for key, value in tensors.items()}
         self._started_bytes += sum(tensor.nbytes for tensor in snapshot.values())
-        job = self._pool.submit(self._timed, checkpoint.write_part, partial, self.engine.mesh.rank, snapshot, index)
+        arguments = (partial, self.engine.mesh.rank, snapshot, index, self.engine.layout, state)
+        job = self._pool.submit(self._timed, checkpoint.write_part, *arguments)
         self._save = Save(state["step"], partial, state, job)
 
     def _copy(self, key: str, value: Tensor) -> Tensor:
@@ -130,7 +131,8 @@ class Writer:
             votes = self.vote(stop=False)
             if self.engine.mesh.world_size > 1:
                 said = torch.tensor(votes, device=self.engine.mesh.device)
-                dist.all_reduce(said)
+                with self.engine.measure("other"):
+                    dist.all_reduce(said)
                 votes = Votes(*said.tolist())
             good = not self.settle(votes) and good
         return good

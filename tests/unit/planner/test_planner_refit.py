@@ -1,4 +1,4 @@
-"""A calibration finds a machine that is known, and leaves no run worse."""
+"""A calibration finds a machine that is known, and leaves earlier runs no worse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from bloomery.ledger.history import remember, remembered, with_earlier
 from bloomery.planner.knobs import KNOBS, turned
-from bloomery.planner.refit import Runs, refit
+from bloomery.planner.refit import GOOD, Runs, refit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.cluster import Cluster, Cut, Tier
 from bloomery.spec.layout import Layout
@@ -88,13 +88,13 @@ def test_a_machine_that_is_as_the_file_says_stays(machine: Cluster) -> None:
     assert all(factor == pytest.approx(1.0, abs=0.01) for factor in found.factors.values())
 
 
-def test_no_run_is_made_worse_even_by_one_that_contradicts_the_others(machine: Cluster) -> None:
+def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others(machine: Cluster) -> None:
     good = ran_on(machine, LAYOUTS[:6])
     odd = [one.model_copy(update={"step_s": 2.5 * one.step_s, "seconds": {}, "name": "odd"}) for one in good[:3]]
     found = refit([*good, *odd], machine)
-    allowed = np.maximum(np.abs(found.before) + 0.005, 0.03)
-    assert np.all(np.abs(found.after) <= allowed)
-    assert np.median(np.abs(found.after)) <= np.median(np.abs(found.before))
+    assert np.all(np.abs(found.after) <= np.maximum(np.abs(found.before) + 0.005, GOOD))
+    for of in (np.median, np.mean):
+        assert of(np.abs(found.after)) <= of(np.abs(found.before))
 
 
 def test_one_disturbed_run_does_not_move_the_fit(machine: Cluster) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from bloomery.data.order import joined, past
-from bloomery.spec.commit import checkpoint_folders
+from bloomery.spec.commit import checkpoint_folders, read_commit, take_fence
+from bloomery.spec.layout import Layout
 from bloomery.spec.seal import sha256_of
-from bloomery.train.checkpoint import Keep, clear_unfinished, set_aside
+from bloomery.train.checkpoint import Keep, set_aside, settle_unfinished, shard_name, write_part
 from bloomery.train.replicas import checksum, odd_ones
 from bloomery.train.shard_file import write_shard
 
@@ -47,9 +49,52 @@ def test_the_newest_the_spaced_and_the_one_before_the_trouble_stay(tmp_path: Pat
 
 def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     folders(tmp_path, "writing_000009_1_2", "replaced_000006", "step_000003", "replaced_000003")
-    clear_unfinished(tmp_path)
+    settle_unfinished(tmp_path, 1, Keep())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000006"]
     assert (tmp_path / "step_000003" / "file").read_text() == "step_000003"
+
+
+def leave_parts(place: Path, step: int, ranks: int) -> Path:
+    """A save that was cut off before its commit: so many of two ranks have written."""
+    (place / "checkpoints").mkdir(exist_ok=True)
+    partial = place / "checkpoints" / f"writing_{step:06d}_1_1"
+    state = {"step": step, "cursor": step, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": 1}
+    for rank in range(ranks):
+        key, file = f"weight{rank}", shard_name(rank)
+        part = {"file": file, "key": key, "offsets": (0,), "shape": (3,)}
+        index = {key: {"shape": (3,), "part": part}}
+        write_part(partial, rank, {key: torch.full((3,), float(step))}, index, Layout(dp=2), state)
+    return partial
+
+
+def test_a_save_that_every_rank_has_written_is_finished_by_the_next_start(tmp_path: Path) -> None:
+    for step, ranks in ((3, 2), (6, 2), (9, 1)):
+        leave_parts(tmp_path, step, ranks)
+    folder = tmp_path / "checkpoints"
+    assert settle_unfinished(folder, take_fence(tmp_path), Keep()) == 6
+    assert [path.name for path in folder.iterdir()] == ["step_000006"]
+    commit = read_commit(folder / "step_000006")
+    assert (commit.step, sorted(commit.tensors)) == (6, ["weight0", "weight1"])
+    assert sorted(path.suffix for path in (folder / "step_000006").iterdir()) == [
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]
+    leave_parts(tmp_path, 6, 2)  # saved again after going back: what stands, stands
+    assert settle_unfinished(folder, take_fence(tmp_path), Keep()) == -1
+    assert [path.name for path in folder.iterdir()] == ["step_000006"]
+
+
+def test_of_a_save_with_a_changed_byte_nothing_stays(tmp_path: Path) -> None:
+    names = sorted(path.name for path in leave_parts(tmp_path, 3, 2).iterdir())
+    for name in names:
+        shutil.rmtree(tmp_path / "checkpoints")
+        path = leave_parts(tmp_path, 3, 2) / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert settle_unfinished(tmp_path / "checkpoints", 1, Keep()) == -1, name
+        assert not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_what_is_set_aside_is_kept_and_no_longer_found(tmp_path: Path) -> None:
