@@ -128,12 +128,14 @@ def measure_launch(device: torch.device, at_least_s: float) -> list[float]:
     return [s / (2 * n) for s in seconds(chain, device, at_least_s)]
 
 
-def measure_reference(device: torch.device, model: Model, dtype: str, rounds: int) -> dict[str, Any]:
-    """A step of a reference model by the real engine, alone on this rank: seconds of its two halves by round.
+def measure_reference(place: Place, model: Model, dtype: str, rounds: int) -> dict[str, Any]:
+    """A step of a reference model by the real engine, a whole one on every rank at the same time: seconds of its two
+    halves by round.
 
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients; `shares` of
     the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
+    device = place.device
     mesh = Mesh(REFERENCE_LAYOUT, device, 0, None)
     engine = build(
         model,
@@ -150,6 +152,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     tokens = torch.randint(0, model.vocab, shape, device=device)
     batch = Batch(tokens, tokens, tokens.numel())
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
+    _together(place)
     for _ in range(REFERENCE_WARM_UP + rounds):
         started = now(device)
         loss = engine.forward_backward(batch)
@@ -163,6 +166,7 @@ def measure_reference(device: torch.device, model: Model, dtype: str, rounds: in
     halves = {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
     if device.type != "cpu":
         return {**halves, "shares": {"compute": 1.0}}
+    _together(place)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         for _ in range(PROFILED_STEPS):
             with record_function(MARK + "compute"):
@@ -178,6 +182,13 @@ def measure_upload(device: torch.device) -> list[float]:
     return seconds(partial(there.copy_, host, non_blocking=True), device, 0.01)
 
 
+def _together(place: Place) -> None:
+    """Ranks share more than links: memory, caches, two hardware threads a core. One that measures while the others
+    rest finds a machine that training never has."""
+    if place.world_size > 1:
+        dist.barrier()
+
+
 def measure(place: Place) -> dict[str, Any]:
     """Everything, by name."""
     quick, device = place.settings["quick"], place.device
@@ -185,8 +196,7 @@ def measure(place: Place) -> dict[str, Any]:
         return {"rank": place.rank, "device": device.type, "links": measure_links(place, 3)}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device)
-    if place.world_size > 1:
-        dist.barrier()
+    _together(place)
     ratio = bfloat16_ratio(device, place.world_size)
     dtypes = [torch.float32, torch.bfloat16] if ratio >= LEAST_RATIO else [torch.float32]
     result: dict[str, Any] = {
@@ -201,15 +211,18 @@ def measure(place: Place) -> dict[str, Any]:
         result["device_name"] = torch.cuda.get_device_name(device)
         result["memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
         result["upload_s"] = measure_upload(device)
+    _together(place)
     place.tell("matrix products")
     result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
+    _together(place)
     place.tell("attention")
     result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
     place.tell("reference models")
     result["reference"] = {
-        str(dtype)[6:]: [measure_reference(device, model, str(dtype)[6:], REFERENCE_ROUNDS) for model in REFERENCES]
+        str(dtype)[6:]: [measure_reference(place, model, str(dtype)[6:], REFERENCE_ROUNDS) for model in REFERENCES]
         for dtype in dtypes
     }
+    _together(place)
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)

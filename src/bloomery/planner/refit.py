@@ -6,9 +6,9 @@
 The parts of each run (matrix products, messages of each dimension, ...) tell the knobs apart that its step time alone
 would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts with its distance, not its square.
 
-The runs together never become worse, in their median error and in their mean. A single one that a fit makes worse, and
-no longer good (`GOOD`), weighs more in the next fit (`INSISTENCE`); what is then still worse takes the fit back towards
-the old file until nothing is (`STEPS_BACK`); where even the smallest step is too far, the file stands.
+The runs together never become worse: neither their median error nor their mean nor the largest. A fit that would is
+taken back towards the old file until it does not (`STEPS_BACK`); where even the smallest step is too far, the file
+stands. A single run may: one that was right by two errors has to, when the first of them goes.
 
 The interval comes from each run's error without it, by the fit's own leverage.
 """
@@ -16,7 +16,7 @@ The interval comes from each run's error without it, by the fit's own leverage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,13 +37,8 @@ PART_NOISE = 0.015
 """Spread of one part's error, as a share of the step."""
 STEP = 1e-3
 STEPS_BACK = (1.0, 0.75, 0.5, 0.25, 0.1)
-INSISTENCE, ATTEMPTS = 3.0, 4
-"""How much more a run weighs that a fit made worse, and how many fits are tried."""
-GOOD = 0.15
-"""A run whose error stays below this (or its own noise) is not worse: one that was right by two errors that cancelled
-each other has to move when the first of them goes."""
-TOLERANCE = 0.005
-"""Nor is one whose error grows by less than this."""
+TOLERANCE = 0.002
+"""An error that grows by less than this has not grown."""
 LEAST_TURN = 0.005
 LEAST_RUNS = 5
 """Of fewer runs no interval is told."""
@@ -134,7 +129,6 @@ def _parts(case: Case, components: dict[str, np.ndarray]) -> dict[str, np.ndarra
 class _Problem:
     runs: Runs
     cluster: Cluster
-    weights: np.ndarray
 
     @cached_property
     def knobs(self) -> tuple[Knob, ...]:
@@ -150,7 +144,7 @@ class _Problem:
     def residuals(self, x: np.ndarray) -> np.ndarray:
         """Of steps (n,), of parts, of knobs."""
         predicted = self.runs.predict(self.at(x))
-        steps = self.weights * np.log(predicted.step_s / self.runs.measured_s) / self.runs.noise
+        steps = np.log(predicted.step_s / self.runs.measured_s) / self.runs.noise
         return np.concatenate([steps, self._part_errors(predicted), x])
 
     def _part_errors(self, predicted: Predicted) -> np.ndarray:
@@ -163,11 +157,6 @@ class _Problem:
                     difference = predicted.parts[name][i] - run.seconds[name]
                     errors.append(difference / run.step_s / max(PART_NOISE, run.noise))
         return np.array(errors)
-
-    def worse(self, x: np.ndarray, before: np.ndarray) -> np.ndarray:
-        """Which runs are predicted worse than `before`, and not well, (n,)."""
-        after = self.runs.errors(self.runs.predict(self.at(x)))
-        return np.abs(after) > np.maximum(np.abs(before) + TOLERANCE, np.maximum(GOOD, self.runs.noise))
 
     def jacobian(self, x: np.ndarray) -> np.ndarray:
         here = self.residuals(x)
@@ -220,34 +209,27 @@ class Refit:
         }
 
 
-def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 8) -> Refit:
+def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 16) -> Refit:
     """The cluster that agrees best with `runs` without making them worse."""
     from scipy.optimize import least_squares
 
-    problem = _Problem(Runs(tuple(runs)), cluster, np.ones(len(runs)))
+    problem = _Problem(Runs(tuple(runs)), cluster)
     before = problem.runs.errors(problem.runs.predict(cluster))
-    x = np.zeros(len(problem.knobs))
-    for _ in range(ATTEMPTS):
-        x = least_squares(problem.residuals, x, problem.jacobian, loss="soft_l1", ftol=1e-3, max_nfev=rounds).x
-        worse = problem.worse(x, before)
-        if not worse.any():
-            break
-        problem = replace(problem, weights=np.where(worse, INSISTENCE, 1.0) * problem.weights)
-    kept, after = _furthest(problem, x, before)
-    x = kept * x
+    start = np.zeros(len(problem.knobs))
+    fitted = least_squares(problem.residuals, start, problem.jacobian, loss="soft_l1", ftol=1e-3, max_nfev=rounds)
+    kept, after = _furthest(problem, fitted.x, before)
+    x = kept * fitted.x
     leverage = _leverage(problem.jacobian(x), len(runs))
     interval = _interval(-np.log1p(after) / (1 - leverage))
-    fitted = problem.at(x).model_copy(update={"interval": interval or cluster.interval})
-    return Refit(fitted, tuple(runs), kept, problem.factors(x), before, after, interval)
+    found = problem.at(x).model_copy(update={"interval": interval or cluster.interval})
+    return Refit(found, tuple(runs), kept, problem.factors(x), before, after, interval)
 
 
 def _furthest(problem: _Problem, x: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the largest step towards the fit that leaves no run worse, nor all of them together, errors there); (0,
-    `before`) where none does."""
+    """(the largest step towards the fit that makes the runs no worse, errors there); (0, `before`) where none does."""
     for kept in STEPS_BACK:
         after = problem.runs.errors(problem.runs.predict(problem.at(kept * x)))
-        together = all(of(np.abs(after)) <= of(np.abs(before)) for of in (np.median, np.mean))
-        if together and not problem.worse(kept * x, before).any():
+        if all(of(np.abs(after)) <= of(np.abs(before)) + TOLERANCE for of in (np.median, np.mean, np.max)):
             return kept, after
     return 0.0, before
 

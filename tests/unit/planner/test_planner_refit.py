@@ -9,7 +9,7 @@ import pytest
 
 from bloomery.ledger.history import remember, remembered, with_earlier
 from bloomery.planner.knobs import KNOBS, turned
-from bloomery.planner.refit import GOOD, Runs, refit
+from bloomery.planner.refit import Runs, refit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.cluster import Cluster, Cut, Tier
 from bloomery.spec.layout import Layout
@@ -92,9 +92,8 @@ def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others
     good = ran_on(machine, LAYOUTS[:6])
     odd = [one.model_copy(update={"step_s": 2.5 * one.step_s, "seconds": {}, "name": "odd"}) for one in good[:3]]
     found = refit([*good, *odd], machine)
-    assert np.all(np.abs(found.after) <= np.maximum(np.abs(found.before) + 0.005, GOOD))
-    for of in (np.median, np.mean):
-        assert of(np.abs(found.after)) <= of(np.abs(found.before))
+    for of in (np.median, np.mean, np.max):
+        assert of(np.abs(found.after)) <= of(np.abs(found.before)) + 0.003
 
 
 def test_one_disturbed_run_does_not_move_the_fit(machine: Cluster) -> None:
