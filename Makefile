@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
+# Tests that wait for one process fill the second core with those of another file.
+TOGETHER := -n 2 --dist loadfile
 
 .PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
 
@@ -24,10 +26,10 @@ check: setup ## lint, format, types, import directions, rules of the house
 	$(BIN)/python tools/house.py
 
 unit: setup ## tests of single rooms
-	$(BIN)/pytest tests/unit -q
+	$(BIN)/pytest tests/unit -q $(TOGETHER)
 
 distributed: setup ## exactness of every parallel layout against one process, in float64
-	$(BIN)/pytest tests/distributed -q
+	$(BIN)/pytest tests/distributed -q $(TOGETHER)
 
 e2e: setup ## whole commands as a user runs them
 	$(BIN)/pytest tests/e2e -q
