@@ -8,9 +8,10 @@ what a stack really moves over what was counted.
 
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
 `kernels` of a layer (`expert_kernels` more where tokens are routed), `end_kernels` of embedding and head,
-`collective_kernels` of one tensor-parallel collective. `host_factor` multiplies: slower or faster Python, or none
-(compiled graphs). `pipeline_stall_s` is what each collective waits on the host, per tensor-parallel rank, while
-pipeline messages cross nodes.
+`collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or reducing
+its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks, as five runs of `make loop` had them). `host_factor`
+multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each collective waits on the
+host, per tensor-parallel rank, while pipeline messages cross nodes.
 
 `eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
@@ -70,6 +71,7 @@ class Stack:
     expert_kernels: Passes
     selective_share: float | None
     collective_kernels: float
+    shard_kernels: float
     end_kernels: Passes
     large_logits: Passes
     gradient_overlap: float
@@ -134,6 +136,7 @@ GPU = Stack(
     expert_kernels=Passes(100, 100),
     selective_share=None,
     collective_kernels=6.0,
+    shard_kernels=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.9,
@@ -175,6 +178,7 @@ MEGATRON_2022 = Stack(
     expert_kernels=Passes(100, 100),
     selective_share=0.0,
     collective_kernels=6.0,
+    shard_kernels=0.0,
     end_kernels=Passes(150, 250),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
@@ -216,6 +220,7 @@ EAGER_CPU = Stack(
     expert_kernels=Passes(100, 100),
     selective_share=None,
     collective_kernels=0.0,
+    shard_kernels=110.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,

@@ -112,13 +112,16 @@ SENDS = (*MESH, "outermost", "sequence_parallel", "micro_batch", "vpp", "v_shape
 class DataParallel(Table):
     """What follows the pipeline or runs beside it, in seconds, on each of `Case.kinds` (3, k) or as a whole (k,).
 
-    `bucket`: one layer's share of a rank's gradients; `ends`: how many ranks drain before the first one.
+    `bucket`: one layer's share of a rank's gradients; `hooks`, `hooks_each`: the host's part in cutting parameters and
+    gradients, a step and a micro-batch; `ends`: how many ranks drain before the first one.
     """
 
     reduce: Any
     gather: Any
     gather_each: Any
     bucket: Any
+    hooks: Any
+    hooks_each: Any
     ends: Any
     optimizer: Any
     other: Any
@@ -128,12 +131,15 @@ class DataParallel(Table):
     def of(cls, case: Case) -> DataParallel:
         """Of k cases of a mesh and its ZeRO stage."""
         kinds, accelerator = case.kinds, case.accelerator
-        data = data_messages(case)
+        data, stage = data_messages(case), case.lay.zero_stage
+        hook_s = case.stack.shard_kernels * accelerator.launch_s * kinds.layers.max(axis=0)
         return cls(
             reduce=data.reduce,
             gather=data.gather,
             gather_each=data.gather_each,
             bucket=1.0 / np.maximum(kinds.layers, 1),
+            hooks=hook_s * np.select([stage == 3, stage == 2], [1, 2], 0),
+            hooks_each=hook_s * np.where(stage == 3, 2, 0),
             ends=ends_before_first(case).astype(np.float64),
             optimizer=optimizer_s(case, updated_parameters(case, kinds).max(axis=0)) + muon_s(case).max(axis=0),
             other=statistics_s(case) + case.stack.step_overhead_s,
@@ -182,7 +188,8 @@ class StepTimes:
     @property
     def compute_s(self) -> Any:
         """Seconds of a step's compute, the mean over ranks, without what messages beside it cost it, (n,)."""
-        return self._micro_batch[slice(None)].compute_mean
+        micro, data = self._micro_batch[slice(None)], self._data_parallel[slice(None)]
+        return micro.compute_mean + data.hooks + micro.count * data.hooks_each
 
     def _v_path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward where the stages lie on a V."""
@@ -210,11 +217,12 @@ class StepTimes:
         if v_shaped.any():
             path = np.where(v_shaped, self._v_path_s(block, micro, send), path)
         ideal = flops / data.peak_flops_per_s
+        hooks = data.hooks + micro.count * data.hooks_each
         pp_comm = micro.count * send.seconds
         tied = self._tied_s[block].seconds if self.case.model.tie_embeddings else 0.0
         return {
             "ideal": ideal,
-            "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched,
+            "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched + hooks,
             "recompute": micro.recompute_mean,
             "tp_comm": micro.tensor_mean,
             "cp_comm": micro.context_mean,

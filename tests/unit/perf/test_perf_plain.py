@@ -139,7 +139,12 @@ def plain_step_s(case: Case) -> float:
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
     tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0] if stack.eager else 0.0
     world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
-    return path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + stack.step_overhead_s
+    # Gathered once and reduced once a step; ZeRO 3 gathers for each micro-batch's two passes instead.
+    cuts = {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * max(one["layers"] for one in found)
+    host = cuts * stack.shard_kernels * case.accelerator.launch_s
+    return (
+        path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + host + stack.step_overhead_s
+    )
 
 
 def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estimates:
