@@ -303,8 +303,11 @@ def _logits(case: Case, ranks: Ranks) -> Any:
     if case.stack.eager:
         head = case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
         # The loss makes the head's gradient; going back it is scaled into another.
-        backward = ranks.last * 2 * head + _backward_working_bytes(case)
-        return np.maximum(ranks.last * _logits_of_a_chunk(case), backward)
+        head, working, chunk = ranks.last * 2 * head, _backward_working_bytes(case), _logits_of_a_chunk(case)
+        # A layer that is made again is whole only when the loss and what it held are gone.
+        again = np.where(case.lay.recompute == FULL, layer_activation_bytes(case)[0], 0.0)
+        kept = np.maximum(ranks.last * chunk, head + working)
+        return np.where(again > 0, np.maximum(np.maximum(ranks.last * chunk, head) - again, working), kept)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
 
