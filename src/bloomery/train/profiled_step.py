@@ -86,7 +86,8 @@ def _storage_bytes(tensors: Iterable[Any]) -> int:
 
 
 def _events(profiled: Any) -> Iterable[Any]:
-    return profiled.profiler.kineto_results.events()  # type: ignore[no-any-return]
+    found: Iterable[Any] = profiled.profiler.kineto_results.events()
+    return found
 
 
 def kinds_of(profiled: profile) -> Kinds:
