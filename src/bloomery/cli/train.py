@@ -61,10 +61,18 @@ def train(
         print(f"{folder}: {job.layout.describe()}, {job.dtype}, {job.steps} steps", file=sys.stderr)
         code = launch("bloomery.train.worker", folder, job.layout.world_size, place)
         if code:
-            print("stopped after saving; run the same command again to go on", file=sys.stderr)
+            print(f"stopped; the same command {_goes_on_from(folder)}", file=sys.stderr)
             raise SystemExit(code)
     if as_json:
         print_json({"run_dir": str(folder), "layout": job.layout.model_dump(mode="json"), "steps": job.steps})
+
+
+def _goes_on_from(folder: Path) -> str:
+    """Where a run that was stopped goes on: after the newest step that was saved."""
+    from bloomery.spec.commit import checkpoint_folders
+
+    saved = checkpoint_folders(folder / "checkpoints")
+    return f"goes on after step {int(saved[0].name[5:])}" if saved else "starts at the beginning: nothing was saved yet"
 
 
 def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:

@@ -28,6 +28,8 @@ from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file
 from bloomery.spec.files import write_atomically
 from bloomery.spec.reliability import Supervision
 
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks a run to finish its step, save and leave."""
 POLL_S = 0.05
 STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
@@ -219,6 +221,8 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
     """What a forked process does: become a rank that lives no longer than its parent, and run the module's `main`."""
     die_with_parent()
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)  # the process it is forked from ignores them
     os.environ.clear()
     os.environ.update(environment)
     warnings.simplefilter("ignore")
@@ -245,7 +249,7 @@ class Stopping:
     @contextmanager
     def handled(self) -> Iterator[Stopping]:
         """Handle both signals inside."""
-        before = {number: signal.signal(number, self) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {number: signal.signal(number, self) for number in STOPS}
         try:
             yield self
         finally:

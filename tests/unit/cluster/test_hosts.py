@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -105,6 +107,25 @@ def test_a_signal_at_any_host_stops_all(hosts: Make) -> None:
     one.wait_for(1)
     one.processes[1].terminate()
     assert one.codes() == [75, 0]
+
+
+def test_a_signal_to_every_process_of_a_job_stops_it_as_one_to_a_host_does(hosts: Make) -> None:
+    """As `scancel --signal` sends it: the process that ranks are forked from gets it too, and must outlive them."""
+    one = hosts({rank: ["wait"] for rank in range(4)})
+    one.wait_for(1)
+    for pid in [other for process in one.processes for other in below(process.pid)]:
+        os.kill(pid, signal.SIGTERM)
+    assert one.codes() == [75, 0]
+    assert not (one.folder / "events.jsonl").exists() or not [
+        event for event in read_lines(one.folder / "events.jsonl") if event["event"] == "worker_failed"
+    ]
+    assert [line["code"] for line in read_lines(one.folder / "supervision.jsonl")] == [75]
+
+
+def below(pid: int) -> list[int]:
+    """A process and all that it has started, the newest first."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [*(other for child in children for other in below(int(child))), pid]
 
 
 def test_a_host_that_is_lost_is_waited_for_and_named(hosts: Make) -> None:
