@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import runs
@@ -172,11 +173,13 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument("--per-hour", type=float, default=100.0, help="faults an hour, on average")
     parser.add_argument("--command", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help="a new folder for both runs, to look at afterwards")
     parser.add_argument("--json", type=Path, help="write the figures to a file too")
     given = parser.parse_args()
     if given.command:
         return one_command(Run.model_validate_json(given.command.read_text()))
-    with tempfile.TemporaryDirectory(prefix="soak-") as place:
+    with nullcontext(given.keep) if given.keep else tempfile.TemporaryDirectory(prefix="soak-") as place:
+        Path(place).mkdir(exist_ok=True)
         found = run_soak(Path(place), given.minutes, given.per_hour)
     text = json.dumps(found, indent=1)
     print(text)

@@ -75,6 +75,21 @@ def test_a_nan_on_one_rank_costs_one_step_on_all(run: Run, undisturbed: Path) ->
     assert losses(folder)[7] != losses(undisturbed)[7]
 
 
+def test_after_a_skipped_step_a_run_resumes_with_the_same_bits(tmp_path: Path, data: Path) -> None:
+    """The optimizer has moved once less than there were steps, and goes on from there."""
+    ends = []
+    for crash in ([], [{"kind": "kill", "rank": 0, "step": 8}]):
+        described = describe(tmp_path, f"killed{len(crash)}", data, {"dp": 2})
+        folder, code = train(described, [{"kind": "nan", "rank": 1, "step": 4}, *crash])
+        assert (
+            code == 0
+            and len(events(folder, "step_skipped")) == 1
+            and len(events(folder, "worker_failed")) == len(crash)
+        )
+        ends.append((final_bits(folder), losses(folder)))
+    assert ends[0] == ends[1]
+
+
 def test_a_bad_stretch_of_data_is_undone_and_passed_over_the_same_way_twice(tmp_path: Path, data: Path) -> None:
     ends = []
     for name in ("first", "second"):

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bloomery.cluster.sites.slurm import GOING_ON
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "scontrol")
 
 
@@ -142,8 +144,7 @@ class Slurm:
 
     def ended(self, job: str) -> str:
         """Wait for a job's end. Returns its last state."""
-        going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        self.wait(lambda: self.state(job) not in going, f"end of job {job}", 600)
+        self.wait(lambda: self.state(job) not in GOING_ON, f"end of job {job}", 600)
         return self.state(job)
 
 

@@ -28,11 +28,15 @@ class Places:
 
 
 class Crew:
-    """Which places the next start has; writes `job.json` anew when the layout changes."""
+    """Which places the next start has; writes `job.json` anew when the layout changes.
+
+    `usual_s`: how long each phase of its ranks took at most in the last start (`heartbeat.usual_s`).
+    """
 
     def __init__(self, folder: Path, job: Job, world_size: int) -> None:
         self.folder, self.job, self.settings = folder, job, job.supervision
         self.now = self._all = Places(job.layout, tuple(range(world_size)))
+        self.usual_s: tuple[float, ...] = ()
         self._fails_again, self._last = 0, -1
         self._wait_s = self.settings.grow_after_s
         self._shrunk_at = 0.0
@@ -80,7 +84,7 @@ class Crew:
         return fitted(job.model, job.layout, ranks, global_batch=job.global_batch, seq_len=job.seq_len)
 
     def _change(self, places: Places, kind: str, step: int, culprit: int | None, reason: str) -> None:
-        before, self.now = self.now, places
+        before, self.now, self.usual_s = self.now, places, ()
         self._fails_again, self._last = 0, -1
         write_job(self.folder, self.job.model_copy(update={"layout": places.layout}))
         events = JsonLines(self.folder / "events.jsonl")

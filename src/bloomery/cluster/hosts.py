@@ -72,7 +72,7 @@ class Leader:
             problem = f"cannot listen here ({(error.strerror or str(error)).lower()})"
             raise InputError(problem, where=f"--rendezvous {place.host}:{place.port}") from None
 
-    def supervise(self, module: str, folder: Path, world_size: int) -> Outcome:
+    def supervise(self, module: str, folder: Path, world_size: int, usual_s: tuple[float, ...]) -> Outcome:
         """One start on all hosts, from the gathering to the end. Raises TemporaryError when a host does not come."""
         if not self._gathered():
             return Outcome(STOPPED_BY_SIGNAL)
@@ -83,13 +83,13 @@ class Leader:
         for number, member in list(self.members.items()):
             member.outcome, member.beats = None, [Beat(0, time.monotonic())] * each
             member.states, member.stacks = [""] * each, ()
-            ranks = {"first": number * each, "ranks": each, "world_size": world_size}
+            ranks = {"first": number * each, "ranks": each, "world_size": world_size, "usual_s": usual_s}
             self._tell(number, {"do": "start", "start": self._start, "port": port, **ranks})
-        share = Share(range(each), world_size, _url(here, port), interface_of(here))
+        share = Share(range(each), world_size, _url(here, port), interface_of(here), usual_s=usual_s)
         with running(module, folder, share, self.settings, self.stopping) as world:
             outcome = self._watched(world, each)
         self._broadcast({"do": "end"})
-        return replace(outcome, forked_s=world.forked_s)
+        return world.told(outcome)
 
     def _gathered(self) -> bool:
         """Wait until every host is there; False when a signal asks to stop before."""
@@ -337,7 +337,7 @@ def _serve(module: str, folder: Path, channel: Channel, order: dict[str, Any], s
     """This host's ranks in one start. Returns True when it was the last one."""
     ranks = range(order["first"], order["first"] + order["ranks"])
     url, interface = _url(channel.there, order["port"]), interface_of(channel.here)
-    share = Share(ranks, order["world_size"], url, interface)
+    share = Share(ranks, order["world_size"], url, interface, usual_s=tuple(order["usual_s"]))
     start, told, said = {"start": order["start"]}, False, 0.0
     with running(module, folder, share, read_job(folder).supervision, stopping) as world:
         while True:

@@ -186,9 +186,11 @@ def _one_start(
     fence = take_fence(folder)
     began, started = time.time(), time.monotonic()
     if leader is None:
-        outcome = supervise(module, folder, crew.now.slots, settings, stopping, crew.until_all_are_tried_s)
+        until_s = crew.until_all_are_tried_s
+        outcome = supervise(module, folder, crew.now.slots, settings, stopping, until_s, crew.usual_s)
     else:
-        outcome = leader.supervise(module, folder, len(crew.now.slots))
+        outcome = leader.supervise(module, folder, len(crew.now.slots), crew.usual_s)
+    crew.usual_s = outcome.usual_s
     if outcome.code == CORRUPTED:
         outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
     account = JsonLines(folder / SUPERVISION_FILE)
@@ -205,6 +207,7 @@ def _one_start(
             "cause": outcome.cause,
             "step": outcome.step,
             "detect_s": outcome.detect_s,
+            "ending_s": outcome.ending_s,
         }
     )
     account.close()

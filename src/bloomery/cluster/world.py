@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from bloomery.cluster.watch import find_hang, process_state
-from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file
+from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.files import write_atomically
 from bloomery.spec.reliability import Supervision
 
@@ -52,8 +52,9 @@ PROCESSES_FILE = ".processes"
 class Outcome:
     """How a world ended. `rank` and `cause` name the first process that failed; code 0 is success.
 
-    `step`: the furthest any rank had begun. `detect_s`: from the fault to its detection, where it can be told.
-    `stacks`: what each rank was doing, by rank, when it hung. `forked_s`: until all processes were there.
+    `step`: the furthest any rank had begun. `detect_s`: from the last sign that anything got on to its detection.
+    `stacks`: what each rank was doing, by rank, when it hung. `forked_s`: until all processes were there; `ending_s`:
+    from noticing that it was over until all were gone. `usual_s`: how long phases took at most (`heartbeat.usual_s`).
     """
 
     code: int
@@ -64,6 +65,8 @@ class Outcome:
     detect_s: float = 0.0
     stacks: tuple[str, ...] = ()
     forked_s: float = 0.0
+    ending_s: float = 0.0
+    usual_s: tuple[float, ...] = ()
 
 
 def die_with_parent() -> None:
@@ -76,7 +79,7 @@ class Share:
     """One host's ranks of a world, and where they meet the others.
 
     `interface`: the network interface that their messages take, empty for the loopback. `slots`: the place (LOCAL_RANK)
-    of each rank here, empty for the usual order.
+    of each rank here, empty for the usual order. `usual_s`: how long phases took at most in an earlier start.
     """
 
     ranks: range
@@ -84,6 +87,7 @@ class Share:
     rendezvous: str = ""
     interface: str = ""
     slots: tuple[int, ...] = ()
+    usual_s: tuple[float, ...] = ()
 
 
 def pause() -> None:
@@ -117,6 +121,8 @@ class World:
         for process in self.processes:
             process.start()
         self.forked_s = time.monotonic() - self.started
+        self.ending_s = 0.0
+        self._noticed: float | None = None
         self._polled = self.started
         self._lenient_until = 0.0
 
@@ -151,6 +157,8 @@ class World:
     def ended(self) -> Outcome | None:
         """How the ranks here have ended: all well, or one badly. None while they run."""
         codes = [process.exitcode for process in self.processes]
+        if any(code is not None for code in codes):
+            self._noticed = self._noticed or time.monotonic()
         if all(code == 0 for code in codes):
             return Outcome(0, step=self._step())
         bad = next((place for place, code in enumerate(codes) if code not in (None, 0)), None)
@@ -175,6 +183,7 @@ class World:
         hang = find_hang(beats, states, now, self.settings) if now >= self._lenient_until else None
         if hang is None:
             return None
+        self._noticed = self._noticed or now
         return Outcome(1, hang.rank, hang.cause, hang.step, hang.phase, hang.silent_s, self.stacks())
 
     def stacks(self) -> tuple[str, ...]:
@@ -193,14 +202,23 @@ class World:
         place = killed[0] if killed else place
         code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        rank = self.share.ranks[place]
-        return Outcome(1 if code < 0 else code, rank, cause, self._step(), self.beats()[place].phase)
+        beats, noticed = self.beats(), self._noticed or time.monotonic()
+        silent_s = max(0.0, noticed - max(beat.since for beat in beats))
+        phase = beats[place].phase
+        return Outcome(1 if code < 0 else code, self.share.ranks[place], cause, self._step(), phase, silent_s)
+
+    def told(self, outcome: Outcome) -> Outcome:
+        """An outcome with what this world knows of its own time, once it is gone."""
+        found = usual_s(self._beats)
+        usual = tuple(now or before for now, before in zip(found, self.share.usual_s or found, strict=True))
+        return replace(outcome, forked_s=self.forked_s, ending_s=self.ending_s, usual_s=usual)
 
     def kill(self) -> None:
         """SIGKILL to all at once: a stopped or hung process ignores anything milder."""
         self.signal(signal.SIGKILL)
         for process in self.processes:
             process.join()
+        self.ending_s = time.monotonic() - (self._noticed or time.monotonic())
 
 
 def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
@@ -214,6 +232,7 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or share.interface or "lo",
         "BLOOMERY_RENDEZVOUS": share.rendezvous or f"file://{scratch / 'rendezvous'}",
         "BLOOMERY_SCRATCH": str(scratch),
+        "BLOOMERY_USUAL": json.dumps(share.usual_s),
         "PYTHONWARNINGS": "ignore",
     }
 
@@ -264,14 +283,16 @@ def supervise(
     settings: Supervision,
     stopping: Stopping,
     stop_after_s: float | None = None,
+    usual_s: tuple[float, ...] = (),
 ) -> Outcome:
     """Run the `main` of a module once for each rank, with `folder` as its argument, and wait.
 
-    `slots`: the place (LOCAL_RANK) of each rank.
+    `slots`: the place (LOCAL_RANK) of each rank; `usual_s`: see `Share`.
     """
-    share = Share(range(len(slots)), len(slots), slots=tuple(slots))
+    share = Share(range(len(slots)), len(slots), slots=tuple(slots), usual_s=usual_s)
     with running(module, folder, share, settings, stopping) as world:
-        return replace(world.watch(stop_after_s), forked_s=world.forked_s)
+        outcome = world.watch(stop_after_s)
+    return world.told(outcome)
 
 
 @contextmanager

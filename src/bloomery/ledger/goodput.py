@@ -37,8 +37,8 @@ ADDS_UP = 0.005
 class Goodput:
     """Seconds by bucket, which sum to `wall_s`. `failed_starts` never got to a step; `jobs`: begun by a scheduler.
 
-    `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula
-    gives for the interval, stall, recovery and failure rate as measured (None without a failure)."""
+    `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula gives for the interval, stall, recovery and
+    failure rate as measured, less the shares that were skipped or slow (None without a failure)."""
 
     wall_s: float
     seconds: dict[str, float]
@@ -85,9 +85,11 @@ def goodput(run_dir: Path) -> Goodput | None:
         seconds["restart"] += start["forked_s"] + start["waited_s"]
         seconds["queue"] += start.get("queued_s", 0.0)
         broken = start["code"] not in (0, 75)
-        detect = min(max(left, 0.0), start["detect_s"]) if broken else 0.0
+        ending = min(max(left, 0.0), start.get("ending_s", 0.0))
+        detect = min(max(left - ending, 0.0), start["detect_s"]) if broken else 0.0
         seconds["detect"] += detect
-        seconds["lost_work" if broken else "restart"] += left - detect
+        seconds["restart"] += ending
+        seconds["lost_work" if broken else "restart"] += left - ending - detect
     wall = sum(start["wall_s"] + start["waited_s"] + start.get("queued_s", 0.0) for start in starts)
     failed = [start for start in starts if start["code"] not in (0, 75)]
     failures = len(failed)
@@ -136,12 +138,14 @@ def _kind(step: int, number: int, last: dict[int, int], verdicts: dict[int, Any]
 
 
 def _formula(seconds: dict[str, float], wall_s: float, failures: int, checkpoints: int) -> float | None:
-    """`perf.goodput.ettr` with what was measured: tau, C, M and R of this very run."""
+    """`perf.goodput` with what was measured: tau, C, M and R of this very run, what was skipped and what was slow."""
     if not failures or not checkpoints or not seconds["train"]:
         return None
     recovery_s = (seconds["detect"] + seconds["restart"] + seconds["load"]) / failures
     useful_s = sum(seconds[name] for name in USEFUL)
-    return float(ettr(useful_s / checkpoints, seconds["checkpoint"] / checkpoints, wall_s / failures, recovery_s))
+    not_lost_s = useful_s + seconds["skipped"] + seconds["straggler"]
+    share = ettr(not_lost_s / checkpoints, seconds["checkpoint"] / checkpoints, wall_s / failures, recovery_s)
+    return float(share * useful_s / not_lost_s)
 
 
 def _contention_s(lines: Sequence[dict[str, Any]]) -> float:

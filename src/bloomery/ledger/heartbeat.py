@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,20 +57,28 @@ class Beat:
     longest_s: tuple[float, ...] = (0.0,) * len(PHASES)
 
 
+def usual_s(beats: Sequence[Beat]) -> tuple[float, ...]:
+    """By phase, the longest time that any of some ranks has known, for their next start; joining and loading excepted:
+    that there is nothing to load yet, or much, makes another thing of it."""
+    longest = [max(times) for times in zip(*(beat.longest_s for beat in beats), strict=True)]
+    return tuple(0.0 if phase == "startup" else seconds for phase, seconds in zip(PHASES, longest, strict=True))
+
+
 class Heartbeat:
     """The writing side, entered from `Clock` at every change of bucket.
 
-    How long phases take is told when a step has ended: its first visit to a phase may be the shortest by far.
+    How long phases take is told when a step has ended: its first visit to a phase may be the shortest by far. `usual`:
+    what an earlier start of the same ranks has found, by phase.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, usual: Sequence[float] = ()) -> None:
         with path.open("w+b") as stream:
             stream.truncate(_HEAD.size + _LONGEST.size)
             self._map = mmap.mmap(stream.fileno(), 0)
         self.step = -1
         self._seen = [0.0] * len(PHASES)
         self._changes, self._since, self._phase = 0, time.monotonic(), 0
-        self._longest = [0.0] * len(PHASES)
+        self._longest = list(usual) or [0.0] * len(PHASES)
 
     def begin(self, step: int, anew: bool = False) -> None:
         """A step begins: from now on its predecessor's phases are part of what is usual; `anew`: steps change

@@ -104,14 +104,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
             torch.mm(gradient_cv, operand_vd, out=x_gradient_nd[chunk])
             if weight_gradient_vd is not None:
                 _add_product(weight_gradient_vd, gradient_cv, x_cd)
+            del gradient_cv  # before the next chunk's logits, not after
         ctx.save_for_backward(x_gradient_nd, weight_gradient_vd)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
+        # In place: the saved gradients are nobody else's, and a second backward pass is refused by their versions.
         x_gradient_nd, weight_gradient_vd = ctx.saved_tensors
-        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd * gradient
-        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None, None
+        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd.mul_(gradient)
+        return x_gradient_nd.mul_(gradient.to(x_gradient_nd.dtype)), scaled_vd, None, None, None, None
 
 
 def _chunk(

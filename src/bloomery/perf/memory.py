@@ -31,18 +31,21 @@ def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
     n = len(case.lay)
     parts = {**state_bytes(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
     if case.stack.eager:
-        alive = parts["activations"] + parts["logits"]
-        parts["gradients"] = _beside(case.micro_batches, parts["gradients"], alive)
+        activations = Activations.of(case, ranks)
+        flight, fixed = in_flight(case, ranks), activations.fixed + parts["logits"]
+        parts["gradients"] = _beside(case.micro_batches, flight, parts["gradients"], activations.each, fixed)
     parts["reserved"] = case.accelerator.reserved_bytes + _fragments(case) * sum(parts.values())
     return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
 
 
-def _beside(micro_batches: np.ndarray, gradients: Any, alive: Any) -> Any:
-    """Gradients at the peak of a rank of our engine, beside the activations `alive` at the start of a backward pass.
+def _beside(micro_batches: np.ndarray, times: Any, gradients: Any, each: Any, fixed: Any) -> Any:
+    """Gradients at the peak of a rank of our engine, beside `times` micro-batches' activations (`each`) and `fixed`.
 
-    Those of a step's only micro-batch come as activations go: the peak is that of the larger.
+    Those of a step's only micro-batch come as activations go: the peak is that of the larger. Where all micro-batches
+    have gone forward when the first goes back, its activations have gone when gradients are whole.
     """
-    return np.where(micro_batches == 1, np.maximum(gradients - alive, 0.0), gradients)
+    before = np.where(micro_batches == 1, times * each + fixed, np.where(micro_batches <= times, each, 0.0))
+    return np.maximum(gradients - before, 0.0)
 
 
 def _fragments(case: Case) -> float:
@@ -64,10 +67,11 @@ def holder_bytes(case: Case) -> np.ndarray:
     answer = np.empty((len(states), len(case.lay)))
     for block in blocks(len(case.lay)):
         i, j, k = state_of[block], flight_of[block], kept_of[block]
-        alive = times.take(j, axis=1) * each.take(k, axis=1) + fixed.take(k, axis=1)
+        flights, one, rest = times.take(j, axis=1), each.take(k, axis=1), fixed.take(k, axis=1)
         grown = gradients.take(i, axis=1)
-        grown = _beside(case.micro_batches[block], grown, alive) if case.stack.eager else grown
-        answer[:, block] = states.take(i, axis=1) + grown + alive
+        if case.stack.eager:
+            grown = _beside(case.micro_batches[block], flights, grown, one, rest)
+        answer[:, block] = states.take(i, axis=1) + grown + flights * one + rest
     return answer * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
 
 
@@ -270,9 +274,22 @@ class Activations:
         inputs = case.stream_tokens * case.model.hidden * case.precision.stream
         recompute = case.lay.recompute
         kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-        working = np.where(recompute == FULL, whole, np.where(recompute == SELECTIVE, scores, 0.0))
-        ends = case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
-        return cls(ranks.layers * kept, working + ranks.last * ends)
+        working = np.where(recompute == SELECTIVE, scores, 0.0)
+        if case.stack.eager:
+            # The layer that is made again has its own input among those that are kept.
+            working = np.where(recompute == FULL, whole - inputs, working + ranks.last * _end_bytes(case))
+        else:
+            working = np.where(recompute == FULL, whole, working) + ranks.last * _end_bytes(case)
+        sent: Any = 0.0
+        if case.stack.eager:
+            # A stage keeps what it has sent until its gradient comes.
+            sent = np.where(ranks.last, 0.0, case.stream_tokens * case.model.hidden * case.precision.stream)
+        return cls(ranks.layers * kept + sent, working)
+
+
+def _end_bytes(case: Case) -> Any:
+    """The last norm's input and output."""
+    return case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
 
 
 def activation_bytes(case: Case, ranks: Ranks) -> Any:
@@ -301,27 +318,26 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
     if case.stack.eager:
-        head = case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
-        # The loss makes the head's gradient; going back it is scaled into another.
-        head, working, chunk = ranks.last * 2 * head, _backward_working_bytes(case), _logits_of_a_chunk(case)
-        # A layer that is made again is whole only when the loss and what it held are gone.
-        again = np.where(case.lay.recompute == FULL, layer_activation_bytes(case)[0], 0.0)
-        kept = np.maximum(ranks.last * chunk, head + working)
-        return np.where(again > 0, np.maximum(np.maximum(ranks.last * chunk, head) - again, working), kept)
+        head = ranks.last * case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
+        back, loss = head + _backward_working_bytes(case), ranks.last * _logits_of_a_chunk(case)
+        # A layer is made again when the loss and what it held are gone.
+        again = Activations.of(case, ranks).fixed
+        full = np.maximum(loss + ranks.last * _end_bytes(case) - again, back)
+        return np.where(case.lay.recompute == FULL, full, np.maximum(loss, back))
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
 
 
 def _backward_working_bytes(case: Case) -> Any:
-    """What our engine holds while the backward pass begins, beside everything the forward pass kept: the gradients of a
-    gated product and of its two factors (of one activation and its input where nothing is gated), and of the stream
-    before and after the block with its norm."""
+    """What our engine holds at the fullest moment of the first layer that goes back, beside everything the forward pass
+    kept: the gradients of a gated product and of its two factors, but no longer the product (of an activation and its
+    input where nothing is gated); the gradient of the stream, and where it came from."""
     model, precision = case.model, case.precision
     width, copies = model.ffn_hidden, 0
     if model.moe is not None:
         width, copies = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden, model.moe.top_k
-    inside = (3 if model.gated else 2) * width / case.lay.tp * precision.compute
-    stream = 3 * precision.stream + 2 * copies * precision.compute
+    inside = (2 if model.gated else 1) * width / case.lay.tp * precision.compute
+    stream = np.where(case.lay.pp > 1, 2, 1) * precision.stream + 2 * copies * precision.compute
     return case.tokens * (inside + stream * model.hidden)
 
 

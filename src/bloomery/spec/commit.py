@@ -53,10 +53,12 @@ class TensorRecord(Noun):
 
 
 class Commit(Noun):
-    """The content of `commit.json`."""
+    """The content of `commit.json`. `updates`: steps that moved the weights, fewer than `step` where some were
+    skipped; None in older files, whose writer did not tell them apart."""
 
     format: int
     step: int
+    updates: int | None = None
     cursor: int
     run_hash: str
     data_hash: str

@@ -143,8 +143,8 @@ def gathered(partial: Path, layout: Layout, state: dict[str, Any]) -> Commit:
 def commit(partial: Path, layout: Layout, state: dict[str, Any], keep: Keep) -> None:
     """Rank 0, when every rank has written: gather the indices, write the commit, give the folder its final name.
 
-    `state`: step, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has taken the
-    run over since (its fencing number is higher): two writers never mix.
+    `state`: step, updates, cursor, run_hash, data_hash, guard, fence. Raises BloomeryError when another process has
+    taken the run over since (its fencing number is higher): two writers never mix.
     """
     commit = gathered(partial, layout, state)
     write_commit(partial, commit)
@@ -207,6 +207,8 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
     all ranks together. Without `optimizers` parameters are what training made in the end, averages where there are."""
     commit = read_commit(folder, verify=False)
+    if optimizers is not None:
+        optimizers.updates = commit.step if commit.updates is None else commit.updates
     with CheckpointReader(folder, commit) as reader, torch.no_grad():
         for item in engine.shards():
             shard = item.shard
@@ -218,7 +220,7 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
             # An imported model has none: it starts its optimizer anew.
             if all(f"{name}.{shard.name}" in commit.tensors for name in names):
                 averaged = f"{AVERAGE}.{shard.name}" in commit.tensors
-                started = optimizers.start_moments(item.parameter, commit.step, averaged=averaged)
+                started = optimizers.start_moments(item.parameter, averaged=averaged)
                 for name, moment in started.items():
                     item.local(moment).copy_(reader.read(f"{name}.{shard.name}", shard.shape, shard.offsets))
     engine.gather_updated()

@@ -109,10 +109,13 @@ def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Optimizers:
-    """The optimizers that together own every parameter, stepped as one, and the average of what they make."""
+    """The optimizers that together own every parameter, stepped as one, and the average of what they make.
+
+    `updates`: how often they have moved; a step that was skipped is none of them.
+    """
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer], average: Average) -> None:
-        self.parts, self.average = tuple(parts), average
+        self.parts, self.average, self.updates = tuple(parts), average, 0
         self._owner = {
             id(parameter): part for part in self.parts for group in part.param_groups for parameter in group["params"]
         }
@@ -127,6 +130,7 @@ class Optimizers:
         """Move every parameter."""
         for part in self.parts:
             part.step()
+        self.updates += 1
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -138,6 +142,7 @@ class Optimizers:
         for part in self.parts:
             part.state.clear()
         self.average.kept.clear()
+        self.updates = 0
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
@@ -153,16 +158,16 @@ class Optimizers:
         averaged = {AVERAGE: self.average.kept[parameter]} if parameter in self.average.kept else {}
         return {name: state[name] for name in names if name in state} | averaged
 
-    def start_moments(self, parameter: nn.Parameter, step: int, *, averaged: bool = False) -> dict[str, Tensor]:
-        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `step` steps; with its
-        average where one had begun."""
+    def start_moments(self, parameter: nn.Parameter, *, averaged: bool = False) -> dict[str, Tensor]:
+        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `updates`; with its average
+        where one had begun."""
         if not self.moment_names(parameter):
             return {}
         state = self._owner[id(parameter)].state[parameter]
         moments = {name: torch.zeros_like(parameter) for name in self.moment_names(parameter)}
         state.update(moments)
         if self.moment_names(parameter) == ADAMW_MOMENTS:
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(self.updates))
         return moments | ({AVERAGE: self.average.begin(parameter)} if averaged else {})
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.autograd.profiler import record_function
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
@@ -57,7 +58,7 @@ class ProfiledStep:
         clock.mark = unmarked
         with clock.bucket("profile"):
             self._profile.stop()
-            allocated = self._held + _most_bytes(_events(self._profile))
+            allocated = self._held + most_bytes(allocations(self._profile))
             account = {"step": step, **kinds_of(self._profile).to_json(NANOSECOND), "allocated_bytes": allocated}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(account, indent=1))
@@ -101,11 +102,25 @@ def kinds_of(profiled: profile) -> Kinds:
     return kinds(spans, thread)
 
 
-def _most_bytes(events: Iterable[Any]) -> int:
-    """The most that was allocated at once since the profiler started."""
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == MEMORY_EVENT)
-    now = most = 0
-    for _, change in changes:
-        now += change
+def allocations(profiled: profile) -> list[tuple[int, int, int]]:
+    """(time, bytes, address) of everything that was allocated (bytes > 0) or freed under a profiler, in order."""
+    left, found = list(profiled.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    while left:
+        event = left.pop()
+        left += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr))
+    return sorted(found)
+
+
+def most_bytes(changes: Iterable[tuple[int, int, int]]) -> int:
+    """The most that was allocated at once, from `allocations`. What a thread without a profiler frees (the copies that
+    gloo's threads work on) is not said: it is gone by the time when its address is given out again."""
+    alive, now, most = dict[int, int](), 0, 0
+    for _, size, address in changes:
+        now -= alive.pop(address, 0)
+        if size > 0:
+            alive[address] = size
+            now += size
         most = max(most, now)
     return most

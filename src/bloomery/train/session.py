@@ -162,6 +162,7 @@ def _state(session: Session, step: int) -> dict[str, Any]:
     """What a commit says beside the tensors."""
     return {
         "step": step,
+        "updates": session.optimizers.updates,
         "cursor": session.batches.first_sample(step),
         "run_hash": session.job.run_hash(),
         "data_hash": session.job.data_hash,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -57,7 +58,7 @@ def _signs_of_life() -> Heartbeat | None:
         return None
     rank = int(os.environ["RANK"])
     faulthandler.register(signal.SIGUSR2, file=stack_file(Path(scratch), rank).open("w"), all_threads=True)
-    return Heartbeat(beat_file(Path(scratch), rank))
+    return Heartbeat(beat_file(Path(scratch), rank), json.loads(os.environ.get("BLOOMERY_USUAL", "[]")))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from bloomery.cluster.watch import find_hang
-from bloomery.ledger.heartbeat import PHASE_OF, PHASES, WAITING, Beat, Heartbeat, read_beat
+from bloomery.cluster.watch import find_hang, limit_s
+from bloomery.ledger.heartbeat import PHASE_OF, PHASES, WAITING, Beat, Heartbeat, beat_file, read_beat, usual_s
 from bloomery.ledger.slow_steps import PAUSES
 from bloomery.spec.reliability import Supervision
 
@@ -95,3 +95,23 @@ def test_the_first_short_visit_to_a_phase_says_nothing_of_the_long_one_that_foll
             longest.append(read.longest_s[compute])
     assert longest[:3] == [0.0] * 3
     assert longest[3] > 0
+
+
+def test_a_start_knows_how_long_the_phases_of_the_last_one_took(tmp_path: Path) -> None:
+    first = Heartbeat(beat_file(tmp_path, 0))
+    first.begin(0)
+    for bucket in ("data", "compute", "dp_comm"):
+        first.enter(bucket)
+        time.sleep(0.01)
+    first.begin(1)
+    first.enter("data")
+    before = read_beat(beat_file(tmp_path, 0))
+    assert before is not None
+    second = Heartbeat(beat_file(tmp_path, 1), usual_s([before]))
+    second.begin(1)
+    second.enter("compute")
+    now = read_beat(beat_file(tmp_path, 1))
+    assert now is not None
+    assert limit_s("startup", [now], SETTINGS) == SETTINGS.first_phase_s  # what there is to load is another matter
+    assert limit_s("evaluate", [now], SETTINGS) == SETTINGS.first_phase_s  # not seen yet
+    assert limit_s("compute", [now], SETTINGS) == SETTINGS.hang_floor_s
