@@ -16,7 +16,7 @@ from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, d
 from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
 from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
-from bloomery.perf.memory import layer_activation_bytes, memory_of, parameters_on, state_bytes
+from bloomery.perf.memory import Activations, in_flight, layer_activation_bytes, memory_of, parameters_on, state_bytes
 from bloomery.perf.precision import precision_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
@@ -252,15 +252,10 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
     if recompute != FULL:
         one_layer -= dropped if recompute == SELECTIVE else 0.0
         found.append(Line("activations of a layer", "bytes", kept, one_layer, CLOSE))
-    found.append(Line("activations in flight", "bytes", peak, _predicted_peak(case, account, memory), CLOSE))
+    in_layers = float((in_flight(case, ranks) * Activations.of(case, ranks).layers)[0])
+    again = one_layer if recompute == FULL else dropped if recompute == SELECTIVE else 0.0
+    found.append(Line("activations in flight", "bytes", peak, in_layers + again, CLOSE))
     return found
-
-
-def _predicted_peak(case: Case, account: RankAccount, memory: dict[str, float]) -> float:
-    """The model's activations at the peak without what it adds for the final norm and the head."""
-    last = case.ranks(np.array([account.pipeline_rank])).last[0]
-    ends = case.stream_tokens[0] * case.model.hidden * (case.precision.stream + case.precision.compute)
-    return float(memory["activations"] - last * ends)
 
 
 def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:

@@ -53,8 +53,9 @@ class Outcome:
     """How a world ended. `rank` and `cause` name the first process that failed; code 0 is success.
 
     `step`: the furthest any rank had begun. `detect_s`: from the last sign that anything got on to its detection.
-    `stacks`: what each rank was doing, by rank, when it hung. `forked_s`: until all processes were there; `ending_s`:
-    from noticing that it was over until all were gone. `usual_s`: how long phases took at most (`heartbeat.usual_s`).
+    `stacks`: what each rank was doing, by rank, when it hung. `forked_s`: until the first process was there;
+    `ending_s`: from noticing that it was over until all were gone. `usual_s`: how long phases took at most
+    (`heartbeat.usual_s`).
     """
 
     code: int
@@ -118,9 +119,10 @@ class World:
             context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
             for rank in share.ranks
         ]
-        for process in self.processes:
+        self.processes[0].start()
+        self.forked_s = time.monotonic() - self.started  # its own clock runs from here
+        for process in self.processes[1:]:
             process.start()
-        self.forked_s = time.monotonic() - self.started
         self.ending_s = 0.0
         self._noticed: float | None = None
         self._polled = self.started
@@ -239,11 +241,13 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
 
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
     """What a forked process does: become a rank that lives no longer than its parent, and run the module's `main`."""
+    forked = time.perf_counter()
     die_with_parent()
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)  # the process it is forked from ignores them
     os.environ.clear()
     os.environ.update(environment)
+    os.environ["BLOOMERY_FORKED"] = repr(forked)
     warnings.simplefilter("ignore")
     sys.argv = [module, folder]
     sys.exit(importlib.import_module(module).main())

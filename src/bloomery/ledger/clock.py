@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import psutil
-
 OUTSIDE = "other"
 """The bucket of time that no other bucket claims."""
 
@@ -42,12 +40,9 @@ class Clock:
         self._seconds: dict[str, float] = {}
         self._since = now()
 
-    @classmethod
-    def of_process(cls) -> Clock:
-        """A clock that ran since this process was created: imports before it are booked to `startup`."""
-        clock = cls()
-        clock._seconds["startup"] = max(0.0, time.time() - psutil.Process().create_time())
-        return clock
+    def count(self, name: str, *, since: float) -> None:
+        """Book what passed between `since` (by this clock's own time) and now, before it ran, to `name`."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + max(0.0, self._since - since)
 
     def _charge(self) -> None:
         moment = self._now()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.ledger.sinks import read_lines
-from bloomery.perf.goodput import ettr
+from bloomery.perf.goodput import ettr_of_steps
 
 BUCKETS = {
     "train": "steps that count",
@@ -101,7 +101,7 @@ def goodput(run_dir: Path) -> Goodput | None:
         failed_starts=sum(start["step"] < 0 for start in failed),
         jobs=sum(event.get("event") == "job_started" for event in read_lines(run_dir / "events.jsonl")),
         ettr=sum(seconds[name] for name in USEFUL) / wall,
-        formula=_formula(seconds, wall, failures, checkpoints),
+        formula=_formula(seconds, wall, sum(start["step"] >= 0 for start in failed), checkpoints),
         contention_s=_contention_s(lines),
         gap=worst,
     )
@@ -138,13 +138,18 @@ def _kind(step: int, number: int, last: dict[int, int], verdicts: dict[int, Any]
 
 
 def _formula(seconds: dict[str, float], wall_s: float, failures: int, checkpoints: int) -> float | None:
-    """`perf.goodput` with what was measured: tau, C, M and R of this very run, what was skipped and what was slow."""
+    """`perf.goodput` with what was measured: tau, C, M and R of this very run, what was skipped and what was slow.
+
+    `failures`: of starts that took steps; what others took is part of a recovery.
+    """
     if not failures or not checkpoints or not seconds["train"]:
         return None
-    recovery_s = (seconds["detect"] + seconds["restart"] + seconds["load"]) / failures
+    recovery_s = seconds["detect"] + seconds["restart"] + seconds["load"] + seconds["queue"]
+    running_s = (wall_s - recovery_s) / failures
     useful_s = sum(seconds[name] for name in USEFUL)
     not_lost_s = useful_s + seconds["skipped"] + seconds["straggler"]
-    share = ettr(not_lost_s / checkpoints, seconds["checkpoint"] / checkpoints, wall_s / failures, recovery_s)
+    stall_s = seconds["checkpoint"] / checkpoints
+    share = ettr_of_steps(not_lost_s / checkpoints, stall_s, running_s, recovery_s / failures)
     return float(share * useful_s / not_lost_s)
 
 

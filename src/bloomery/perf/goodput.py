@@ -58,6 +58,16 @@ def ettr(interval_s: Any, checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any
     return (tau / spent)[()]
 
 
+def ettr_of_steps(interval_s: Any, checkpoint_s: Any, running_s: Any, restart_s: Any) -> Any:
+    """The same where failures are counted while steps run, every `running_s` (M) of that time.
+
+    tau / ((M + R) (e^((tau+C)/M) - 1)): an interval meets e^((tau+C)/M) - 1 failures, each of which costs R (Daly 2006,
+    with none in R). A recovery that is itself cut short is a longer R here, and another failure in `ettr`.
+    """
+    tau, c, r, m = (np.asarray(x, dtype=np.float64) for x in (interval_s, checkpoint_s, restart_s, running_s))
+    return (tau / ((m + r) * np.expm1((tau + c) / m)))[()]
+
+
 def ettr_first_order(interval_s: Any, checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any:
     """The same to first order: tau/(tau + C) (1 - (R + (tau + C)/2)/M)."""
     tau, c = np.asarray(interval_s, dtype=np.float64), np.asarray(checkpoint_s)

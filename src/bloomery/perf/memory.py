@@ -259,13 +259,20 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarra
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of activations on some ranks, (n,) or (kinds, n): `each` micro-batch in flight, and a fixed working set.
+    """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
+    stage has `sent` and keeps until its gradient comes, and a `fixed` working set.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time.
     """
 
-    each: Any
+    layers: Any
+    sent: Any
     fixed: Any
+
+    @property
+    def each(self) -> Any:
+        """Of one micro-batch in flight."""
+        return self.layers + self.sent
 
     @classmethod
     def of(cls, case: Case, ranks: Ranks) -> Activations:
@@ -274,17 +281,14 @@ class Activations:
         inputs = case.stream_tokens * case.model.hidden * case.precision.stream
         recompute = case.lay.recompute
         kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-        working = np.where(recompute == SELECTIVE, scores, 0.0)
-        if case.stack.eager:
-            # The layer that is made again has its own input among those that are kept.
-            working = np.where(recompute == FULL, whole - inputs, working + ranks.last * _end_bytes(case))
-        else:
-            working = np.where(recompute == FULL, whole, working) + ranks.last * _end_bytes(case)
-        sent: Any = 0.0
-        if case.stack.eager:
-            # A stage keeps what it has sent until its gradient comes.
-            sent = np.where(ranks.last, 0.0, case.stream_tokens * case.model.hidden * case.precision.stream)
-        return cls(ranks.layers * kept + sent, working)
+        working, ends = np.where(recompute == SELECTIVE, scores, 0.0), ranks.last * _end_bytes(case)
+        layers = ranks.layers * kept
+        if not case.stack.eager:
+            return cls(layers, 0.0, np.where(recompute == FULL, whole, working) + ends)
+        # The layer that is made again has its own input among those that are kept, and comes when the ends have gone.
+        return cls(
+            layers, np.where(ranks.last, 0.0, inputs), np.where(recompute == FULL, whole - inputs, working + ends)
+        )
 
 
 def _end_bytes(case: Case) -> Any:

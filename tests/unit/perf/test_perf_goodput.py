@@ -9,6 +9,7 @@ from bloomery.perf.goodput import (
     cluster_mtbf_s,
     ettr,
     ettr_first_order,
+    ettr_of_steps,
     goodput,
     mean_time_between_failures_s,
     optimal_interval_s,
@@ -65,6 +66,19 @@ def test_ettr_agrees_with_a_simulation() -> None:
                 wall += r
                 break
     assert ettr(tau, c, mtbf, r) == pytest.approx(done * tau / wall, abs=0.01)
+
+
+def test_ettr_of_steps_agrees_with_a_simulation_that_strikes_only_them() -> None:
+    rng = np.random.default_rng(1)
+    running, c, r, tau = 30.0, 0.1, 7.0, 3.0
+    wall, failures, target = 0.0, 0, 20_000
+    for _ in range(target):
+        while (struck := rng.exponential(running)) < tau + c:
+            wall, failures = wall + struck + r, failures + 1
+        wall += tau + c
+    found = target * tau / wall
+    assert ettr_of_steps(tau, c, running, r) == pytest.approx(found, abs=0.005)
+    assert ettr_of_steps(tau, c, (wall - failures * r) / failures, r) == pytest.approx(found, abs=0.002)
 
 
 def test_the_optimal_interval_is_near_the_maximum() -> None:
