@@ -7,7 +7,7 @@ One rank stands for each class: the first, a middle and the last pipeline rank. 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from bloomery.perf.case import FULL, SELECTIVE, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import Activations, in_flight, layer_activation_bytes, memory_of, parameters_on, state_bytes
 from bloomery.perf.precision import precision_of
+from bloomery.perf.stack import stack_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
@@ -137,7 +138,8 @@ def compare(
     settings = {"global_batch": global_batch, "seq_len": seq_len, "dtype": dtype}
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
-    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings, optimizer=optimizer)  # type: ignore[arg-type]
+    balanced = replace(stack_of(ours.accelerator), expert_imbalance=1.0)  # as experts are without data
+    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings, stack=balanced, optimizer=optimizer)  # type: ignore[arg-type]
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
         rank = pipeline_rank * layout.tp * layout.data_ranks

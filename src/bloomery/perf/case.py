@@ -197,6 +197,11 @@ class Case:
         """The number format of attention and the head, which stay in 16 bit when matrix products are in 8."""
         return "bfloat16" if self.dtype == "float8" else self.dtype
 
+    @property
+    def expert_imbalance(self) -> np.ndarray:
+        """Tokens of the fullest expert-parallel rank over the mean; 1 where every rank has all experts."""
+        return np.where(self.lay.ep > 1, self.stack.expert_imbalance, 1.0)
+
     @OfLayouts
     def micro_batches(self) -> np.ndarray:
         """Micro-batches per data-parallel rank and step."""

@@ -134,7 +134,7 @@ def _experts(case: Case) -> tuple[Any, Any]:
     model, lay = case.model, case.lay
     assert model.moe is not None
     here = model.moe.experts / lay.ep
-    rows = case.tokens * model.moe.top_k / here * np.where(lay.ep > 1, case.stack.expert_imbalance, 1.0)
+    rows = case.tokens * model.moe.top_k / here * case.expert_imbalance
     width = model.moe.expert_ffn_hidden / lay.tp
     copies = 2 if model.gated else 1
     pairs = [_linear(case, rows, model.hidden, width, here * copies), _linear(case, rows, width, model.hidden, here)]

@@ -167,9 +167,7 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        # Copies of tokens on their way to experts and back; every tensor-parallel rank of our engine has them whole.
-        routed = case.tokens if stack.eager else inside
-        outer = outer + 2 * model.moe.top_k * routed * model.hidden * precision.compute
+        outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.compute
     feed_forward = stack.saved_widths(model) * inside * width * precision.compute
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
@@ -183,6 +181,23 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     each = 2 * precision.compute + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _routed_tokens(case: Case) -> Any:
+    """Tokens of which a rank has copies on their way to experts and back: every tensor-parallel rank of our engine has
+    them whole."""
+    return case.tokens if case.stack.eager else case.tokens / case.lay.tp
+
+
+def _surplus_bytes(case: Case) -> Any:
+    """What one layer keeps on the fullest rank (`Stack.expert_imbalance`) beyond what it keeps on average."""
+    moe = case.model.moe
+    if moe is None:
+        return 0.0
+    copies = 2 * _routed_tokens(case) * case.model.hidden
+    inside = case.stack.saved_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
+    whole = case.stack.kept * moe.top_k * (copies + inside) * case.precision.compute
+    return (case.expert_imbalance - 1.0) * whole
 
 
 def _attention_widths(case: Case) -> Any:
@@ -282,7 +297,7 @@ class Activations:
         recompute = case.lay.recompute
         kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
         working, ends = np.where(recompute == SELECTIVE, scores, 0.0), ranks.last * _end_bytes(case)
-        layers = ranks.layers * kept
+        layers = ranks.layers * kept + ranks.moe_layers * np.where(recompute == FULL, 0.0, _surplus_bytes(case))
         if not case.stack.eager:
             return cls(layers, 0.0, np.where(recompute == FULL, whole, working) + ends)
         # The layer that is made again has its own input among those that are kept, and comes when the ends have gone.
