@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,11 @@ class Scenario:
 
     def start(self, *arguments: object) -> subprocess.Popen[str]:
         """Call it and do not wait."""
-        return subprocess.Popen(self.bloomery(*arguments), stderr=subprocess.PIPE, text=True, env=self.environment)
+        return subprocess.Popen(
+            self.bloomery(*arguments), stderr=subprocess.PIPE, text=True, env=self.environment,
+            # A job in a shell's background is deaf to Ctrl-C, and hands that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def train(self, name: str, **train: object) -> None:
         """Train a run here, without a scheduler."""
