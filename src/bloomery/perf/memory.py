@@ -296,14 +296,12 @@ class Activations:
         inputs = case.stream_tokens * case.model.hidden * case.precision.stream
         recompute = case.lay.recompute
         kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-        working, ends = np.where(recompute == SELECTIVE, scores, 0.0), ranks.last * _end_bytes(case)
+        again = np.where(recompute == SELECTIVE, scores, 0.0)
         layers = ranks.layers * kept + ranks.moe_layers * np.where(recompute == FULL, 0.0, _surplus_bytes(case))
         if not case.stack.eager:
-            return cls(layers, 0.0, np.where(recompute == FULL, whole, working) + ends)
-        # The layer that is made again has its own input among those that are kept, and comes when the ends have gone.
-        return cls(
-            layers, np.where(ranks.last, 0.0, inputs), np.where(recompute == FULL, whole - inputs, working + ends)
-        )
+            return cls(layers, 0.0, np.where(recompute == FULL, whole, again) + ranks.last * _end_bytes(case))
+        # A layer that is made again has its own input among those that are kept; `_logits` knows of the ends.
+        return cls(layers, np.where(ranks.last, 0.0, inputs), np.where(recompute == FULL, whole - inputs, again))
 
 
 def _end_bytes(case: Case) -> Any:
@@ -338,11 +336,9 @@ def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
     if case.stack.eager:
         head = ranks.last * case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
-        back, loss = head + _backward_working_bytes(case), ranks.last * _logits_of_a_chunk(case)
-        # A layer is made again when the loss and what it held are gone.
-        again = Activations.of(case, ranks).fixed
-        full = np.maximum(loss + ranks.last * _end_bytes(case) - again, back)
-        return np.where(case.lay.recompute == FULL, full, np.maximum(loss, back))
+        back, loss = head + _backward_working_bytes(case), ranks.last * (_logits_of_a_chunk(case) + _end_bytes(case))
+        # What is made again, if anything, is there when the loss and what it held are gone.
+        return np.maximum(loss - Activations.of(case, ranks).fixed, back)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
 
@@ -350,11 +346,13 @@ def _logits(case: Case, ranks: Ranks) -> Any:
 def _backward_working_bytes(case: Case) -> Any:
     """What our engine holds at the fullest moment of the first layer that goes back, beside everything the forward pass
     kept: the gradients of a gated product and of its two factors, but no longer the product (of an activation and its
-    input where nothing is gated); the gradient of the stream, and where it came from."""
+    input where nothing is gated), of one routed expert at a time, and of the copies that go to all; the gradient of the
+    stream, and where it came from."""
     model, precision = case.model, case.precision
-    width, copies = model.ffn_hidden, 0
-    if model.moe is not None:
-        width, copies = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden, model.moe.top_k
+    width: Any = model.ffn_hidden
+    copies = 0
+    if (moe := model.moe) is not None:
+        width, copies = (moe.top_k * case.lay.ep / moe.experts + moe.shared_experts) * moe.expert_ffn_hidden, moe.top_k
     inside = (2 if model.gated else 1) * width / case.lay.tp * precision.compute
     stream = np.where(case.lay.pp > 1, 2, 1) * precision.stream + 2 * copies * precision.compute
     return case.tokens * (inside + stream * model.hidden)
