@@ -110,10 +110,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        # In place: the saved gradients are nobody else's, and a second backward pass is refused by their versions.
+        # Not in place: schedules that go back for inputs and for weights apart come here twice.
         x_gradient_nd, weight_gradient_vd = ctx.saved_tensors
-        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd.mul_(gradient)
-        return x_gradient_nd.mul_(gradient.to(x_gradient_nd.dtype)), scaled_vd, None, None, None, None
+        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd * gradient
+        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None, None
 
 
 def _chunk(
