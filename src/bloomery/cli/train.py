@@ -69,10 +69,10 @@ def train(
 
 def _goes_on_from(folder: Path) -> str:
     """Where a run that was stopped goes on: after the newest step that was saved."""
-    from bloomery.spec.commit import checkpoint_folders
+    from bloomery.spec.commit import checkpoint_folders, step_of
 
     saved = checkpoint_folders(folder / "checkpoints")
-    return f"goes on after step {int(saved[0].name[5:])}" if saved else "starts at the beginning: nothing was saved yet"
+    return f"goes on after step {step_of(saved[0])}" if saved else "starts at the beginning: nothing was saved yet"
 
 
 def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:

@@ -135,15 +135,19 @@ def compare(
 
     `optimizer`: its name in a run, `optimizers`: what makes it. Raises InputError for what the engine cannot run.
     """
-    settings = {"global_batch": global_batch, "seq_len": seq_len, "dtype": dtype}
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
     balanced = replace(stack_of(ours.accelerator), expert_imbalance=1.0)  # as experts are without data
-    case = Case.of(model, ours, LayoutBatch.of([layout]), **settings, stack=balanced, optimizer=optimizer)  # type: ignore[arg-type]
+    case = Case.of(
+        model, ours, LayoutBatch.of([layout]), global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=balanced,
+        optimizer=optimizer,
+    )  # fmt: skip
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
         rank = pipeline_rank * layout.tp * layout.data_ranks
-        account = dry_run(model, layout, rank, **settings, optimizers=optimizers)  # type: ignore[arg-type]
+        account = dry_run(
+            model, layout, rank, global_batch=global_batch, seq_len=seq_len, dtype=dtype, optimizers=optimizers
+        )
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
         lines = tuple(compared_lines(case, account, order.held_layers[pipeline_rank]))

@@ -114,10 +114,15 @@ def write_commit(folder: Path, commit: Commit) -> None:
         os.fsync(stream.fileno())
 
 
+def step_of(folder: Path) -> int:
+    """The step of a finished checkpoint, by its name."""
+    return int(folder.name[5:])
+
+
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Finished checkpoint folders, newest step first (by name, never by file time)."""
     found = [path for path in checkpoints.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
 
 
 def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:

@@ -32,6 +32,7 @@ from bloomery.spec.commit import (
     fence_held,
     read_commit,
     read_fence,
+    step_of,
     write_commit,
 )
 from bloomery.spec.errors import BloomeryError
@@ -57,11 +58,6 @@ class Keep:
         older = checkpoint_folders(folder)[self.newest :]
         before = next((path for path in checkpoint_folders(folder) if step_of(path) <= trouble_since), None)
         return [path for path in older if path != before and (not self.spaced or step_of(path) % self.spaced)]
-
-
-def step_of(folder: Path) -> int:
-    """The step of a finished checkpoint, by its name."""
-    return int(folder.name[5:])
 
 
 def write_part(

@@ -102,9 +102,9 @@ def kinds_of(profiled: profile) -> Kinds:
     return kinds(spans, thread)
 
 
-def allocations(profiled: profile) -> list[tuple[int, int, int]]:
+def allocations(profiled: Any) -> list[tuple[int, int, int]]:
     """(time, bytes, address) of everything that was allocated (bytes > 0) or freed under a profiler, in order."""
-    left, found = list(profiled.profiler.kineto_results.experimental_event_tree()), []  # type: ignore[union-attr]
+    left, found = list(profiled.profiler.kineto_results.experimental_event_tree()), []
     while left:
         event = left.pop()
         left += event.children

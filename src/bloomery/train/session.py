@@ -12,7 +12,7 @@ import torch.distributed as dist
 from bloomery.ledger.clock import Clock
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.mesh import Mesh
-from bloomery.spec.commit import checkpoint_folders, read_commit
+from bloomery.spec.commit import checkpoint_folders, read_commit, step_of
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.train import checkpoint
@@ -118,7 +118,7 @@ def _newest_good(session: Session, at_most: int | None = None, number: int = 1) 
     none does. Those that do not verify are set aside, never deleted."""
     found = -1
     for folder in checkpoint_folders(session.checkpoints):
-        if at_most is not None and checkpoint.step_of(folder) > at_most:
+        if at_most is not None and step_of(folder) > at_most:
             continue
         try:
             read_commit(folder)
@@ -126,7 +126,7 @@ def _newest_good(session: Session, at_most: int | None = None, number: int = 1) 
             kept = checkpoint.set_aside(folder, "damaged")
             session.recorder.event("checkpoint_skipped", reason=str(error), set_aside=kept.name)
             continue
-        found, number = checkpoint.step_of(folder), number - 1
+        found, number = step_of(folder), number - 1
         if number <= 0:
             break
     return found
@@ -230,7 +230,7 @@ def rewind(session: Session, step: int) -> int:
         batches.passed_over = session.guard.passed_over
         if session.mesh.rank == 0:
             for folder in checkpoint_folders(session.checkpoints):
-                if checkpoint.step_of(folder) > found:
+                if step_of(folder) > found:
                     checkpoint.set_aside(folder, "rewound")
             session.recorder.event("rewound", step=step, to=found, samples_passed_over=list(samples))
     return found
