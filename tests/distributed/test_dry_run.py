@@ -212,6 +212,7 @@ def test_predicted_activations_are_within_one_percent(name: str, layout: str) ->
         "dp=2,zero=3,micro_batch=1",
         "tp=2,pp=2,dp=2,zero=2,sp=true",
         "pp=2,dp=2,vpp=2,micro_batch=1",
+        "pp=2,dp=2,zero=2,vpp=4",
         "pp=2,dp=2,schedule=zbv",
     ],
 )

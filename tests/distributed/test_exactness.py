@@ -110,6 +110,7 @@ def uneven() -> list[Case]:
     return [
         Case("llama", "pp=2,dp=2,zero=2,micro_batch=2,stage_layers=3+1"),
         Case("deep", "pp=2,vpp=2,micro_batch=2,stage_layers=1+3+2+2"),
+        Case("deep", "pp=2,dp=2,zero=2,vpp=4,micro_batch=1"),
         Case("deep", "pp=3,vpp=2,micro_batch=1,stage_layers=2+1+1+1+1+2,schedule=zbv"),
         Case("deep", "pp=2,dp=2,zero=2,micro_batch=1,stage_layers=1+3+2+2,schedule=dualpipev"),
     ]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
@@ -25,7 +26,7 @@ from bloomery.parallel.batch import Batch
 from bloomery.parallel.data_parallel import whole_gradient_bytes
 from bloomery.parallel.engine import Engine, build
 from bloomery.parallel.mesh import Mesh, check_rank, pretend
-from bloomery.parallel.pipeline import expect_given_shapes, receive_buffers_bytes
+from bloomery.parallel.pipeline import expect_given_shapes, most_at_once, receive_buffers_bytes
 from bloomery.parallel.recorder import record
 from bloomery.parallel.tally import FlopTally, SavedTally
 from bloomery.spec.layout import Layout, stages_of
@@ -137,8 +138,7 @@ def dry_run(
         held = layers if depth == 0 else depth * layout.vpp
         executed += [(held, length) for length in step_lengths]
         taken = _steps(part, cut, rank, step_lengths, **settings)
-        # Gradients left over between micro-batches do not grow with their number: those of the longer step stay.
-        samples.append({**_at(step_lengths, taken, micro_batches), _LEFT_OVER: taken[-1][_LEFT_OVER]})
+        samples.append(_at(step_lengths, taken, micro_batches))
     depths = [depth * layout.vpp for depth in stage_depths]
     whole = _at(depths, samples, layers)
     return RankAccount(
@@ -203,15 +203,18 @@ def _steps(
     optimizers: Optimizers,
 ) -> list[dict[str, Any]]:
     """One step of each length in micro-batches, on one engine."""
-    stages: list[Transformer] = []
-    most = 0
+    stages: dict[int, Transformer] = {}
+    most: Counter[int] = Counter()
 
     @contextlib.contextmanager
     def measure(bucket: str) -> Iterator[None]:
-        nonlocal most
         yield
         if bucket == "compute":
-            most = max(most, whole_gradient_bytes(stages))
+            held, before = list(stages.values()), 0
+            for place, index in enumerate(stages, start=1):  # what two stages share is the first one's
+                together = whole_gradient_bytes(held[:place])
+                most[index] = max(most[index], together - before)
+                before = together
 
     with pretend(layout, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
         engine = build(
@@ -224,14 +227,16 @@ def _steps(
             seed=0,
             measure=measure,
         )
-        stages.extend(engine.stages.values())
+        stages.update(engine.stages)
         optimizer = _Together(optimizers(engine))
         answer = []
         for length in lengths:
-            most = 0
-            step = _step(engine, mesh, optimizer, length, seq_len)
-            answer.append({**step, _LEFT_OVER: most})
-        return answer
+            answer.append(_step(engine, mesh, optimizer, length, seq_len))
+        # How many stages of a rank have whole gradients at one time depends on the length of the real step.
+        engine.expect(global_batch, seq_len)
+        several = isinstance(engine.schedule, PipelineScheduleMulti)
+        left = most_at_once(engine.schedule, layout.rank_of(min(stages)), most) if several else most.total()
+        return [{**step, _LEFT_OVER: left} for step in answer]
 
 
 def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, seq_len: int) -> dict[str, Any]:

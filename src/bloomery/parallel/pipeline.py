@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,17 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FULL_BACKWARD,
+    REDUCE_GRAD,
+    RESHARD,
+    UNSHARD,
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _Action,
+)
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
@@ -163,10 +173,51 @@ def schedule_over(
 ) -> Schedule:
     """PyTorch's schedule of that name over one rank's stages."""
     if layout.vpp > 1:
-        return _SEVERAL_CHUNKS[layout.schedule](list(stages), micro_batches, loss_fn=loss, scale_grads=False)
+        several = _SEVERAL_CHUNKS[layout.schedule](list(stages), micro_batches, loss_fn=loss, scale_grads=False)
+        _gather_once(several)
+        return several
     # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
     kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B
     return kind(stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+
+
+def _gather_once(schedule: Any) -> None:
+    """Keep a stage's parameters gathered for the whole step, as ZeRO 2 means it.
+
+    PyTorch keeps three stages of a rank gathered and gathers the others again at every turn: with more than three
+    chunks that is up to one all-gather a chunk and micro-batch.
+    """
+    orders: dict[int, list[_Action]] = schedule.pipeline_order_with_comms
+    for rank, actions in orders.items():
+        first = {
+            action.stage_index: place
+            for place, action in reversed(list(enumerate(actions)))
+            if action.computation_type == UNSHARD
+        }
+        last = {action.stage_index: place for place, action in enumerate(actions) if action.computation_type == RESHARD}
+        orders[rank] = [
+            action
+            for place, action in enumerate(actions)
+            if not (action.computation_type == UNSHARD and place != first[action.stage_index])
+            and not (action.computation_type == RESHARD and place != last[action.stage_index])
+        ]
+
+
+def most_at_once(schedule: Any, pipeline_rank: int, stage_bytes: Mapping[int, int]) -> int:
+    """The most bytes of whole gradients that the rank's stages have at one time in a step of this schedule.
+
+    A stage has its `stage_bytes` from its first backward pass until it reduces them, after its last.
+    """
+    held: set[int] = set()
+    most = 0
+    for action in schedule.pipeline_order_with_comms[pipeline_rank]:
+        for part in action.sub_actions or (action,):
+            if part.computation_type in (FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT):
+                held.add(part.stage_index)
+            elif part.computation_type == REDUCE_GRAD:
+                held.discard(part.stage_index)
+        most = max(most, sum(stage_bytes[stage] for stage in held))
+    return most
 
 
 def expect_given_shapes(schedule: Schedule) -> None:
