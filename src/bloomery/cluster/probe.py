@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -19,7 +20,7 @@ from bloomery.cluster.measuring import Tell, run_ranks
 from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
-from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage
+from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.seal import sealed_text
@@ -27,6 +28,8 @@ from bloomery.spec.seal import sealed_text
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
+REFERENCE_TURNS = 3
+"""Turns of the reference models, one after the other over all sets of ranks: the middle one counts."""
 WORKER_TIMEOUT_S = 300
 
 
@@ -37,20 +40,32 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
     Raises InputError for hosts of different sizes, BloomeryError when a measuring process fails.
     """
     if hosts is None:
-        measured, cuts = {}, list[Cut]()
+        crowded_links: dict[int, tuple[Tier, ...]] = {}
+        measured = {}
         for ranks in cut_sizes():
-            threads = f"{threads_per_rank(ranks)} threads each"
-            progress(f"{ranks} rank{'s' if ranks > 1 else ''}, {threads}")
+            progress(f"{_ranks(ranks)}, {threads_per_rank(ranks)} threads each")
             measured[ranks] = _measured(here(ranks), quick, progress)
-            cuts.append(Cut(ranks=ranks, accelerator=accelerator(measured[ranks]), tiers=tiers(measured[ranks], 1)))
+        if not quick:
+            crowded_links = _crowded_links(progress)
+            _again({ranks: (here(ranks), results) for ranks, results in measured.items()}, progress)
+        cuts = [
+            Cut(ranks=ranks, accelerator=accelerator(results), tiers=tiers(results, 1))
+            for ranks, results in measured.items()
+        ]
         results = [result for found in measured.values() for result in found]
         one, links, per_node = cuts[-1].accelerator, cuts[-1].tiers, cuts[-1].ranks
-        cuts += [] if quick else _crowded_cuts(one, progress)
+        cores = len(os.sched_getaffinity(0))
+        cuts += [
+            Cut(ranks=ranks, accelerator=crowded(one, ranks, cores), tiers=found)
+            for ranks, found in crowded_links.items()
+        ]
         parts: dict[str, Any] = {"name": "this-machine", "cuts": tuple(cuts), "nodes": 1}
     else:
         per_node = slots_of(hosts)
         progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
         results = _measured(hosts, quick, progress)
+        if not quick:
+            _again({len(results): (hosts, results)}, progress)
         parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
         one, links = accelerator(results), tiers(results, len(hosts.hosts))
     progress("storage")
@@ -70,21 +85,39 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
     )
 
 
-def _measured(hosts: Hosts, quick: bool, progress: Tell, *, links_only: bool = False) -> list[dict[str, Any]]:
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"
+
+
+def _measured(
+    hosts: Hosts, quick: bool, progress: Tell, what: str = "all", dtypes: Sequence[str] = ()
+) -> list[dict[str, Any]]:
     """The figures of all ranks, in their order."""
-    settings = {"quick": quick, "links_only": links_only}
+    settings = {"quick": quick, "what": what, "dtypes": list(dtypes)}
     return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
 
 
-def _crowded_cuts(whole: Accelerator, progress: Tell) -> list[Cut]:
-    """More ranks than cores: their links are measured, the rest is an even share of what `whole`, a rank with cores of
-    its own, is."""
-    cores, cuts = len(os.sched_getaffinity(0)), list[Cut]()
+def _crowded_links(progress: Tell) -> dict[int, tuple[Tier, ...]]:
+    """Links of more ranks than cores; the rest of what such a rank is follows from one with cores of its own."""
+    cores, found = len(os.sched_getaffinity(0)), {}
     for ranks in crowded_sizes():
         progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}, links only")
-        links = tiers(_measured(here(ranks), True, progress, links_only=True), 1)
-        cuts.append(Cut(ranks=ranks, accelerator=crowded(whole, ranks, cores), tiers=links))
-    return cuts
+        found[ranks] = tiers(_measured(here(ranks), True, progress, "links"), 1)
+    return found
+
+
+def _again(sets: dict[int, tuple[Hosts, list[dict[str, Any]]]], progress: Tell) -> None:
+    """Reference steps of every set of ranks again, in turns, added to what was found.
+
+    A machine that others share, or that was idle before, is faster in one minute than in the next: rounds that lie
+    apart see it, repeats of one round do not.
+    """
+    for number in range(2, REFERENCE_TURNS + 1):
+        for ranks, (hosts, results) in sets.items():
+            progress(f"{_ranks(ranks)}, reference models again ({number} of {REFERENCE_TURNS})")
+            found = _measured(hosts, False, progress, "references", list(results[0]["gemm"]))
+            for result, more in zip(results, found, strict=True):
+                result["reference"] += more["reference"]
 
 
 def crowded(whole: Accelerator, ranks: int, cores: int) -> Accelerator:
@@ -112,7 +145,13 @@ def steps(hosts: Hosts | None, *, quick: bool) -> int:
     """How often `progress` is told something."""
     sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
     crowded_steps = 2 * len(crowded_sizes()) if hosts is None and not quick else 0
-    return 1 + crowded_steps + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
+    turns = 0 if quick else (REFERENCE_TURNS - 1) * len(sets)
+    return (
+        1
+        + crowded_steps
+        + turns
+        + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
+    )
 
 
 def _inner(progress: Tell) -> Tell:

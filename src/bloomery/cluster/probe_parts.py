@@ -59,22 +59,34 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         launch_s=mean(median(result["launch_s"]) for result in results),
         gemm=surfaces,
         attention=attention,
-        optimizer_bytes_per_s=mean(optimizer_rate(r["reference"]["float32"][-1]["optimizer"]) for r in results),
+        optimizer_bytes_per_s=mean(optimizer_rate(_optimizer_s(result)) for result in results),
         upload_bytes_per_s=mean(uploads) if uploads else None,
         source=PROBED,
     )
-    reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["reference"]}
+    reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
     return calibrated(parts, reference)
+
+
+def _optimizer_s(result: dict[str, Any]) -> list[float]:
+    return [seconds for turn in turns_of(result, "float32", -1) for seconds in turn["optimizer"]]
 
 
 def _reference_kinds(results: Sequence[dict[str, Any]], dtype: str) -> list[dict[str, float]]:
     """Seconds of compute of each reference model, by kind where they were told apart: the mean over ranks of their
-    medians, in the shares of their profiled steps."""
-    found = list[dict[str, float]]()
-    for models in zip(*(result["reference"][dtype] for result in results), strict=True):
-        each = [{kind: share * median(model["compute"]) for kind, share in model["shares"].items()} for model in models]
-        found.append({kind: mean(one[kind] for one in each) for kind in each[0]})
-    return found
+    medians of all turns, in the shares of their profiled steps."""
+    models = range(len(results[0]["reference"][0][dtype]))
+    each = [[_kinds(turns_of(result, dtype, model)) for result in results] for model in models]
+    return [{kind: mean(one[kind] for one in ranks) for kind in ranks[0]} for ranks in each]
+
+
+def _kinds(turns: Sequence[dict[str, Any]]) -> dict[str, float]:
+    compute_s = median(seconds for turn in turns for seconds in turn["compute"])
+    return {kind: compute_s * mean(turn["shares"][kind] for turn in turns) for kind in turns[0]["shares"]}
+
+
+def turns_of(result: dict[str, Any], dtype: str, model: int) -> list[dict[str, Any]]:
+    """What one rank found for one reference model, turn by turn."""
+    return [turn[dtype][model] for turn in result["reference"]]
 
 
 def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
@@ -121,10 +133,12 @@ def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, A
 
 
 def noise_of(results: Sequence[dict[str, Any]]) -> float:
-    """Relative spread of repeats of large products, streams and messages: each kind's median, of the noisiest kind."""
+    """Relative spread of repeats of large products, streams, messages and turns of a reference model: each kind's
+    median, of the noisiest kind."""
     kinds = (
         [row for r in results for row in r["gemm"]["float32"] if row["m"] >= LARGE_PRODUCT],
         [row for r in results for row in r["elementwise"]],
         [row for r in results for rows in r["links"].values() for row in rows if row["bytes"] >= LARGE_MESSAGE],
+        [{"s": [median(turn["compute"]) for turn in turns_of(r, "float32", -1)]} for r in results],
     )
     return max(median(spread(row["s"]) for row in rows) for rows in kinds if rows)

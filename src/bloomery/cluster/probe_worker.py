@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -175,6 +175,12 @@ def measure_reference(place: Place, model: Model, dtype: str, rounds: int) -> di
     return {**halves, "shares": kinds_of(profiled).shares}
 
 
+def measure_references(place: Place, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
+    """Steps of every reference model in each format: the only turn of a list that later turns are added to."""
+    rounds = REFERENCE_ROUNDS
+    return [{dtype: [measure_reference(place, model, dtype, rounds) for model in REFERENCES] for dtype in dtypes}]
+
+
 def measure_upload(device: torch.device) -> list[float]:
     """Seconds from pinned memory of the host to the device, by round; `UPLOAD_BYTES` each."""
     host = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -190,13 +196,15 @@ def _together(place: Place) -> None:
 
 
 def measure(place: Place) -> dict[str, Any]:
-    """Everything, by name."""
+    """Everything, or what a later round of the probe asks for, by name."""
     quick, device = place.settings["quick"], place.device
-    if place.settings["links_only"]:
+    if place.settings["what"] == "links":
         return {"rank": place.rank, "device": device.type, "links": measure_links(place, 3)}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device)
     _together(place)
+    if place.settings["what"] == "references":
+        return {"rank": place.rank, "reference": measure_references(place, place.settings["dtypes"])}
     ratio = bfloat16_ratio(device, place.world_size)
     dtypes = [torch.float32, torch.bfloat16] if ratio >= LEAST_RATIO else [torch.float32]
     result: dict[str, Any] = {
@@ -218,10 +226,7 @@ def measure(place: Place) -> dict[str, Any]:
     place.tell("attention")
     result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
     place.tell("reference models")
-    result["reference"] = {
-        str(dtype)[6:]: [measure_reference(place, model, str(dtype)[6:], REFERENCE_ROUNDS) for model in REFERENCES]
-        for dtype in dtypes
-    }
+    result["reference"] = measure_references(place, list(result["gemm"]))
     _together(place)
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, at_least_s)

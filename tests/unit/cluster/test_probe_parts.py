@@ -6,7 +6,8 @@ import pytest
 
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
-from bloomery.cluster.probe_parts import groups, noise_of, shared_ports, slowest, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, noise_of, shared_ports, slowest, tiers
+from bloomery.spec.components import KINDS
 from bloomery.spec.errors import InputError
 
 SIZES = (4 << 10, 1 << 20, 8 << 20)
@@ -52,9 +53,37 @@ def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
 
 
 def test_noise_is_that_of_the_noisiest_kind() -> None:
-    quiet = {"gemm": {"float32": [{"m": 1024, "s": [1.0, 1.01]}]}, "elementwise": [{"s": [1.0, 1.02]}], "links": {}}
+    quiet = {
+        "gemm": {"float32": [{"m": 1024, "s": [1.0, 1.01]}]}, "elementwise": [{"s": [1.0, 1.02]}], "links": {},
+        "reference": [{"float32": [{"compute": [1.0, 1.2]}]}],
+    }  # fmt: skip
     assert noise_of([quiet]) == pytest.approx(0.02, rel=0.1)
     assert noise_of([{**quiet, "links": {"inside": rows(1e9, wave=0.2)}}]) == pytest.approx(0.4 / 1.2, rel=0.1)
+    slower = [*quiet["reference"], {"float32": [{"compute": [1.5, 1.7]}]}]
+    assert noise_of([{**quiet, "reference": slower}]) == pytest.approx(0.5 / 1.35)
+
+
+def turn(compute_s: float) -> dict[str, object]:
+    """One turn of both reference models, the deeper one three times as long, in equal shares of all kinds."""
+    shares = dict.fromkeys(KINDS, 1 / len(KINDS))
+    models = [{"compute": [s, s], "optimizer": [s / 10], "shares": shares} for s in (compute_s, 3 * compute_s)]
+    return {"float32": models}
+
+
+def machine(*turns: dict[str, object]) -> dict[str, object]:
+    """What one rank of two threads finds, at 100 GFLOP/s and 10 GB/s."""
+    products = [
+        {"m": m, "n": n, "k": k, "s": [6 * m * n * k / 1e11]} for m, n, k in ((256, 256, 256), (1024, 1024, 64))
+    ]
+    return {
+        "device": "cpu", "threads": 2, "memory_bytes": 8e9, "gemm": {"float32": products}, "launch_s": [1e-5],
+        "attention": {"float32": [0.05]}, "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
+    }  # fmt: skip
+
+
+def test_of_three_turns_the_middle_one_counts() -> None:
+    assert accelerator([machine(turn(0.7), turn(1.0), turn(1.02))]) == accelerator([machine(turn(1.0))])
+    assert accelerator([machine(turn(0.7))]) != accelerator([machine(turn(1.0))])
 
 
 def test_hosts_of_different_sizes_are_refused() -> None:
