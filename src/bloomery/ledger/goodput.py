@@ -65,13 +65,13 @@ def goodput(run_dir: Path) -> Goodput | None:
     verdicts = {row["step"]: row.get("verdict") for row in read_lines(run_dir / "metrics.jsonl") if "verdict" in row}
     slow = _slowed(read_lines(run_dir / "events.jsonl"), starts)
     last = {line["step"]: number for number, line in enumerate(lines)}
-    seconds, checkpoints, worst = dict.fromkeys(BUCKETS, 0.0), 0, 0.0
+    seconds, saves, worst = dict.fromkeys(BUCKETS, 0.0), list[int](), 0.0
     for start in starts:
         mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
         booked = 0.0
         for number, line in mine:
             apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "recheck", "evaluate")}
-            checkpoints += apart["checkpoint"] > 0
+            saves += [line["step"]] if apart["checkpoint"] > 0 else []
             for name, value in apart.items():
                 seconds[name] += value
             rest = line["wall_s"] - sum(apart.values())
@@ -101,7 +101,7 @@ def goodput(run_dir: Path) -> Goodput | None:
         failed_starts=sum(start["step"] < 0 for start in failed),
         jobs=sum(event.get("event") == "job_started" for event in read_lines(run_dir / "events.jsonl")),
         ettr=sum(seconds[name] for name in USEFUL) / wall,
-        formula=_formula(seconds, wall, sum(start["step"] >= 0 for start in failed), checkpoints),
+        formula=_formula(seconds, wall, sum(start["step"] >= 0 for start in failed), saves),
         contention_s=_contention_s(lines),
         gap=worst,
     )
@@ -137,19 +137,21 @@ def _kind(step: int, number: int, last: dict[int, int], verdicts: dict[int, Any]
     return "skipped" if verdicts.get(step) in ("skip", "rewind") else "train"
 
 
-def _formula(seconds: dict[str, float], wall_s: float, failures: int, checkpoints: int) -> float | None:
+def _formula(seconds: dict[str, float], wall_s: float, failures: int, saves: Sequence[int]) -> float | None:
     """`perf.goodput` with what was measured: tau, C, M and R of this very run, what was skipped and what was slow.
 
-    `failures`: of starts that took steps; what others took is part of a recovery.
+    `failures`: of starts that took steps; what others took is part of a recovery. `saves`: steps that were saved; one
+    saved again is an interval that was done again, because the checkpoint at its end was of no use.
     """
-    if not failures or not checkpoints or not seconds["train"]:
+    if not failures or not saves or not seconds["train"]:
         return None
     recovery_s = seconds["detect"] + seconds["restart"] + seconds["load"] + seconds["queue"]
     running_s = (wall_s - recovery_s) / failures
     useful_s = sum(seconds[name] for name in USEFUL)
     not_lost_s = useful_s + seconds["skipped"] + seconds["straggler"]
-    stall_s = seconds["checkpoint"] / checkpoints
-    share = ettr_of_steps(not_lost_s / checkpoints, stall_s, running_s, recovery_s / failures)
+    intervals, stall_s = len(set(saves)), seconds["checkpoint"] / len(saves)
+    back = (len(saves) - intervals) / failures
+    share = ettr_of_steps(not_lost_s / intervals, stall_s, running_s, recovery_s / failures, intervals_back=back)
     return float(share * useful_s / not_lost_s)
 
 

@@ -58,14 +58,19 @@ def ettr(interval_s: Any, checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any
     return (tau / spent)[()]
 
 
-def ettr_of_steps(interval_s: Any, checkpoint_s: Any, running_s: Any, restart_s: Any) -> Any:
+def ettr_of_steps(
+    interval_s: Any, checkpoint_s: Any, running_s: Any, restart_s: Any, *, intervals_back: Any = 0.0
+) -> Any:
     """The same where failures are counted while steps run, every `running_s` (M) of that time.
 
-    tau / ((M + R) (e^((tau+C)/M) - 1)): an interval meets e^((tau+C)/M) - 1 failures, each of which costs R (Daly 2006,
-    with none in R). A recovery that is itself cut short is a longer R here, and another failure in `ettr`.
+    tau (1 - q N) / ((M + R) N) with N = e^((tau+C)/M) - 1: an interval meets N failures, each of which costs R (Daly
+    2006, with none in R) and goes back q intervals (`intervals_back`) behind the newest checkpoint, because that one
+    is damaged: T = (M + R) N becomes U = T + q N U, since what is done again can fail again. 0 where q N reaches one.
+    A recovery that is itself cut short is a longer R here, and another failure in `ettr`.
     """
     tau, c, r, m = (np.asarray(x, dtype=np.float64) for x in (interval_s, checkpoint_s, restart_s, running_s))
-    return (tau / ((m + r) * np.expm1((tau + c) / m)))[()]
+    failures = np.expm1((tau + c) / m)
+    return (tau / ((m + r) * failures) * np.maximum(0.0, 1.0 - intervals_back * failures))[()]
 
 
 def ettr_first_order(interval_s: Any, checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any:

@@ -81,6 +81,21 @@ def test_ettr_of_steps_agrees_with_a_simulation_that_strikes_only_them() -> None
     assert ettr_of_steps(tau, c, (wall - failures * r) / failures, r) == pytest.approx(found, abs=0.002)
 
 
+@pytest.mark.parametrize("back", [0.15, 0.6])
+def test_damaged_checkpoints_cost_an_interval_more_as_in_a_simulation(back: float) -> None:
+    rng = np.random.default_rng(2)
+    running, c, r, tau = 30.0, 0.1, 7.0, 6.0
+    wall, done, target = 0.0, 0, 20_000
+    while done < target:
+        struck = rng.exponential(running)
+        if struck < tau + c:
+            wall, done = wall + struck + r, done - int(rng.random() < back)
+        else:
+            wall, done = wall + tau + c, done + 1
+    assert ettr_of_steps(tau, c, running, r, intervals_back=back) == pytest.approx(target * tau / wall, abs=0.005)
+    assert ettr_of_steps(tau, c, 1.0, r, intervals_back=1.0) == 0
+
+
 def test_the_optimal_interval_is_near_the_maximum() -> None:
     mtbf, c, r = 3 * HOUR, 20.0, 300.0
     grid = np.linspace(100, 4000, 2000)
