@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 # Tests that wait for one process fill the second core with those of another file.
 TOGETHER := -n 2 --dist loadfile
 
-.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
+.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-tp bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -67,6 +67,9 @@ bench-train: setup ## tokens/s and memory beside Hugging Face Trainer, litgpt an
 	@$(if $(PEERS),test -x "$(PEERS)/litgpt/bin/python" || { $(PYTHON) -m venv "$(PEERS)/litgpt" && \
 	  "$(PEERS)/litgpt/bin/pip" install -q torch==2.13.0 && "$(PEERS)/litgpt/bin/pip" install -q litgpt; })
 	$(BIN)/python bench/train_speed.py $(if $(PEERS),--peers "$(PEERS)") $(BENCH)
+
+bench-tp: setup ## host time of one eager tensor-parallel layer beside PyTorch's DTensor way
+	$(BIN)/python bench/tp_layer.py
 
 bench-gpu: setup ## MFU on one GPU, predicted beside measured, beside peers (TINY=1: small, on the CPU; PEERS=DIR)
 	$(BIN)/python bench/gpu/mfu.py $(if $(TINY),--tiny) $(if $(PEERS),--peers "$(PEERS)")
