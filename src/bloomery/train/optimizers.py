@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from math import prod
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ POLAR_EXPRESS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
 """(a, b, c) of X <- a X + (b A + c A A) X with A = X X^T, for singular values from 1e-3 (2505.16932, appendix)."""
+TOGETHER = 8 << 20
+"""Elements of matrices that are orthogonalised in one batch: small ones alone leave threads without work, and more than
+this is memory for nothing."""
 SAFETY = 1.02
 """Rounding must not leave a singular value above one: the polynomials diverge there."""
 
@@ -65,19 +69,24 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, engine: Engine, settings: Optimizer) -> None:
         self.engine, self.momentum = engine, settings.momentum
-        self.units = list(matrix_units(engine))
-        matrices = [item.parameter for unit in self.units for item in unit]
-        factor = lr_factor(settings, engine.table[self.units[0][0].shard.name], engine.model.hidden)
+        self.batches = _batches(engine, list(matrix_units(engine)))
+        matrices = [item.parameter for units in self.batches for unit in units for item in unit]
+        factor = lr_factor(settings, engine.table[self.batches[0][0][0].shard.name], engine.model.hidden)
         group = {"params": matrices, "lr_factor": factor}
         super().__init__([group], {"lr": settings.lr, "weight_decay": settings.weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every matrix, a layer at a time: gather, orthogonalise, keep this rank's part."""
+        """Move every matrix: gather a layer's, orthogonalise those of some layers at once, keep this rank's part."""
         (group,) = self.param_groups
-        for unit in self.units:
-            wholes = gather_whole(self.engine, unit, [self._direction(item) for item in unit])
-            for item, whole in zip(unit, _orthogonalised(wholes), strict=True):
+        for units in self.batches:
+            wholes = [
+                whole
+                for unit in units
+                for whole in gather_whole(self.engine, unit, [self._direction(item) for item in unit])
+            ]
+            items = [item for unit in units for item in unit]
+            for item, whole in zip(items, _orthogonalised(wholes), strict=True):
                 weight, scale = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
                 # Of experts, `whole` begins with this rank's first.
@@ -95,16 +104,32 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(momentum, self.momentum)
 
 
+def _batches(engine: Engine, units: Sequence[list[LocalShard]]) -> list[list[list[LocalShard]]]:
+    """Consecutive units whose whole matrices together have at most `TOGETHER` elements; a larger unit is alone."""
+    found, elements = list[list[list[LocalShard]]](), TOGETHER
+    for unit in units:
+        size = sum(prod(engine.table[item.shard.name].local_shape(1, engine.layout.ep)) for item in unit)
+        if elements + size > TOGETHER:
+            found.append([])
+            elements = 0
+        found[-1].append(unit)
+        elements += size
+    return found
+
+
 def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Each matrix orthogonalised, those of one shape in one batch; of (experts, out, in) each expert's by itself."""
+    """Each matrix orthogonalised, those of one shape, lying or standing, in one batch; of (experts, out, in) each
+    expert's by itself."""
     stacks = [matrix if matrix.dim() == 3 else matrix[None] for matrix in matrices]
+    stacks = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
     order = sorted(range(len(matrices)), key=lambda i: stacks[i].shape[1:])
     found = list(matrices)
     for _, same in groupby(order, key=lambda i: stacks[i].shape[1:]):
         batch = list(same)
         results = orthogonal(torch.cat([stacks[i] for i in batch])).split([len(stacks[i]) for i in batch])
         for i, result in zip(batch, results, strict=True):
-            found[i] = result.view_as(matrices[i])
+            lying = result.shape[-2:] == matrices[i].shape[-2:]
+            found[i] = (result if lying else result.mT).reshape(matrices[i].shape)
     return found
 
 
