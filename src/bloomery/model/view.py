@@ -41,7 +41,7 @@ class View:
     def _biases(self) -> dict[torch.dtype, Tensor]:
         return {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # as `torch.compiler.disable`, which would import the compiler here
     def bias(self, key_s: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to scores: 0 where a query may read a key, else a number whose exponential is 0.
 

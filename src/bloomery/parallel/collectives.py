@@ -89,13 +89,13 @@ class _Leave(torch.autograd.Function):
         return (axis.gather_sequence(gradient) if axis.sequence_parallel else gradient), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # as `torch.compiler.disable`, which would import the compiler here
 def enter_block(x_bsd: Tensor, axis: TensorAxis) -> Tensor:
     """What a column-cut projection reads: the whole sequence, its gradient summed over ranks."""
     return _Enter.apply(x_bsd, axis)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch._disable_dynamo  # as `torch.compiler.disable`, which would import the compiler here
 def leave_block(x_bsd: Tensor, axis: TensorAxis) -> Tensor:
     """What follows a row-cut projection: partial sums added over ranks."""
     return _Leave.apply(x_bsd, axis)

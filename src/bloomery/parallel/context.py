@@ -226,7 +226,7 @@ def _unpacked(block_n: Tensor, k_bhsk: Tensor, v_bhsk: Tensor) -> tuple[Tensor, 
 def apply_context_parallel(stage: Transformer, axis: ContextAxis) -> None:
     """Tell `stage` where its tokens stand and have its attention read the keys of all ranks."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo  # as `torch.compiler.disable`, which would import the compiler here
     def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
         return _ContextAttention.apply(q_bhsk, k_bhsk, v_bhsk, axis, view, scale)
 
