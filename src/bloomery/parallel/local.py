@@ -6,6 +6,8 @@ without.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -16,4 +18,5 @@ def is_cut(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """The plain tensor on this rank: of a DTensor its part, any other as it is."""
-    return tensor.to_local() if is_cut(tensor) else tensor
+    either: Any = tensor
+    return either.to_local() if is_cut(tensor) else tensor

@@ -85,7 +85,8 @@ class AdamW(Part):
         torch._fused_adamw_(
             [local_part(parameter) for parameter in moved],
             gradients,
-            *([self.state[parameter][name] for parameter in moved] for name in self.moments),
+            [self.state[parameter]["exp_avg"] for parameter in moved],
+            [self.state[parameter]["exp_avg_sq"] for parameter in moved],
             [],
             [number] * len(moved),
             lr=group.lr,
