@@ -26,6 +26,7 @@ from pathlib import Path
 from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.files import write_atomically
+from bloomery.spec.job import Job, read_job
 from bloomery.spec.reliability import Supervision
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
@@ -35,7 +36,7 @@ STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
 PR_SET_PDEATHSIG = 1
 PRELOADED = ["bloomery.cluster.forked_from", "bloomery.train.worker"]
-"""Imported once, by the process that ranks are forked from."""
+"""Imported once, by the process that ranks are forked from; `imported_for` adds what only some jobs need."""
 READ_AT_IMPORT = {
     "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait take the cores from those that work
     "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks
@@ -91,6 +92,17 @@ class Share:
     usual_s: tuple[float, ...] = ()
 
 
+def imported_for(job: Job) -> list[str]:
+    """What ranks of this job import on their way: all of them and every start have it from one import."""
+    layout = job.layout
+    wanted = {
+        "bloomery.parallel.pipeline": layout.pp > 1,
+        "bloomery.parallel.fully_sharded": layout.zero_stage >= 2,
+        "torch._dynamo": job.compiled or layout.recompute == "full" or layout.tp * layout.cp > 1,
+    }
+    return [module for module, needed in wanted.items() if needed]
+
+
 def pause() -> None:
     """Wait until the next look, and say that somebody is looking."""
     path = os.environ.get(ALIVE_VARIABLE)
@@ -114,7 +126,7 @@ class World:
         for name, value in READ_AT_IMPORT.items():
             os.environ.setdefault(name, value)
         context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context.set_forkserver_preload([*PRELOADED, *imported_for(read_job(folder))])
         self.processes = [
             context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
             for rank in share.ranks

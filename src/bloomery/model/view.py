@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable would import the compiler
 from torch.nn import functional as F
 
 from bloomery.model.rotary import rotate
@@ -41,7 +42,7 @@ class View:
     def _biases(self) -> dict[torch.dtype, Tensor]:
         return {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def bias(self, key_s: Tensor, dtype: torch.dtype) -> Tensor:
         """What is added to scores: 0 where a query may read a key, else a number whose exponential is 0.
 

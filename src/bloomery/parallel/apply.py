@@ -20,12 +20,12 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from bloomery.model.empty import without_memory
 from bloomery.model.init import initial_rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
-from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
 from bloomery.parallel.float8 import multiply_in_float8
 from bloomery.parallel.mesh import Mesh
@@ -58,7 +58,7 @@ def lay_out(
         book_compilation(measure)
     ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
     for index in layout.stages_on(mesh.pp_rank):
-        with torch.device("meta"):
+        with without_memory():
             stage = Transformer(model, ranges[index])
         fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
@@ -77,6 +77,8 @@ def lay_out(
         elif layout.recompute == "selective":
             recompute_outputs(stage)
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
+            from bloomery.parallel.fully_sharded import shard_over_data
+
             shard_over_data(stage, mesh, measure)
         stages[index] = stage
     return stages, table

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable would import the compiler
 
 Measure = Callable[[str], AbstractContextManager[Any]]
 """Enters the ledger's bucket of that name; communication time is taken out of the bucket around it."""
@@ -89,13 +90,13 @@ class _Leave(torch.autograd.Function):
         return (axis.gather_sequence(gradient) if axis.sequence_parallel else gradient), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def enter_block(x_bsd: Tensor, axis: TensorAxis) -> Tensor:
     """What a column-cut projection reads: the whole sequence, its gradient summed over ranks."""
     return _Enter.apply(x_bsd, axis)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@untraced
 def leave_block(x_bsd: Tensor, axis: TensorAxis) -> Tensor:
     """What follows a row-cut projection: partial sums added over ranks."""
     return _Leave.apply(x_bsd, axis)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.callback import on_compile_end, on_compile_start
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
@@ -49,6 +48,9 @@ def compile_layers(stage: Transformer) -> None:
 
 def book_compilation(measure: Measure) -> None:
     """Book the time of every compilation in this process to its own bucket."""
+    # Here, not above: the compiler's import takes a second, and who does not compile does not need it.
+    from torch._dynamo.callback import on_compile_end, on_compile_start
+
     running = ExitStack()
 
     def start(_: Any) -> None:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable would import the compiler
 
 from bloomery.model.transformer import Transformer
 from bloomery.model.view import View
@@ -226,7 +227,7 @@ def _unpacked(block_n: Tensor, k_bhsk: Tensor, v_bhsk: Tensor) -> tuple[Tensor, 
 def apply_context_parallel(stage: Transformer, axis: ContextAxis) -> None:
     """Tell `stage` where its tokens stand and have its attention read the keys of all ranks."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @untraced
     def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
         return _ContextAttention.apply(q_bhsk, k_bhsk, v_bhsk, axis, view, scale)
 

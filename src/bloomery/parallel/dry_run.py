@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti
-from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.batch import Batch
-from bloomery.parallel.data_parallel import whole_gradient_bytes
 from bloomery.parallel.engine import Engine, build
+from bloomery.parallel.fully_sharded import whole_gradient_bytes
+from bloomery.parallel.local import is_cut, local_part
 from bloomery.parallel.mesh import Mesh, check_rank, pretend
 from bloomery.parallel.pipeline import expect_given_shapes, most_at_once, receive_buffers_bytes
 from bloomery.parallel.recorder import record
@@ -44,8 +44,20 @@ _LEFT_OVER = "whole_gradient_bytes"
 Message = tuple[str, str, int]
 """Axis, operation, payload bytes: as `recorder` counts them."""
 
-Optimizers = Callable[[Engine], Sequence[torch.optim.Optimizer]]
-"""What makes an engine's optimizers, each of which owns some of its parameters."""
+
+class Part(Protocol):
+    """One of an engine's optimizers, which owns some of its parameters. `state`: what it remembers of each, by name."""
+
+    @property
+    def state(self) -> Mapping[Any, Mapping[str, Tensor]]: ...
+
+    def step(self) -> Any: ...
+
+    def zero_grad(self) -> Any: ...
+
+
+Optimizers = Callable[[Engine], Sequence[Part]]
+"""What makes an engine's optimizers."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +91,10 @@ class RankAccount:
     executed: tuple[tuple[int, int], ...]
 
 
-def adamw(engine: Engine) -> Sequence[torch.optim.Optimizer]:
+def adamw(engine: Engine) -> Sequence[Part]:
     """AdamW over everything, whose state does not depend on its settings."""
     updated = engine.updated().values()
-    kinds = [[p for p in updated if isinstance(p, DTensor) == cut] for cut in (False, True)]
+    kinds = [[p for p in updated if is_cut(p) == cut] for cut in (False, True)]
     return [torch.optim.AdamW([{"params": kind} for kind in kinds if kind], fused=True)]
 
 
@@ -90,7 +102,7 @@ def adamw(engine: Engine) -> Sequence[torch.optim.Optimizer]:
 class _Together:
     """Several optimizers that step as one."""
 
-    parts: Sequence[torch.optim.Optimizer]
+    parts: Sequence[Part]
 
     def step(self) -> None:
         for part in self.parts:
@@ -278,7 +290,7 @@ def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, 
 
 def _bytes(tensor: Tensor) -> int:
     """Bytes of a tensor on this rank."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = local_part(tensor)
     return local.numel() * local.element_size()
 
 

@@ -6,25 +6,23 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
-from bloomery.parallel.data_parallel import free_gathered, sum_flat, sum_whole
+from bloomery.parallel.data_parallel import sum_flat, sum_whole
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.formats import AUTOCAST, PARAMETERS, check_format
+from bloomery.parallel.local import local_part
 from bloomery.parallel.mesh import Mesh
-from bloomery.parallel.pipeline import Schedule, build_schedule
-from bloomery.parallel.update_shards import UpdateShards
+from bloomery.parallel.update_shards import UpdateShards, rows_of
 from bloomery.spec.errors import InputError
 from bloomery.spec.float8 import DEFAULT, Float8
 from bloomery.spec.layout import Layout
@@ -34,6 +32,10 @@ from bloomery.spec.modules import GROUPS, group_of
 from bloomery.spec.parameters import Parameter, owning_name
 from bloomery.spec.shard_table import Shard
 from bloomery.spec.stabilisers import UNTOUCHED, Stabilisers
+
+if TYPE_CHECKING:  # large imports, made where a layout needs them
+    from bloomery.parallel.fully_sharded import FullySharded
+    from bloomery.parallel.pipeline import Schedule
 
 
 class Votes(NamedTuple):
@@ -78,7 +80,7 @@ class LocalShard:
     def local(self, tensor: Tensor | None = None) -> Tensor:
         """The plain local tensor of the parameter, or of an optimizer moment laid out like it."""
         tensor = self.parameter if tensor is None else tensor
-        return _plain(tensor).detach()
+        return local_part(tensor).detach()
 
 
 class Steps(Protocol):
@@ -110,6 +112,7 @@ class Engine:
         self.routed: Routed | None = None
         self.measure: Measure = lambda _: contextlib.nullcontext()
         self.update_shards: UpdateShards | None = None
+        self.fully_sharded: FullySharded | None = None
         self.after_first_backward: Callable[[], None] | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -139,6 +142,8 @@ class Engine:
         micro_batches = global_batch // (self.layout.dp * self.layout.micro_batch)
         if self.layout.pp == 1 or self._scheduled == (micro_batches, seq_len):
             return
+        from bloomery.parallel.pipeline import build_schedule
+
         self._scheduled = (micro_batches, seq_len)
         self.schedule = build_schedule(
             self.stages,
@@ -186,15 +191,11 @@ class Engine:
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
     def _accumulate(self, batch: Batch) -> Tensor:
-        stage = self.stages[0]
         total = torch.zeros((), device=self.mesh.device, dtype=torch.float64)
         micro_batches = list(batch.split(self.layout.micro_batch))
         for number, micro in enumerate(micro_batches, start=1):
-            if isinstance(stage, FSDPModule):
-                last = number == len(micro_batches)
-                stage.set_requires_gradient_sync(last)
-                stage.set_is_last_backward(last)
-                stage.set_reshard_after_backward(last or self.layout.zero_stage == 3)
+            if self.fully_sharded is not None:
+                self.fully_sharded.begin(last=number == len(micro_batches), free=self.layout.zero_stage == 3)
             with self.measure("compute"):
                 total += self.backward_of(micro)
             if number == 1 and self.after_first_backward is not None:
@@ -214,7 +215,7 @@ class Engine:
         layout = self.layout
         if self.axis is not None:
             partial = [
-                _plain(parameter.grad)
+                local_part(parameter.grad)
                 for name, parameter in self.parameters().items()
                 if self.table[name].partial_over_tp(layout.sequence_parallel) and parameter.grad is not None
             ]
@@ -224,7 +225,7 @@ class Engine:
             gradient = self.parameters()["embedding.weight"].grad
             assert gradient is not None
             with self.measure("pp_comm"):
-                dist.all_reduce(_plain(gradient), group=self.mesh.group("ends"))
+                dist.all_reduce(local_part(gradient), group=self.mesh.group("ends"))
         if self.update_shards is not None:
             self.update_shards.reduce()
         elif layout.data_ranks > 1:
@@ -254,7 +255,7 @@ class Engine:
 
     def square_norms(self) -> tuple[list[str], Tensor]:
         """Names of what this rank updates and its squared gradient norms, divided by how many ranks hold the same."""
-        named = {name: _plain(p.grad) for name, p in self.updated().items() if p.grad is not None}
+        named = {name: local_part(p.grad) for name, p in self.updated().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
         replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
         return list(named), norms.square() / replicas
@@ -291,7 +292,7 @@ class Engine:
         """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
         factor = max_norm / (grad_norm + 1e-6)
         if factor < 1:
-            torch._foreach_mul_([_plain(p.grad) for p in self.updated().values() if p.grad is not None], factor)
+            torch._foreach_mul_([local_part(p.grad) for p in self.updated().values() if p.grad is not None], factor)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
@@ -314,8 +315,8 @@ class Engine:
                 target, found = (batch.targets_bs, losses) if last_stage else (None, None)
                 self.schedule.eval(*inputs, target=target, losses=found, return_outputs=False, **known)
                 total += sum(losses)
-        for stage in self.stages.values():
-            free_gathered(stage)
+        if self.fully_sharded is not None:
+            self.fully_sharded.free_gathered()
         count = (batch.targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
         vector = torch.stack((total, count)) / self.layout.tp
         if self.mesh.world_size > 1:
@@ -346,17 +347,11 @@ class Engine:
 
 def _rows(shard: Shard, dim: int, ranks: int, rank: int) -> Shard:
     """What one of `ranks` has of a rectangle that ZeRO cuts along `dim`."""
-    whole = shard.shape[dim]
-    rows = -(-whole // ranks)
-    start = min(rank * rows, whole)
+    start, count = rows_of(shard.shape[dim], ranks, rank)
     shape, offsets = list(shard.shape), list(shard.offsets)
-    shape[dim] = min(rows, whole - start)
+    shape[dim] = count
     offsets[dim] += start
     return Shard(shard.name, shard.global_shape, tuple(shape), tuple(offsets))
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build(
@@ -394,6 +389,10 @@ def build(
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
         engine.update_shards = UpdateShards.of(list(stages.values()), mesh, measure)
+    if layout.zero_stage >= 2 and layout.data_ranks > 1:
+        from bloomery.parallel.fully_sharded import FullySharded
+
+        engine.fully_sharded = FullySharded(stages.values())
     engine.autocast_dtype, engine.parameter_dtype = AUTOCAST.get(dtype), PARAMETERS[dtype]
     engine.expect(global_batch, seq_len)
     return engine

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bloomery.model.mixture import Experts, Mixture, by_expert, on_host, permute
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.context import ContextAxis
+from bloomery.parallel.local import is_cut, local_part
 from bloomery.parallel.mesh import Mesh
 
 
@@ -143,10 +143,8 @@ def move_biases(stages: Iterable[Transformer], routed: Routed, mesh: Mesh) -> No
         if bias is None:
             continue
         move_e = mixture.router.moe.bias_update_rate * torch.sign(tokens_e.mean() - tokens_e)
-        local = bias.detach()
-        if isinstance(local, DTensor):
-            rows = -(-len(move_e) // local.device_mesh.size())
-            start = mesh.shard_rank * rows
-            local = local.to_local()
+        local = local_part(bias.detach())
+        if is_cut(bias):
+            start = mesh.shard_rank * -(-len(move_e) // mesh.layout.shards)
             move_e = move_e[start : start + len(local)]
         local.add_(move_e.to(local.dtype))

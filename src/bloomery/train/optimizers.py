@@ -14,11 +14,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bloomery.model.init import rectangle
 from bloomery.parallel.engine import Engine, LocalShard
@@ -26,9 +24,9 @@ from bloomery.parallel.whole_matrices import gather_whole, matrix_units
 from bloomery.spec.commit import AVERAGE
 from bloomery.spec.parameters import Parameter, is_hidden_matrix
 from bloomery.spec.run import Averaging, Optimizer
+from bloomery.train.adamw import AdamW, Group, Part
 from bloomery.train.averaging import Average
 
-ADAMW_MOMENTS, MOMENTUM = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 ADAMW_RMS = 0.2
 """Root mean square of a typical AdamW update at learning rate one (2502.16982, section 2.2)."""
 
@@ -64,21 +62,20 @@ def orthogonal(matrices_nij: Tensor) -> Tensor:
     return (x.mT if tall else x).to(kind)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Part):
     """Muon with Nesterov momentum and decoupled weight decay over the matrices of an engine's layers."""
+
+    moments = ("momentum_buffer",)
 
     def __init__(self, engine: Engine, settings: Optimizer) -> None:
         self.engine, self.momentum = engine, settings.momentum
         self.batches = _batches(engine, list(matrix_units(engine)))
         matrices = [item.parameter for units in self.batches for unit in units for item in unit]
         factor = lr_factor(settings, engine.table[self.batches[0][0][0].shard.name], engine.model.hidden)
-        group = {"params": matrices, "lr_factor": factor}
-        super().__init__([group], {"lr": settings.lr, "weight_decay": settings.weight_decay})
+        super().__init__([Group(matrices, settings.weight_decay, factor)])
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def move(self, group: Group) -> None:
         """Move every matrix: gather a layer's, orthogonalise those of some layers at once, keep this rank's part."""
-        (group,) = self.param_groups
         for units in self.batches:
             wholes = [
                 whole
@@ -88,18 +85,15 @@ class Muon(torch.optim.Optimizer):
             items = [item for unit in units for item in unit]
             for item, whole in zip(items, _orthogonalised(wholes), strict=True):
                 weight, scale = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.mul_(1 - group.lr * group.weight_decay)
                 # Of experts, `whole` begins with this rank's first.
                 first, *offsets = item.shard.offsets
                 mine = replace(item.shard, offsets=(first % len(whole), *offsets))
-                weight.add_(rectangle(whole, mine), alpha=-group["lr"] * scale)
+                weight.add_(rectangle(whole, mine), alpha=-group.lr * scale)
 
     def _direction(self, item: LocalShard) -> Tensor:
         """This rank's rectangle of gradient and momentum as Nesterov mixes them; the momentum is brought up to date."""
-        state = self.state[item.parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(item.parameter)
-        momentum, gradient = item.local(state["momentum_buffer"]), item.local(item.parameter.grad)
+        momentum, gradient = self.state[item.parameter]["momentum_buffer"], item.local(item.parameter.grad)
         momentum.lerp_(gradient, 1 - self.momentum)
         return gradient.lerp(momentum, self.momentum)
 
@@ -134,28 +128,32 @@ def _orthogonalised(matrices: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Optimizers:
-    """The optimizers that together own every parameter, stepped as one, and the average of what they make.
+    """The optimizers that together own every parameter, stepped as one, and the average of what they make."""
 
-    `updates`: how often they have moved; a step that was skipped is none of them.
-    """
+    def __init__(self, parts: Sequence[Part], average: Average) -> None:
+        self.parts, self.average = tuple(parts), average
+        self._owner = {parameter: part for part in self.parts for parameter in part.state}
 
-    def __init__(self, parts: Sequence[torch.optim.Optimizer], average: Average) -> None:
-        self.parts, self.average, self.updates = tuple(parts), average, 0
-        self._owner = {
-            id(parameter): part for part in self.parts for group in part.param_groups for parameter in group["params"]
-        }
+    @property
+    def updates(self) -> int:
+        """How often they have moved; a step that was skipped is none of them."""
+        return max((part.updates for part in self.parts), default=0)
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        for part in self.parts:
+            part.updates = number
 
     def set_rate(self, rate: float) -> None:
         """The learning rate of the next step, times each group's own factor."""
         for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = rate * group.get("lr_factor", 1.0)
+            for group in part.groups:
+                group.lr = rate * group.lr_factor
 
     def step(self) -> None:
         """Move every parameter."""
         for part in self.parts:
             part.step()
-        self.updates += 1
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -165,35 +163,25 @@ class Optimizers:
     def forget(self) -> None:
         """Forget all moments: a checkpoint's are about to take their place, or the first step's."""
         for part in self.parts:
-            part.state.clear()
+            part.forget()
         self.average.kept.clear()
-        self.updates = 0
 
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
-        owner = self._owner.get(id(parameter))
-        if owner is None:
-            return ()
-        return MOMENTUM if isinstance(owner, Muon) else ADAMW_MOMENTS
+        owner = self._owner.get(parameter)
+        return owner.moments if owner is not None else ()
 
     def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The moments of a parameter by name, its average with them; empty before the first step."""
-        names = self.moment_names(parameter)
-        state = self._owner[id(parameter)].state.get(parameter, {}) if names else {}
+        """The moments of a parameter by name, its average with them."""
+        owner = self._owner.get(parameter)
         averaged = {AVERAGE: self.average.kept[parameter]} if parameter in self.average.kept else {}
-        return {name: state[name] for name in names if name in state} | averaged
+        return (owner.state[parameter] if owner is not None else {}) | averaged
 
     def start_moments(self, parameter: nn.Parameter, *, averaged: bool = False) -> dict[str, Tensor]:
-        """The moments of a parameter as zeros, for a checkpoint's to be copied into, after `updates`; with its average
-        where one had begun."""
-        if not self.moment_names(parameter):
-            return {}
-        state = self._owner[id(parameter)].state[parameter]
-        moments = {name: torch.zeros_like(parameter) for name in self.moment_names(parameter)}
-        state.update(moments)
-        if self.moment_names(parameter) == ADAMW_MOMENTS:
-            state["step"] = torch.tensor(float(self.updates))
-        return moments | ({AVERAGE: self.average.begin(parameter)} if averaged else {})
+        """The moments of a parameter, for a checkpoint's to be copied into; with its average where one had begun."""
+        if averaged and parameter in self._owner:
+            self.average.begin(parameter)
+        return self.moments(parameter)
 
 
 NO_AVERAGE = Averaging()
@@ -203,32 +191,27 @@ def build_optimizers(
     engine: Engine, settings: Optimizer, averaging: Averaging = NO_AVERAGE, n_steps: int = 1
 ) -> Optimizers:
     """The optimizers that `settings` names, over the engine's parameters, for a run of `n_steps`."""
-    parts = list[torch.optim.Optimizer]()
+    parts = list[Part]()
     if settings.name == "muon" and any(stage.blocks() for stage in engine.stages.values()):
         parts.append(Muon(engine, settings))
     groups = _adamw_groups(engine, settings)
     if groups:
-        parts.append(torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True))
+        parts.append(AdamW(groups, settings.betas, settings.eps))
     optimizers = Optimizers(parts, Average(engine, averaging, n_steps))
     optimizers.set_rate(settings.lr)
     return optimizers
 
 
-def _adamw_groups(engine: Engine, settings: Optimizer) -> list[dict[str, Any]]:
+def _adamw_groups(engine: Engine, settings: Optimizer) -> list[Group]:
     """What AdamW moves. Matrices and embeddings decay; norms and biases do not."""
-    by_setting = defaultdict[tuple[float, float, bool], list[nn.Parameter]](list)
+    by_setting = defaultdict[tuple[float, float], list[nn.Parameter]](list)
     for name, parameter in engine.updated().items():
         entry = engine.table[name]
         if entry.kind == "buffer" or (settings.name == "muon" and is_hidden_matrix(entry)):
             continue
         decay = settings.weight_decay if entry.kind in ("matrix", "embedding") else 0.0
-        # Experts that ZeRO cannot cut any further stand beside cut tensors; one kernel takes one kind.
-        cut = isinstance(parameter, DTensor)
-        by_setting[decay, lr_factor(settings, entry, engine.model.hidden), cut].append(parameter)
-    return [
-        {"params": found, "weight_decay": decay, "lr_factor": factor}
-        for (decay, factor, _), found in by_setting.items()
-    ]
+        by_setting[decay, lr_factor(settings, entry, engine.model.hidden)].append(parameter)
+    return [Group(found, decay, factor) for (decay, factor), found in by_setting.items()]
 
 
 def lr_factor(settings: Optimizer, parameter: Parameter, hidden: int) -> float:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
 from torch.autograd.profiler import record_function
-from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from bloomery.ledger.clock import Clock, unmarked
 from bloomery.ledger.kinds import MARK, Kinds, Span, kinds
 from bloomery.ledger.reconcile import PROFILED_STEP
 from bloomery.parallel.engine import Engine
+from bloomery.parallel.local import local_part
 from bloomery.train.optimizers import Optimizers
 from bloomery.train.record import Recorder
 
@@ -80,8 +80,7 @@ def _storage_bytes(tensors: Iterable[Any]) -> int:
     found = {}
     for tensor in tensors:
         if isinstance(tensor, Tensor):
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            storage = local.untyped_storage()
+            storage = local_part(tensor).untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
 

@@ -85,10 +85,7 @@ def test_embedding_and_head_have_their_own_learning_rates() -> None:
     optimizers = build_optimizers(part, MUON)
     optimizers.set_rate(0.1)
     owner = {
-        id(parameter): group["lr"]
-        for one in optimizers.parts
-        for group in one.param_groups
-        for parameter in group["params"]
+        id(parameter): group.lr for one in optimizers.parts for group in one.groups for parameter in group.parameters
     }
     found = {name: owner[id(parameter)] for name, parameter in part.parameters().items()}
     assert found["embedding.weight"] == pytest.approx(0.3)

@@ -1,0 +1,99 @@
+"""AdamW, and what every optimizer of a run has: groups of parameters, and what it remembers of each.
+
+These are no `torch.optim.Optimizer`s. The first of those that a process makes imports PyTorch's compiler, 70 MB and a
+second and a half that an uncompiled run has no use for; and it makes its moments after the first backward pass, where
+gradients that go again leave holes between them for good. Here they are made at once, beside the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bloomery.parallel.local import local_part
+
+
+@dataclass
+class Group:
+    """Parameters that are moved alike; `lr_factor`: their learning rate as a multiple of the run's."""
+
+    parameters: list[nn.Parameter]
+    weight_decay: float = 0.0
+    lr_factor: float = 1.0
+    lr: float = 0.0
+
+
+class Part:
+    """One optimizer of a run. `state`: the moments of each parameter by name, plain tensors of this rank's part of it;
+    `updates`: how often it has moved."""
+
+    moments: tuple[str, ...]
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self.groups, self.updates = tuple(groups), 0
+        self.state = {
+            parameter: {name: torch.zeros_like(local_part(parameter.detach())) for name in self.moments}
+            for group in groups
+            for parameter in group.parameters
+        }
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Move every parameter that has a gradient."""
+        self.updates += 1
+        for group in self.groups:
+            self.move(group)
+
+    def move(self, group: Group) -> None:
+        """Move those of one group."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self.state:
+            parameter.grad = None
+
+    def forget(self) -> None:
+        """Back to before the first step."""
+        self.updates = 0
+        for moments in self.state.values():
+            for moment in moments.values():
+                moment.zero_()
+
+
+class AdamW(Part):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101): one operator a group, the one that
+    `torch.optim.AdamW(fused=True)` calls."""
+
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, groups: Sequence[Group], betas: tuple[float, float], eps: float) -> None:
+        super().__init__(groups)
+        self.betas, self.eps = betas, eps
+
+    def move(self, group: Group) -> None:
+        """One step of a group."""
+        moved = [parameter for parameter in group.parameters if parameter.grad is not None]
+        if not moved:
+            return
+        gradients = [local_part(parameter.grad) for parameter in moved if parameter.grad is not None]
+        # The operator reads the number of the step where the parameters are.
+        number = torch.full((), self.updates, dtype=torch.float32, device=gradients[0].device)
+        torch._fused_adamw_(
+            [local_part(parameter) for parameter in moved],
+            gradients,
+            [self.state[parameter]["exp_avg"] for parameter in moved],
+            [self.state[parameter]["exp_avg_sq"] for parameter in moved],
+            [],
+            [number] * len(moved),
+            lr=group.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=group.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
