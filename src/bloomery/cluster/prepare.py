@@ -303,7 +303,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
 def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
     """Whether layers are compiled. Raises InputError where that is asked for and the layout does not allow it."""
     wanted, steps = run.train.compile, run.train.n_steps
-    selective = layout.recompute == "selective"
+    selective = "selective" in layout.recomputes
     if wanted is True and selective:
         problem = "a compiled layer decides itself what it keeps; recompute: none or full"
         raise InputError(problem, where="train.compile", found="true with recompute: selective")

@@ -54,11 +54,12 @@ def lay_out(
         book_compilation(measure)
     ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
     for index in layout.stages_on(mesh.pp_rank):
+        recompute = layout.recomputes[index]
         with torch.device("meta"):
             stage = Transformer(model, ranges[index])
         fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
-            apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
+            apply_tensor_parallel(stage, axis, keep_inputs=recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
             balance_whole_sequences(stage, context)
@@ -66,9 +67,9 @@ def lay_out(
             send_to_experts(stage, mesh, measure)
         if compiled:
             compile_layers(stage)
-        if layout.recompute == "full":
+        if recompute == "full":
             recompute_layers(stage)
-        elif layout.recompute == "selective":
+        elif recompute == "selective":
             recompute_outputs(stage)
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             shard_over_data(stage, mesh, measure)

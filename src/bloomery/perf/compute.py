@@ -18,6 +18,7 @@ from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import ComputeFactor
+from bloomery.spec.collective import by_recompute
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ def stage_work(case: Case, ranks: Ranks) -> Work:
     factor = case.accelerator.compute_factor.get(case.dtype, ComputeFactor())
     ends = _embedding(parts).take(index) * ranks.first + _head(parts).take(index) * ranks.last
     work = ends * factor.ends
-    if case.model.moe is None or case.model.moe.first_dense_layers:
-        layer = _layer(parts, case.dense_layer, moe=False) * factor.layers
-        work = work + layer.take(index) * ranks.dense_layers
-    if case.model.moe is not None:
-        layer = _layer(parts, case.moe_layer, moe=True) * factor.layers
-        work = work + layer.take(index) * ranks.moe_layers
+    for lay, own in by_recompute(case.lay, ranks.shape):
+        parts, index = case.on(lay).over(*PART)
+        if case.model.moe is None or case.model.moe.first_dense_layers:
+            layer = _layer(parts, case.dense_layer, moe=False) * factor.layers
+            work = work + layer.take(index) * own.dense_layers
+        if case.model.moe is not None:
+            layer = _layer(parts, case.moe_layer, moe=True) * factor.layers
+            work = work + layer.take(index) * own.moe_layers
     again = (case.micro_batches - 1) / case.micro_batches
     return replace(work, backward=work.backward + again * work.accumulate)
 

@@ -14,6 +14,7 @@ import numpy as np
 from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, ZBV, Case
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.table import blocks
+from bloomery.spec.collective import by_recompute
 from bloomery.spec.loss import loss_rows
 from bloomery.spec.model import MixtureOfExperts
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
@@ -294,14 +295,19 @@ class Activations:
         """Of `ranks`."""
         whole, scores = layer_activation_bytes(case)
         inputs = case.stream_tokens * case.model.hidden * case.precision.stream
-        recompute = case.lay.recompute
-        kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-        again = np.where(recompute == SELECTIVE, scores, 0.0)
-        layers = ranks.layers * kept + ranks.moe_layers * np.where(recompute == FULL, 0.0, _surplus_bytes(case))
+        surplus, layers, again = _surplus_bytes(case), np.zeros(ranks.layers.shape), np.zeros(ranks.layers.shape)
+        for lay, own in by_recompute(case.lay, ranks.shape_held):
+            full, selective = lay.recompute == FULL, lay.recompute == SELECTIVE
+            kept = np.where(full, inputs, np.where(selective, whole - scores, whole))
+            layers = layers + own.layers * kept + own.moe_layers * np.where(full, 0.0, surplus)
+            # A layer of our engine that is made again has its own input among those that are kept.
+            made = np.where(full, whole - inputs if case.stack.eager else whole, np.where(selective, scores, 0.0))
+            again = np.maximum(again, made if ranks.held is None else np.where(own.layers > 0, made, 0.0))
+        if ranks.held is not None:
+            layers, again = layers.max(axis=0), again.max(axis=0)  # over the moments of the schedule
         if not case.stack.eager:
-            return cls(layers, 0.0, np.where(recompute == FULL, whole, again) + ranks.last * _end_bytes(case))
-        # A layer that is made again has its own input among those that are kept; `_logits` knows of the ends.
-        return cls(layers, np.where(ranks.last, 0.0, inputs), np.where(recompute == FULL, whole - inputs, again))
+            return cls(layers, 0.0, again + ranks.last * _end_bytes(case))
+        return cls(layers, np.where(ranks.last, 0.0, inputs), again)  # `_logits` knows of the ends
 
 
 def _end_bytes(case: Case) -> Any:

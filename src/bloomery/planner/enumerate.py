@@ -22,18 +22,10 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.flops import head_in_layers
-from bloomery.spec.layout import (
-    OUTERMOST,
-    RECOMPUTE,
-    SCHEDULES,
-    V_SCHEDULES,
-    LayoutBatch,
-    Splits,
-    balanced_split,
-    stage_split,
-)
+from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, V_SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
+from bloomery.spec.splits import Splits, balanced_split, stage_split
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.
 MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving", "replicas", "order_alone")
