@@ -15,6 +15,7 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
+from bloomery.planner.by_stage import with_stages_apart
 from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
@@ -161,7 +162,8 @@ def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
 def evaluate(
     run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
 ) -> Evaluated:
-    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates."""
+    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates; after them those
+    that recompute stage by stage and beat them all."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -174,8 +176,9 @@ def evaluate(
     for phase in run.train.course.phases[:-1]:
         found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    estimates = estimates_on(run, cluster, lay)
-    return Evaluated(cluster, lay, estimates, found.n_enumerated, found.refusals)
+    estimates = with_stages_apart(estimates_on(run, cluster, lay))
+    more = len(estimates) - len(lay)
+    return Evaluated(cluster, estimates.case.lay, estimates, found.n_enumerated + more, found.refusals)
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
