@@ -143,15 +143,20 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
         "tp=2,pp=4,mb=1,sp=true,recompute=full+selective+none+none",
         "pp=2,vpp=2,mb=1,recompute=full+none+selective+none",
         "pp=2,mb=1,schedule=zbv,recompute=full+full+none+none",
+        "tp=2,pp=2,mb=1,offload=activations",
+        "dp=2,zero=2,mb=1,recompute=selective,offload=activations",
+        "pp=2,mb=1,recompute=full+none,offload=activations",
     ],
 )
-def test_each_stage_keeps_what_it_does_not_recompute(layout: str) -> None:
+def test_each_stage_keeps_what_it_does_not_recompute_and_the_host_what_is_offloaded(layout: str) -> None:
     model = catalog.model("llama-3-8b")
     found = compare(model, Layout.parse(layout), CLUSTER, seq_len=2048, global_batch=16, dtype="bfloat16")
     assert not found.order.problems
     for one in found.classes:
         assert one.messages_agree, one.messages
         assert one.agrees, [line for line in one.lines if not line.agrees]
+    on_host = [any(line.name == "activations on the host" for line in one.lines) for one in found.classes]
+    assert all(on_host) == any(on_host) == ("offload" in layout)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

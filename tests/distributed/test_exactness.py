@@ -77,7 +77,7 @@ def table() -> list[Case]:
             "pp=2,schedule=zbv,micro_batch=1", "cp=2,pp=2,micro_batch=2",
         )
     ]  # fmt: skip
-    memory = [*recomputed_by_stage()]
+    memory = [*recomputed_by_stage(), *offloaded()]
     return [
         *cases,
         *stabilised(),
@@ -135,6 +135,19 @@ def recomputed_by_stage() -> list[Case]:
         Case("deep", "pp=2,micro_batch=1,schedule=zbv,stage_layers=1+3+2+2,recompute=full+none+none+selective"),
         Case("mixtral", "pp=2,dp=2,ep=2,micro_batch=2,recompute=full+none"),
         Case("llama", "cp=2,pp=2,micro_batch=2,recompute=none+full"),
+    ]
+
+
+def offloaded() -> list[Case]:
+    """Activations that wait in the host's memory, whatever layers recompute and however they are cut."""
+    return [
+        Case("llama", "tp=2,dp=2,sp=true,zero=2,micro_batch=2,offload=activations"),
+        Case("gpt", "dp=2,zero=3,micro_batch=2,recompute=full,offload=activations"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,recompute=selective,offload=activations"),
+        Case("deep", "pp=2,vpp=2,dp=2,micro_batch=1,recompute=none+full+selective+none,offload=activations"),
+        Case("llama", "pp=2,micro_batch=1,schedule=zbv,offload=activations", masked=True),
+        Case("deepseek", "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2,offload=activations"),
+        Case("llama", "cp=2,dp=2,micro_batch=2,offload=activations", mask="both"),
     ]
 
 

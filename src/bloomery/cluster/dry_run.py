@@ -247,7 +247,8 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
     one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
     layout = case.lay.layout(0)
     recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
-    peak = most_held(moments, account.chunk_activation_bytes) + account.working_bytes
+    moving = min(2, account.layers) * account.offloaded_bytes / account.layers
+    peak = most_held(moments, account.chunk_activation_bytes) + account.working_bytes + moving
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
@@ -263,7 +264,11 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
         kept = one_layer - (dropped if "selective" in recomputed else 0.0)
         each = account.layer_activation_bytes / account.layers
         found.append(Line("activations of a layer", "bytes", each, kept, CLOSE))
-    in_layers = float((in_flight(case, ranks) * Activations.of(case, ranks).layers)[0])
+    activations = Activations.of(case, ranks)
+    in_layers = float((in_flight(case, ranks) * activations.layers + activations.moving)[0])
+    if layout.offload != "none":
+        on_host = float(activations.layers[0])
+        found.append(Line("activations on the host", "bytes", account.offloaded_bytes, on_host, CLOSE))
     again = one_layer if "full" in recomputed else dropped if "selective" in recomputed else 0.0
     found.append(Line("activations in flight", "bytes", peak, in_layers + again, CLOSE))
     return found

@@ -7,7 +7,7 @@
    Mixtures send their tokens to the ranks that hold the experts.
 3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
 4. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
-   selective wraps single operators of finished layers.
+   selective wraps single operators of finished layers. Offloading wraps what is left to keep.
 5. FSDP wraps layers last: it gathers exactly what the layer computes with.
 6. The pipeline schedule (in `engine.build`) drives finished stages.
 """
@@ -27,6 +27,7 @@ from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
 from bloomery.parallel.mesh import Mesh
+from bloomery.parallel.offload import HostLink, offload_layers
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.layout import stages_of
@@ -53,6 +54,7 @@ def lay_out(
     if compiled:
         book_compilation(measure)
     ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
+    link = HostLink(mesh.device) if layout.offload == "activations" else None
     for index in layout.stages_on(mesh.pp_rank):
         recompute = layout.recomputes[index]
         with torch.device("meta"):
@@ -71,6 +73,8 @@ def lay_out(
             recompute_layers(stage)
         elif recompute == "selective":
             recompute_outputs(stage)
+        if link is not None:
+            offload_layers(stage, link)
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             shard_over_data(stage, mesh, measure)
         stages[index] = stage

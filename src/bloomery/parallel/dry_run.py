@@ -53,7 +53,8 @@ class RankAccount:
 
     `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
     steps. Activations are what autograd saves for one micro-batch, inside the layers (in all, and of each of the rank's
-    chunks) and outside them; `working_bytes`: what a recomputed layer makes again for its backward pass.
+    chunks) and outside them; `offloaded_bytes` of the layers' are copies on the host, which on the CPU, where this
+    runs, is the same memory; `working_bytes`: what a recomputed layer makes again for its backward pass.
     `weight_copies_bytes`: autocast's copies of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps
     for messages between two steps. `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step
     are added up.
@@ -70,6 +71,7 @@ class RankAccount:
     optimizer_bytes: int
     layer_activation_bytes: int
     chunk_activation_bytes: tuple[int, ...]
+    offloaded_bytes: int
     end_activation_bytes: int
     working_bytes: int
     weight_copies_bytes: int
@@ -188,7 +190,7 @@ def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> 
     own = _recomputed(layout, rank // (layout.tp * layout.data_ranks))
 
     def kept(recompute: str) -> int:
-        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute}), 1)
+        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute, "offload": "none"}), 1)
         (step,) = _steps(part, cut, rank, [least_micro_batches(layout)], **settings)
         return int(step["layer_activation_bytes"]) // layout.vpp
 
@@ -280,6 +282,7 @@ def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, 
         "optimizer_bytes": optimizer.held_bytes(),
         "layer_activation_bytes": saved.layers // micro_batches,
         **{f"{_CHUNK}{chunk}": saved.chunks[chunk] // micro_batches for chunk in range(len(stages))},
+        "offloaded_bytes": saved.offloaded // micro_batches,
         "end_activation_bytes": saved.ends // micro_batches,
         # Autocast keeps its copies as long as its block lasts: a pipeline's whole step, else one micro-batch.
         "weight_copies_bytes": saved.weight_copies // (micro_batches if engine.schedule is None else 1),

@@ -60,13 +60,13 @@ class FlopTally(TorchDispatchMode):
 class SavedTally:
     """Bytes of the storages that autograd keeps for the backward pass, each counted once.
 
-    `chunks`: saved inside the transformer layers of each of a rank's stages, in their order; `ends`: by embedding,
-    final norm, head and loss. `weight_copies`: autocast's copies of weights. The weights themselves and whatever a
-    recomputed layer makes again are not counted.
+    `chunks`: saved inside the transformer layers of each of a rank's stages, in their order; `offloaded`: of these,
+    copies on the host; `ends`: by embedding, final norm, head and loss. `weight_copies`: autocast's copies of weights.
+    The weights themselves and whatever a recomputed layer makes again are not counted.
     """
 
     def __init__(self) -> None:
-        self.ends, self.weight_copies = 0, 0
+        self.ends, self.weight_copies, self.offloaded = 0, 0, 0
         self.chunks: Counter[int] = Counter()
         self._inside: int | None = None
         self._seen: dict[int, torch.UntypedStorage] = {}
@@ -83,6 +83,7 @@ class SavedTally:
                 self.weight_copies += storage.nbytes()
             elif self._inside is not None:
                 self.chunks[self._inside] += storage.nbytes()
+                self.offloaded += storage.nbytes() if getattr(tensor, "offloaded", False) else 0
             else:
                 self.ends += storage.nbytes()
         return tensor.detach()
@@ -114,6 +115,12 @@ class SavedTally:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def of_weights(tensor: Tensor) -> bool:
+    """Whether this is a weight, a view of one, or a weight in another number format."""
+    base = tensor if tensor._base is None else tensor._base
+    return isinstance(base, nn.Parameter) or _is_copy_of_weight(base)
 
 
 def _is_copy_of_weight(tensor: Tensor) -> bool:

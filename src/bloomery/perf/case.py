@@ -34,7 +34,7 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
+PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute", "offload")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""

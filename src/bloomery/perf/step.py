@@ -90,10 +90,11 @@ class Turns(Table):
 
 
 def _kept_share(case: Case) -> Any:
-    """Of the layers of `Case.kinds`, those that recompute nothing."""
+    """Of the layers of `Case.kinds`, those that neither recompute nor offload."""
     kinds = case.kinds
-    kept = sum(own.layers * (lay.recompute == 0) for lay, own in by_recompute(case.lay, kinds.shape))
-    return np.where(kinds.layers > 0, kept / np.maximum(kinds.layers, 1), case.lay.recompute == 0)
+    whole = case.lay.offload == 0
+    kept = sum(own.layers * (whole & (lay.recompute == 0)) for lay, own in by_recompute(case.lay, kinds.shape))
+    return np.where(kinds.layers > 0, kept / np.maximum(kinds.layers, 1), whole & (case.lay.recompute == 0))
 
 
 @dataclass(frozen=True)
@@ -270,8 +271,8 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
     queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
     stack, lay = case.stack, case.lay
-    forward = work.forward + inner.forward
-    backward = work.backward + work.recompute + inner.backward
+    forward = work.forward + inner.forward + work.moved_forward
+    backward = work.backward + work.recompute + inner.backward + work.moved_backward
     if stack.serial_launch:
         return forward, backward
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s

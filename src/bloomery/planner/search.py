@@ -8,7 +8,7 @@ layouts one wants to compare, and the reason of everything that was refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
@@ -23,7 +23,7 @@ from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -74,13 +74,17 @@ def search(
 
     `world_size`: plan for so many ranks (default: every measured cut of the cluster, else the whole of it).
     `runnable_only`: consider only what the engine runs today; `wanted`: only those of the valid layouts (a mask).
-    Raises InputError when no layout keeps the rules, LimitError when none of the valid ones fits in memory.
+    Where nothing fits, the same layouts with their activations offloaded. Raises InputError when no layout keeps the
+    rules, LimitError when none of the valid ones fits in memory.
     """
     sizes = [world_size] if world_size is not None else list(run.cluster.world_sizes())
     worlds = [evaluate(run, ranks, runnable_only, wanted) for ranks in sizes]
     if not any(len(world.layouts) for world in worlds):
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
+    if not order:
+        worlds = [_offloaded(run, world) for world in worlds]
+        order = ranking(run, worlds)
     if not order:
         _refuse_for_memory(worlds)
     return Found(tuple(worlds), tuple(order), runnable_only)
@@ -179,6 +183,15 @@ def evaluate(
     estimates = with_stages_apart(estimates_on(run, cluster, lay))
     more = len(estimates) - len(lay)
     return Evaluated(cluster, estimates.case.lay, estimates, found.n_enumerated + more, found.refusals)
+
+
+def _offloaded(run: Run, world: Evaluated) -> Evaluated:
+    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its own
+    or nothing is known of its link to the host."""
+    if world.cluster.accelerator.kind == "cpu" or world.cluster.accelerator.upload_bytes_per_s is None:
+        return world
+    lay = world.layouts.having(offload=np.full(len(world.layouts), OFFLOAD.index("activations")))
+    return replace(world, layouts=lay, estimates=estimates_on(run, world.cluster, lay))
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
@@ -307,6 +320,8 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
         notes.append(
             f"the first {ramp} steps are train.ramp's, of other sizes: days count them, a step's figures do not"
         )
+    if winner.layout.offload != "none":
+        notes.append("nothing fits with activations on the accelerators: layers' wait in the memory of their hosts")
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)

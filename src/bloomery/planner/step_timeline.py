@@ -87,7 +87,7 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     ranks, case = _stages(whole, i)
     work = stage_work(case, ranks)
     forward, backward = busy_s(case, work, inner_messages(case, ranks))
-    share = work.recompute / (work.backward + work.recompute)
+    share = work.recompute / (work.backward + work.recompute + work.moved_backward)
     return StageTimes(
         forward_s=_floats(forward, n),
         recompute_s=_floats(share * backward, n),

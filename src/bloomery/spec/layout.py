@@ -23,6 +23,7 @@ BY_STAGE = len(RECOMPUTE)
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
 CP_METHODS = ("ring", "all_gather")
 OUTERMOST = ("pp", "dp")
+OFFLOAD = ("none", "activations")
 V_SCHEDULES = ("zbv", "dualpipev")
 """Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
 2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
@@ -48,6 +49,10 @@ class Layout(Noun):
     schedule: Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"] = "1f1b"
     recompute: Recompute | tuple[Recompute, ...] = Field(
         default="none", description="what layers make again in the backward pass: of all stages, or of each (a+b+...)"
+    )
+    offload: Literal["none", "activations"] = Field(
+        default="none",
+        description="what waits in the host's memory: activations, from a layer's forward to its backward",
     )
     outermost: Literal["pp", "dp"] = Field(
         default="pp", description="the axis whose ranks lie farthest apart; under dp a pipeline's stages are neighbours"
@@ -104,9 +109,10 @@ class Layout(Noun):
         return (self.recompute,) * self.n_stages if isinstance(self.recompute, str) else self.recompute
 
     def splits_backward(self, stage: int) -> bool:
-        """Whether a stage's gradients of weights have their own turn in the schedule. Recomputed layers have theirs at
-        once: PyTorch asks for them weight by weight, and each asking would recompute the layer."""
-        return self.v_shaped and self.recomputes[stage] == "none"
+        """Whether a stage's gradients of weights have their own turn in the schedule. Layers that are recomputed or
+        offloaded have theirs at once: they would be recomputed, or brought back, once more (PyTorch asks for gradients
+        weight by weight)."""
+        return self.v_shaped and self.recomputes[stage] == "none" and self.offload == "none"
 
     def stages_on(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, in their order."""
@@ -146,6 +152,7 @@ class Layout(Noun):
         parts += ["dp-outermost"] if self.outermost == "dp" else []
         parts += [f"stages{_run_lengths(self.stage_layers)}"] if self.stage_layers else []
         parts += [f"recompute-{self.recomputation}"] if set(self.recomputes) != {"none"} else []
+        parts += [f"offload-{self.offload}"] if self.offload != "none" else []
         return " ".join(parts)
 
     @property
@@ -210,6 +217,7 @@ class LayoutBatch:
     micro_batch: np.ndarray
     schedule: np.ndarray
     recompute: np.ndarray
+    offload: np.ndarray
     cp_method: np.ndarray
     outermost: np.ndarray
     stage_layers: Splits | None = None
@@ -241,6 +249,7 @@ class LayoutBatch:
             **plain,
             schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts]),
             recompute=np.array([stages[0] if len(set(stages)) == 1 else BY_STAGE for stages in again]),
+            offload=np.array([OFFLOAD.index(layout.offload) for layout in layouts]),
             cp_method=np.array([CP_METHODS.index(layout.cp_method) for layout in layouts]),
             outermost=np.array([OUTERMOST.index(layout.outermost) for layout in layouts]),
             stage_layers=Splits.of([layout.stage_layers for layout in layouts]),
@@ -311,6 +320,7 @@ class LayoutBatch:
         stages = self.stage_recompute[i] if self.stage_recompute else None
         again = int(self.recompute[i])
         values["recompute"] = RECOMPUTE[again] if stages is None else tuple(RECOMPUTE[kind] for kind in stages)
+        values["offload"] = OFFLOAD[int(self.offload[i])]
         values["cp_method"] = CP_METHODS[int(self.cp_method[i])]
         values["outermost"] = OUTERMOST[int(self.outermost[i])]
         values["stage_layers"] = self.stage_layers[i] if self.stage_layers else None

@@ -1,4 +1,5 @@
-"""Recomputation stage by stage is the best choice under the memory limit, and is proposed where it wins."""
+"""Recomputation stage by stage is the best choice under the memory limit, and is proposed where it wins; activations
+are offloaded where nothing fits without."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ import pytest
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.planner.by_stage import least_recomputation
 from bloomery.planner.families import losing_families
-from bloomery.planner.search import answer, search
+from bloomery.planner.search import answer, plan, search
 from bloomery.spec import catalog
 from bloomery.spec.cluster import Cluster
+from bloomery.spec.errors import LimitError
 from bloomery.spec.layout import BY_STAGE, RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.run import Run
 
@@ -76,5 +78,19 @@ def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_th
     told = answer(run, found, top=1)
     assert "recompute-" in told.best[0].layout.describe()
     assert told.best[0].fits
+    assert any(f"recompute selective instead of recompute {best.recomputation}" in line for line in told.why)
     lost = {family.name for family in losing_families(run, found) if family.axis == "recompute"}
     assert lost == {"recompute none", "recompute selective", "recompute full"}
+
+
+def test_activations_are_offloaded_only_where_nothing_fits_without() -> None:
+    run = example("llama3-8b", 1000.0)
+    roomy = search(run, runnable_only=True).winner[0].estimates
+    least = float(roomy.peak_bytes.min()) / 2**30
+    assert plan(example("llama3-8b", least + 0.1), runnable_only=True, top=1).best[0].layout.offload == "none"
+    tight = plan(example("llama3-8b", least - 0.1), runnable_only=True, top=1)
+    assert tight.best[0].layout.offload == "activations"
+    assert tight.best[0].fits
+    assert any("wait in the memory of their hosts" in note for note in tight.notes)
+    with pytest.raises(LimitError, match="nothing fits"):
+        plan(example("llama3-8b", 1.0), runnable_only=True)

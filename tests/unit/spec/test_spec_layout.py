@@ -70,6 +70,7 @@ def test_recomputation_is_one_for_all_stages_or_one_for_each() -> None:
             "stage 1 has 'nonne'; accepted for each: none, selective, full; did you mean 'none'",
         ),
         ("recompute=ful", "did you mean 'full'"),
+        ("offload=activation", "did you mean 'activations'"),
     ],
 )
 def test_wrong_recomputation_is_refused_in_one_line(text: str, words: str) -> None:
@@ -77,9 +78,10 @@ def test_wrong_recomputation_is_refused_in_one_line(text: str, words: str) -> No
         Layout.parse(text)
 
 
-def test_a_stage_goes_backward_whole_where_it_recomputes() -> None:
+def test_a_stage_goes_backward_whole_where_it_recomputes_or_offloads() -> None:
     layout = Layout.parse("pp=2,schedule=zbv,recompute=full+none+none+selective")
     assert [layout.splits_backward(stage) for stage in range(4)] == [False, True, True, False]
+    assert not any(Layout.parse("pp=2,schedule=zbv,offload=activations").splits_backward(stage) for stage in range(4))
 
 
 @pytest.mark.parametrize("text", ["pp=4", "pp=4,vpp=3", "pp=4,schedule=zbv", "pp=5,schedule=dualpipev"])
