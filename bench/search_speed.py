@@ -30,6 +30,7 @@ from bloomery.perf.stack import MEGATRON_2022
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.planner.search import Evaluated, ranking, search
 from bloomery.spec import catalog
+from bloomery.spec.layout import BY_STAGE
 from bloomery.spec.run import Run
 
 SYSTEM = "a100_80g"
@@ -151,7 +152,7 @@ class Peer:
 
     def judge(self, problem: Problem, world: Evaluated, index: np.ndarray, *, enough: int) -> list[dict[str, Any]]:
         """Its samples a second of our layouts in this order, those left out that it says cannot run."""
-        layouts = [world.layouts.layout(int(i)) for i in index]
+        layouts = [world.layouts.layout(int(i)) for i in index if world.layouts.recompute[i] != BY_STAGE]
         words = {"none": "none", "selective": "attn_only", "full": "full"}
         asked = [
             {

@@ -65,6 +65,7 @@ def chosen() -> list[Case]:
     )
     dense = [case for case in CASES if MODELS[case.model].moe is None]
     plain = [case for case in dense if "cp=" not in case.layout and case.mask == "causal"]
+    plain = [case for case in plain if isinstance(Layout.parse(case.layout).recompute, str)]
     return [
         *(case for case in CASES if case.layout in alone and not case.masked and case.mask == "causal"),
         *(case for case in dense if case.layout in context and not case.masked and case.mask in ("causal", "prefix")),
@@ -141,6 +142,28 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
         kept = one.account.working_bytes if full else one.account.layer_activation_bytes / one.account.layers
         assert all(agrees.values()), agrees
         assert kept == pytest.approx(kept_bytes(model, layout, SEQ_LEN, case.dtype), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp=2,pp=4,mb=1,sp=true,recompute=full+selective+none+none",
+        "pp=2,vpp=2,mb=1,recompute=full+none+selective+none",
+        "pp=2,mb=1,schedule=zbv,recompute=full+full+none+none",
+        "tp=2,pp=2,mb=1,offload=activations",
+        "dp=2,zero=2,mb=1,recompute=selective,offload=activations",
+        "pp=2,mb=1,recompute=full+none,offload=activations",
+    ],
+)
+def test_each_stage_keeps_what_it_does_not_recompute_and_the_host_what_is_offloaded(layout: str) -> None:
+    model = catalog.model("llama-3-8b")
+    found = compare(model, Layout.parse(layout), CLUSTER, seq_len=2048, global_batch=16, dtype="bfloat16")
+    assert not found.order.problems
+    for one in found.classes:
+        assert one.messages_agree, one.messages
+        assert one.agrees, [line for line in one.lines if not line.agrees]
+    on_host = [any(line.name == "activations on the host" for line in one.lines) for one in found.classes]
+    assert all(on_host) == any(on_host) == ("offload" in layout)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

@@ -77,7 +77,17 @@ def table() -> list[Case]:
             "pp=2,schedule=zbv,micro_batch=1", "cp=2,pp=2,micro_batch=2",
         )
     ]  # fmt: skip
-    return [*cases, *stabilised(), *on_a_v(), *uneven(), *tied_across_stages(), *context_cases(), *expert_cases()]
+    memory = [*recomputed_by_stage(), *offloaded()]
+    return [
+        *cases,
+        *stabilised(),
+        *on_a_v(),
+        *uneven(),
+        *memory,
+        *tied_across_stages(),
+        *context_cases(),
+        *expert_cases(),
+    ]
 
 
 def stabilised() -> list[Case]:
@@ -113,6 +123,31 @@ def uneven() -> list[Case]:
         Case("deep", "pp=2,dp=2,zero=2,vpp=4,micro_batch=1"),
         Case("deep", "pp=3,vpp=2,micro_batch=1,stage_layers=2+1+1+1+1+2,schedule=zbv"),
         Case("deep", "pp=2,dp=2,zero=2,micro_batch=1,stage_layers=1+3+2+2,schedule=dualpipev"),
+    ]
+
+
+def recomputed_by_stage() -> list[Case]:
+    """Stages that recompute differently, two on a rank and on a V too."""
+    return [
+        Case("llama", "pp=2,micro_batch=2,recompute=full+none"),
+        Case("llama", "tp=2,pp=2,dp=2,sp=true,zero=2,micro_batch=2,recompute=selective+full"),
+        Case("deep", "pp=2,vpp=2,micro_batch=2,recompute=full+selective+none+full"),
+        Case("deep", "pp=2,micro_batch=1,schedule=zbv,stage_layers=1+3+2+2,recompute=full+none+none+selective"),
+        Case("mixtral", "pp=2,dp=2,ep=2,micro_batch=2,recompute=full+none"),
+        Case("llama", "cp=2,pp=2,micro_batch=2,recompute=none+full"),
+    ]
+
+
+def offloaded() -> list[Case]:
+    """Activations that wait in the host's memory, whatever layers recompute and however they are cut."""
+    return [
+        Case("llama", "tp=2,dp=2,sp=true,zero=2,micro_batch=2,offload=activations"),
+        Case("gpt", "dp=2,zero=3,micro_batch=2,recompute=full,offload=activations"),
+        Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,recompute=selective,offload=activations"),
+        Case("deep", "pp=2,vpp=2,dp=2,micro_batch=1,recompute=none+full+selective+none,offload=activations"),
+        Case("llama", "pp=2,micro_batch=1,schedule=zbv,offload=activations", masked=True),
+        Case("deepseek", "tp=2,dp=2,ep=2,sp=true,zero=1,micro_batch=2,offload=activations"),
+        Case("llama", "cp=2,dp=2,micro_batch=2,offload=activations", mask="both"),
     ]
 
 

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, dry_run
-from bloomery.parallel.schedule_order import ScheduleOrder, schedule_order
-from bloomery.perf.case import FULL, SELECTIVE, Case
+from bloomery.parallel.schedule_order import ScheduleOrder, most_held, schedule_order
+from bloomery.perf.case import FULL, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import Activations, in_flight, layer_activation_bytes, memory_of, parameters_on, state_bytes
 from bloomery.perf.precision import precision_of
 from bloomery.perf.stack import stack_of
 from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.spec.collective import by_recompute
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import attention_parameters
 from bloomery.spec.shard_table import collectives
 
@@ -150,7 +151,7 @@ def compare(
         )
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
-        lines = tuple(compared_lines(case, account, order.held_layers[pipeline_rank]))
+        lines = tuple(compared_lines(case, account, order.in_flight[pipeline_rank]))
         classes.append(RankClass(name, account, lines, _totals(executed, planned), executed == planned))
     return DryRun(model.name, layout, dtype, tuple(classes), order, tuple(_notes(cluster, case, classes)))
 
@@ -217,12 +218,15 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     to latents are the same on every tensor-parallel rank.
     """
     model, lay = case.model.model_copy(update={"sliding_window": None}), case.lay
-    tp, cp, full = int(lay.tp[0]), int(lay.cp[0]), lay.recompute[0] == FULL
+    tp, cp = int(lay.tp[0]), int(lay.cp[0])
     alike = sum(p.size for p in attention_parameters(model, "") if p.kind == "matrix" and p.tp_partial)
     padded = case.seq_len * (model.query_width - model.output_width)
     ranks = case.ranks(np.array([account.pipeline_rank]))
     total = 0.0
-    for layers, moe in ((ranks.dense_layers[0], None), (ranks.moe_layers[0], model.moe)):
+    kinds = [(one.recompute[0] == FULL, own) for one, own in by_recompute(lay, ranks.shape)]
+    held: list[tuple[Any, Any, MixtureOfExperts | None]] = [(full, own.dense_layers[0], None) for full, own in kinds]
+    held += [(full, own.moe_layers[0], model.moe) for full, own in kinds if model.moe is not None]
+    for full, layers, moe in held:
         one = model.model_copy(update={"layers": 1, "moe": moe and moe.model_copy(update={"first_dense_layers": 0})})
         forward = forward_flops(one, case.seq_len)
         # Every tensor-parallel rank routes all tokens, and projects them down to all latents.
@@ -236,15 +240,16 @@ def rank_flops(case: Case, account: RankAccount) -> float:
     return float(account.micro_batches * int(lay.micro_batch[0]) * (total + head / tp) / cp)
 
 
-def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[Line]:
-    """Everything but messages. `held_layers`: layers x micro-batches in flight at the peak, from the schedule."""
+def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> list[Line]:
+    """Everything but messages. `moments`: micro-batches in flight by chunk over a step, from the schedule."""
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
     held = sum(float(part[0]) for part in parameters_on(case, ranks))
     one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
-    recompute = case.lay.recompute[0]
-    kept = account.layer_activation_bytes / account.layers
-    peak = held_layers * kept + account.working_bytes
+    layout = case.lay.layout(0)
+    recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
+    moving = min(2, account.layers) * account.offloaded_bytes / account.layers
+    peak = most_held(moments, account.chunk_activation_bytes) + account.working_bytes + moving
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
@@ -256,11 +261,16 @@ def compared_lines(case: Case, account: RankAccount, held_layers: int) -> list[L
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
-    if recompute != FULL:
-        one_layer -= dropped if recompute == SELECTIVE else 0.0
-        found.append(Line("activations of a layer", "bytes", kept, one_layer, CLOSE))
-    in_layers = float((in_flight(case, ranks) * Activations.of(case, ranks).layers)[0])
-    again = one_layer if recompute == FULL else dropped if recompute == SELECTIVE else 0.0
+    if recomputed in ({"none"}, {"selective"}):
+        kept = one_layer - (dropped if "selective" in recomputed else 0.0)
+        each = account.layer_activation_bytes / account.layers
+        found.append(Line("activations of a layer", "bytes", each, kept, CLOSE))
+    activations = Activations.of(case, ranks)
+    in_layers = float((in_flight(case, ranks) * activations.layers + activations.moving)[0])
+    if layout.offload != "none":
+        on_host = float(activations.layers[0])
+        found.append(Line("activations on the host", "bytes", account.offloaded_bytes, on_host, CLOSE))
+    again = one_layer if "full" in recomputed else dropped if "selective" in recomputed else 0.0
     found.append(Line("activations in flight", "bytes", peak, in_layers + again, CLOSE))
     return found
 

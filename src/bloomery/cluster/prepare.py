@@ -316,17 +316,20 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
 def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
     """Whether layers are compiled. Raises InputError where that is asked for and the layout does not allow it."""
     wanted, steps = run.train.compile, run.train.n_steps
-    selective = layout.recompute == "selective"
+    selective = "selective" in layout.recomputes
     if wanted is True and selective:
         problem = "a compiled layer decides itself what it keeps; recompute: none or full"
         raise InputError(problem, where="train.compile", found="true with recompute: selective")
+    if wanted is True and layout.offload != "none":
+        problem = "a compiled layer decides itself what it keeps; offload: none"
+        raise InputError(problem, where="train.compile", found=f"true with offload: {layout.offload}")
     if run.model.moe is not None and wanted is True:
         raise InputError("routing depends on the data: mixtures of experts run uncompiled", where="train.compile")
     if wanted != "auto":
         return wanted
     # Messages break a layer into a dozen programs: what is then saved has not been measured.
     alone = layout.tp * layout.cp == 1 and run.model.moe is None
-    return alone and not selective and compilation_pays(step_time_s, steps)
+    return alone and not selective and layout.offload == "none" and compilation_pays(step_time_s, steps)
 
 
 def _clear(folder: Path) -> None:

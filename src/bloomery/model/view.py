@@ -38,6 +38,11 @@ class View:
         """True for nothing but causal attention: kernels have a name for it and need no mask."""
         return self.documents_bs is None and self.prefix_b is None and self.window is None
 
+    @property
+    def shared(self) -> list[Tensor]:
+        """What all layers read alike: rotary tables, and the masks made so far."""
+        return [*(self.rotary or ()), *self._biases.values()]
+
     @cached_property
     def _biases(self) -> dict[torch.dtype, Tensor]:
         return {}

@@ -8,7 +8,7 @@
 3. Float8 replaces how projections, cut by then, multiply.
 4. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
 5. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
-   selective wraps single operators of finished layers.
+   selective wraps single operators of finished layers. Offloading wraps what is left to keep.
 6. FSDP wraps layers last: it gathers exactly what the layer computes with.
 7. The pipeline schedule (in `engine.build`) drives finished stages.
 """
@@ -29,6 +29,7 @@ from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
 from bloomery.parallel.float8 import multiply_in_float8
 from bloomery.parallel.mesh import Mesh
+from bloomery.parallel.offload import HostLink, offload_layers
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
 from bloomery.spec.float8 import Float8
@@ -57,12 +58,14 @@ def lay_out(
     if compiled:
         book_compilation(measure)
     ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
+    link = HostLink(mesh.device) if layout.offload == "activations" else None
     for index in layout.stages_on(mesh.pp_rank):
+        recompute = layout.recomputes[index]
         with without_memory():
             stage = Transformer(model, ranges[index])
         fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
         if axis is not None:
-            apply_tensor_parallel(stage, axis, keep_inputs=layout.recompute != "selective")
+            apply_tensor_parallel(stage, axis, keep_inputs=recompute != "selective")
         if context is not None:
             apply_context_parallel(stage, context)
             balance_whole_sequences(stage, context)
@@ -72,10 +75,12 @@ def lay_out(
             multiply_in_float8(stage, float8.recipe)
         if compiled:
             compile_layers(stage)
-        if layout.recompute == "full":
+        if recompute == "full":
             recompute_layers(stage)
-        elif layout.recompute == "selective":
+        elif recompute == "selective":
             recompute_outputs(stage)
+        if link is not None:
+            offload_layers(stage, link)
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             from bloomery.parallel.fully_sharded import shard_over_data
 

@@ -39,7 +39,7 @@ WHOLE_STEP = 16
 WHOLE_STAGE = 4
 """Layers of one rank up to which all of them are built."""
 
-_LEFT_OVER = "whole_gradient_bytes"
+_LEFT_OVER, _CHUNK = "whole_gradient_bytes", "activations of chunk "
 
 Message = tuple[str, str, int]
 """Axis, operation, payload bytes: as `recorder` counts them."""
@@ -65,10 +65,12 @@ class RankAccount:
     """One rank of a layout. Bytes, elements and FLOPs of this rank alone; messages and FLOPs are those of one step.
 
     `parameters`: elements before ZeRO cuts them over data-parallel ranks; `*_bytes`: what this rank holds between
-    steps. Activations are what autograd saves for one micro-batch, inside the layers and outside them;
-    `working_bytes`: what a recomputed layer makes again for its backward pass. `weight_copies_bytes`: autocast's copies
-    of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps for messages between two steps.
-    `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step are added up.
+    steps. Activations are what autograd saves for one micro-batch, inside the layers (in all, and of each of the rank's
+    chunks) and outside them; `offloaded_bytes` of the layers' are copies on the host, which on the CPU, where this
+    runs, is the same memory; `working_bytes`: what a recomputed layer makes again for its backward pass.
+    `weight_copies_bytes`: autocast's copies of the weights. `receive_buffers_bytes`: what the pipelining runtime keeps
+    for messages between two steps. `whole_gradient_bytes`: gradients that are uncut while the micro-batches of a step
+    are added up.
     `executed`: the (layers, micro-batches) of the steps that were really run.
     """
 
@@ -81,6 +83,8 @@ class RankAccount:
     gradient_bytes: int
     optimizer_bytes: int
     layer_activation_bytes: int
+    chunk_activation_bytes: tuple[int, ...]
+    offloaded_bytes: int
     end_activation_bytes: int
     working_bytes: int
     weight_copies_bytes: int
@@ -133,10 +137,13 @@ def dry_run(
     check_rank(layout, rank)
     pipeline_rank = rank // (layout.tp * layout.data_ranks)
     ranges = stages_of(model, layout)
-    layers = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank))
+    chunks = [len(ranges[stage]) for stage in layout.stages_on(pipeline_rank)]
+    layers = sum(chunks)
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
     dense = _dense_layers(model, layout, pipeline_rank)
     stage_depths = [0] if layers <= max(WHOLE_STAGE, dense + 2) else [dense + 1, dense + 2]
+    if len(set(chunks)) > 1 and len(_recomputed(layout, pipeline_rank)) > 1:
+        stage_depths = [0]  # chunks of another depth and another kind do not lie on a line
     least = least_micro_batches(layout)
     step_lengths = [least, least + 1]
     if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
@@ -154,6 +161,7 @@ def dry_run(
         samples.append(_at(step_lengths, taken, micro_batches))
     depths = [depth * layout.vpp for depth in stage_depths]
     whole = _at(depths, samples, layers)
+    kept = [_at(stage_depths, samples, depth)[f"{_CHUNK}{chunk}"] for chunk, depth in enumerate(chunks)]
     return RankAccount(
         rank=rank,
         pipeline_rank=pipeline_rank,
@@ -161,7 +169,8 @@ def dry_run(
         micro_batches=micro_batches,
         working_bytes=_working_bytes(model, layout, rank, **settings),
         executed=tuple(executed),
-        **whole,
+        chunk_activation_bytes=tuple(kept),
+        **{name: value for name, value in whole.items() if not name.startswith(_CHUNK)},
     )
 
 
@@ -191,17 +200,24 @@ def _dense_layers(model: Model, layout: Layout, pipeline_rank: int) -> int:
 def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
     """What one layer makes again in its backward pass: all it would save (full), or what it did not (selective)."""
 
+    own = _recomputed(layout, rank // (layout.tp * layout.data_ranks))
+
     def kept(recompute: str) -> int:
-        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute}), 1)
+        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute, "offload": "none"}), 1)
         (step,) = _steps(part, cut, rank, [least_micro_batches(layout)], **settings)
         return int(step["layer_activation_bytes"]) // layout.vpp
 
-    if layout.recompute == "none":
+    if own == {"none"}:
         return 0
     if model.moe is not None:
         routed = model.moe.model_copy(update={"first_dense_layers": 0})
         model = model.model_copy(update={"moe": routed})
-    return kept("none") - (kept("selective") if layout.recompute == "selective" else 0)
+    return kept("none") - (0 if "full" in own else kept("selective"))
+
+
+def _recomputed(layout: Layout, pipeline_rank: int) -> set[str]:
+    """What the stages of a pipeline rank recompute."""
+    return {layout.recomputes[stage] for stage in layout.stages_on(pipeline_rank)}
 
 
 def _steps(
@@ -279,6 +295,8 @@ def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, 
         "gradient_bytes": gradients,
         "optimizer_bytes": optimizer.held_bytes(),
         "layer_activation_bytes": saved.layers // micro_batches,
+        **{f"{_CHUNK}{chunk}": saved.chunks[chunk] // micro_batches for chunk in range(len(stages))},
+        "offloaded_bytes": saved.offloaded // micro_batches,
         "end_activation_bytes": saved.ends // micro_batches,
         # Autocast keeps its copies as long as its block lasts: a pipeline's whole step, else one micro-batch.
         "weight_copies_bytes": saved.weight_copies // (micro_batches if engine.schedule is None else 1),

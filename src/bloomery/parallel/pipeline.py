@@ -163,7 +163,7 @@ def build_schedule(
             output_args=loss_sum if index == n_stages - 1 else stream,
             group=mesh.group("pp"),
         )
-        stage.measure, stage.splits = measure, layout.splits_backward
+        stage.measure, stage.splits = measure, layout.splits_backward(index)
         measured.append(stage)
     return schedule_over(layout, measured, micro_batches, loss)
 

@@ -147,9 +147,17 @@ def _keeping_recipes(forward: Callable[..., Tensor], *inputs: Any) -> Tensor:
         return forward(*inputs)
 
 
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+def hooks_outside() -> Hooks:
+    """The hooks for saved tensors in force here. Only the innermost are called: new ones call those that they hide,
+    which may count or move what is saved."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, _same)
+
+
 def _recipes_saved() -> AbstractContextManager[Any]:
-    # Only the innermost hooks are called: those outside, which may count or move what is saved, are called from here.
-    pack_outside, unpack_outside = torch._C._autograd._top_saved_tensors_default_hooks(True) or (Tensor.detach, _same)
+    pack_outside, unpack_outside = hooks_outside()
 
     def pack(tensor: Tensor) -> Any:
         recipe = getattr(_base(tensor), "recipe", None)

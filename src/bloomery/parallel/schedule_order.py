@@ -8,7 +8,7 @@ message moves only when both ends have posted it and all earlier ones between th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,11 +88,11 @@ class _Script:
         self.program.steps.append(("forward", (self.stage_index, micro)))
 
     def backward_one_chunk(self, micro: int, *_: Any, full_backward: bool = True, **__: Any) -> None:
-        splits = self.layout.splits_backward and not full_backward
+        splits = self.layout.splits_backward(self.stage_index) and not full_backward
         self.program.steps.append(("backward input" if splits else "backward", (self.stage_index, micro)))
 
     def backward_weight_one_chunk(self, micro: int, *_: Any, **__: Any) -> None:
-        if self.layout.splits_backward:
+        if self.layout.splits_backward(self.stage_index):
             self.program.steps.append(("backward weight", (self.stage_index, micro)))
 
     def set_local_fwd_input(self, *_: Any) -> None:
@@ -110,12 +110,14 @@ class _Script:
 
 @dataclass(frozen=True)
 class ScheduleOrder:
-    """The outcome. `held_layers`: for each pipeline rank the most layers x micro-batches whose activations it holds."""
+    """The outcome. `in_flight`: for each pipeline rank every set of micro-batches, by chunk, whose activations it holds
+    after a forward; `held_layers`: the most layers x micro-batches of them."""
 
     ranks: int
     micro_batches: int
     messages: int
     held_layers: tuple[int, ...]
+    in_flight: tuple[tuple[tuple[int, ...], ...], ...]
     problems: tuple[str, ...]
 
 
@@ -123,13 +125,15 @@ def schedule_order(model: Model, layout: Layout, micro_batches: int) -> Schedule
     """Play the whole pipeline of `layout`; `problems` is empty when every rank comes to its end."""
     depth = [len(stage) for stage in stages_of(model, layout)]
     if layout.pp == 1:
-        held = sum(depth)
-        return ScheduleOrder(1, micro_batches, 0, (held,), ())
+        return ScheduleOrder(1, micro_batches, 0, (sum(depth),), (((1,),),), ())
     played = min(micro_batches, REPEATS * layout.pp) if layout.schedule == "interleaved" else micro_batches
     programs = rank_programs(layout, played)
     n_messages, problems = play(programs)
-    held_layers = tuple(_most_held(program, depth) for program in programs)
-    return ScheduleOrder(layout.pp, played, n_messages, held_layers, tuple(problems))
+    in_flight = tuple(_in_flight(program, layout.stages_on(rank)) for rank, program in enumerate(programs))
+    held_layers = tuple(
+        most_held(moments, [depth[stage] for stage in layout.stages_on(rank)]) for rank, moments in enumerate(in_flight)
+    )
+    return ScheduleOrder(layout.pp, played, n_messages, held_layers, in_flight, tuple(problems))
 
 
 def rank_programs(layout: Layout, micro_batches: int) -> list[Program]:
@@ -233,13 +237,18 @@ def _move(
     return moved
 
 
-def _most_held(program: Program, depth: list[int]) -> int:
-    """The most layers x micro-batches between their forward and the end of their backward pass at any time."""
-    held, most = 0, 0
+def most_held(moments: Sequence[tuple[int, ...]], each: Sequence[int]) -> int:
+    """The most of what a rank holds at any of `moments`, where a micro-batch of each chunk takes `each`."""
+    return max(sum(count * size for count, size in zip(moment, each, strict=True)) for moment in moments)
+
+
+def _in_flight(program: Program, stages: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """The micro-batches of each stage between their forward and the end of their backward pass, after each forward."""
+    held, moments = dict.fromkeys(stages, 0), set[tuple[int, ...]]()
     for kind, what in program.steps:
         if kind == "forward":
-            held += depth[what[0]]
-            most = max(most, held)
+            held[what[0]] += 1
+            moments.add(tuple(held.values()))
         elif kind in ("backward", "backward weight"):
-            held -= depth[what[0]]
-    return most
+            held[what[0]] -= 1
+    return tuple(sorted(moments))

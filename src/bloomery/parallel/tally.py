@@ -5,8 +5,10 @@ Works on real tensors and on fake ones alike; what is sent is counted by `record
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,13 +60,15 @@ class FlopTally(TorchDispatchMode):
 class SavedTally:
     """Bytes of the storages that autograd keeps for the backward pass, each counted once.
 
-    `layers`: saved inside a transformer layer; `ends`: by embedding, final norm, head and loss. `weight_copies`:
-    autocast's copies of weights. The weights themselves and whatever a recomputed layer makes again are not counted.
+    `chunks`: saved inside the transformer layers of each of a rank's stages, in their order; `offloaded`: of these,
+    copies on the host; `ends`: by embedding, final norm, head and loss. `weight_copies`: autocast's copies of weights.
+    The weights themselves and whatever a recomputed layer makes again are not counted.
     """
 
     def __init__(self) -> None:
-        self.layers, self.ends, self.weight_copies = 0, 0, 0
-        self._inside = 0
+        self.ends, self.weight_copies, self.offloaded = 0, 0, 0
+        self.chunks: Counter[int] = Counter()
+        self._inside: int | None = None
         self._seen: dict[int, torch.UntypedStorage] = {}
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -73,32 +77,38 @@ class SavedTally:
             # Kept alive here, so that no later storage gets the same address.
             self._seen[storage._cdata] = storage
             base = tensor if tensor._base is None else tensor._base
-            if _is_weight(base):
+            if isinstance(base, nn.Parameter):
                 pass
             elif _is_copy_of_weight(base):
                 self.weight_copies += storage.nbytes()
-            elif self._inside:
-                self.layers += storage.nbytes()
+            elif self._inside is not None:
+                self.chunks[self._inside] += storage.nbytes()
+                self.offloaded += storage.nbytes() if getattr(tensor, "offloaded", False) else 0
             else:
                 self.ends += storage.nbytes()
         return tensor.detach()
+
+    @property
+    def layers(self) -> int:
+        """Saved inside all layers."""
+        return self.chunks.total()
 
     @contextmanager
     def over(self, stages: Iterable[Transformer]) -> Iterator[None]:
         """Count what is saved in this block while these stages run."""
 
-        def enter(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        def enter(chunk: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
             # All layers share the view's tensors: the first to save them would be charged for all.
             for tensor in inputs[1].rotary or ():
                 self._pack(tensor)
-            self._inside += 1
+            self._inside = chunk
 
         def leave(*_: Any) -> None:
-            self._inside -= 1
+            self._inside = None
 
         handles = []
-        for layer in (layer for stage in stages for layer in stage.blocks()):
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+        for chunk, layer in ((chunk, layer) for chunk, stage in enumerate(stages) for layer in stage.blocks()):
+            handles += [layer.register_forward_pre_hook(partial(enter, chunk)), layer.register_forward_hook(leave)]
         try:
             with saved_tensors_hooks(self._pack, lambda tensor: tensor):
                 yield
@@ -107,8 +117,10 @@ class SavedTally:
                 handle.remove()
 
 
-def _is_weight(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
+def of_weights(tensor: Tensor) -> bool:
+    """Whether this is a weight, a view of one, or a weight in another number format."""
+    base = tensor if tensor._base is None else tensor._base
+    return isinstance(base, nn.Parameter) or _is_copy_of_weight(base)
 
 
 def _is_copy_of_weight(tensor: Tensor) -> bool:

@@ -22,7 +22,8 @@ def compute_kinds(case: Case, compute_s: np.ndarray) -> dict[str, np.ndarray]:
     `compute_s`, all of it."""
     left = [case]
     left.append(left[-1].under(case.cluster, replace(case.stack, attention_factor=inf)))
-    for free in ({"launch_s": 0.0, "kernel_s": 0.0}, {"memory_bandwidth_bytes_per_s": inf}):
+    host = {"launch_s": 0.0, "kernel_s": 0.0, "upload_bytes_per_s": inf}
+    for free in (host, {"memory_bandwidth_bytes_per_s": inf}):
         device = left[-1].accelerator.model_copy(update=free)
         cluster = left[-1].cluster.model_copy(update={"accelerator": device})
         left.append(left[-1].under(cluster, left[-1].stack))

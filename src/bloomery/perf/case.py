@@ -12,10 +12,11 @@ import numpy as np
 from bloomery.perf.precision import Precision, averaged, precision_of
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import Stack, stack_of
+from bloomery.perf.stages import KINDS, ROWS, recompute_rows, stage_rows
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.collective import Collective
-from bloomery.spec.layout import LayoutBatch, stage_on, stage_split
+from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
     embedding_parameters,
@@ -23,6 +24,7 @@ from bloomery.spec.parameters import (
     layer_parameters,
 )
 from bloomery.spec.shard_table import stage_collectives
+from bloomery.spec.splits import stage_split
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute")
+PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute", "offload")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
@@ -110,6 +112,10 @@ class Case:
         """What has been computed of the layouts alone, shared by all cases `under` other constants."""
         return {}
 
+    def on(self, lay: LayoutBatch) -> Case:
+        """The same case of other layouts; knows what it knew where they are its own."""
+        return self if lay is self.lay else replace(self, lay=lay)
+
     def once(self, name: str, compute: Callable[[], T]) -> T:
         """What `compute` says of the layouts (and number formats) alone, computed at the first asking."""
         if name not in self.known:
@@ -169,7 +175,7 @@ class Case:
 
     @property
     def trio(self) -> tuple[Case, Ranks]:
-        """The case with the three kinds of rank that a step's time depends on, shape (3, n)."""
+        """The case with the kinds of rank that a step's time depends on, shape (3, n)."""
         return self, self.kinds
 
     @property
@@ -264,13 +270,23 @@ class Case:
 
     @OfLayouts
     def kinds(self) -> Ranks:
-        """The ranks that a step's time depends on, shape (3, n): first, fullest in the middle, last."""
-        return Ranks.stacked((self.first, self.fullest, self.last))
+        """The ranks that a step's time depends on, shape (3, n): first, fullest in the middle, last. Where layouts
+        recompute stage by stage they are all, shape (ranks, n), the last one repeated."""
+        return self.every_rank or Ranks.stacked((self.first, self.fullest, self.last))
 
     @OfLayouts
     def holders(self) -> Ranks:
-        """The ranks one of which needs most memory, shape (4, n): first, heaviest and fullest in the middle, last."""
-        return Ranks.stacked((self.first, self.heaviest, self.fullest, self.last))
+        """The ranks one of which needs most memory, shape (4, n): first, heaviest and fullest in the middle, last; or
+        all, as of `kinds`."""
+        return self.every_rank or Ranks.stacked((self.first, self.heaviest, self.fullest, self.last))
+
+    @OfLayouts
+    def every_rank(self) -> Ranks | None:
+        """All pipeline ranks, shape (ranks, n), where some layouts recompute stage by stage (few at a time)."""
+        if self._stage_table[0].shape[1] == ROWS:
+            return None
+        most = int(self.lay.pp.max(initial=1))
+        return Ranks.stacked([self.ranks(np.minimum(rank, self.lay.pp - 1)) for rank in range(most)])
 
     @OfLayouts
     def middle_layers(self) -> np.ndarray:
@@ -300,7 +316,12 @@ class Case:
         """The pipeline ranks `index` (n,) of each layout."""
         table, row = self._stage_table
         layers, moe, last = (table[row, i, index] for i in range(3))
-        return Ranks(index, layers, moe, index == 0, last == 1)
+        plain = Ranks(index, layers, moe, index == 0, last == 1)
+        if table.shape[1] == ROWS:
+            return plain
+        most, *own = table[row, ROWS:, index].T
+        kinds, held = np.array(own[:KINDS]), np.array(own[KINDS:]).reshape(-1, KINDS, len(row))
+        return replace(plain, kinds=kinds, held=held.swapaxes(0, 1) / most)
 
     def _named_rank(self, which: int) -> np.ndarray:
         """(n,): the fullest (0) or the heaviest (1) of the middle ranks."""
@@ -309,16 +330,20 @@ class Case:
 
     @OfLayouts
     def _stage_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(splits, 4, ranks): layers, MoE layers, whether the last stage is there, and (fullest, heaviest) of each
-        split; (n,): the row of a layout."""
-        lay = self.lay
-        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven")])
+        """(splits, 4, ranks): `stage_rows` of each split, and, where layouts recompute stage by stage, their
+        `recompute_rows`; (n,): the row of a layout."""
+        lay, mixed = self.lay, np.any(self.lay.recompute == BY_STAGE)
+        more = ("mixed", "schedule", "micro_batches") if mixed else ()
+        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven", *more)])
         most = int(lay.pp.max(initial=2))
         table = np.zeros((len(place), 4, most), dtype=np.int64)
         columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
         for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
             split = lay.stage_layers[place[i]] if lay.stage_layers else None
-            table[i] = _stages(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
+            table[i] = stage_rows(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
+        if mixed:
+            layouts, times = [lay.layout(int(i)) for i in place], self.micro_batches[place].tolist()
+            table = np.concatenate((table, recompute_rows(self.model, layouts, times, most)), axis=1)
         return table, row
 
     @OfLayouts
@@ -340,21 +365,3 @@ def _held(model: Model, part: str) -> Held:
     if part == "embedding":
         return Held.of(embedding_parameters(model))
     return Held.of(head_parameters(model if part == "head" else model.model_copy(update={"tie_embeddings": False})))
-
-
-def _stages(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], width: int) -> np.ndarray:
-    """(4, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, and in the last row the
-    fullest and heaviest rank. On a V all ranks have as many micro-batches in flight."""
-    answer = np.zeros((4, width), dtype=np.int64)
-    starts = np.cumsum([0, *split])
-    dense = model.moe.first_dense_layers if model.moe else model.layers
-    moe = np.maximum(0, starts[1:] - np.maximum(starts[:-1], dense))
-    home = stage_on(np.arange(len(split)) // pp, np.arange(len(split)) % pp, pp, v_shaped) % pp
-    np.add.at(answer[0], home, split)
-    np.add.at(answer[1], home, moe)
-    answer[2, home[-1]] = 1
-    if pp > 2:
-        middle = answer[0, 1 : pp - 1]
-        flight = 1 if v_shaped else pp - np.arange(1, pp - 1)
-        answer[3, :2] = 1 + int(middle.argmax()), 1 + int((middle * flight).argmax())
-    return answer

@@ -14,17 +14,20 @@ import numpy as np
 from bloomery.perf.case import FULL, PART, SELECTIVE, Case
 from bloomery.perf.flops import window_share
 from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s
+from bloomery.perf.memory import layer_kept_bytes
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.perf.table import Table
-from bloomery.spec.cluster import ComputeFactor
+from bloomery.spec.cluster import PROBED, ComputeFactor
+from bloomery.spec.collective import by_recompute
+from bloomery.spec.errors import InputError
 
 
 @dataclass(frozen=True)
 class Work(Table):
     """Seconds of compute for one micro-batch, shape (n,) each; `host_*`: of launches that run beside them, those of
     recomputation with the backward pass, where it happens. `accumulate`: what every micro-batch but a step's first adds
-    to the backward pass."""
+    to the backward pass; `moved_*`: transfers to and from the host's memory that the layers' compute does not hide."""
 
     forward: Any
     backward: Any
@@ -32,6 +35,8 @@ class Work(Table):
     host_forward: Any = 0.0
     host_backward: Any = 0.0
     accumulate: Any = 0.0
+    moved_forward: Any = 0.0
+    moved_backward: Any = 0.0
 
 
 def stage_work(case: Case, ranks: Ranks) -> Work:
@@ -40,12 +45,14 @@ def stage_work(case: Case, ranks: Ranks) -> Work:
     factor = case.accelerator.compute_factor.get(case.dtype, ComputeFactor())
     ends = _embedding(parts).take(index) * ranks.first + _head(parts).take(index) * ranks.last
     work = ends * factor.ends
-    if case.model.moe is None or case.model.moe.first_dense_layers:
-        layer = _layer(parts, case.dense_layer, moe=False) * factor.layers
-        work = work + layer.take(index) * ranks.dense_layers
-    if case.model.moe is not None:
-        layer = _layer(parts, case.moe_layer, moe=True) * factor.layers
-        work = work + layer.take(index) * ranks.moe_layers
+    for lay, own in by_recompute(case.lay, ranks.shape):
+        parts, index = case.on(lay).over(*PART)
+        if case.model.moe is None or case.model.moe.first_dense_layers:
+            layer = moved(parts, _layer(parts, case.dense_layer, moe=False) * factor.layers)
+            work = work + layer.take(index) * own.dense_layers
+        if case.model.moe is not None:
+            layer = moved(parts, _layer(parts, case.moe_layer, moe=True) * factor.layers)
+            work = work + layer.take(index) * own.moe_layers
     again = (case.micro_batches - 1) / case.micro_batches
     return replace(work, backward=work.backward + again * work.accumulate)
 
@@ -66,6 +73,37 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
     host_backward = work.host_backward + np.where(full, work.host_forward, 0.0)
     return replace(work, recompute=recompute, host_backward=host_backward, accumulate=_accumulation(case, held))
+
+
+LINK_SHARE = 0.8
+"""Of a data sheet's rate of the link to the host, what large copies from pinned memory get: a prior, not measured."""
+
+
+def moved(case: Case, layer: Work) -> Work:
+    """One layer's work, with what offloading its activations adds.
+
+    Out while the next layer computes, back while the layer after it goes backward: of each transfer only what takes
+    longer than that is felt. A CPU copies with the cores that compute, reading and writing. Raises InputError where the
+    link to the host is not known.
+    """
+    if not np.any(case.lay.offload):
+        return layer
+    kept, _ = layer_kept_bytes(case, case.lay)
+    kept = np.where(case.lay.offload == 1, kept, 0.0)
+    device = case.accelerator
+    if device.kind == "cpu":
+        seconds = memory_s(device, 2 * kept)
+        return replace(layer, moved_forward=seconds, moved_backward=seconds)
+    if device.upload_bytes_per_s is None:
+        problem = "offload needs upload_bytes_per_s: the rate of the link to the host is not known"
+        raise InputError(problem, where=f"accelerator {device.name}")
+    seconds = kept / (device.upload_bytes_per_s * (1.0 if device.source == PROBED else LINK_SHARE))
+    behind = layer.backward + layer.recompute
+    return replace(
+        layer,
+        moved_forward=np.maximum(seconds - layer.forward, 0.0),
+        moved_backward=np.maximum(seconds - behind, 0.0),
+    )
 
 
 def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:

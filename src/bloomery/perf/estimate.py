@@ -17,12 +17,14 @@ from bloomery.perf.breakdown import compute_kinds, messages_in_all
 from bloomery.perf.case import SELECTIVE, Case
 from bloomery.perf.flops import CONVENTION, model_flops, recomputed_flops
 from bloomery.perf.memory import PARTS, memory_of, peak_bytes, worst_memory
+from bloomery.perf.pipeline import rank_counts
 from bloomery.perf.result import Estimate, Node
 from bloomery.perf.stack import Stack
 from bloomery.perf.step import StepTimes
 from bloomery.perf.table import blocks
 from bloomery.spec.calibration import calibration
 from bloomery.spec.cluster import PROBED, Cluster, Dtype, Interval
+from bloomery.spec.collective import by_recompute
 from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
@@ -87,10 +89,17 @@ class Estimates:
     @cached_property
     def hardware_flops(self) -> np.ndarray:
         """FLOPs of a step with recomputation, full attention."""
-        case, recompute = self.case, self.case.lay.recompute
-        if case.stack.selective_share is None:
-            recompute = np.where(recompute == SELECTIVE, 0, recompute)  # it repeats no products
-        again = recomputed_flops(case.model, recompute, global_batch=case.global_batch, seq_len=case.seq_len)
+        case, again = self.case, np.zeros(len(self))
+        every = case.every_rank
+        there = 1.0 if every is None else rank_counts(case)
+        # Where stages differ, layers are counted as the model's on average.
+        for lay, own in by_recompute(case.lay, (every or case.first).shape):
+            recompute = lay.recompute
+            if case.stack.selective_share is None:
+                recompute = np.where(recompute == SELECTIVE, 0, recompute)  # it repeats no products
+            share = 1.0 if every is None else (own.layers * there).sum(axis=0) / case.model.layers
+            flops = recomputed_flops(case.model, recompute, global_batch=case.global_batch, seq_len=case.seq_len)
+            again = again + share * flops
         return self.model_flops + again
 
     @cached_property
@@ -113,9 +122,50 @@ class Estimates:
         """Tokens of the global batch per second of step time."""
         return self.case.global_batch * self.case.seq_len / self.step_time_s
 
+    def of(self, layouts: LayoutBatch) -> Estimates:
+        """The same question about other layouts."""
+        return Estimates(self.case.on(layouts))
+
     def one(self, i: int) -> Estimate:
         """The i-th layout's prediction with memory for each of its pipeline ranks."""
         return _one(Estimates(self.case.take(np.array([i]))))
+
+
+@dataclass(frozen=True)
+class Joined(Estimates):
+    """Two estimates of one question as one: what is known of the many is not asked again beside the few."""
+
+    parts: tuple[Estimates, Estimates]
+
+    @classmethod
+    def of_both(cls, many: Estimates, few: Estimates) -> Joined:
+        """Those of `many`, then those of `few`."""
+        return cls(many.case.on(many.case.lay.joined(few.case.lay)), (many, few))
+
+    @cached_property
+    def step_time_s(self) -> np.ndarray:
+        """As of the parts."""
+        return np.concatenate([part.step_time_s for part in self.parts])
+
+    @cached_property
+    def components(self) -> dict[str, np.ndarray]:
+        """As of the parts."""
+        return {name: np.concatenate([part.components[name] for part in self.parts]) for name in COMPONENTS}
+
+    @cached_property
+    def peak_bytes(self) -> np.ndarray:
+        """As of the parts."""
+        return np.concatenate([part.peak_bytes for part in self.parts])
+
+    @cached_property
+    def memory_bytes(self) -> dict[str, np.ndarray]:
+        """As of the parts."""
+        return {name: np.concatenate([part.memory_bytes[name] for part in self.parts]) for name in PARTS}
+
+    @cached_property
+    def hardware_flops(self) -> np.ndarray:
+        """As of the parts."""
+        return np.concatenate([part.hardware_flops for part in self.parts])
 
 
 def estimate(

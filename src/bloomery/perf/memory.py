@@ -14,6 +14,8 @@ import numpy as np
 from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, MICRO_BATCH, MODEL_STATE, SELECTIVE, ZBV, Case
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.table import blocks
+from bloomery.spec.collective import by_recompute
+from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.loss import loss_rows
 from bloomery.spec.model import MixtureOfExperts
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
@@ -184,6 +186,17 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     return linear + scores, scores
 
 
+def layer_kept_bytes(case: Case, lay: LayoutBatch) -> tuple[Any, Any]:
+    """Bytes that one layer keeps of one micro-batch for its backward pass, and that it makes again then, (n,) each;
+    `lay`: the case's layouts with the recomputation asked for."""
+    whole, scores = layer_activation_bytes(case)
+    inputs = case.stream_tokens * case.model.hidden * case.precision.stream
+    full, selective = lay.recompute == FULL, lay.recompute == SELECTIVE
+    kept = np.where(full, inputs, np.where(selective, whole - scores, whole))
+    # A layer of our engine that is made again has its own input among those that are kept.
+    return kept, np.where(full, whole - inputs if case.stack.eager else whole, np.where(selective, scores, 0.0))
+
+
 def _routed_tokens(case: Case) -> Any:
     """Tokens of which a rank has copies on their way to experts and back: every tensor-parallel rank of our engine has
     them whole."""
@@ -276,14 +289,17 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarra
 @dataclass(frozen=True)
 class Activations:
     """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
-    stage has `sent` and keeps until its gradient comes, and a `fixed` working set.
+    stage has `sent` (and, where its layers are offloaded, received) and keeps until its gradient comes, and a `fixed`
+    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
 
-    Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time.
+    Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
+    in the host's memory while in flight; a CPU's is the same memory.
     """
 
     layers: Any
     sent: Any
     fixed: Any
+    moving: Any
 
     @property
     def each(self) -> Any:
@@ -293,16 +309,28 @@ class Activations:
     @classmethod
     def of(cls, case: Case, ranks: Ranks) -> Activations:
         """Of `ranks`."""
-        whole, scores = layer_activation_bytes(case)
+        surplus, zeros = _surplus_bytes(case), np.zeros(ranks.layers.shape)
+        layers, again, moving = zeros, zeros, zeros
+        for lay, own in by_recompute(case.lay, ranks.shape_held):
+            kept, made = layer_kept_bytes(case, lay)
+            layers = layers + own.layers * kept + own.moe_layers * np.where(lay.recompute == FULL, 0.0, surplus)
+            here = True if ranks.held is None else own.layers > 0
+            again = np.maximum(again, np.where(here, made, 0.0))
+            moving = np.maximum(moving, np.where(here, kept, 0.0))
+        if ranks.held is not None:
+            layers, again, moving = (part.max(axis=0) for part in (layers, again, moving))  # over a step's moments
         inputs = case.stream_tokens * case.model.hidden * case.precision.stream
-        recompute = case.lay.recompute
-        kept = np.where(recompute == FULL, inputs, np.where(recompute == SELECTIVE, whole - scores, whole))
-        again = np.where(recompute == SELECTIVE, scores, 0.0)
-        layers = ranks.layers * kept + ranks.moe_layers * np.where(recompute == FULL, 0.0, _surplus_bytes(case))
-        if not case.stack.eager:
-            return cls(layers, 0.0, np.where(recompute == FULL, whole, again) + ranks.last * _end_bytes(case))
-        # A layer that is made again has its own input among those that are kept; `_logits` knows of the ends.
-        return cls(layers, np.where(ranks.last, 0.0, inputs), np.where(recompute == FULL, whole - inputs, again))
+        sent = np.where(ranks.last, 0.0, inputs) if case.stack.eager else zeros
+        if np.any(case.lay.offload):
+            offloaded = case.lay.offload == 1
+            moving = np.where(offloaded, np.minimum(ranks.layers, 2) * moving, 0.0)
+            if case.accelerator.kind != "cpu":
+                layers = np.where(offloaded, 0.0, layers)
+                sent = sent + np.where(offloaded & ~ranks.first, inputs, 0.0)
+        else:
+            moving = zeros
+        ends = 0.0 if case.stack.eager else ranks.last * _end_bytes(case)  # of ours `_logits` knows them
+        return cls(layers, sent, again + moving + ends, moving)
 
 
 def _end_bytes(case: Case) -> Any:

@@ -16,7 +16,7 @@ from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
-from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, MOE_LAYER, Collective
+from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, MOE_LAYER, Collective, by_recompute
 from bloomery.spec.data_messages import data_collectives, norm_collectives, tied_collectives
 from bloomery.spec.shard_table import (
     context_collectives,
@@ -57,13 +57,15 @@ NO_MESSAGES = Inner(0.0, 0.0, 0.0, 0.0)
 def inner_messages(case: Case, ranks: Ranks) -> Inner:
     """Of `ranks` (n,) or (kinds, n) in one micro-batch (all of their chunks)."""
     parts, index = case.over(*PART)
-    context, experts = _context_s(parts), _experts_s(parts)
-    layer, embedding, head = (_part(parts, name) for name in PARTS)
+    embedding, head = _part(parts, "embedding"), _part(parts, "head")
     total = _norms(case, ranks) + embedding.take(index) * ranks.first + head.take(index) * ranks.last
-    if case.model.moe is None or case.model.moe.first_dense_layers:
-        total = total + (layer + context).take(index) * ranks.dense_layers
-    if case.model.moe is not None:
-        total = total + (layer + context + experts).take(index) * ranks.moe_layers
+    for lay, own in by_recompute(case.lay, ranks.shape):
+        parts, index = case.on(lay).over(*PART)
+        layer, context, experts = _part(parts, "layer"), _context_s(parts), _experts_s(parts)
+        if case.model.moe is None or case.model.moe.first_dense_layers:
+            total = total + (layer + context).take(index) * own.dense_layers
+        if case.model.moe is not None:
+            total = total + (layer + context + experts).take(index) * own.moe_layers
     return total
 
 

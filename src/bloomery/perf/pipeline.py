@@ -28,14 +28,17 @@ from bloomery.perf.case import ZBV, Case
 
 def rank_counts(case: Case) -> np.ndarray:
     """How many pipeline ranks each of `Case.kinds` stands for, shape (3, n): middle ranks are counted in units of the
-    fullest one, work there being proportional to layers."""
+    fullest one, work there being proportional to layers. Where kinds are all ranks, each stands for itself."""
+    if case.every_rank is not None:
+        return np.stack([(rank < case.lay.pp).astype(np.float64) for rank in range(len(case.kinds.layers))])
     middle = np.where(case.lay.pp > 2, case.middle_layers / np.maximum(case.fullest.layers, 1), 0.0)
     return np.stack([np.ones(len(case.lay)), middle, np.where(case.lay.pp > 1, 1.0, 0.0)])
 
 
 def over_ranks(counts: np.ndarray, values: Any) -> Any:
     """The sum of a quantity over all pipeline ranks, shape (n,); `values` (3, n) on the kinds of rank."""
-    return counts[0] * values[0] + counts[2] * values[2] + counts[1] * values[1]
+    ends = counts[0] * values[0] + (counts[-1] * values[-1] if len(counts) > 1 else 0.0)
+    return ends + sum(count * value for count, value in zip(counts[1:-1], values[1:-1], strict=True))
 
 
 def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, ranks_per_core: float = 1.0) -> Any:
@@ -63,7 +66,7 @@ def v_bubble_s(schedule: Any, pp: Any, forward: Any, inputs: Any, weights: Any) 
 
     ZB-V (Qi et al. 2023, 2401.10241, section 6) has none for F = B = W but filling in that PyTorch's order does not
     hide, DualPipeV (DeepSeek-V3, 2412.19437, table 2) at most (p - 1)(F + 2B - W). These are the longest paths through
-    the orders of `planner.orders`, exact for even stages with B >= F and a filled V (a test plays them):
+    the orders of `perf.orders`, exact for even stages with B >= F and a filled V (a test plays them):
 
         ZB-V       max((p-1) B, 2(p-1)(B - W), B + (p-2) W)
         DualPipeV  max((p-1)(2B - W) - F, (p-1)(F + B - W), (p-1) F, (p-1) B - F)
@@ -79,4 +82,4 @@ def ends_before_first(case: Case) -> np.ndarray:
     """How many ranks drain between the last backward of each of `Case.kinds` and that of the first rank, (3, n): in
     their time a rank's reductions hide. On a V all ranks end together."""
     loop = ~(case.first.last & (case.lay.pp > 1))
-    return np.stack([0 * case.lay.pp, np.where(case.lay.pp > 2, case.fullest.index, 0), case.lay.pp - 1]) * loop
+    return case.kinds.index * loop

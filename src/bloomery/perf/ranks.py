@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -42,13 +43,19 @@ class Held:
 
 @dataclass(frozen=True)
 class Ranks:
-    """One pipeline rank of each layout, shape (n,): its index, layers (and those of them that are MoE), and ends."""
+    """One pipeline rank of each layout, shape (n,): its index, layers (and those of them that are MoE), and ends.
+
+    Where layouts recompute stage by stage: `kinds`, the layers by `stages.KINDS`, (6, n), and `held`, the same at every
+    moment of the schedule, each layer as often as its chunk is in flight over all chunks on average, (6, moments, n).
+    """
 
     index: np.ndarray
     layers: np.ndarray
     moe_layers: np.ndarray
     first: np.ndarray
     last: np.ndarray
+    kinds: np.ndarray | None = None
+    held: np.ndarray | None = None
 
     @property
     def dense_layers(self) -> np.ndarray:
@@ -58,9 +65,17 @@ class Ranks:
     @property
     def shape(self) -> StageShape:
         """What the shard table asks of them."""
-        return StageShape(self.layers, self.first, self.last, self.moe_layers)
+        return StageShape(self.layers, self.first, self.last, self.moe_layers, self.kinds)
+
+    @property
+    def shape_held(self) -> StageShape:
+        """The same for what is kept of micro-batches in flight."""
+        return StageShape(self.layers, self.first, self.last, self.moe_layers, self.held)
 
     @classmethod
     def stacked(cls, several: Sequence[Ranks]) -> Ranks:
         """Several ranks of each layout, shape (len(several), n)."""
-        return cls(*(np.stack([getattr(one, f.name) for one in several]) for f in fields(cls)))
+        columns = ([getattr(one, f.name) for one in several] for f in fields(cls))
+        # Ranks are the last axis but one, behind kinds and moments.
+        stacked: list[Any] = [None if one[0] is None else np.stack(one, axis=one[0].ndim - 1) for one in columns]
+        return cls(*stacked)

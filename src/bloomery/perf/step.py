@@ -20,6 +20,7 @@ from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, 
 from bloomery.perf.muon import muon_s
 from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts, v_bubble_s
 from bloomery.perf.table import Lookup, Table
+from bloomery.spec.collective import by_recompute
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Turns(Table):
         """Of k cases; recomputed layers have their whole backward pass in `inputs` (`Layout.splits_backward`)."""
         work = stage_work(case, case.kinds)
         forward, backward = busy_s(case, work, inner_messages(case, case.kinds))
-        split = np.where(case.lay.recompute == 0, weights_share(case.model, case.seq_len), 0.0)
+        split = weights_share(case.model, case.seq_len) * _kept_share(case)
         counts, chunks = rank_counts(case), 2.0 * case.lay.pp
         weights = over_ranks(counts, split * work.backward) / chunks
         return cls(
@@ -86,6 +87,14 @@ class Turns(Table):
             over_ranks(counts, backward) / chunks - weights,
             weights,
         )
+
+
+def _kept_share(case: Case) -> Any:
+    """Of the layers of `Case.kinds`, those that neither recompute nor offload."""
+    kinds = case.kinds
+    whole = case.lay.offload == 0
+    kept = sum(own.layers * (whole & (lay.recompute == 0)) for lay, own in by_recompute(case.lay, kinds.shape))
+    return np.where(kinds.layers > 0, kept / np.maximum(kinds.layers, 1), whole & (case.lay.recompute == 0))
 
 
 @dataclass(frozen=True)
@@ -262,8 +271,8 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
     queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
     stack, lay = case.stack, case.lay
-    forward = work.forward + inner.forward
-    backward = work.backward + work.recompute + inner.backward
+    forward = work.forward + inner.forward + work.moved_forward
+    backward = work.backward + work.recompute + inner.backward + work.moved_backward
     if stack.serial_launch:
         return forward, backward
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s

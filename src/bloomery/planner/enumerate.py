@@ -22,18 +22,10 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.flops import head_in_layers
-from bloomery.spec.layout import (
-    OUTERMOST,
-    RECOMPUTE,
-    SCHEDULES,
-    V_SCHEDULES,
-    LayoutBatch,
-    Splits,
-    balanced_split,
-    stage_split,
-)
+from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, V_SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
+from bloomery.spec.splits import Splits, balanced_split, stage_split
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.
 MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving", "replicas", "order_alone")
@@ -175,7 +167,7 @@ def _product(
     rows = _batch(model, seq_len, mesh[cuts[0]], cutting=cuts[1])
     outer: dict[str, Any] = {
         name: np.repeat(getattr(rows, name), times)
-        for name in (*MESH, "vpp", "schedule", "outermost", "micro_batch", "cp_method")
+        for name in (*MESH, "vpp", "schedule", "outermost", "micro_batch", "cp_method", "offload")
     }
     inner = {name: column[save] for name, column in zip(SAVING, saves[1].T, strict=True)}
     splits = None
@@ -293,6 +285,6 @@ def _batch(
 def _columns(mesh: np.ndarray, chosen: dict[str, np.ndarray]) -> LayoutBatch:
     """Meshes with some options as columns, the others at their mildest."""
     named: dict[str, Any] = dict(zip(MESH, mesh.T, strict=True))
-    names = [name for name in (*CUTTING, *SAVING, "cp_method") if name != "balanced"]
+    names = [name for name in (*CUTTING, *SAVING, "cp_method", "offload") if name != "balanced"]
     options: dict[str, Any] = {name: chosen.get(name, np.full(len(mesh), MILDEST.get(name, 0))) for name in names}
     return LayoutBatch(**named, **options)

@@ -20,9 +20,11 @@ CHOICES = (
     ("micro_batch",),
     ("zero_stage", "dp_replicas"),
     ("sequence_parallel",),
-    ("recompute",),
+    ("recompute", "mixed"),
 )
 """Columns of a batch that are one choice: chunks go with a schedule, replicas with a ZeRO stage."""
+RECOMPUTE_WORDS = (*RECOMPUTE, "stage by stage")
+"""By the codes of `LayoutBatch.recompute`."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def memory_refusals(lay: LayoutBatch, estimates: Estimates, cluster: Cluster) ->
             found.append(
                 MemoryRefusal(
                     world_size=cluster.size,
-                    family=f"ZeRO {zero}, recompute {RECOMPUTE[recompute]}",
+                    family=f"ZeRO {zero}, recompute {RECOMPUTE_WORDS[recompute]}",
                     count=int(members.sum()),
                     least_shortage_bytes=float(short[tightest]),
                     tightest=lay.layout(tightest).describe(),
@@ -139,5 +141,5 @@ def _option(choice: str, layout: Layout) -> str:
         "micro_batch": f"micro-batch {layout.micro_batch}",
         "zero_stage": f"ZeRO {layout.zero_stage}{replicas}",
         "sequence_parallel": "sequence parallel" if layout.sequence_parallel else "no sequence parallel",
-        "recompute": f"recompute {layout.recompute}",
+        "recompute": f"recompute {layout.recomputation}",
     }[choice]

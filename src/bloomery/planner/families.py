@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
-from bloomery.planner.explain import TIE, shortage_bytes
+from bloomery.planner.explain import RECOMPUTE_WORDS, TIE, shortage_bytes
 from bloomery.planner.search import Evaluated, Found
-from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, LayoutBatch
+from bloomery.spec.layout import OUTERMOST, SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
 
@@ -152,7 +152,7 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
 
 def _name(axis: str, value: int) -> str:
     if axis == "recompute":
-        return f"recompute {RECOMPUTE[value]}"
+        return f"recompute {RECOMPUTE_WORDS[value]}"
     if axis == "schedule":
         return SCHEDULES[value] if value else "stages in one direction"
     if axis == "outermost":

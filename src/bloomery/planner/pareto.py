@@ -163,7 +163,7 @@ def plainness(worlds: list[Evaluated], places: np.ndarray) -> np.ndarray:
     """What is asked of the engine beyond the plainest layout, shape (n,): smaller is plainer."""
 
     def of(lay: LayoutBatch) -> np.ndarray:
-        recompute = np.array([0, 2, 1])[lay.recompute]
+        recompute = np.array([0, 2, 1, 3])[lay.recompute]
         return ((lay.vpp * 8 + lay.zero_stage) * 8 + recompute) * 2 + lay.sequence_parallel
 
     answer = np.zeros(len(places), dtype=np.int64)

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from bloomery.perf.flops import model_flops, recomputed_flops
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import RECOMPUTE, Layout, balanced_split
+from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
+from bloomery.spec.splits import balanced_split
 
 REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers", "hidden", "heads", "seq_len")
 DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32": "float32", "tf32": "tf32"}
@@ -260,6 +259,6 @@ def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, n_gpus: in
         return None
     flops = model_flops(model, global_batch=batch, seq_len=seq_len)
     if "recompute" in convention and re.search(r"include|incl\.|hfu|96bslh", convention):
-        index = np.array([RECOMPUTE.index(layout.recompute)])
+        index = LayoutBatch.of([layout]).recompute
         flops += float(recomputed_flops(model, index, global_batch=batch, seq_len=seq_len)[0])
     return flops / (tflops * 1e12 * n_gpus)

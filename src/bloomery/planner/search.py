@@ -8,13 +8,14 @@ layouts one wants to compare, and the reason of everything that was refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
+from bloomery.planner.by_stage import with_stages_apart
 from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
@@ -22,7 +23,7 @@ from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -73,13 +74,17 @@ def search(
 
     `world_size`: plan for so many ranks (default: every measured cut of the cluster, else the whole of it).
     `runnable_only`: consider only what the engine runs today; `wanted`: only those of the valid layouts (a mask).
-    Raises InputError when no layout keeps the rules, LimitError when none of the valid ones fits in memory.
+    Where nothing fits, the same layouts with their activations offloaded. Raises InputError when no layout keeps the
+    rules, LimitError when none of the valid ones fits in memory.
     """
     sizes = [world_size] if world_size is not None else list(run.cluster.world_sizes())
     worlds = [evaluate(run, ranks, runnable_only, wanted) for ranks in sizes]
     if not any(len(world.layouts) for world in worlds):
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
+    if not order:
+        worlds = [_offloaded(run, world) for world in worlds]
+        order = ranking(run, worlds)
     if not order:
         _refuse_for_memory(worlds)
     return Found(tuple(worlds), tuple(order), runnable_only)
@@ -169,7 +174,8 @@ def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
 def evaluate(
     run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
 ) -> Evaluated:
-    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates."""
+    """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates; after them those
+    that recompute stage by stage and beat them all."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -182,8 +188,18 @@ def evaluate(
     for phase in run.train.course.phases[:-1]:
         found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    estimates = estimates_on(run, cluster, lay)
-    return Evaluated(cluster, lay, estimates, found.n_enumerated, found.refusals)
+    estimates = with_stages_apart(estimates_on(run, cluster, lay))
+    more = len(estimates) - len(lay)
+    return Evaluated(cluster, estimates.case.lay, estimates, found.n_enumerated + more, found.refusals)
+
+
+def _offloaded(run: Run, world: Evaluated) -> Evaluated:
+    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its own
+    or nothing is known of its link to the host."""
+    if world.cluster.accelerator.kind == "cpu" or world.cluster.accelerator.upload_bytes_per_s is None:
+        return world
+    lay = world.layouts.having(offload=np.full(len(world.layouts), OFFLOAD.index("activations")))
+    return replace(world, layouts=lay, estimates=estimates_on(run, world.cluster, lay))
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
@@ -312,6 +328,8 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
         notes.append(
             f"the first {ramp} steps are train.ramp's, of other sizes: days count them, a step's figures do not"
         )
+    if winner.layout.offload != "none":
+        notes.append("nothing fits with activations on the accelerators: layers' wait in the memory of their hosts")
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)

@@ -15,12 +15,14 @@ from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
 from bloomery.perf.flops import weights_share
-from bloomery.perf.memory import activation_bytes, memory_of
+from bloomery.perf.memory import Activations, memory_of
+from bloomery.perf.memory import in_flight as most_in_flight
 from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
-from bloomery.spec.layout import Splits, stages_of
+from bloomery.spec.layout import stages_of
+from bloomery.spec.splits import Splits
 
 AFTER = ("dp_comm", "optimizer", "other")
 """Components of a step that follow its pipeline, in their order."""
@@ -63,7 +65,7 @@ def planned_step(estimates: Estimates, i: int) -> Step:
         timeline=timeline,
         times=times,
         after_s=after,
-        memory=_memory(case, timeline),
+        memory=_memory(case, _kept_by_stages(estimates.case, i), timeline),
         memory_parts=tuple({name: float(values[rank]) for name, values in parts.items()} for rank in range(layout.pp)),
         memory_limit_bytes=case.accelerator.memory_bytes,
         step_time_s=pipeline_s + sum(after.values()),
@@ -85,17 +87,17 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     ranks, case = _stages(whole, i)
     work = stage_work(case, ranks)
     forward, backward = busy_s(case, work, inner_messages(case, ranks))
-    share = work.recompute / (work.backward + work.recompute)
+    share = work.recompute / (work.backward + work.recompute + work.moved_backward)
     return StageTimes(
-        forward_s=_seconds(forward, n),
-        recompute_s=_seconds(share * backward, n),
-        backward_s=_seconds((1 - share) * backward, n),
-        weights_s=_seconds(weights_share(case.model, case.seq_len) * work.backward, n),
+        forward_s=_floats(forward, n),
+        recompute_s=_floats(share * backward, n),
+        backward_s=_floats((1 - share) * backward, n),
+        weights_s=_floats(weights_share(case.model, case.seq_len) * work.backward, n),
         **_transfers(whole, i),
     )
 
 
-def _seconds(values: Any, n: int) -> tuple[float, ...]:
+def _floats(values: Any, n: int) -> tuple[float, ...]:
     return tuple(float(value) for value in np.broadcast_to(values, (n,)))
 
 
@@ -127,37 +129,28 @@ def _copies(case: Case, i: int, n: int) -> Case:
     return replace(case, lay=case.lay.take(np.full(n, i)))
 
 
-def _memory(case: Case, timeline: Timeline) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """(time, bytes) on each pipeline rank: what it holds throughout, and each micro-batch from forward to backward.
+def _memory(case: Case, kept: tuple[float, ...], timeline: Timeline) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """(time, bytes) on each pipeline rank: what it holds throughout, and what each stage has `kept` of each micro-batch
+    from forward to backward.
 
     The working set of recomputation, gathered parameters and logits count throughout the pipeline, so that the highest
     point is the peak that `perf.memory` predicts.
     """
     layout = timeline.layout
     ranks = case.ranks(np.arange(layout.pp))
-    empty = replace(ranks, layers=0 * ranks.layers, moe_layers=0 * ranks.moe_layers)
-    parts = memory_of(case, ranks)
-    fixed = sum(parts.values()) - parts["activations"] + activation_bytes(case, empty)
-    one_layer = _kept_by_a_layer(case)
-    counts = [len(layers) for layers in stages_of(case.model, layout)]
+    fixed = sum(memory_of(case, ranks).values()) - most_in_flight(case, ranks) * Activations.of(case, ranks).layers
     curves = []
     for rank in range(layout.pp):
         now = float(fixed[rank])
         curve = [(0.0, now)]
         for time_s, stage, change in in_flight(timeline.of_rank(rank)):
-            now += change * counts[stage] * one_layer
+            now += change * kept[stage]
             curve.append((time_s, now))
         curves.append((*curve, (timeline.end_s, now)))
     return tuple(curves)
 
 
-def _kept_by_a_layer(case: Case) -> float:
-    """Bytes that a layer keeps of one micro-batch between its forward and its backward.
-
-    What one layer adds to the activations of a pipeline rank with a single micro-batch in flight.
-    """
-    alone = replace(case, lay=replace(case.lay.take(np.array([0])), vpp=np.array([1]), schedule=np.array([0])))
-    last = alone.ranks(alone.lay.pp - 1)
-    one = replace(last, layers=0 * last.layers + 1, moe_layers=0 * last.moe_layers)
-    none = replace(one, layers=0 * last.layers)
-    return float((activation_bytes(alone, one) - activation_bytes(alone, none))[0])
+def _kept_by_stages(whole: Case, i: int) -> tuple[float, ...]:
+    """Bytes that each stage of layout i keeps of one micro-batch between its forward and its backward."""
+    ranks, case = _stages(whole, i)
+    return _floats(Activations.of(case, ranks).layers, len(ranks.layers))

@@ -1,7 +1,7 @@
 """When each pipeline rank does what in one step: an exact event simulation of every schedule.
 
 The closed form of `perf.pipeline` says how long a pipeline takes; this says why, slot by slot, with every stage at its
-own cost, in the order of `planner.orders`. A send occupies the rank that sends, as the closed form has it; what a rank
+own cost, in the order of `perf.orders`. A send occupies the rank that sends, as the closed form has it; what a rank
 receives it can use when the send ends. Each event is visited once: O(p m v).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from bloomery.planner.orders import Turn, order_of
+from bloomery.perf.orders import Turn, order_of
 from bloomery.spec.layout import Layout
 
 KINDS = ("forward", "send forward", "recompute", "backward", "backward weight", "send backward")

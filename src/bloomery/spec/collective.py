@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+
+from bloomery.spec.layout import BY_STAGE, LayoutBatch
 
 
 @dataclass(frozen=True)
@@ -37,17 +40,39 @@ class Collective:
 @dataclass(frozen=True)
 class StageShape:
     """What a pipeline rank holds: layers in all, whether it has the embedding or the head, how many of the layers are
-    mixtures of experts; arrays or plain numbers."""
+    mixtures of experts; arrays or plain numbers. `kinds`: where stages recompute differently, the layers that recompute
+    nothing, selectively, all, then the mixtures among each of them, (6, ...); zeros under other layouts."""
 
     layers: Any
     first: Any
     last: Any
     moe_layers: Any = 0
+    kinds: np.ndarray | None = None
+
+    @property
+    def dense_layers(self) -> Any:
+        """Layers with a plain feed-forward block."""
+        return self.layers - self.moe_layers
 
 
 LAYER, EMBEDDING, HEAD = StageShape(1, False, False), StageShape(0, True, False), StageShape(0, False, True)
 MOE_LAYER = StageShape(1, False, False, 1)
 """The parts of a stage: messages inside a micro-batch are counted in layers and ends, so each can be asked alone."""
+
+
+def by_recompute(lay: LayoutBatch, shape: StageShape) -> Iterator[tuple[LayoutBatch, StageShape]]:
+    """The layouts with what they hold, or, where stages recompute differently, one kind of recomputation after the
+    other with the layers of that kind (the ends with the first). Whatever is counted in layers adds up over them."""
+    if shape.kinds is None:
+        yield lay, shape
+        return
+    differ = lay.recompute == BY_STAGE
+    for kind in range(BY_STAGE):
+        alike, first = lay.recompute == kind, kind == 0
+        layers = np.where(differ, shape.kinds[kind], alike * shape.layers)
+        moe = np.where(differ, shape.kinds[BY_STAGE + kind], alike * shape.moe_layers)
+        one = lay.having(recompute=np.full(len(differ), kind))
+        yield one, StageShape(layers, first & np.asarray(shape.first), first & np.asarray(shape.last), moe)
 
 
 class Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 COMPONENTS: dict[str, str] = {
     "ideal": "model FLOPs at peak (useful work)",
-    "kernel": "kernels below peak: GEMM shape, attention, memory-bound work, launches",
+    "kernel": "kernels below peak: GEMM shape, attention, memory-bound work, launches, exposed copies to the host",
     "recompute": "activation recomputation",
     "tp_comm": "exposed tensor- and sequence-parallel communication",
     "cp_comm": "exposed context-parallel communication: keys, values and their gradients",
@@ -27,6 +27,6 @@ KINDS: dict[str, str] = {
     "gemm": "matrix products",
     "attention": "attention",
     "memory": "memory-bound operators: norms, activations, additions, casts",
-    "host": "launches and the host: Python, autograd, operators that move nothing",
+    "host": "launches and the host: Python, autograd, operators that move nothing, exposed copies to its memory",
 }
 """The same compute by kind of work; the parts add up to it."""

@@ -12,7 +12,7 @@ from itertools import product
 from pydantic import ValidationError
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout
+from bloomery.spec.layout import RECOMPUTE, Layout
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
 
@@ -56,6 +56,9 @@ def _resized(layout: Layout, *, tp: int, pp: int, cp: int, dp: int, micro_batch:
         changes["sequence_parallel"] = False
     if pp != layout.pp:
         changes["stage_layers"] = None
+        if not isinstance(layout.recompute, str):
+            # What a run was planned to keep may not fit on fewer stages: all that one of them made again.
+            changes["recompute"] = max(layout.recompute, key=RECOMPUTE.index)
     if pp == 1:
         changes |= {"vpp": 1, "schedule": "1f1b"}
     try:

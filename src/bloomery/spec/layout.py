@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from heapq import heapify, heapreplace
 from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.model import Model
+from bloomery.spec.splits import Splits, stage_on, stage_split
 
+Recompute = Literal["none", "selective", "full"]
 RECOMPUTE = ("none", "selective", "full")
+BY_STAGE = len(RECOMPUTE)
+"""The code of a layout's recomputation in a `LayoutBatch` where its stages differ."""
 SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
 CP_METHODS = ("ring", "all_gather")
 OUTERMOST = ("pp", "dp")
+OFFLOAD = ("none", "activations")
 V_SCHEDULES = ("zbv", "dualpipev")
 """Schedules whose two chunks a rank lie on a V (see `stage_on`), with a backward pass in two parts: ZB-V (Qi et al.
 2023, arXiv 2401.10241, section 6; 2405.15362) and DualPipeV (DeepSeek-V3's DualPipe, 2412.19437, cut in half)."""
@@ -43,11 +47,29 @@ class Layout(Noun):
     sequence_parallel: bool = False
     micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
     schedule: Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"] = "1f1b"
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute | tuple[Recompute, ...] = Field(
+        default="none", description="what layers make again in the backward pass: of all stages, or of each (a+b+...)"
+    )
+    offload: Literal["none", "activations"] = Field(
+        default="none",
+        description="what waits in the host's memory: activations, from a layer's forward to its backward",
+    )
     outermost: Literal["pp", "dp"] = Field(
         default="pp", description="the axis whose ranks lie farthest apart; under dp a pipeline's stages are neighbours"
     )
     stage_layers: tuple[int, ...] | None = Field(default=None, description="layers of each of the pp*vpp stages")
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _recompute_of_stages(cls, value: object) -> object:
+        """`full+none` means the list of both."""
+        names = value.split("+") if isinstance(value, str) and "+" in value else value
+        for stage, name in enumerate(names if isinstance(names, list | tuple) else ()):
+            if name not in RECOMPUTE:
+                nearest = nearest_match(str(name), RECOMPUTE)
+                hint = f"; did you mean {nearest!r}?" if nearest else ""
+                raise ValueError(f"stage {stage} has {name!r}; accepted for each: {', '.join(RECOMPUTE)}{hint}")
+        return names
 
     @model_validator(mode="before")
     @classmethod
@@ -67,6 +89,8 @@ class Layout(Noun):
             raise ValueError(f"vpp {self.vpp} and schedule {self.schedule!r} disagree: interleaved means vpp > 1")
         if self.stage_layers is not None and len(self.stage_layers) != self.pp * self.vpp:
             raise ValueError(f"stage_layers names {len(self.stage_layers)} stages, pp*vpp is {self.pp * self.vpp}")
+        if not isinstance(self.recompute, str) and len(self.recompute) != self.n_stages:
+            raise ValueError(f"recompute names {len(self.recompute)} stages, pp*vpp is {self.n_stages}")
         return self
 
     @property
@@ -80,10 +104,15 @@ class Layout(Noun):
         return self.schedule in V_SCHEDULES
 
     @property
-    def splits_backward(self) -> bool:
-        """Whether gradients of weights have their own turn in the schedule. Recomputed layers have theirs at once:
-        PyTorch asks for them weight by weight, and each asking would recompute the layer."""
-        return self.v_shaped and self.recompute == "none"
+    def recomputes(self) -> tuple[Recompute, ...]:
+        """What each stage recomputes."""
+        return (self.recompute,) * self.n_stages if isinstance(self.recompute, str) else self.recompute
+
+    def splits_backward(self, stage: int) -> bool:
+        """Whether a stage's gradients of weights have their own turn in the schedule. Layers that are recomputed or
+        offloaded have theirs at once: they would be recomputed, or brought back, once more (PyTorch asks for gradients
+        weight by weight)."""
+        return self.v_shaped and self.recomputes[stage] == "none" and self.offload == "none"
 
     def stages_on(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, in their order."""
@@ -122,13 +151,20 @@ class Layout(Noun):
         parts += [self.schedule] if self.v_shaped else []
         parts += ["dp-outermost"] if self.outermost == "dp" else []
         parts += [f"stages{_run_lengths(self.stage_layers)}"] if self.stage_layers else []
-        parts += [f"recompute-{self.recompute}"] if self.recompute != "none" else []
+        parts += [f"recompute-{self.recomputation}"] if set(self.recomputes) != {"none"} else []
+        parts += [f"offload-{self.offload}"] if self.offload != "none" else []
         return " ".join(parts)
+
+    @property
+    def recomputation(self) -> str:
+        """What is recomputed, in a word, or stage by stage: `full+selective*2+none`."""
+        alike = len(set(self.recomputes)) == 1
+        return self.recomputes[0] if alike else _run_lengths(self.recomputes, times="*")
 
     @classmethod
     def parse(cls, text: str) -> Layout:
         """Read the command-line form `tp=2,pp=2,dp=2,sequence_parallel=true`; `sp`, `zero`, `mb`, `replicas` are short
-        names and the layers of stages are joined by plus signs: `stage_layers=3+5`."""
+        names and what stages have each is joined by plus signs: `stage_layers=3+5`, `recompute=full+none`."""
         short = {"sp": "sequence_parallel", "zero": "zero_stage", "mb": "micro_batch", "replicas": "dp_replicas"}
         values: dict[str, Any] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -151,47 +187,10 @@ class Layout(Noun):
         return cls.checked(values, where="--layout")
 
 
-def _run_lengths(counts: Sequence[int]) -> str:
+def _run_lengths(values: Sequence[object], times: str = "x") -> str:
     """`3+4x6+2` of 3, six times 4, and 2."""
-    runs = [(count, len(list(same))) for count, same in groupby(counts)]
-    return "+".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
-
-
-def stage_split(layers: int, stages: int) -> tuple[int, ...]:
-    """Layers of each stage, as even as possible; the remainder goes to the middle stages.
-
-    The first stage also holds the embedding and the last one the head, so they never take a remainder first.
-    """
-    base, extra = divmod(layers, stages)
-    middle_out = sorted(range(stages), key=lambda stage: (abs(stage - (stages - 1) / 2), stage))
-    more = set(middle_out[:extra])
-    return tuple(base + (stage in more) for stage in range(stages))
-
-
-def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
-    """Layers of each stage so that the slowest is as fast as can be: stage i does `extra[i]` layers' worth besides.
-
-    Each layer goes to the stage that is then least loaded, which is optimal for tasks of one size (Graham 1969); ties
-    go to the middle. With nothing extra it is `stage_split`.
-    """
-    centre = (len(extra) - 1) / 2
-    counts = [0] * len(extra)
-    heap = [(load, abs(stage - centre), stage) for stage, load in enumerate(extra)]
-    heapify(heap)
-    for _ in range(layers):
-        load, place, stage = heap[0]
-        counts[stage] += 1
-        heapreplace(heap, (load + 1.0, place, stage))
-    return tuple(counts)
-
-
-def stage_on(chunk: Any, pipeline_rank: Any, pp: Any, v_shaped: Any) -> Any:
-    """Which stage chunk `chunk` of a pipeline rank is: numbers or arrays that broadcast. The one place that says so.
-
-    Chunk c of rank r is stage c pp + r; where the stages go down and up a V, odd chunks run the other way: stage
-    c pp + (pp - 1 - r), so that neighbours at a turn share a rank. The same formula leads back from place to rank.
-    """
-    return chunk * pp + np.where(v_shaped & (chunk % 2 == 1), pp - 1 - pipeline_rank, pipeline_rank)
+    runs = [(value, len(list(same))) for value, same in groupby(values)]
+    return "+".join(f"{value}{times}{length}" if length > 1 else f"{value}" for value, length in runs)
 
 
 def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
@@ -202,36 +201,9 @@ def stages_of(model: Model, layout: Layout) -> tuple[range, ...]:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """`Layout.stage_layers` of n layouts: `which` (n,) of a few `kinds` each has; None is the default split."""
-
-    kinds: tuple[tuple[int, ...] | None, ...]
-    which: np.ndarray
-
-    @classmethod
-    def of(cls, each: Sequence[tuple[int, ...] | None]) -> Splits:
-        """Of layouts one by one."""
-        number = {split: i for i, split in enumerate(dict.fromkeys(each))}
-        return cls(tuple(number), np.array([number[split] for split in each], dtype=np.int64))
-
-    def __iter__(self) -> Iterator[tuple[int, ...] | None]:
-        return (self.kinds[i] for i in self.which.tolist())
-
-    def __getitem__(self, i: int) -> tuple[int, ...] | None:
-        return self.kinds[int(self.which[i])]
-
-    def take(self, index: np.ndarray) -> Splits:
-        """Those of the layouts at `index` (integers or a mask)."""
-        return Splits(self.kinds, self.which[index])
-
-    def where(self, holds: Callable[[tuple[int, ...]], bool]) -> np.ndarray:
-        """Where a split that is not the default has a property, shape (n,)."""
-        return np.array([split is not None and holds(split) for split in self.kinds], dtype=bool)[self.which]
-
-
-@dataclass(frozen=True)
 class LayoutBatch:
-    """n layouts as integer arrays of shape (n,); names (schedule, recompute, ...) are indices into their tuples."""
+    """n layouts as integer arrays of shape (n,); names (schedule, recompute, ...) are indices into their tuples.
+    `stage_recompute`: what each stage recomputes where `recompute` is `BY_STAGE`."""
 
     tp: np.ndarray
     pp: np.ndarray
@@ -245,9 +217,11 @@ class LayoutBatch:
     micro_batch: np.ndarray
     schedule: np.ndarray
     recompute: np.ndarray
+    offload: np.ndarray
     cp_method: np.ndarray
     outermost: np.ndarray
     stage_layers: Splits | None = None
+    stage_recompute: Splits | None = None
 
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
@@ -270,13 +244,16 @@ class LayoutBatch:
             return np.array([getattr(layout, name) for layout in layouts], dtype=np.int64)
 
         plain = {name: column(name) for name in _INTEGER_FIELDS}
+        again = [tuple(RECOMPUTE.index(name) for name in layout.recomputes) for layout in layouts]
         return cls(
             **plain,
             schedule=np.array([SCHEDULES.index(layout.schedule) for layout in layouts]),
-            recompute=np.array([RECOMPUTE.index(layout.recompute) for layout in layouts]),
+            recompute=np.array([stages[0] if len(set(stages)) == 1 else BY_STAGE for stages in again]),
+            offload=np.array([OFFLOAD.index(layout.offload) for layout in layouts]),
             cp_method=np.array([CP_METHODS.index(layout.cp_method) for layout in layouts]),
             outermost=np.array([OUTERMOST.index(layout.outermost) for layout in layouts]),
             stage_layers=Splits.of([layout.stage_layers for layout in layouts]),
+            stage_recompute=Splits.of([stages if len(set(stages)) > 1 else None for stages in again]),
         )
 
     @cached_property
@@ -293,6 +270,11 @@ class LayoutBatch:
     def uneven(self) -> np.ndarray:
         """Which of the splits of its stages each layout has, shape (n,)."""
         return np.zeros(len(self), dtype=np.int64) if self.stage_layers is None else self.stage_layers.which
+
+    @cached_property
+    def mixed(self) -> np.ndarray:
+        """Which of the ways to recompute stage by stage each layout has, shape (n,)."""
+        return np.zeros(len(self), dtype=np.int64) if self.stage_recompute is None else self.stage_recompute.which
 
     @cached_property
     def norms_sharded(self) -> np.ndarray:
@@ -315,15 +297,30 @@ class LayoutBatch:
 
     def take(self, index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` (integers or a mask)."""
-        arrays = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name != "stage_layers"}
-        return LayoutBatch(**arrays, stage_layers=self.stage_layers.take(index) if self.stage_layers else None)
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        taken: dict[str, Any] = {name: columns[name] and columns[name].take(index) for name in _SPLITS}
+        return LayoutBatch(**taken, **{name: columns[name][index] for name in columns if name not in _SPLITS})
+
+    def joined(self, other: LayoutBatch) -> LayoutBatch:
+        """These layouts, then others."""
+        mine, more = ({f.name: getattr(one, f.name) for f in fields(one)} for one in (self, other))
+        values: dict[str, Any] = {
+            name: np.concatenate((mine[name], more[name])) for name in mine if name not in _SPLITS
+        }
+        for name in _SPLITS:
+            own, theirs = (side[name] or Splits.of([None] * len(one)) for side, one in ((mine, self), (more, other)))
+            values[name] = own.joined(theirs)
+        return LayoutBatch(**values)
 
     def layout(self, i: int) -> Layout:
         """The i-th layout as a noun."""
         values: dict[str, Any] = {name: int(getattr(self, name)[i]) for name in _INTEGER_FIELDS}
         values["sequence_parallel"] = bool(values["sequence_parallel"])
         values["schedule"] = SCHEDULES[int(self.schedule[i])]
-        values["recompute"] = RECOMPUTE[int(self.recompute[i])]
+        stages = self.stage_recompute[i] if self.stage_recompute else None
+        again = int(self.recompute[i])
+        values["recompute"] = RECOMPUTE[again] if stages is None else tuple(RECOMPUTE[kind] for kind in stages)
+        values["offload"] = OFFLOAD[int(self.offload[i])]
         values["cp_method"] = CP_METHODS[int(self.cp_method[i])]
         values["outermost"] = OUTERMOST[int(self.outermost[i])]
         values["stage_layers"] = self.stage_layers[i] if self.stage_layers else None
@@ -333,3 +330,4 @@ class LayoutBatch:
 _INTEGER_FIELDS = (
     "tp", "pp", "vpp", "dp", "dp_replicas", "cp", "ep", "zero_stage", "sequence_parallel", "micro_batch",
 )  # fmt: skip
+_SPLITS = ("stage_layers", "stage_recompute")

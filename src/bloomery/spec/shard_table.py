@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.spec.collective import Collective, Rows, StageShape
+from bloomery.spec.collective import Collective, Rows, StageShape, by_recompute
 from bloomery.spec.data_messages import data_collectives, matrix_collectives, norm_collectives, tied_collectives
 from bloomery.spec.expert_messages import dispatch_rows
-from bloomery.spec.layout import CP_METHODS, Layout, LayoutBatch, stage_on, stages_of
+from bloomery.spec.layout import BY_STAGE, CP_METHODS, RECOMPUTE, Layout, LayoutBatch, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.modules import GROUPS
 from bloomery.spec.parameters import Parameter, embedding_parameters, head_parameters, layer_parameters
+from bloomery.spec.splits import stage_on
 
 LOSS_BYTES = 4
 """The vocabulary-parallel loss reduces in float32 (float64 when the model is)."""
@@ -49,7 +50,23 @@ def stage_shape(model: Model, lay: LayoutBatch, pipeline_rank: np.ndarray | int)
     routed: Any = (
         0 if model.moe is None else layers - _dense_layers(model.moe.first_dense_layers, lay, rank, base, extra)
     )
-    return StageShape(layers, rank == 0, rank == np.where(lay.v_shaped, 0, lay.pp - 1), routed)
+    last = rank == np.where(lay.v_shaped, 0, lay.pp - 1)
+    return StageShape(layers, rank == 0, last, routed, _layers_by_recompute(model, lay, rank))
+
+
+def _layers_by_recompute(model: Model, lay: LayoutBatch, rank: np.ndarray) -> np.ndarray | None:
+    """`StageShape.kinds` of a pipeline rank, (6, n); None where no layout recomputes stage by stage."""
+    if not np.any(lay.recompute == BY_STAGE):
+        return None
+    kinds = np.zeros((2 * BY_STAGE, len(lay)), dtype=np.int64)
+    for i in np.flatnonzero(lay.recompute == BY_STAGE):
+        layout = lay.layout(int(i))
+        ranges = stages_of(model, layout)
+        for stage in layout.stages_on(int(rank[i])):
+            kind = RECOMPUTE.index(layout.recomputes[stage])
+            kinds[kind, i] += len(ranges[stage])
+            kinds[BY_STAGE + kind, i] += sum(model.is_routed(layer) for layer in ranges[stage])
+    return kinds
 
 
 def _dense_layers(first: int, lay: LayoutBatch, rank: np.ndarray, base: np.ndarray, extra: np.ndarray) -> np.ndarray:
@@ -114,10 +131,15 @@ def stage_collectives(
     optimizer: str = "adamw",
 ) -> list[Collective]:
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
+    inner = list[Collective]()
+    for own, part in by_recompute(lay, shape):
+        inner += tensor_collectives(
+            model, own, part, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes
+        )
+        inner += context_collectives(model, own, part, seq_len=seq_len, block_bytes=block_bytes)
+        inner += expert_collectives(model, own, part, seq_len=seq_len, block_bytes=block_bytes)
     return [
-        *tensor_collectives(model, lay, shape, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes),
-        *context_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
-        *expert_collectives(model, lay, shape, seq_len=seq_len, block_bytes=block_bytes),
+        *inner,
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
         *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),

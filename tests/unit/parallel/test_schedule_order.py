@@ -10,7 +10,7 @@ import pytest
 from bloomery.parallel.schedule_order import Program, Transfer, play, rank_programs, schedule_order
 from bloomery.perf.case import Case
 from bloomery.perf.memory import in_flight
-from bloomery.planner.orders import order_of
+from bloomery.perf.orders import order_of
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 

@@ -11,9 +11,10 @@ import pytest
 from bloomery.perf.flops import forward_flops
 from bloomery.planner.enumerate import Enumeration, enumerate_layouts
 from bloomery.spec import catalog
-from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch, balanced_split, stage_split
+from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
 from bloomery.spec.model import Model
+from bloomery.spec.splits import balanced_split, stage_split
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BATCH, SEQ = 12, 64

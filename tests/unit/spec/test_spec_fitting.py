@@ -32,6 +32,7 @@ def on(layout: str, ranks: int, global_batch: int = 12) -> str:
         ("pp=2,dp=2,vpp=2,mb=1", 3, "pp2 vpp2 mb1"),
         ("pp=2,vpp=2,mb=1", 1, "dp1 mb1"),
         ("dp=4,replicas=2,zero=2,mb=1", 3, "dp3 zero2 mb1"),
+        ("pp=4,mb=1,recompute=full+selective+none+none", 2, "pp2 mb1 recompute-full"),
     ],
 )
 def test_data_parallelism_gives_way_before_anything_else(layout: str, ranks: int, expected: str) -> None:

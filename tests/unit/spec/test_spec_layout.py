@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import Layout, LayoutBatch, stage_split, stages_of
+from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.layout_rules import check_layout, layout_problems
+from bloomery.spec.splits import stage_split
 
 LLAMA = catalog.model("llama-3-8b")
 
@@ -43,6 +44,44 @@ def test_interleaving_names_its_schedule_by_itself() -> None:
 
 def test_layers_of_stages_are_read_from_the_command_line() -> None:
     assert Layout.parse("pp=2,stage_layers=3+5").stage_layers == (3, 5)
+
+
+def test_recomputation_is_one_for_all_stages_or_one_for_each() -> None:
+    text = "pp=2,vpp=2,recompute=full+none+none+none"
+    layout = Layout.parse(text)
+    assert layout.recomputes == ("full", "none", "none", "none")
+    assert layout == Layout.checked({"pp": 2, "vpp": 2, "recompute": ["full", "none", "none", "none"]})
+    assert layout == Layout.checked({"pp": 2, "vpp": 2, "recompute": "full+none+none+none"})
+    assert layout.describe() == "pp2 vpp2 mb1 recompute-full+none*3"
+    assert Layout.parse("pp=2,recompute=full").recomputes == ("full", "full")
+    batch = LayoutBatch.of([Layout(pp=2), layout, Layout.parse("pp=2,recompute=selective+none")])
+    assert [batch.layout(i).recomputation for i in range(3)] == ["none", "full+none*3", "selective+none"]
+    both = batch.take(np.array([2, 0])).joined(batch)
+    assert [both.layout(i) for i in range(5)] == [batch.layout(i) for i in (2, 0, 0, 1, 2)]
+    assert both.mixed[1] == both.mixed[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pp=2,recompute=full+none+none", r"recompute names 3 stages, pp\*vpp is 2"),
+        (
+            "pp=2,recompute=full+nonne",
+            "stage 1 has 'nonne'; accepted for each: none, selective, full; did you mean 'none'",
+        ),
+        ("recompute=ful", "did you mean 'full'"),
+        ("offload=activation", "did you mean 'activations'"),
+    ],
+)
+def test_wrong_recomputation_is_refused_in_one_line(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        Layout.parse(text)
+
+
+def test_a_stage_goes_backward_whole_where_it_recomputes_or_offloads() -> None:
+    layout = Layout.parse("pp=2,schedule=zbv,recompute=full+none+none+selective")
+    assert [layout.splits_backward(stage) for stage in range(4)] == [False, True, True, False]
+    assert not any(Layout.parse("pp=2,schedule=zbv,offload=activations").splits_backward(stage) for stage in range(4))
 
 
 @pytest.mark.parametrize("text", ["pp=4", "pp=4,vpp=3", "pp=4,schedule=zbv", "pp=5,schedule=dualpipev"])

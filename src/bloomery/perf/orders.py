@@ -8,7 +8,8 @@ of PyTorch's runtime, which a test compares; how long the turns take is the time
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
 
 from bloomery.spec.layout import Layout
 
@@ -32,10 +33,43 @@ def order_of(layout: Layout, micro_batches: int, rank: int) -> Iterator[Turn]:
     for turn in _on_a_v(pattern(layout.pp, micro_batches, rank), layout.stages_on(rank)):
         if turn.micro_batch >= micro_batches:
             continue
-        if layout.splits_backward or not turn.work.startswith("backward "):
+        if layout.splits_backward(turn.stage) or not turn.work.startswith("backward "):
             yield turn
         elif turn.work == "backward input":
             yield turn._replace(work="backward")
+
+
+ROUNDS = 4
+"""An interleaved schedule repeats itself: of more micro-batches than so many rounds of pp only these are played."""
+
+
+def most_in_flight(layout: Layout, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    """Micro-batches of each chunk of a pipeline rank between their forward and the end of their backward pass, at the
+    moments of which none holds at most as many of every chunk as another."""
+    if layout.schedule == "interleaved":
+        micro_batches = min(micro_batches, ROUNDS * layout.pp)
+    values: dict[str, Any] = {"pp": layout.pp, "vpp": layout.vpp, "schedule": layout.schedule}
+    if layout.v_shaped:
+        values["recompute"] = layout.recomputes  # it decides which backward passes are split
+    return _most_in_flight(Layout(**values), micro_batches, rank)
+
+
+@lru_cache(maxsize=4096)
+def _most_in_flight(layout: Layout, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
+    chunk_of = {stage: chunk for chunk, stage in enumerate(layout.stages_on(rank))}
+    held, moments = [0] * layout.vpp, set[tuple[int, ...]]()
+    for turn in order_of(layout, micro_batches, rank):
+        if turn.work == "forward":
+            held[chunk_of[turn.stage]] += 1
+            moments.add(tuple(held))
+        elif turn.work != "backward input":
+            held[chunk_of[turn.stage]] -= 1
+
+    most: list[tuple[int, ...]] = []
+    for moment in sorted(moments, key=sum, reverse=True):
+        if not any(all(a >= b for a, b in zip(one, moment, strict=True)) for one in most):
+            most.append(moment)
+    return tuple(most)
 
 
 def _forward_and_backward_in_turn(layout: Layout, micro_batches: int, rank: int) -> Iterator[Turn]:

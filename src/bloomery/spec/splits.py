@@ -1,0 +1,82 @@
+"""How many layers a pipeline's stages have and where stages lie: plain numbers or arrays, no `Layout` needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from typing import Any
+
+import numpy as np
+
+
+def stage_split(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage, as even as possible; the remainder goes to the middle stages.
+
+    The first stage also holds the embedding and the last one the head, so they never take a remainder first.
+    """
+    base, extra = divmod(layers, stages)
+    middle_out = sorted(range(stages), key=lambda stage: (abs(stage - (stages - 1) / 2), stage))
+    more = set(middle_out[:extra])
+    return tuple(base + (stage in more) for stage in range(stages))
+
+
+def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
+    """Layers of each stage so that the slowest is as fast as can be: stage i does `extra[i]` layers' worth besides.
+
+    Each layer goes to the stage that is then least loaded, which is optimal for tasks of one size (Graham 1969); ties
+    go to the middle. With nothing extra it is `stage_split`.
+    """
+    centre = (len(extra) - 1) / 2
+    counts = [0] * len(extra)
+    heap = [(load, abs(stage - centre), stage) for stage, load in enumerate(extra)]
+    heapify(heap)
+    for _ in range(layers):
+        load, place, stage = heap[0]
+        counts[stage] += 1
+        heapreplace(heap, (load + 1.0, place, stage))
+    return tuple(counts)
+
+
+def stage_on(chunk: Any, pipeline_rank: Any, pp: Any, v_shaped: Any) -> Any:
+    """Which stage chunk `chunk` of a pipeline rank is: numbers or arrays that broadcast. The one place that says so.
+
+    Chunk c of rank r is stage c pp + r; where the stages go down and up a V, odd chunks run the other way: stage
+    c pp + (pp - 1 - r), so that neighbours at a turn share a rank. The same formula leads back from place to rank.
+    """
+    return chunk * pp + np.where(v_shaped & (chunk % 2 == 1), pp - 1 - pipeline_rank, pipeline_rank)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What the stages of n layouts have, `Layout.stage_layers` say: `which` (n,) of a few `kinds` each has; None is the
+    default."""
+
+    kinds: tuple[tuple[int, ...] | None, ...]
+    which: np.ndarray
+
+    @classmethod
+    def of(cls, each: Sequence[tuple[int, ...] | None]) -> Splits:
+        """Of layouts one by one."""
+        number = {split: i for i, split in enumerate(dict.fromkeys(each))}
+        return cls(tuple(number), np.array([number[split] for split in each], dtype=np.int64))
+
+    def __iter__(self) -> Iterator[tuple[int, ...] | None]:
+        return (self.kinds[i] for i in self.which.tolist())
+
+    def __getitem__(self, i: int) -> tuple[int, ...] | None:
+        return self.kinds[int(self.which[i])]
+
+    def take(self, index: np.ndarray) -> Splits:
+        """Those of the layouts at `index` (integers or a mask)."""
+        return Splits(self.kinds, self.which[index])
+
+    def where(self, holds: Callable[[tuple[int, ...]], bool]) -> np.ndarray:
+        """Where a split that is not the default has a property, shape (n,)."""
+        return np.array([split is not None and holds(split) for split in self.kinds], dtype=bool)[self.which]
+
+    def joined(self, other: Splits) -> Splits:
+        """Those of these layouts, then those of others."""
+        number = {kind: i for i, kind in enumerate(dict.fromkeys(self.kinds + other.kinds))}
+        of = [np.array([number[kind] for kind in one.kinds])[one.which] for one in (self, other)]
+        return Splits(tuple(number), np.concatenate(of))

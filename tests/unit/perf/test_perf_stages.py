@@ -1,0 +1,111 @@
+"""Recomputation stage by stage: each rank is as in a layout whose stages are all like it, and the step waits for the
+slowest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bloomery.perf.case import Case
+from bloomery.perf.compute import stage_work
+from bloomery.perf.estimate import Estimates, estimate_case
+from bloomery.perf.memory import memory_of
+from bloomery.perf.messages import inner_messages
+from bloomery.perf.orders import most_in_flight
+from bloomery.perf.step import busy_s
+from bloomery.planner.step_timeline import planned_step
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import Model
+
+LLAMA, CLUSTER = catalog.model("llama-3-8b"), catalog.cluster("selene-like").cut(16)
+ASKED: dict[str, Any] = {"global_batch": 64, "seq_len": 4096}
+
+
+def case(*layouts: str, model: Model = LLAMA) -> Case:
+    batch = LayoutBatch.of([Layout.parse(layout) for layout in layouts])
+    return Case.of(model, CLUSTER, batch, dtype="bfloat16", **ASKED)
+
+
+def predicted(*layouts: str) -> Estimates:
+    return estimate_case(case(*layouts))
+
+
+def on_rank(layout: str, rank: int) -> tuple[float, float]:
+    """Bytes, and seconds of one micro-batch, of one pipeline rank."""
+    one = case(layout)
+    ranks = one.ranks(np.array([rank]))
+    seconds = sum(busy_s(one, stage_work(one, ranks), inner_messages(one, ranks)))
+    return float(sum(memory_of(one, ranks).values())[0]), float(seconds[0])
+
+
+def test_stages_named_one_by_one_and_all_alike_are_one_layout() -> None:
+    for spelling in ("full", "selective", "none"):
+        layouts = [f"tp=2,pp=4,dp=2,recompute={name}" for name in (spelling, "+".join([spelling] * 4))]
+        mixed = "tp=2,pp=4,dp=2,recompute=full+none+none+none"
+        alone, both = (predicted(*some) for some in (layouts, [*layouts, mixed]))
+        assert alone.step_time_s[0] == alone.step_time_s[1] == pytest.approx(both.step_time_s[0], rel=1e-12)
+        assert alone.peak_bytes[0] == alone.peak_bytes[1] == both.peak_bytes[0]
+        assert alone.hardware_flops[0] == pytest.approx(both.hardware_flops[0], rel=1e-12)
+
+
+def test_each_rank_is_as_in_a_layout_whose_stages_are_all_like_it() -> None:
+    names = ("full", "selective", "none", "none")
+    mesh = "tp=4,pp=4,sp=true"
+    layout = f"{mesh},recompute={'+'.join(names)}"
+    expected = [on_rank(f"{mesh},recompute={name}", rank) for rank, name in enumerate(names)]
+    for rank, one in enumerate(expected):
+        assert on_rank(layout, rank) == pytest.approx(one)
+    found = predicted(layout)
+    assert found.peak_bytes[0] == pytest.approx(max(n_bytes for n_bytes, _ in expected))
+    # The slowest rank works through the 64 micro-batches while the others fill and drain once, sends included.
+    seconds = [each for _, each in expected]
+    send = float(found.components["pp_comm"][0]) / 64
+    worked = 63 * (max(seconds) + send) + sum(seconds) + 4 * send
+    inside = ("ideal", "kernel", "recompute", "tp_comm", "pp_comm", "bubble")
+    assert sum(float(found.components[name][0]) for name in inside) == pytest.approx(worked)
+
+
+def test_full_recomputation_of_some_layers_repeats_their_forward_pass() -> None:
+    found = predicted(*(f"pp=4,dp=4,recompute={name}" for name in ("none", "full", "full+none+full+none")))
+    none, full, half = found.hardware_flops
+    assert half == pytest.approx((none + full) / 2)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv", "dualpipev"])
+def test_chunks_in_flight_are_those_of_the_schedule(schedule: str) -> None:
+    layout = Layout(pp=4, vpp=2, schedule=schedule)  # type: ignore[arg-type]
+    first = most_in_flight(layout, 16, 0)
+    assert all(len(moment) == 2 for moment in first)
+    most = max(sum(moment) for moment in first)
+    assert most == {"interleaved": 11, "zbv": 8, "dualpipev": 9}[schedule]
+    # The chunk that goes forward first has more micro-batches in flight.
+    assert max(moment[0] for moment in first) >= max(moment[1] for moment in first)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "tp=2,pp=4,dp=2,recompute=full+selective+none+none",
+        "tp=2,pp=2,vpp=2,dp=4,recompute=full+selective+none+none",
+        "tp=2,pp=2,vpp=2,dp=4,recompute=none+none+full+selective",
+        "tp=2,pp=2,dp=4,schedule=zbv,recompute=full+none+none+selective",
+    ],
+)
+def test_the_peak_is_that_of_the_schedule_played_turn_by_turn(layout: str) -> None:
+    step = planned_step(predicted(layout), 0)
+    for curve, parts in zip(step.memory, step.memory_parts, strict=True):
+        assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
+    assert step.end_s == pytest.approx(step.step_time_s, rel=0.05)
+
+
+def test_experts_are_counted_where_they_lie() -> None:
+    model = catalog.model("mixtral-8x7b")
+    layouts = [f"tp=2,pp=2,dp=4,ep=4,zero=2,recompute={name}" for name in ("none", "full", "full+none", "none+full")]
+    found = estimate_case(case(*layouts, model=model))
+    none, full, first, second = found.components["ep_comm"]
+    assert none < first < full
+    assert first == pytest.approx(second)
+    assert first == pytest.approx((none + full) / 2)
