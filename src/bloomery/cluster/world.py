@@ -102,7 +102,7 @@ def imported_for(job: Job) -> list[str]:
     wanted = {
         "bloomery.parallel.pipeline": layout.pp > 1,
         "bloomery.parallel.fully_sharded": layout.zero_stage >= 2,
-        "torch._dynamo": job.compiled or layout.recompute == "full" or layout.tp * layout.cp > 1,
+        "torch._dynamo": job.compiled or "full" in layout.recomputes or layout.tp * layout.cp > 1,
     }
     return [module for module, needed in wanted.items() if needed]
 
