@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bloomery.spec.attention import LatentAttention
+from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.modules import GROUPS
@@ -165,6 +166,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         engine = build(
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(), stabilisers=STABLE if case.stable else Stabilisers(),
+            float8=Float8(emulate=True),
         )  # fmt: skip
         if case.balanced:
             take_turns(engine)
@@ -231,7 +233,7 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
         stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide,
-        block_bytes=2 if case.dtype == "bfloat16" else wide, optimizer=case.optimizer,
+        block_bytes=2 if case.dtype in ("bfloat16", "float8") else wide, optimizer=case.optimizer,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:

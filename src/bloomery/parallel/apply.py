@@ -5,11 +5,12 @@
    layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
    Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
    Mixtures send their tokens to the ranks that hold the experts.
-3. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
-4. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
+3. Float8 replaces how projections, cut by then, multiply.
+4. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
+5. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
    selective wraps single operators of finished layers.
-5. FSDP wraps layers last: it gathers exactly what the layer computes with.
-6. The pipeline schedule (in `engine.build`) drives finished stages.
+6. FSDP wraps layers last: it gathers exactly what the layer computes with.
+7. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from bloomery.parallel.compiled import book_compilation, compile_layers
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.data_parallel import shard_over_data
 from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
+from bloomery.parallel.float8 import multiply_in_float8
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.recompute import recompute_layers, recompute_outputs
 from bloomery.parallel.tensor import apply_tensor_parallel
+from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters, owning_name
@@ -45,6 +48,7 @@ def lay_out(
     seed: int,
     measure: Measure,
     compiled: bool,
+    float8: Float8 | None,
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
     """This rank's stages by index, ready to compute, and the parameter table by name."""
     layout = mesh.layout
@@ -64,6 +68,8 @@ def lay_out(
             balance_whole_sequences(stage, context)
         if layout.ep > 1:
             send_to_experts(stage, mesh, measure)
+        if float8 is not None:
+            multiply_in_float8(stage, float8.recipe)
         if compiled:
             compile_layers(stage)
         if layout.recompute == "full":

@@ -21,10 +21,12 @@ from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.data_parallel import free_gathered, sum_flat, sum_whole
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
+from bloomery.parallel.formats import AUTOCAST, PARAMETERS, check_format
 from bloomery.parallel.mesh import Mesh
 from bloomery.parallel.pipeline import Schedule, build_schedule
 from bloomery.parallel.update_shards import UpdateShards
 from bloomery.spec.errors import InputError
+from bloomery.spec.float8 import DEFAULT, Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
@@ -357,10 +359,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.float32}
-"""Parameters' dtype: bfloat16 means float32 parameters and bfloat16 arithmetic (autocast)."""
-
-
 def build(
     model: Model,
     layout: Layout,
@@ -373,12 +371,14 @@ def build(
     measure: Measure,
     compiled: bool = False,
     stabilisers: Stabilisers = UNTOUCHED,
+    float8: Float8 = DEFAULT,
 ) -> Engine:
     """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
 
     Raises InputError for what the engine cannot run, before any memory is taken.
     """
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=mesh.world_size, run=True)
+    check_format(dtype, mesh.device, float8)
     axis = None
     if layout.tp > 1:
         axis = TensorAxis(mesh.group("tp"), layout.tp, mesh.tp_rank, layout.sequence_parallel, measure)
@@ -386,14 +386,14 @@ def build(
     if layout.cp > 1:
         context = ContextAxis(mesh.group("cp"), layout.cp, mesh.cp_rank, layout.cp_method, measure)
     stages, table = lay_out(
-        model, mesh, axis, context, dtype=_DTYPES[dtype], seed=seed, measure=measure, compiled=compiled
-    )
+        model, mesh, axis, context, dtype=PARAMETERS[dtype], seed=seed, measure=measure, compiled=compiled,
+        float8=float8 if dtype == "float8" else None,
+    )  # fmt: skip
     stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)
     engine.table, engine.measure = table, measure
     if layout.zero_stage == 1:
         engine.update_shards = UpdateShards.of(list(stages.values()), mesh, measure)
-    engine.autocast_dtype = torch.bfloat16 if dtype == "bfloat16" else None
-    engine.parameter_dtype = _DTYPES[dtype]
+    engine.autocast_dtype, engine.parameter_dtype = AUTOCAST.get(dtype), PARAMETERS[dtype]
     engine.expect(global_batch, seq_len)
     return engine

@@ -6,6 +6,7 @@ Row-cut projections (o, down) and the vocabulary-cut embedding are replaced, for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from bloomery.parallel.recompute import made_again, narrowed
 
 
 class RowLinear(nn.Module):
-    """y = sum over ranks of x W_local^T, then + bias (replicated)."""
+    """y = sum over ranks of x W_local^T, then + bias (replicated). `multiply` may be replaced from outside."""
 
     bias: nn.Parameter | None
 
@@ -27,10 +28,11 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight, self.axis = plain.get_parameter("weight"), axis
         self.register_parameter("bias", dict(plain.named_parameters()).get("bias"))
+        self.multiply: Callable[[Tensor, Tensor], Tensor] = F.linear
 
     def forward(self, x_bsf: Tensor) -> Tensor:
         """x: (batch, seq, width / tp) to (batch, seq or seq / tp, hidden)."""
-        y_bsd = leave_block(F.linear(x_bsf, self.weight), self.axis)
+        y_bsd = leave_block(self.multiply(x_bsf, self.weight), self.axis)
         return y_bsd if self.bias is None else y_bsd + self.bias
 
 

@@ -10,6 +10,7 @@ from bloomery.spec.base import Noun
 from bloomery.spec.course import Course, RampStage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, write_atomically
+from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings, Supervision
@@ -37,10 +38,11 @@ FIXED = (
     "kind",
     "document_mask",
     "dtype",
+    "float8",
     "stabilisers",
 )
 """What a resume takes over unchanged: model, batches, schedule, seed."""
-LATER = ("stabilisers", "ramp", "averaging")
+LATER = ("stabilisers", "ramp", "averaging", "float8")
 """Of these, what is no part of the hash where it is not used: checkpoints from before there was any go on."""
 
 
@@ -51,6 +53,7 @@ class Job(Noun):
     model: Model
     layout: Layout
     dtype: str
+    float8: Float8 = Float8()
     compiled: bool = False
     seed: int
     seq_len: int

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.course import Course, RampStage, ramp_problem, ramp_steps
+from bloomery.spec.float8 import Float8
 from bloomery.spec.launch import Launch
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -107,7 +108,8 @@ class Train(Noun):
         default=(), description="smaller batches or shorter sequences at the start, stage by stage"
     )
     seed: int = Field(default=0, ge=0)
-    dtype: Literal["auto", "float64", "float32", "bfloat16"] = "auto"
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float8"] = "auto"
+    float8: Float8 = Float8()
     compile: bool | Literal["auto"] = Field(
         default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"
     )

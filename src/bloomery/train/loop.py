@@ -135,6 +135,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         measure=clock.bucket,
         compiled=_compiled(job, mesh, recorder),
         stabilisers=job.stabilisers,
+        float8=job.float8,
     )
     optimizers = build_optimizers(engine, job.optimizer, job.averaging, job.steps)
     session = Session(
