@@ -39,6 +39,7 @@ def train(
     from bloomery.cluster.supervisor import launch
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
+    from bloomery.spec.float8 import wide_products
     from bloomery.spec.layout import Layout
 
     run = read_run(run_file, set_ or [])
@@ -59,6 +60,9 @@ def train(
         print(f"{folder}: already trained to step {job.steps}; --fresh starts over", file=sys.stderr)
     else:
         print(f"{folder}: {job.layout.describe()}, {job.dtype}, {job.steps} steps", file=sys.stderr)
+        wide = wide_products(job.model, job.layout) if job.dtype == "float8" else []
+        if wide:
+            print(f"in bfloat16, not float8: {', '.join(wide)}", file=sys.stderr)
         code = launch("bloomery.train.worker", folder, job.layout.world_size, place)
         if code:
             print(f"stopped; the same command {_goes_on_from(folder)}", file=sys.stderr)

@@ -19,10 +19,12 @@ from bloomery.perf.estimate import estimate
 from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
+from bloomery.spec.cluster import Dtype
 from bloomery.spec.commit import check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.fitting import fitted
+from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, check_recomputable
@@ -85,6 +87,16 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
     return layout
 
 
+def _dtype(run: Run, layout: Layout) -> Dtype:
+    """The number format of the run. Raises InputError where the accelerator or the layout does not have it."""
+    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    for phase in run.train.course.phases if dtype == "float8" else ():
+        problem = token_problem(layout, phase.seq_len)
+        if problem is not None:
+            raise InputError(problem, where="train.dtype", found="float8")
+    return dtype
+
+
 def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
     """What `plan.json` holds: the estimate the run starts with and the messages of its first pipeline rank."""
     cluster = run.cluster.cut(layout.world_size)
@@ -110,7 +122,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         stream_bytes=wide,
         parameter_bytes=wide,
         gradient_bytes=wide,
-        block_bytes=2 if dtype == "bfloat16" else wide,
+        block_bytes=2 if dtype in ("bfloat16", "float8") else wide,
         optimizer=optimizer,
     )
     rows = [
@@ -139,7 +151,7 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     """Write the run folder. Raises InputError for anything that would stop the run later."""
     check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
-    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    dtype = _dtype(run, layout)
     if run.train.guard.recompute_every:
         check_recomputable(run.model, layout)
     if run.train.memory_every:
@@ -190,7 +202,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
             "no prompt-response pairs: none could be made from the text; name a file in align.0.pairs and build again"
         )
         raise InputError(problem, where=str(data))
-    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
+    dtype = _dtype(staged, layout)
     expected = predicted(staged, layout, dtype)
     job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
         update={
@@ -273,6 +285,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         model=run.model,
         layout=layout,
         dtype=dtype,
+        float8=train.float8,
         compiled=_compiled(run, layout, expected["step_time_s"]),
         seed=train.seed,
         seq_len=train.seq_len,

@@ -124,8 +124,16 @@ def answer(run: Run, found: Found, *, top: int = 10) -> Plan:
 
 
 def run_dtype(run: Run, cluster: Cluster) -> Dtype:
-    """The number format of the run: as given, or what `auto` means on this cluster."""
-    return cluster.accelerator.training_dtype() if run.train.dtype == "auto" else run.train.dtype
+    """The number format of the run: as given, or what `auto` means on this cluster.
+
+    Raises InputError for float8 where nothing says that the accelerator has it, unless it may be emulated.
+    """
+    device, train = cluster.accelerator, run.train
+    if train.dtype == "float8" and "float8" not in device.peak_flops_per_s and not train.float8.emulate:
+        accepted = ["auto", *(kind for kind in ("float64", "float32", "bfloat16") if kind in device.peak_flops_per_s)]
+        problem = f"{device.name} has no float8 units that its cluster file tells of"
+        raise InputError(problem, where="train.dtype", found=train.dtype, accepted=accepted)
+    return device.training_dtype() if train.dtype == "auto" else train.dtype
 
 
 def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from bloomery.data.build import build
 from bloomery.spec import commit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
+from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.run import Run
 
@@ -119,6 +120,17 @@ def test_a_tokenizer_larger_than_the_model_is_refused(run: Run) -> None:
     small = run.model_copy(update={"model": run.model.model_copy(update={"vocab": 300})})
     with pytest.raises(InputError, match=r"lower data\.vocab"):
         prepare.prepare_pretraining(small, world_size=None, fresh=False)
+
+
+def test_float8_is_refused_where_there_are_no_units_unless_it_may_be_emulated(run: Run) -> None:
+    refused = r"train\.dtype: .* has no float8 units .*; found 'float8'; accepted: auto, .*float32"
+    with pytest.raises(InputError, match=refused):
+        prepare.prepare_pretraining(changed(run, dtype="float8"), world_size=None, fresh=False)
+    emulated = changed(run, dtype="float8", float8=Float8(emulate=True))
+    _, job = prepare.prepare_pretraining(emulated, world_size=None, fresh=False)
+    assert (job.dtype, job.float8) == ("float8", Float8(emulate=True))
+    with pytest.raises(InputError, match="24 tokens on a rank; float8 products need a multiple of 16"):
+        prepare.prepare_pretraining(changed(emulated, seq_len=24), world_size=None, fresh=True)
 
 
 def test_an_interrupted_build_is_no_data(run: Run) -> None:
