@@ -78,6 +78,11 @@ def chosen() -> list[Case]:
         Case("llama", "dp=4,replicas=2,zero=2", dtype="bfloat16"),
         Case("llama", "recompute=selective,micro_batch=2", dtype="bfloat16"),
         Case("gpt", "tp=2,sp=true,recompute=selective", dtype="bfloat16"),
+        Case("gpt", "tp=2,pp=2,sp=true,micro_batch=2", dtype="float8"),
+        Case("gpt", "dp=2,zero=3,micro_batch=2", dtype="float8"),
+        Case("gpt", "pp=2,micro_batch=1,schedule=zbv", dtype="float8"),
+        Case("gpt", "tp=2,recompute=full,micro_batch=4", dtype="float8"),
+        Case("llama", "recompute=selective,micro_batch=2", dtype="float8"),
     ]
 
 
@@ -87,15 +92,15 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     With S bytes in the stream, c in compute, T tokens (T/t in the stream under sequence parallelism):
     norms 2 Th S, and 1 (RMSNorm) or 2 statistics a token;
     inputs of projections Th c for each block, whole under sequence parallelism too, since they are gathered and kept;
-    autocast without tensor parallelism converts them once for each projection; queries, keys, values, output;
-    log-sum-exp; the feed-forward's width, 2 or 4 times. Rotary tables are shared by all layers and counted in none.
+    autocast without tensor parallelism converts them once for each projection, for float8 once; queries, keys, values,
+    output; log-sum-exp; the feed-forward's width, 2 or 4 times. Rotary tables are shared by layers and counted in none.
     Selective recomputation keeps of norms their inputs, of blocks no inputs, of the feed-forward half.
     """
-    stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (4, 2)}[dtype]
+    stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (4, 2), "float8": (4, 2)}[dtype]
     tokens, tp = layout.micro_batch * seq_len // layout.cp, layout.tp
     outside = tokens / tp if layout.sequence_parallel else tokens
     norms = 2 * outside * stream * (model.hidden + (1 if model.norm == "rmsnorm" else 2))
-    copies = 3 + (2 if model.gated else 1) if tp == 1 and compute < stream else 2
+    copies = 3 + (2 if model.gated else 1) if tp == 1 and dtype == "bfloat16" else 2
     inputs = copies * tokens * model.hidden * compute
     attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + max(4, compute) * model.heads)
     if model.qk_norm:
@@ -129,6 +134,8 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
             # The head's copy ends with the loss.
             matrices = sum(p.size // layout.tp for p in held if p.kind == "matrix" and p.name != "head.weight")
             assert one.account.weight_copies_bytes == 2 * matrices
+        if case.dtype == "float8":
+            assert one.account.weight_copies_bytes == 0
         agrees = without_activations(one)
         full = layout.recompute == "full"
         kept = one.account.working_bytes if full else one.account.layer_activation_bytes / one.account.layers

@@ -211,7 +211,8 @@ def _totals(executed: Counter[Message], planned: Counter[Message]) -> tuple[Mess
 def rank_flops(case: Case, account: RankAccount) -> float:
     """FLOPs of one rank in one step, as `perf.flops` counts them: its layers, and the head on the last stage.
 
-    The engine's recomputation stops before a layer's last product, whose result nothing needs. Its masks skip nothing,
+    The engine's recomputation stops before a layer's last product, whose result nothing needs, unless that is in
+    float8: PyTorch then learns what it keeps when it is done. Its masks skip nothing,
     so a sliding window saves nothing; values of latent attention are padded to the width of keys, and projections down
     to latents are the same on every tensor-parallel rank.
     """
@@ -229,7 +230,7 @@ def rank_flops(case: Case, account: RankAccount) -> float:
         skipped = forward.attention * (1 - context_attention_share(model, cp))
         layer = (forward.layers - skipped - whole + 2 * case.seq_len * padded) / tp + whole
         width = model.ffn_hidden if moe is None else moe.shared_experts * moe.expert_ffn_hidden
-        down = 2 * case.seq_len * model.hidden * width / tp
+        down = 2 * case.seq_len * model.hidden * width / tp if case.dtype != "float8" else 0.0
         total += layers * (3 * layer + (layer - down if full else 0.0))
     head = 3 * forward_flops(model, case.seq_len).head * ranks.last[0]
     return float(account.micro_batches * int(lay.micro_batch[0]) * (total + head / tp) / cp)

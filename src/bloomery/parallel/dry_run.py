@@ -29,6 +29,7 @@ from bloomery.parallel.mesh import Mesh, check_rank, pretend
 from bloomery.parallel.pipeline import expect_given_shapes, most_at_once, receive_buffers_bytes
 from bloomery.parallel.recorder import record
 from bloomery.parallel.tally import FlopTally, SavedTally
+from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout, stages_of
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
@@ -226,6 +227,7 @@ def _steps(
             dtype=dtype,
             seed=0,
             measure=measure,
+            float8=Float8(emulate=True),
         )
         stages.update(engine.stages)
         optimizer = _Together(optimizers(engine))

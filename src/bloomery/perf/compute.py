@@ -61,7 +61,8 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     share = case.stack.selective_share
     selective = _outputs_again(case, moe) if share is None else attention_again + share * work.forward
     full = case.lay.recompute == FULL
-    again = work.forward - _down(case) if case.stack.eager and not moe else work.forward
+    stops = case.stack.eager and not moe and case.dtype != "float8"
+    again = work.forward - _down(case) if stops else work.forward
     recompute = np.where(full, again, np.where(case.lay.recompute == SELECTIVE, selective, 0.0))
     host_backward = work.host_backward + np.where(full, work.host_forward, 0.0)
     return replace(work, recompute=recompute, host_backward=host_backward, accumulate=_accumulation(case, held))
@@ -85,10 +86,10 @@ def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:
     )
 
 
-def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1) -> tuple[Any, Any]:
-    return linear_s(
-        case.accelerator, case.dtype, tokens, n_in, n_out, element_bytes=case.precision.operand, batch=batch
-    )
+def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1, *, wide: bool = False) -> tuple[Any, Any]:
+    """`wide`: in the format of attention, where products are narrower."""
+    dtype, width = (case.wide_dtype, case.precision.compute) if wide else (case.dtype, case.precision.operand)
+    return linear_s(case.accelerator, dtype, tokens, n_in, n_out, element_bytes=width, batch=batch)
 
 
 def _summed(pairs: list[tuple[Any, Any]]) -> tuple[Any, Any]:
@@ -125,19 +126,25 @@ def _feed_forward(case: Case) -> tuple[Any, Any]:
 
 
 def _down(case: Case) -> Any:
-    """Seconds of the last product of a layer forward: PyTorch's recomputation stops before it, nothing needs it."""
+    """Seconds of the last product of a layer forward: PyTorch's recomputation stops before it, nothing needs it (its
+    own product; of one in float8 it learns when it is done)."""
     return _linear(case, case.tokens, case.model.ffn_hidden / case.lay.tp, case.model.hidden)[0]
 
 
 def _experts(case: Case) -> tuple[Any, Any]:
-    """Routed experts on the fullest rank (`Stack.expert_imbalance`), shared experts, and the router itself."""
+    """Routed experts on the fullest rank (`Stack.expert_imbalance`), shared experts, and the router itself.
+
+    Our engine leaves routed experts in 16 bit when projections are in 8.
+    """
     model, lay = case.model, case.lay
     assert model.moe is not None
     here = model.moe.experts / lay.ep
     rows = case.tokens * model.moe.top_k / here * case.expert_imbalance
     width = model.moe.expert_ffn_hidden / lay.tp
     copies = 2 if model.gated else 1
-    pairs = [_linear(case, rows, model.hidden, width, here * copies), _linear(case, rows, width, model.hidden, here)]
+    wide = case.stack.eager
+    pairs = [_linear(case, rows, model.hidden, width, here * copies, wide=wide)]
+    pairs.append(_linear(case, rows, width, model.hidden, here, wide=wide))
     pairs.append(_linear(case, case.tokens, model.hidden, model.moe.experts))
     if model.moe.shared_experts:
         shared = model.moe.shared_experts * width

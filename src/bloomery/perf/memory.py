@@ -130,8 +130,9 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         # FSDP reduces after the last micro-batch: whole gradients until then.
         sharded = sharded & (case.micro_batches == 1)
         if precision.compute < precision.parameter:
-            # Autocast keeps narrow copies of the weights through a step.
-            buffers = buffers + precision.compute * (dense + experts)
+            # Autocast keeps narrow copies of the weights through a step; those in float8 are cast at each product.
+            copied = experts if precision.operand < precision.compute else dense + experts
+            buffers = buffers + precision.compute * copied
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
@@ -230,13 +231,13 @@ def _eager_outer_bytes(case: Case) -> Any:
     """The same of plain PyTorch modules, as the engine's saved tensors have it.
 
     RMSNorm keeps a figure a token beside its input (LayerNorm two); blocks keep their gathered input whole under
-    sequence parallelism; autocast without tensor parallelism keeps a copy for each projection. All layers share one
-    pair of rotary tables.
+    sequence parallelism; autocast without tensor parallelism keeps a copy for each projection, but for float8, whose
+    projections share one. All layers share one pair of rotary tables.
     """
     model, precision, h = case.model, case.precision, case.model.hidden
     norm = h + (1 if model.norm == "rmsnorm" else 2)
     norms = 2 * case.stream_tokens * precision.stream * norm
-    narrowed = (case.lay.tp == 1) & (precision.compute < precision.stream)
+    narrowed = (case.lay.tp == 1) & (precision.operand == precision.compute < precision.stream)
     if model.moe is not None:
         return norms + case.tokens * _eager_mixture_inputs(case, model.moe, narrowed)
     copies = np.where(narrowed, 5 if model.gated else 4, 2)
