@@ -22,7 +22,10 @@ from bloomery.cluster.probe_parts import ATTENTION_SHAPE, UPLOAD_BYTES
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
+from bloomery.parallel.float8 import float8_linear
+from bloomery.parallel.formats import AUTOCAST, has_float8_units
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.float8 import Float8
 from bloomery.spec.model import Model
 from bloomery.train.profiled_step import kinds_of
 
@@ -77,17 +80,19 @@ def bfloat16_ratio(device: torch.device, world_size: int) -> float:
     return float(ratio)
 
 
-def measure_gemm(device: torch.device, dtype: torch.dtype, at_least_s: float) -> list[dict[str, Any]]:
+def measure_gemm(device: torch.device, dtype: str, at_least_s: float) -> list[dict[str, Any]]:
     """Projections at the shapes training has, forward and backward under autocast: three products, casts included."""
     rows = []
+    narrow = AUTOCAST.get(dtype)
+    multiply = partial(float8_linear, recipe=Float8().recipe) if dtype == "float8" else F.linear
     for m, n, k in GEMM_SHAPES:
-        x = torch.randn(m, k, device=device, dtype=dtype, requires_grad=True)
+        x = torch.randn(m, k, device=device, dtype=narrow, requires_grad=True)
         w = torch.randn(n, k, device=device, requires_grad=True)
-        gradient = torch.randn(m, n, device=device, dtype=dtype)
+        gradient = torch.randn(m, n, device=device, dtype=narrow)
 
         def step(x: torch.Tensor = x, w: torch.Tensor = w, gradient: torch.Tensor = gradient) -> None:
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=x.dtype == torch.bfloat16):
-                y = F.linear(x, w)
+            with torch.autocast(device.type, dtype=narrow, enabled=narrow is not None):
+                y = multiply(x, w)
             y.backward(gradient)
             x.grad = w.grad = None
 
@@ -206,7 +211,8 @@ def measure(place: Place) -> dict[str, Any]:
     if place.settings["what"] == "references":
         return {"rank": place.rank, "reference": measure_references(place, place.settings["dtypes"])}
     ratio = bfloat16_ratio(device, place.world_size)
-    dtypes = [torch.float32, torch.bfloat16] if ratio >= LEAST_RATIO else [torch.float32]
+    dtypes = ["float32", *(["bfloat16"] if ratio >= LEAST_RATIO else [])]
+    products = [*dtypes, *(["float8"] if has_float8_units(device) else [])]
     result: dict[str, Any] = {
         "rank": place.rank,
         "torch": torch.__version__,
@@ -221,10 +227,10 @@ def measure(place: Place) -> dict[str, Any]:
         result["upload_s"] = measure_upload(device)
     _together(place)
     place.tell("matrix products")
-    result["gemm"] = {str(dtype)[6:]: measure_gemm(device, dtype, at_least_s) for dtype in dtypes}
+    result["gemm"] = {dtype: measure_gemm(device, dtype, at_least_s) for dtype in products}
     _together(place)
     place.tell("attention")
-    result["attention"] = {str(dtype)[6:]: measure_attention(device, dtype, at_least_s) for dtype in dtypes}
+    result["attention"] = {dtype: measure_attention(device, getattr(torch, dtype), at_least_s) for dtype in dtypes}
     place.tell("reference models")
     result["reference"] = measure_references(place, list(result["gemm"]))
     _together(place)
