@@ -36,7 +36,8 @@ model: {model}
 cluster: {cluster}
 layout: {{micro_batch: {batch}}}
 data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
-train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, dtype: {dtype}, checkpoint_every: 1000000,
+train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
+  dtype: {dtype}, float8: {{emulate: {emulated}}},
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
 out: {out}
 """
@@ -63,6 +64,8 @@ class Workload:
     dtype: str
     threads: int
     scratch: Path
+    emulated: bool = False
+    """float8 without its units."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -77,7 +80,7 @@ def run_file(work: Workload, name: str, compiled: bool, cluster: Path | None = N
         RUN.format(
             name=name, vocab=work.model.vocab, model=work.model.model_dump_json(exclude_none=True),
             cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len, steps=work.steps,
-            dtype=work.dtype, compiled=str(compiled).lower(), out=work.scratch,
+            dtype=work.dtype, emulated=str(work.emulated).lower(), compiled=str(compiled).lower(), out=work.scratch,
             data=work.scratch / f"data-{work.model.vocab}",
             max_bytes=24 * work.tokens_per_step * work.steps,
         )

@@ -4,7 +4,8 @@ The machine is probed first (its cluster file is written to --out: the accelerat
 product's own command, planned on that file. MFU: the convention and the peak that its plan names. Without a GPU
 `--tiny` runs the same way through small models on the CPU: that shows that the script works, not what a GPU does.
 
-Float8 is not measured: the engine has none yet. What a mixture of experts does is shown without a peer.
+Float8 is measured where the GPU has units for it (with `--tiny` emulated, planned in float32), ours alone, beside our
+own bfloat16. What a mixture of experts does is shown without a peer, and not in float8: its experts stay in bfloat16.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from train_speed import Outcome, Workload, bloomery, environments, ours, peer, samples_of
 
+from bloomery.parallel.formats import has_float8_units
 from bloomery.spec.model import MixtureOfExperts, Model
 
 VOCAB = 32_768
@@ -48,7 +50,10 @@ TINY = {
         4,
     ),
 }  # fmt: skip
-DENSE_BF16_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+DENSE_FLOPS = {
+    "bfloat16": {"H100": 989e12, "H200": 989e12, "A100": 312e12},
+    "float8": {"H100": 1979e12, "H200": 1979e12},
+}
 """Dense peaks of data sheets (NVIDIA H100, H200 and A100 product briefs), by what the device's name contains."""
 
 
@@ -57,7 +62,7 @@ def measured(work: Workload, cluster: Path, peers: dict[str, tuple[Path, str]], 
     samples = samples_of(work, cluster)
     found = {"bloomery": ours(work, compiled, cluster)}
     plan = json.loads((work.scratch / ("compiled" if compiled else "eager") / "plan.json").read_text())["estimate"]
-    if work.model.moe is None:
+    if work.model.moe is None and work.dtype != "float8":
         found |= {name: peer(work, python, script, compiled, samples) for name, (python, script) in peers.items()}
     return {
         "model_flops": plan["model_flops"],
@@ -68,9 +73,9 @@ def measured(work: Workload, cluster: Path, peers: dict[str, tuple[Path, str]], 
     }
 
 
-def data_sheet_peak(name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a known device, else None: never a guess."""
-    return next((peak for part, peak in DENSE_BF16_FLOPS.items() if part in name), None)
+def data_sheet_peak(name: str, dtype: str) -> float | None:
+    """Dense FLOP/s of a known device, else None: never a guess."""
+    return next((peak for part, peak in DENSE_FLOPS.get(dtype, {}).items() if part in name), None)
 
 
 def show(name: str, dtype: str, row: dict[str, Any], peak: float) -> None:
@@ -82,11 +87,46 @@ def show(name: str, dtype: str, row: dict[str, Any], peak: float) -> None:
         print(f"  {system:12} {outcome.step_s:9.4f} s  MFU {mfu:6.1%}  {outcome.peak_bytes / 2**30:6.2f} GiB")
 
 
+def dtypes_of(options: argparse.Namespace) -> list[str]:
+    """Number formats to measure, float8 after what it is compared with."""
+    import torch
+
+    if options.dtypes:
+        return list(options.dtypes.split(","))
+    if options.tiny:
+        return ["float32", "float8"]
+    return ["bfloat16", *(["float8"] if has_float8_units(torch.device("cuda")) else [])]
+
+
+def measure_all(options: argparse.Namespace, device: str, cluster: Path) -> dict[str, dict[str, Any]]:
+    """Every model in every format, shown as it comes: rows by `model dtype`."""
+    sizes = TINY if options.tiny else SIZES
+    rows = dict[str, dict[str, Any]]()
+    for name in options.models.split(",") if options.models else sizes:
+        model, batch = sizes[name]
+        for dtype in dtypes_of(options):
+            if dtype == "float8" and model.moe is not None:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                threads = len(os.sched_getaffinity(0))
+                work = Workload(
+                    model, model.max_seq_len, batch, options.steps, 5, dtype, threads, Path(scratch),
+                    emulated=options.tiny,
+                )  # fmt: skip
+                compiled = not options.eager and model.moe is None
+                row = rows[f"{name} {dtype}"] = measured(work, cluster, environments(options), compiled)
+            peak = data_sheet_peak(device, dtype) or row["planned_peak_flops_per_s"]
+            source = "data sheet" if data_sheet_peak(device, dtype) else "best measured product"
+            show(name, f"{dtype}, emulated" if work.emulated and dtype == "float8" else dtype, row, peak)
+            print(f"  peak {peak / 1e12:.3g} TFLOP/s ({source}) of {device}")
+    return rows
+
+
 def main() -> None:
     """Probe, then every model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", help="default: all of the setting")
-    parser.add_argument("--dtype", help="default: bfloat16 on a GPU, float32 with --tiny")
+    parser.add_argument("--dtypes", help="default: bfloat16 on a GPU, and float8 where it has it; tiny float32, float8")
     parser.add_argument("--tiny", action="store_true", help="small models, on whatever device there is")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peers", default="build/peers", help="environments of the peers")
@@ -97,24 +137,12 @@ def main() -> None:
 
     if not torch.cuda.is_available() and not options.tiny:
         sys.exit("no GPU here; --tiny shows on the CPU that the script works")
-    sizes, dtype = TINY if options.tiny else SIZES, options.dtype or ("float32" if options.tiny else "bfloat16")
     options.out.mkdir(parents=True, exist_ok=True)
     cluster = options.out / "machine.yaml"
     bloomery("probe", "--quick", "--out", cluster)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    rows = {}
-    for name in options.models.split(",") if options.models else sizes:
-        model, batch = sizes[name]
-        with tempfile.TemporaryDirectory() as scratch:
-            threads = len(os.sched_getaffinity(0))
-            work = Workload(model, model.max_seq_len, batch, options.steps, 5, dtype, threads, Path(scratch))
-            compiled = not options.eager and model.moe is None
-            rows[name] = measured(work, cluster.resolve(), environments(options), compiled)
-        peak = data_sheet_peak(device) or rows[name]["planned_peak_flops_per_s"]
-        source = "data sheet" if data_sheet_peak(device) else "best measured product"
-        show(name, dtype, rows[name], peak)
-        print(f"  peak {peak / 1e12:.3g} TFLOP/s ({source}) of {device}")
-    (options.out / "mfu.json").write_text(json.dumps({"device": device, "dtype": dtype, "rows": rows}, indent=1))
+    rows = measure_all(options, device, cluster.resolve())
+    (options.out / "mfu.json").write_text(json.dumps({"device": device, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
