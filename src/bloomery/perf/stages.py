@@ -40,8 +40,10 @@ def recompute_rows(model: Model, layouts: Sequence[Layout], micro_batches: Seque
     in flight, its layers by kind (`KINDS`), and vpp x what of them is in flight at every moment of `most_in_flight`
     (zeros after the last). Where a rank has one chunk, one micro-batch is counted: how many there are changes nothing.
     """
-    several = zip(layouts, micro_batches, strict=True)
-    each = [[_rank_rows(model, layout, m, rank) for rank in range(layout.pp)] for layout, m in several]
+    each = []
+    for layout, m in zip(layouts, micro_batches, strict=True):
+        depths = [(len(layers), sum(map(model.is_routed, layers))) for layers in stages_of(model, layout)]
+        each.append([_rank_rows(layout, depths, m, rank) for rank in range(layout.pp)])
     height = max(len(rows) for ranks in each for rows in ranks)
     table = np.zeros((len(layouts), height, width), dtype=np.int64)
     for i, ranks in enumerate(each):
@@ -51,14 +53,12 @@ def recompute_rows(model: Model, layouts: Sequence[Layout], micro_batches: Seque
     return table
 
 
-def _rank_rows(model: Model, layout: Layout, micro_batches: int, rank: int) -> list[int]:
-    """The column of one rank."""
-    ranges, stages = stages_of(model, layout), layout.stages_on(rank)
+def _rank_rows(layout: Layout, depths: Sequence[tuple[int, int]], micro_batches: int, rank: int) -> list[int]:
+    """The column of one rank; `depths`: (layers, mixtures among them) of every stage."""
     chunks = np.zeros((layout.vpp, KINDS), dtype=np.int64)
-    for chunk, stage in enumerate(stages):
+    for chunk, stage in enumerate(layout.stages_on(rank)):
         kind = RECOMPUTE.index(layout.recomputes[stage])
-        chunks[chunk, kind] = len(ranges[stage])
-        chunks[chunk, BY_STAGE + kind] = sum(model.is_routed(layer) for layer in ranges[stage])
+        chunks[chunk, [kind, BY_STAGE + kind]] = depths[stage]
     moments = most_in_flight(layout, micro_batches, rank) if layout.vpp > 1 else ((1,),)
     most = max(sum(moment) for moment in moments)
     held = [layout.vpp * (chunks.T @ np.array(moment)) for moment in moments]

@@ -155,10 +155,13 @@ def test_layers_are_compiled_where_asked_or_where_the_run_is_long_enough(
     assert job.compiled is expected
 
 
-def test_compilation_with_selective_recomputation_is_refused(run: Run) -> None:
-    selective = Layout(recompute="selective")
-    wanted = changed(run, compile=True).model_copy(update={"layout": selective})
-    with pytest.raises(InputError, match="recompute"):
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [(Layout(recompute="selective"), "recompute: none or full"), (Layout(offload="activations"), "offload: none")],
+)
+def test_compilation_is_refused_where_the_engine_decides_what_layers_keep(run: Run, layout: Layout, words: str) -> None:
+    wanted = changed(run, compile=True).model_copy(update={"layout": layout})
+    with pytest.raises(InputError, match=words):
         prepare.prepare_pretraining(wanted, world_size=1, fresh=False)
-    left = changed(run, compile="auto", steps=10**9).model_copy(update={"layout": selective})
+    left = changed(run, compile="auto", steps=10**9).model_copy(update={"layout": layout})
     assert not prepare.prepare_pretraining(left, world_size=1, fresh=False)[1].compiled
