@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from heapq import heapify, heapreplace
 from itertools import groupby
 from typing import Any, Literal
@@ -157,6 +157,7 @@ def _run_lengths(counts: Sequence[int]) -> str:
     return "+".join(f"{count}x{times}" if times > 1 else f"{count}" for count, times in runs)
 
 
+@lru_cache(maxsize=4096)
 def stage_split(layers: int, stages: int) -> tuple[int, ...]:
     """Layers of each stage, as even as possible; the remainder goes to the middle stages.
 
