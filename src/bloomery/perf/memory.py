@@ -6,6 +6,7 @@ attention and any element width; ZeRO after Rajbhandari et al. 2020 (arXiv 1910.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,8 +53,9 @@ def _fragments(case: Case) -> float:
     return FRAGMENTATION if case.accelerator.kind == "gpu" else 0.0
 
 
-def holder_bytes(case: Case) -> np.ndarray:
-    """Peak bytes on each of `Case.holders`, shape (4, n): the parts of `memory_of` for the layouts each tells apart."""
+def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
+    """Peak bytes on each of `Case.holders`, shape (4, m), of m layouts after another: the parts of `memory_of` for the
+    layouts each tells apart."""
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
@@ -64,20 +66,31 @@ def holder_bytes(case: Case) -> np.ndarray:
     times = in_flight(flight, flight.holders)
     whole = Activations.of(kept, kept.holders)
     fixed, each = whole.fixed + _logits(kept, kept.holders), whole.each
-    answer = np.empty((len(states), len(case.lay)))
+    if not case.stack.eager:
+        states, gradients = states + gradients, None
     for block in blocks(len(case.lay)):
         i, j, k = state_of[block], flight_of[block], kept_of[block]
         flights, one, rest = times.take(j, axis=1), each.take(k, axis=1), fixed.take(k, axis=1)
-        grown = gradients.take(i, axis=1)
-        if case.stack.eager:
-            grown = _beside(case.micro_batches[block], flights, grown, one, rest)
-        answer[:, block] = states.take(i, axis=1) + grown + flights * one + rest
-    return answer * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
+        lasting = states.take(i, axis=1)
+        if gradients is not None:
+            lasting += _beside(case.micro_batches[block], flights, gradients.take(i, axis=1), one, rest)
+        yield block, (lasting + flights * one + rest) * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
+
+
+def holder_bytes(case: Case) -> np.ndarray:
+    """Peak bytes on each of `Case.holders`, shape (4, n)."""
+    answer = np.empty((4, len(case.lay)))
+    for block, held_bytes in _holders_by_block(case):
+        answer[:, block] = held_bytes
+    return answer
 
 
 def peak_bytes(case: Case) -> np.ndarray:
     """Peak bytes on the rank of each layout that needs most, shape (n,)."""
-    return holder_bytes(case).max(axis=0)
+    answer = np.empty(len(case.lay))
+    for block, held_bytes in _holders_by_block(case):
+        answer[block] = held_bytes.max(axis=0)
+    return answer
 
 
 def worst_memory(case: Case) -> dict[str, np.ndarray]:
