@@ -35,6 +35,7 @@ TERMS: dict[str, dict[str, float]] = {
     "saturation of products": {"gemm_half": 1e-2, "gemm_k_half": 1e-2},
     "element-wise traffic": {"traffic": 1e-3},
     "latency of messages": {"link_latency_s": 1e-10, "network_latency_s": 1e-10},
+    "half rate of short messages": {"network_half_bytes": 1e-3},
     "overlap inside layers": {"inner_overlap": 1e-6},
     "stall behind pipeline messages": {"pipeline_stall_s": 1e-10},
     "a stack's own constants": dict.fromkeys(SPREADS["stacks"], np.nan),

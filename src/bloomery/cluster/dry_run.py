@@ -14,9 +14,10 @@ import numpy as np
 
 from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, most_held, schedule_order
+from bloomery.perf.activations import Activations, in_flight, layer_activation_bytes
 from bloomery.perf.case import FULL, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
-from bloomery.perf.memory import Activations, in_flight, layer_activation_bytes, memory_of, parameters_on, state_bytes
+from bloomery.perf.memory import memory_of, parameters_on, state_bytes
 from bloomery.perf.precision import precision_of
 from bloomery.perf.stack import stack_of
 from bloomery.spec.cluster import Cluster, Dtype

@@ -8,7 +8,8 @@ crosses a node's border once, rings side by side share the ports.
 
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
 et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
-(NCCL 2.4). B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size).
+(NCCL 2.4). B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size)
+(Hockney 1994, Parallel Computing 20: half-performance length).
 `Tier.op_factor` multiplies.
 """
 

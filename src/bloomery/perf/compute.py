@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.activations import layer_kept_bytes
 from bloomery.perf.case import FULL, PART, SELECTIVE, Case
 from bloomery.perf.flops import window_share
 from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused_attention_s
-from bloomery.perf.memory import layer_kept_bytes
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.perf.table import Table

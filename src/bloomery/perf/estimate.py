@@ -54,7 +54,7 @@ class Estimates:
         """Seconds of an optimizer step."""
         total = np.zeros(len(self))
         for block in blocks(len(self)):
-            total[block] = sum(self._times.components(block).values())
+            total[block] = self._times.step_s(block)
         return total
 
     @cached_property

@@ -200,12 +200,13 @@ def data_messages(case: Case) -> Data:
 
 
 def _as_one(rows: Sequence[Collective]) -> list[Collective]:
-    """Messages of one kind over one group and step as one message with all their bytes; others as they are."""
-    together: dict[tuple[str, str], list[Collective]] = {}
+    """All-reduces over one group and step as one message with all their bytes; others as they are: the halves that
+    ZeRO 1 sends go tensor by tensor, as it cuts each (nanotron, `optim/zero.py`: coalesced, so by layers here)."""
+    together: dict[str, list[Collective]] = {}
     for row in rows:
-        if row.each == "step":
-            together.setdefault((row.op, row.axis), []).append(row)
-    joined = [row for row in rows if row.each != "step"]
+        if row.op == "all_reduce" and row.each == "step":
+            together.setdefault(row.axis, []).append(row)
+    joined = [row for row in rows if row.op != "all_reduce" or row.each != "step"]
     for same in together.values():
         n_bytes = sum(row.count * row.bytes_each for row in same)
         joined.append(replace(same[0], count=np.where(n_bytes > 0, 1, 0), bytes_each=n_bytes))

@@ -95,8 +95,8 @@ class Stack:
 
     @property
     def whole_gradients(self) -> bool:
-        """Whether a rank's gradients are reduced as one buffer after the backward pass (Megatron's contiguous buffer),
-        for want of anything to run beside them; else bucket by bucket, one a layer."""
+        """Whether a rank's gradients are summed as one buffer after the backward pass (Megatron's contiguous buffer),
+        for want of anything to run beside them; else bucket by bucket, one a layer, as under ZeRO."""
         return not self.eager and not self.gradient_overlap
 
     def layer_kernels(self, *, moe: bool) -> Passes:

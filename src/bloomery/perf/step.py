@@ -24,9 +24,36 @@ from bloomery.spec.collective import by_recompute
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """One micro-batch on each of a case's three kinds of rank, (3, k): what its tables below are made from."""
+
+    case: Case
+
+    @cached_property
+    def work(self) -> Work:
+        """Compute."""
+        return stage_work(self.case, self.case.kinds)
+
+    @cached_property
+    def inner(self) -> Inner:
+        """Messages inside it."""
+        return inner_messages(self.case, self.case.kinds)
+
+    @cached_property
+    def busy(self) -> tuple[Any, Any]:
+        """Seconds (forward, backward) with both."""
+        return busy_s(self.case, self.work, self.inner)
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """How many ranks each kind stands for."""
+        return rank_counts(self.case)
+
+
+@dataclass(frozen=True)
 class MicroBatch(Table):
-    """Seconds of one micro-batch: on each of `Case.kinds` (3, k); on the slowest rank or all `together` (k,). Averages
-    over ranks, `*_mean`, are of all `count` micro-batches of a step; `drain`: a rank's backward pass, on average."""
+    """Seconds of one micro-batch, of `count` in a step: on each of `Case.kinds` (3, k); on the slowest rank or all
+    `together` (k,). `drain`: a rank's backward pass, on average."""
 
     count: Any
     compute: Any
@@ -35,34 +62,51 @@ class MicroBatch(Table):
     slowest: Any
     together: Any
     ranks: Any
-    compute_mean: Any
-    recompute_mean: Any
-    tensor_mean: Any
-    context_mean: Any
-    experts_mean: Any
-    busy_mean: Any
 
     @classmethod
-    def of(cls, case: Case) -> MicroBatch:
+    def of(cls, kinds: Kinds) -> MicroBatch:
         """Of k cases of a layout without its interleaving and ZeRO stage."""
-        work, inner = stage_work(case, case.kinds), inner_messages(case, case.kinds)
-        busy, messages = sum(busy_s(case, work, inner)), inner.forward + inner.backward
-        counts = rank_counts(case)
-        together, share = over_ranks(counts, busy), case.micro_batches / case.lay.pp
+        case, work, counts = kinds.case, kinds.work, kinds.counts
+        busy = sum(kinds.busy)
         return cls(
             count=case.micro_batches.astype(np.float64),
-            compute=busy - messages,
+            compute=busy - (kinds.inner.forward + kinds.inner.backward),
             backward=work.backward,
             drain=over_ranks(counts, work.backward) / case.lay.pp,
             slowest=busy.max(axis=0),
-            together=together,
+            together=over_ranks(counts, busy),
             ranks=counts.sum(axis=0),
-            compute_mean=share * over_ranks(counts, busy - messages),
-            recompute_mean=share * over_ranks(counts, work.recompute),
-            tensor_mean=share * over_ranks(counts, messages - inner.context - inner.experts),
-            context_mean=share * over_ranks(counts, inner.context),
-            experts_mean=share * over_ranks(counts, inner.experts),
-            busy_mean=share * together,
+        )
+
+
+@dataclass(frozen=True)
+class Means(Table):
+    """What all micro-batches of a step take by component, in seconds, on average over the ranks, (k,); `busy`: all."""
+
+    compute: Any
+    recompute: Any
+    tensor: Any
+    context: Any
+    experts: Any
+    busy: Any
+
+    @classmethod
+    def of(cls, kinds: Kinds) -> Means:
+        """Of the cases of `MicroBatch`."""
+        case, inner = kinds.case, kinds.inner
+        busy, messages = sum(kinds.busy), inner.forward + inner.backward
+        share = case.micro_batches / case.lay.pp
+
+        def mean(seconds: Any) -> Any:
+            return share * over_ranks(kinds.counts, seconds)
+
+        return cls(
+            compute=mean(busy - messages),
+            recompute=mean(kinds.work.recompute),
+            tensor=mean(messages - inner.context - inner.experts),
+            context=mean(inner.context),
+            experts=mean(inner.experts),
+            busy=mean(busy),
         )
 
 
@@ -75,16 +119,16 @@ class Turns(Table):
     weights: Any
 
     @classmethod
-    def of(cls, case: Case) -> Turns:
-        """Of k cases; recomputed layers have their whole backward pass in `inputs` (`Layout.splits_backward`)."""
-        work = stage_work(case, case.kinds)
-        forward, backward = busy_s(case, work, inner_messages(case, case.kinds))
+    def of(cls, kinds: Kinds) -> Turns:
+        """Of the cases of `MicroBatch`; recomputed layers have their whole backward pass in `inputs`
+        (`Layout.splits_backward`)."""
+        case, (forward, backward) = kinds.case, kinds.busy
         split = weights_share(case.model, case.seq_len) * _kept_share(case)
-        counts, chunks = rank_counts(case), 2.0 * case.lay.pp
-        weights = over_ranks(counts, split * work.backward) / chunks
+        chunks = 2.0 * case.lay.pp
+        weights = over_ranks(kinds.counts, split * kinds.work.backward) / chunks
         return cls(
-            over_ranks(counts, forward) / chunks,
-            over_ranks(counts, backward) / chunks - weights,
+            over_ranks(kinds.counts, forward) / chunks,
+            over_ranks(kinds.counts, backward) / chunks - weights,
             weights,
         )
 
@@ -170,9 +214,24 @@ class StepTimes:
     case: Case
 
     @cached_property
-    def _micro_batch(self) -> Lookup[MicroBatch]:
+    def _kinds(self) -> tuple[Kinds, np.ndarray]:
         case, index = self.case.over(*MICRO_BATCH)
-        return Lookup(MicroBatch.of(case), index)
+        return Kinds(case), index
+
+    @cached_property
+    def _micro_batch(self) -> Lookup[MicroBatch]:
+        kinds, index = self._kinds
+        return Lookup(MicroBatch.of(kinds), index)
+
+    @cached_property
+    def _means(self) -> Lookup[Means]:
+        kinds, index = self._kinds
+        return Lookup(Means.of(kinds), index)
+
+    @cached_property
+    def _turns(self) -> Lookup[Turns]:
+        kinds, index = self._kinds
+        return Lookup(Turns.of(kinds), index)
 
     @cached_property
     def _sends(self) -> Lookup[Sends]:
@@ -185,11 +244,6 @@ class StepTimes:
         return Lookup(DataParallel.of(case), index)
 
     @cached_property
-    def _turns(self) -> Lookup[Turns]:
-        case, index = self.case.over(*MICRO_BATCH)
-        return Lookup(Turns.of(case), index)
-
-    @cached_property
     def _tied_s(self) -> Lookup[Tied]:
         case, index = self.case.over(*MODEL_STATE)
         return Lookup(Tied(tied_s(case)), index)
@@ -197,23 +251,11 @@ class StepTimes:
     @property
     def compute_s(self) -> Any:
         """Seconds of a step's compute, the mean over ranks, without what messages beside it cost it, (n,)."""
-        micro, data = self._micro_batch[slice(None)], self._data_parallel[slice(None)]
-        return micro.compute_mean + data.hooks + micro.count * data.hooks_each
+        block = slice(None)
+        return self._means[block].compute + _hooks_s(self._micro_batch[block], self._data_parallel[block])
 
-    def _v_path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
-        """Seconds from the first forward to the end of the last backward where the stages lie on a V."""
-        turn, lay = self._turns[block], self.case.lay
-        each = send.seconds / 4
-        bubble = v_bubble_s(lay.schedule[block], lay.pp[block], turn.forward + each, turn.inputs + each, turn.weights)
-        return micro.count * (micro.slowest + send.seconds) + bubble
-
-    def components(self, block: slice) -> dict[str, Any]:
-        """Seconds of some layouts' steps by component (`spec.components`), those that can be none left out."""
-        micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
-        batch = self.case.global_batch
-        batch = batch[block] if np.ndim(batch) else batch
-        flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
-        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+    def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
+        """Seconds from the first forward to the end of the last backward."""
         path = pipeline_s(
             micro.count,
             send.chunks,
@@ -222,26 +264,53 @@ class StepTimes:
             together=micro.together + micro.ranks * send.seconds,
             ranks_per_core=self.case.accelerator.ranks_per_core,
         )
-        v_shaped = self.case.lay.v_shaped[block]
-        if v_shaped.any():
-            path = np.where(v_shaped, self._v_path_s(block, micro, send), path)
-        ideal = flops / data.peak_flops_per_s
-        hooks = data.hooks + micro.count * data.hooks_each
-        pp_comm = micro.count * send.seconds
-        tied = self._tied_s[block].seconds if self.case.model.tie_embeddings else 0.0
+        folded = np.flatnonzero(self.case.lay.v_shaped[block])
+        if not len(folded):
+            return path
+        lay, each = self.case.lay, send.seconds[folded] / 4
+        turn = self._turns.table.take(self._turns.index[block][folded])
+        schedule, pp = lay.schedule[block][folded], lay.pp[block][folded]
+        bubble = v_bubble_s(schedule, pp, turn.forward + each, turn.inputs + each, turn.weights)
+        path[folded] = (micro.count * (micro.slowest + send.seconds))[folded] + bubble
+        return path
+
+    def _tied(self, block: slice) -> Any:
+        return self._tied_s[block].seconds if self.case.model.tie_embeddings else 0.0
+
+    def step_s(self, block: slice) -> Any:
+        """Seconds of some layouts' steps: the pipeline's path, which holds what ranks compute and send meanwhile, and
+        what it does not hide. `components` takes the same apart."""
+        micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
+        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+        after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
+        return self._path_s(block, micro, send) + self._tied(block) + after
+
+    def components(self, block: slice) -> dict[str, Any]:
+        """Seconds of some layouts' steps by component (`spec.components`), those that can be none left out."""
+        micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
+        mean, batch = self._means[block], self.case.global_batch
+        batch = batch[block] if np.ndim(batch) else batch
+        flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
+        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+        ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * send.seconds
         return {
             "ideal": ideal,
-            "kernel": micro.compute_mean - micro.recompute_mean - ideal + stretched + hooks,
-            "recompute": micro.recompute_mean,
-            "tp_comm": micro.tensor_mean,
-            "cp_comm": micro.context_mean,
-            "ep_comm": micro.experts_mean,
-            "pp_comm": pp_comm + tied,
-            "bubble": path - micro.busy_mean - pp_comm,
+            "kernel": mean.compute - mean.recompute - ideal + stretched + _hooks_s(micro, data),
+            "recompute": mean.recompute,
+            "tp_comm": mean.tensor,
+            "cp_comm": mean.context,
+            "ep_comm": mean.experts,
+            "pp_comm": pp_comm + self._tied(block),
+            "bubble": self._path_s(block, micro, send) - mean.busy - pp_comm,
             "dp_comm": exposed,
             "optimizer": data.optimizer,
             "other": data.other,
         }
+
+
+def _hooks_s(micro: MicroBatch, data: DataParallel) -> Any:
+    """Seconds of the host in cutting parameters and gradients, a step."""
+    return data.hooks + micro.count * data.hooks_each
 
 
 def _exposed_and_stretched(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any]:

@@ -52,6 +52,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "link_factor": 0.4,
         "network_factor": 0.5,
         "network_latency_factor": 1.0,
+        "network_half_bytes": 1.0,
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""

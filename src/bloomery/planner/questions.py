@@ -120,9 +120,7 @@ def settings(run: Published, table: Calibration) -> tuple[Cluster, Stack]:
     constants = table.architecture(run.cluster.accelerator.name)
     software = table.stack(run.profile.stack.name)
     tiers = tuple(
-        constants.link(tier, software.link_factor)
-        if tier.name == LINK
-        else constants.network(tier, software.network_factor, software.network_latency_factor)
+        constants.link(tier, software.link_factor) if tier.name == LINK else constants.network(tier, software)
         for tier in run.cluster.tiers
     )
     chip = constants.accelerator(run.cluster.accelerator)

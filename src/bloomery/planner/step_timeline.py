@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.activations import Activations
+from bloomery.perf.activations import in_flight as most_in_flight
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
 from bloomery.perf.flops import weights_share
-from bloomery.perf.memory import Activations, memory_of
-from bloomery.perf.memory import in_flight as most_in_flight
+from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.step import busy_s

@@ -63,10 +63,15 @@ class ArchitectureConstants(Noun):
         factors = dict.fromkeys(OPERATIONS, self.link_factor * factor)
         return tier.model_copy(update={"op_factor": factors, "latency_s": self.link_latency_s})
 
-    def network(self, tier: Tier, factor: float = 1.0, latency_factor: float = 1.0) -> Tier:
-        """The tier between nodes; the factors: a stack's over the usual."""
-        factors = dict.fromkeys(OPERATIONS, self.network_factor * factor)
-        return tier.model_copy(update={"op_factor": factors, "latency_s": latency_factor * self.network_latency_s})
+    def network(self, tier: Tier, software: StackConstants) -> Tier:
+        """The tier between nodes as a stack uses it: its factors are over the usual."""
+        return tier.model_copy(
+            update={
+                "op_factor": dict.fromkeys(OPERATIONS, self.network_factor * software.network_factor),
+                "latency_s": self.network_latency_s * software.network_latency_factor,
+                "half_size_bytes": software.network_half_bytes,
+            }
+        )
 
 
 class StackConstants(Noun):
@@ -82,6 +87,7 @@ class StackConstants(Noun):
     link_factor: float = Field(default=1.0, gt=0, description="its messages inside a node over the usual")
     network_factor: float = Field(default=1.0, gt=0, description="its messages between nodes (site and software)")
     network_latency_factor: float = Field(default=1.0, gt=0, description="the latency of its site's network")
+    network_half_bytes: float = Field(default=2e6, gt=0, description="a message between nodes at half its rate")
 
 
 PRIOR_INTERVAL = Interval(low=0.80, high=1.45)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heapify, heapreplace
 from typing import Any
 
 import numpy as np
 
 
+@lru_cache(maxsize=4096)
 def stage_split(layers: int, stages: int) -> tuple[int, ...]:
     """Layers of each stage, as even as possible; the remainder goes to the middle stages.
 

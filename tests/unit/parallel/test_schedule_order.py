@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bloomery.parallel.schedule_order import Program, Transfer, play, rank_programs, schedule_order
+from bloomery.perf.activations import in_flight
 from bloomery.perf.case import Case
-from bloomery.perf.memory import in_flight
 from bloomery.perf.orders import order_of
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch

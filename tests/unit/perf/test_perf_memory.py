@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bloomery.perf.activations import activation_bytes, in_flight, layer_activation_bytes
 from bloomery.perf.case import Case
-from bloomery.perf.memory import activation_bytes, in_flight, layer_activation_bytes, memory_of, worst_memory
+from bloomery.perf.memory import memory_of, worst_memory
 from bloomery.perf.stack import GPU, MEGATRON_2022
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch

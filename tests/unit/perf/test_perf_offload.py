@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bloomery.perf.activations import activation_bytes, layer_activation_bytes
 from bloomery.perf.case import Case
 from bloomery.perf.compute import LINK_SHARE
 from bloomery.perf.estimate import Estimates, estimate_case
-from bloomery.perf.memory import activation_bytes, layer_activation_bytes, memory_of
+from bloomery.perf.memory import memory_of
 from bloomery.spec import catalog
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.errors import InputError

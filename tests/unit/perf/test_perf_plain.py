@@ -60,17 +60,18 @@ def data_s(case: Case, ranks: Ranks, *, gathers: bool) -> float:
     def wanted(row: Any) -> bool:
         return row.axis in ("dp", "edp", "replica") and (row.op == "all_gather") == gathers
 
-    in_each_micro_batch = gathers and case.lay.zero_stage[0] == 3
-    if not case.stack.whole_gradients or in_each_micro_batch:
+    if not case.stack.whole_gradients:
         return messages_s(case, ranks, wanted)[0]
-    seconds, buffers = 0.0, dict[tuple[str, str], float]()
+    seconds, _ = messages_s(case, ranks, lambda row: wanted(row) and row.op != "all_reduce")
+    buffers = dict[str, float]()
     for row in case.collectives_of(ranks):
-        if wanted(row):
+        if wanted(row) and row.op == "all_reduce":
             n_bytes = float(row.count[0]) * float(np.ravel(row.bytes_each)[0])
-            buffers[row.op, row.axis] = buffers.get((row.op, row.axis), 0.0) + n_bytes
-    for (op, axis), n_bytes in buffers.items():
+            buffers[row.axis] = buffers.get(row.axis, 0.0) + n_bytes
+    for axis, n_bytes in buffers.items():
         group = group_of(case.lay, "data" if axis == "dp" else axis)
-        seconds += float(collective_s(case.cluster, op, group, np.array([n_bytes]))[0]) if n_bytes else 0.0  # type: ignore[arg-type]
+        one = collective_s(case.cluster, "all_reduce", group, np.array([n_bytes]))
+        seconds += float(one[0]) if n_bytes else 0.0
     return seconds
 
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bloomery.perf.activations import in_flight as in_flight_of
 from bloomery.perf.case import Case
 from bloomery.perf.estimate import estimate
-from bloomery.perf.memory import in_flight as in_flight_of
 from bloomery.perf.pipeline import v_bubble_s
 from bloomery.planner.search import compared, search
 from bloomery.planner.step_timeline import Step, planned_step

@@ -118,6 +118,15 @@ def test_a_constant_that_is_fixed_stays() -> None:
     assert value_in(held, fixed[0]) == 1e-9
 
 
+def test_a_stacks_half_size_slows_messages_between_nodes_alone() -> None:
+    rows = [row(id=str(n), n_gpus=n, tp=1, pp=1, vpp=1, dp=n, micro_batch=1, global_batch=n) for n in (8, 64)]
+    questions, table = Questions.of([published(one) for one in rows]), calibration()
+    half = Constant("stacks", questions.groups[0].stack, "network_half_bytes")
+    plain, slower = (questions.predict_s(with_values(table, [half], [n_bytes])) for n_bytes in (1.0, 1e9))
+    assert slower[0] == plain[0]
+    assert slower[1] > plain[1]
+
+
 def test_a_calibration_file_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "calibration.yaml"
     path.write_text(calibration_yaml(calibration()), encoding="utf-8")

@@ -1,0 +1,226 @@
+"""What layers keep of a micro-batch for its backward pass, and how many micro-batches a rank has in flight.
+
+After Korthikanti et al. 2022 (arXiv 2205.05198), generalised to grouped queries, gated activations, flash attention and
+any element width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, SELECTIVE, ZBV, Case
+from bloomery.perf.ranks import Ranks
+from bloomery.spec.collective import by_recompute
+from bloomery.spec.layout import LayoutBatch
+from bloomery.spec.model import MixtureOfExperts
+
+
+def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
+    """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
+    Our engine drops outputs of norms and activation functions; per operator a stack drops the share that it repeats;
+    with unfused attention it drops the scores.
+
+    With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
+    queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
+    Unfused attention keeps its scores: 2c a s^2 b/t and one mask byte. For a plain layer in 16 bit this is the paper's
+    sbh(10 + 24/t + 5as/(ht)), divided by t wholly under sequence parallelism; `Stack.kept` multiplies.
+    """
+    model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
+    inside = case.tokens / lay.tp
+    outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
+    attention = _attention_widths(case) * precision.compute
+    width = model.ffn_hidden
+    if model.moe is not None:
+        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+        outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.compute
+    feed_forward = stack.saved_widths(model) * inside * width * precision.compute
+    linear = stack.kept * (outer + attention + feed_forward)
+    if stack.flash_attention:
+        whole = linear + max(4, precision.compute) * model.heads * inside
+        if stack.selective_share is not None:
+            return whole, stack.selective_share * whole
+        # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
+        outputs = operators - _selective_outer_bytes(case)
+        widths = stack.saved_widths(model) - (2 if model.gated else 1)
+        return whole, stack.kept * (outputs + widths * inside * width * precision.compute)
+    each = 2 * precision.compute + (1 if stack.dropout else 0)
+    scores = stack.kept * each * model.heads * case.seq_len * inside
+    return linear + scores, scores
+
+
+def layer_kept_bytes(case: Case, lay: LayoutBatch) -> tuple[Any, Any]:
+    """Bytes that one layer keeps of one micro-batch for its backward pass, and that it makes again then, (n,) each;
+    `lay`: the case's layouts with the recomputation asked for."""
+    whole, scores = layer_activation_bytes(case)
+    inputs = case.stream_tokens * case.model.hidden * case.precision.stream
+    full, selective = lay.recompute == FULL, lay.recompute == SELECTIVE
+    kept = np.where(full, inputs, np.where(selective, whole - scores, whole))
+    # A layer of our engine that is made again has its own input among those that are kept.
+    return kept, np.where(full, whole - inputs if case.stack.eager else whole, np.where(selective, scores, 0.0))
+
+
+def _routed_tokens(case: Case) -> Any:
+    """Tokens of which a rank has copies on their way to experts and back: every tensor-parallel rank of our engine has
+    them whole."""
+    return case.tokens if case.stack.eager else case.tokens / case.lay.tp
+
+
+def _surplus_bytes(case: Case) -> Any:
+    """What one layer keeps on the fullest rank (`Stack.expert_imbalance`) beyond what it keeps on average."""
+    moe = case.model.moe
+    if moe is None:
+        return 0.0
+    copies = 2 * _routed_tokens(case) * case.model.hidden
+    inside = case.stack.saved_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
+    whole = case.stack.kept * moe.top_k * (copies + inside) * case.precision.compute
+    return (case.expert_imbalance - 1.0) * whole
+
+
+def _attention_widths(case: Case) -> Any:
+    """Elements of queries, keys, values and attention's output that one layer keeps, and of what norms inside it keep.
+
+    Our engine pads the values of latent attention, and so what attention gives back; its RMSNorm keeps a figure a row
+    beside its input.
+    """
+    model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
+    if mla is not None:
+        query, key_value = mla.q_lora_rank, mla.kv_lora_rank
+        figures = (1 if query else 0) + 1 if eager else 0
+        latents = case.tokens * (2 * (query + key_value) + model.rotary_width + figures)
+        heads = 4 * model.query_width if eager else model.query_width + model.kv_width + model.value_width
+        return latents + inside * (heads + model.output_width)
+    width = model.query_width + model.kv_width
+    norms = width + (model.heads + model.kv_heads if eager else 0) if model.qk_norm else 0
+    return inside * (2 * width + norms)
+
+
+def _outer_bytes(case: Case) -> Any:
+    """What a layer keeps outside its blocks: norms' inputs, inputs of the blocks, dropout masks; all cut under sequence
+    parallelism."""
+    precision = case.precision
+    masks = 2 if case.stack.dropout else 0
+    return case.stream_tokens * case.model.hidden * (2 * precision.stream + 2 * precision.compute + masks)
+
+
+def _eager_outer_bytes(case: Case) -> Any:
+    """The same of plain PyTorch modules, as the engine's saved tensors have it.
+
+    RMSNorm keeps a figure a token beside its input (LayerNorm two); blocks keep their gathered input whole under
+    sequence parallelism; autocast without tensor parallelism keeps a copy for each projection, but for float8, whose
+    projections share one. All layers share one pair of rotary tables.
+    """
+    model, precision, h = case.model, case.precision, case.model.hidden
+    norm = h + (1 if model.norm == "rmsnorm" else 2)
+    norms = 2 * case.stream_tokens * precision.stream * norm
+    narrowed = (case.lay.tp == 1) & (precision.operand == precision.compute < precision.stream)
+    if model.moe is not None:
+        return norms + case.tokens * _eager_mixture_inputs(case, model.moe, narrowed)
+    copies = np.where(narrowed, 5 if model.gated else 4, 2)
+    return norms + copies * case.tokens * h * precision.compute
+
+
+def _selective_outer_bytes(case: Case) -> Any:
+    """What our engine keeps of that when norms' outputs are made again: their inputs; of a mixture the router's scores,
+    and its input where that is a copy in a wider format."""
+    model, compute = case.model, case.precision.compute
+    kept = 2 * case.stream_tokens * model.hidden * case.precision.stream
+    if model.moe is None:
+        return kept
+    copy = model.hidden * 4 if compute < 4 else 0
+    return kept + case.tokens * (copy + _routing_bytes(case, model.moe))
+
+
+def _routing_bytes(case: Case, moe: MixtureOfExperts) -> Any:
+    """Bytes a token of a router's scores, of the experts of a token and of both orders of the copies."""
+    wide = max(4, case.precision.compute)
+    return moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
+
+
+def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarray) -> Any:
+    """Bytes a token that a layer with experts keeps as inputs of its blocks, and for its routing.
+
+    The router reads its input in float32 at least, and keeps its scores; indices are 64-bit: the experts of a token
+    and both orders of the copies.
+    """
+    h, compute = case.model.hidden, case.precision.compute
+    wide = max(4, compute)
+    shared = np.where(narrowed, 2 if case.model.gated else 1, int(compute < wide)) * (moe.shared_experts > 0)
+    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + _routing_bytes(case, moe)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
+    stage has `sent` (and, where its layers are offloaded, received) and keeps until its gradient comes, and a `fixed`
+    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
+
+    Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
+    in the host's memory while in flight; a CPU's is the same memory.
+    """
+
+    layers: Any
+    sent: Any
+    fixed: Any
+    moving: Any
+
+    @property
+    def each(self) -> Any:
+        """Of one micro-batch in flight."""
+        return self.layers + self.sent
+
+    @classmethod
+    def of(cls, case: Case, ranks: Ranks) -> Activations:
+        """Of `ranks`."""
+        surplus, zeros = _surplus_bytes(case), np.zeros(ranks.layers.shape)
+        layers, again, moving = zeros, zeros, zeros
+        for lay, own in by_recompute(case.lay, ranks.shape_held):
+            kept, made = layer_kept_bytes(case, lay)
+            layers = layers + own.layers * kept + own.moe_layers * np.where(lay.recompute == FULL, 0.0, surplus)
+            here = True if ranks.held is None else own.layers > 0
+            again = np.maximum(again, np.where(here, made, 0.0))
+            moving = np.maximum(moving, np.where(here, kept, 0.0))
+        if ranks.held is not None:
+            layers, again, moving = (part.max(axis=0) for part in (layers, again, moving))  # over a step's moments
+        inputs = case.stream_tokens * case.model.hidden * case.precision.stream
+        sent = np.where(ranks.last, 0.0, inputs) if case.stack.eager else zeros
+        if np.any(case.lay.offload):
+            offloaded = case.lay.offload == 1
+            moving = np.where(offloaded, np.minimum(ranks.layers, 2) * moving, 0.0)
+            if case.accelerator.kind != "cpu":
+                layers = np.where(offloaded, 0.0, layers)
+                sent = sent + np.where(offloaded & ~ranks.first, inputs, 0.0)
+        else:
+            moving = zeros
+        ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
+        return cls(layers, sent, again + moving + ends, moving)
+
+
+def end_bytes(case: Case) -> Any:
+    """The last norm's input and output."""
+    return case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+
+
+def activation_bytes(case: Case, ranks: Ranks) -> Any:
+    """Bytes of activations at the peak: what every micro-batch in flight keeps, and the working set."""
+    activations = Activations.of(case, ranks)
+    return in_flight(case, ranks) * activations.each + activations.fixed
+
+
+def in_flight(case: Case, ranks: Ranks) -> Any:
+    """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
+
+    1F1B: min(m, p - i). GPipe: m. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v, which on the first rank is
+    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them. ZB-V keeps 2p half chunks on every rank, which is
+    1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more (DeepSeek-V3, 2412.19437, table 2).
+    """
+    lay, m, index = case.lay, case.micro_batches, ranks.index
+    chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
+    one_by_one = np.minimum(m, lay.pp - index)
+    if case.stack.eager:
+        # The engine runs GPipe where there are fewer micro-batches than stages.
+        one_by_one = np.where(m < lay.pp, m, one_by_one)
+    kinds = [lay.schedule == kind for kind in (GPIPE, INTERLEAVED, ZBV, DUALPIPEV)]
+    return np.select(kinds, [m, chunks / lay.vpp, lay.pp, lay.pp + 0.5], one_by_one)
