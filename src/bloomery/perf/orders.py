@@ -40,14 +40,15 @@ def order_of(layout: Layout, micro_batches: int, rank: int) -> Iterator[Turn]:
 
 
 ROUNDS = 4
-"""An interleaved schedule repeats itself: of more micro-batches than so many rounds of pp only these are played."""
+"""Schedules of several chunks repeat themselves, and hold as much after each turn: of more micro-batches than so many
+rounds of pp only these are played."""
 
 
 def most_in_flight(layout: Layout, micro_batches: int, rank: int) -> tuple[tuple[int, ...], ...]:
     """Micro-batches of each chunk of a pipeline rank between their forward and the end of their backward pass, at the
-    moments of which none holds at most as many of every chunk as another."""
-    if layout.schedule == "interleaved":
-        micro_batches = min(micro_batches, ROUNDS * layout.pp)
+    moments of which none holds at most as many of every chunk as another. Of several chunks: with one it is all that
+    1F1B has in flight, and GPipe's grows with the step."""
+    micro_batches = min(micro_batches, ROUNDS * layout.pp)
     values: dict[str, Any] = {"pp": layout.pp, "vpp": layout.vpp, "schedule": layout.schedule}
     if layout.v_shaped:
         values["recompute"] = layout.recomputes  # it decides which backward passes are split

@@ -22,7 +22,7 @@ from bloomery.perf.messages import inner_messages
 from bloomery.perf.step import busy_s
 from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 
-LOOKED_AT, TRIED = 4096, 6
+LOOKED_AT, TRIED = 512, 2
 """The fastest layouts that do not fit: of so many it is asked whether they would; of so many, and of as many that fit,
 each rank is looked at."""
 MOST_CHUNKS = 4

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bloomery.perf import orders
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate_case
@@ -109,3 +110,12 @@ def test_experts_are_counted_where_they_lie() -> None:
     assert none < first < full
     assert first == pytest.approx(second)
     assert first == pytest.approx((none + full) / 2)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 3])
+@pytest.mark.parametrize("schedule", ["interleaved", "zbv", "dualpipev"])
+def test_a_longer_step_has_no_more_in_flight(schedule: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(pp=4, vpp=2, schedule=schedule)  # type: ignore[arg-type]
+    found = most_in_flight(layout, 36, rank)
+    monkeypatch.setattr(orders, "ROUNDS", 100)
+    assert most_in_flight(layout, 36, rank) == found
