@@ -29,7 +29,7 @@ WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
 REFERENCE_TURNS = 3
-"""Turns of the reference models, one after the other over all sets of ranks: the middle one counts."""
+"""Turns of the reference models, one after the other over all sets of ranks: the median of all their rounds counts."""
 WORKER_TIMEOUT_S = 300
 
 

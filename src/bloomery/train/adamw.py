@@ -7,6 +7,7 @@ gradients that go again leave holes between them for good. Here they are made at
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Group:
     lr: float = 0.0
 
 
-class Part:
+class Part(ABC):
     """One optimizer of a run. `state`: the moments of each parameter by name, plain tensors of this rank's part of it;
     `updates`: how often it has moved."""
 
@@ -47,9 +48,9 @@ class Part:
         for group in self.groups:
             self.move(group)
 
+    @abstractmethod
     def move(self, group: Group) -> None:
         """Move those of one group."""
-        raise NotImplementedError
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
