@@ -20,7 +20,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 from bloomery.cluster.watch import find_hang, process_state
@@ -107,6 +108,20 @@ def imported_for(job: Job) -> list[str]:
     return [module for module, needed in wanted.items() if needed]
 
 
+_imported = set[str]()
+
+
+def forking(*modules: str) -> ForkServerContext:
+    """Starts processes as forks of one that has imported these. The one there is serves again unless it lacks some.
+    Then it is replaced, and none that was forked from it may still run."""
+    context = get_context("forkserver")
+    if not _imported.issuperset(modules):
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # one that runs never imports anything again
+        _imported.update(modules)
+        context.set_forkserver_preload(sorted(_imported))
+    return context
+
+
 def pause() -> None:
     """Wait until the next look, and say that somebody is looking."""
     path = os.environ.get(ALIVE_VARIABLE)
@@ -129,8 +144,7 @@ class World:
         self._beats = [Beat(0, self.started)] * len(share.ranks)
         for name, value in READ_AT_IMPORT.items():
             os.environ.setdefault(name, value)
-        context = get_context("forkserver")
-        context.set_forkserver_preload([*PRELOADED, *imported_for(read_job(folder))])
+        context = forking(*PRELOADED, *imported_for(read_job(folder)))
         self.processes = [
             context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
             for rank in share.ranks

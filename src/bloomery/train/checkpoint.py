@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,20 +78,15 @@ def write_part(
         raise OSError(f"no space left: this rank's part takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
     record = write_shard(file, tensors) if tensors else None
     if rank == 0:
-        _write_sealed(partial / STATE, {"layout": layout.model_dump(mode="json"), "state": state})
+        write_sealed(partial / STATE, {"layout": layout.model_dump(mode="json"), "state": state})
     described = {"file": file.name, "record": record.model_dump() if record else None, "tensors": index}
-    _write_sealed(partial / f"index_{rank:05d}.json", described)
-
-
-def is_whole(partial: Path, ranks: int) -> bool:
-    """Whether all of so many ranks have left their part."""
-    return len(list(partial.glob("index_*.seal"))) == ranks
+    write_sealed(partial / index_name(rank), described)
 
 
 def complete(partial: Path) -> Commit:
     """Write and verify the commit that the parts make up. Raises BloomeryError, OSError, ValueError or KeyError when
     one is missing or changed."""
-    described = _read_sealed(partial / STATE)
+    described = read_sealed(partial / STATE)
     write_commit(partial, gathered(partial, Layout(**described["layout"]), described["state"]))
     return read_commit(partial)
 
@@ -98,6 +94,11 @@ def complete(partial: Path) -> Commit:
 def shard_name(rank: int) -> str:
     """The file of one rank."""
     return f"rank_{rank:05d}.safetensors"
+
+
+def index_name(rank: int) -> str:
+    """What one rank says of it."""
+    return f"index_{rank:05d}.json"
 
 
 def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
@@ -121,12 +122,16 @@ def collect(engine: Engine, optimizers: Optimizers) -> tuple[dict[str, Tensor], 
 
 def gathered(partial: Path, layout: Layout, state: dict[str, Any]) -> Commit:
     """The commit that the indices of all ranks make up. Raises BloomeryError when one is missing."""
-    files, shapes, parts = dict[str, FileRecord](), dict[str, tuple[int, ...]](), dict[str, list[Rectangle]]()
     indices = sorted(partial.glob("index_*.json"))
     if len(indices) != layout.world_size:
         raise BloomeryError(f"{partial}: {len(indices)} of {layout.world_size} ranks left an index")
-    for path in indices:
-        index = _read_sealed(path)
+    return commit_of([read_sealed(path) for path in indices], layout, state)
+
+
+def commit_of(indices: Sequence[dict[str, Any]], layout: Layout, state: dict[str, Any]) -> Commit:
+    """The commit that these make up, as `write_part` leaves them; `state` as in `commit`."""
+    files, shapes, parts = dict[str, FileRecord](), dict[str, tuple[int, ...]](), dict[str, list[Rectangle]]()
+    for index in indices:
         if index["record"] is not None:
             files[index["file"]] = FileRecord(**index["record"])
         for key, entry in index["tensors"].items():
@@ -223,8 +228,8 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
     return commit
 
 
-def _write_sealed(path: Path, value: Any) -> None:
-    """A file of JSON, and its hash beside it once it is on disk."""
+def write_sealed(path: Path, value: Any) -> None:
+    """Write a file of JSON, and its hash beside it once it is on disk."""
     path.write_text(json.dumps(value), encoding="utf-8")
     sync(path)
     seal = path.with_suffix(".seal")
@@ -232,7 +237,8 @@ def _write_sealed(path: Path, value: Any) -> None:
     sync(seal)
 
 
-def _read_sealed(path: Path) -> Any:
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` wrote. Raises BloomeryError, OSError or ValueError when it is changed or not there."""
     if path.with_suffix(".seal").read_text() != _hash(path):
         raise BloomeryError(f"{path}: changed since it was written")
     return json.loads(path.read_text(encoding="utf-8"))

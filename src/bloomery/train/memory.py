@@ -1,27 +1,32 @@
 """Copies of the state in the host's memory every few steps: losing a process costs the steps since the last of them.
 
-Each rank snapshots what it would write to a checkpoint; a thread writes it to the memory file system, hashed and sealed
-as on disk. No message is sent: a copy counts when the parts of all ranks are there and verify, which whoever starts
-next finds out. Several hosts would have to send their parts to each other; that is not done here.
+Each rank writes what it would write to a checkpoint into the memory file system before its step is over, so a step that
+is done is not lost. Two places take turns. No message is sent: whoever starts a copy has heard of every rank in the
+step's statistics, so all parts of the one before are whole, and whoever starts next verifies them. Several hosts would
+have to send their parts to each other; that is not done here.
 """
 
 from __future__ import annotations
 
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bloomery.parallel.engine import Engine
-from bloomery.spec.memory_copies import own_folder
+from bloomery.spec.commit import Commit, read_commit, write_commit
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.layout import Layout
+from bloomery.spec.memory_copies import AT_ONCE, own_folder
 from bloomery.train import checkpoint
 from bloomery.train.optimizers import Optimizers
+from bloomery.train.shard_file import Seal, overwrite_shard, verified
 
 Place = tuple[int, int, int]
-"""Of a copy: fencing number of the start that made it, its number there, its step. The greatest is the newest."""
+"""Of a copy: fencing number of the start that made it, its number, its step. The greatest is the newest."""
 NOWHERE: Place = (-1, -1, -1)
 
 
@@ -33,79 +38,82 @@ class MemoryCopies:
         self.folder, self.engine, self.optimizers, self.fence = folder, engine, optimizers, fence
         self.error = ""
         self._taken = 0
-        self._buffers: dict[str, Tensor] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="memory")
-        self._future: Future[None] | None = None
+
+    def go_on_from(self, place: Place) -> None:
+        """What this start loaded stays until the copy after it is whole."""
+        self._taken = max(0, place[1])
 
     def take(self, state: dict[str, Any]) -> None:
-        """Copy parameters and moments as they are; `state` as in `checkpoint.commit`. What went wrong with the copy
-        before is in `error`; no more are made then."""
-        if self.error or not self._written():
+        """Copy parameters and moments as they are; `state` as in `checkpoint.commit`. What goes wrong is in `error`; no
+        more copies are made then."""
+        if self.error:
             return
         self._taken += 1
-        place = self.fence, self._taken, state["step"]
-        tensors, index = checkpoint.collect(self.engine, self.optimizers)
-        for key, value in tensors.items():
-            if key not in self._buffers:
-                self._buffers[key] = torch.empty_like(value, device="cpu")
-            self._buffers[key].copy_(value)
-        snapshot = {key: self._buffers[key] for key in tensors}
-        self._future = self._pool.submit(self._write, place, state, snapshot, index)
-
-    def _written(self) -> bool:
-        """Wait for this rank's part of the last copy; False when it could not be written."""
-        if self._future is None:
-            return True
         try:
-            self._future.result()
+            place = self.fence, self._taken, state["step"]
+            self._write(place, state, *checkpoint.collect(self.engine, self.optimizers))
         except OSError as error:
             self.error = str(error)
-        return not self.error
 
     def _write(self, place: Place, state: dict[str, Any], tensors: dict[str, Tensor], index: dict[str, Any]) -> None:
         own_folder(self.folder)
-        rank, layout = self.engine.mesh.rank, self.engine.layout
-        checkpoint.write_part(self.path(place), rank, tensors, index, layout, state)
-        if rank == 0:
-            self._drop_outdated(place)
-
-    def _drop_outdated(self, newest: Place) -> None:
-        """All but the newest whole copy, and the two that ranks may be writing now."""
-        places = self.places()
-        whole = next((place for place in places if self._is_whole(place)), None)
-        for place in places:
-            mine = place[0] == newest[0]
-            if place != whole and (place[1] < newest[1] - 1 if mine else whole is not None):
-                shutil.rmtree(self.path(place), ignore_errors=True)
-
-    def _is_whole(self, place: Place) -> bool:
-        """Whether every rank of this start has left its part of a copy."""
-        return place[0] == self.fence and checkpoint.is_whole(self.path(place), self.engine.mesh.world_size)
+        folder, rank = self.path(place), self.engine.mesh.rank
+        folder.mkdir(exist_ok=True)
+        said = folder / checkpoint.index_name(rank)
+        said.with_suffix(".seal").unlink(missing_ok=True)  # what stood here is no copy any more
+        file = folder / checkpoint.shard_name(rank)
+        seal = overwrite_shard(file, tensors) if tensors else None
+        described = {
+            "place": place,
+            "layout": self.engine.layout.model_dump(mode="json"),
+            "state": state,
+            "file": file.name,
+            "seal": seal and asdict(seal),
+            "tensors": index,
+        }
+        checkpoint.write_sealed(said, described)
 
     def path(self, place: Place) -> Path:
         """The folder of one copy."""
-        return self.folder / "copy_{:06d}_{:06d}_{:06d}".format(*place)
-
-    def places(self) -> list[Place]:
-        """Every copy there is, whole or not, newest first."""
-        names = [path.name.split("_")[1:] for path in self.folder.glob("copy_*_*_*")]
-        return sorted(((int(a), int(b), int(c)) for a, b, c in names), reverse=True)
+        return self.folder / f"copy_{place[1] % AT_ONCE}"
 
     def newest_good(self) -> tuple[Place, list[str]]:
         """Rank 0: the newest copy that an earlier start left whole and unchanged (NOWHERE: none), ready to be loaded,
         and what was wrong with newer ones. All others are given up."""
         found, problems = NOWHERE, list[str]()
-        for place in self.places():
+        for place, folder in sorted(self._copies(problems), reverse=True):
             if found == NOWHERE and 0 < place[0] < self.fence:
                 try:
-                    checkpoint.complete(self.path(place))
+                    write_commit(folder, _commit(folder, place))
+                    read_commit(folder)
                     found = place
                     continue
                 except checkpoint.UNFINISHED as error:
                     problems.append(str(error))
-            shutil.rmtree(self.path(place), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return found, problems
 
-    def close(self) -> None:
-        """Let the thread end."""
-        self._pool.shutdown(wait=True)
+    def _copies(self, problems: list[str]) -> Iterator[tuple[Place, Path]]:
+        """What rank 0 says is where; of a folder where it says nothing, that."""
+        for folder in self.folder.glob("copy_*"):
+            try:
+                fence, number, step = checkpoint.read_sealed(folder / checkpoint.index_name(0))["place"]
+            except checkpoint.UNFINISHED as error:
+                problems.append(f"{folder}: not whole ({error})")
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                yield (fence, number, step), folder
+
+
+def _commit(folder: Path, place: Place) -> Commit:
+    """What the parts of all ranks make up, verified. Raises one of UNFINISHED when a part is missing, of another copy,
+    or changed."""
+    first = checkpoint.read_sealed(folder / checkpoint.index_name(0))
+    layout, parts = Layout(**first["layout"]), list[dict[str, Any]]()
+    for rank in range(layout.world_size):
+        part = checkpoint.read_sealed(folder / checkpoint.index_name(rank))
+        if tuple(part["place"]) != place:
+            raise BloomeryError(f"{folder}: rank {rank} has not written its part of step {place[2]}")
+        seal = part["seal"]
+        parts.append({**part, "record": seal and verified(folder / part["file"], Seal(**seal)).model_dump()})
+    return checkpoint.commit_of(parts, layout, first["state"])

@@ -20,7 +20,7 @@ from torch import Tensor
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import Engine
 from bloomery.spec.layout import Layout
-from bloomery.train.replicas import checksum
+from bloomery.train.checksum import checksum
 from bloomery.train.session import CorruptionError, Session
 
 

@@ -63,7 +63,6 @@ class Session:
         """Flush and end what runs beside the steps."""
         self.profile.close(self.job.steps)
         self.writer.close()
-        self.memory.close()
         self.batches.close()
         self.recorder.close()
 
@@ -110,6 +109,7 @@ def _newest_state(session: Session) -> tuple[Place, int]:
         if place[2] <= found:
             place = NOWHERE
     fence, number, step, found = _agree(session, *place, found)
+    session.memory.go_on_from((fence, number, step))
     return (fence, number, step), found
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
-from bloomery.cluster.world import imported_for
+from bloomery.cluster.world import forking, imported_for
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -29,3 +31,16 @@ def test_only_some_jobs_need_the_large_imports(layout: Layout, compiled: bool, e
         optimizer=Optimizer(), data="", heldout="", compiled=compiled,
     )  # fmt: skip
     assert imported_for(job) == expected
+
+
+def has_imported(*modules: str) -> None:
+    """Ends with 1 where one of them is missing."""
+    sys.exit(int(not set(modules) <= sys.modules.keys()))
+
+
+@pytest.mark.parametrize("modules", [("colorsys",), ("colorsys", "mailbox"), ("mailbox",), ("netrc",)])
+def test_what_ranks_are_forked_from_imports_what_another_layout_needs(modules: tuple[str, ...]) -> None:
+    process = forking(*modules).Process(target=has_imported, args=modules)
+    process.start()
+    process.join()
+    assert process.exitcode == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,20 +47,24 @@ def take(folder: Path, fence: int, steps: list[int], seed: int = 0) -> tuple[Eng
     for step in steps:
         state = {"step": step, "cursor": step, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": fence}
         copies.take(state)
-        copies._written()
-    copies.close()
     assert copies.error == ""
     return engine, optimizers
+
+
+def held(copies: MemoryCopies) -> list[int]:
+    """The steps of the copies there are."""
+    folders = copies.folder.glob("copy_*")
+    return sorted(checkpoint.read_sealed(folder / checkpoint.index_name(0))["place"][2] for folder in folders)
 
 
 def test_what_is_loaded_has_the_same_bits_and_only_the_newest_stays(tmp_path: Path) -> None:
     engine, optimizers = take(tmp_path / "copies", 1, [4, 6, 8])
     other, moments = made(7)
     copies = MemoryCopies(tmp_path / "copies", other, moments, 2)
-    assert [place[2] for place in copies.places()] == [8, 6]
+    assert held(copies) == [6, 8]
     place, problems = copies.newest_good()
     assert (place, problems) == ((1, 3, 8), [])
-    assert copies.places() == [place]
+    assert held(copies) == [8]
     commit = checkpoint.load(copies.path(place), other, moments)
     assert commit.step == 8
     for name, parameter in engine.parameters().items():
@@ -86,7 +93,51 @@ def test_a_copy_of_this_start_or_a_later_one_belongs_to_another_run(tmp_path: Pa
     engine, optimizers = take(tmp_path / "copies", 2, [4])
     copies = MemoryCopies(tmp_path / "copies", engine, optimizers, fence)
     assert copies.newest_good() == (NOWHERE, [])
-    assert copies.places() == []
+    assert held(copies) == []
+
+
+def test_what_was_loaded_stays_until_the_next_copy_is_whole(tmp_path: Path) -> None:
+    take(tmp_path / "copies", 1, [4, 6, 8])
+    engine, optimizers = made(3)
+    copies = MemoryCopies(tmp_path / "copies", engine, optimizers, 2)
+    copies.go_on_from(copies.newest_good()[0])
+    state = {"step": 9, "cursor": 9, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": 2}
+    copies.take(state)
+    assert held(copies) == [8, 9]
+    torn = next(copies.path((2, 4, 9)).glob("*.safetensors"))
+    os.truncate(torn, torn.stat().st_size - 1)
+    place, problems = MemoryCopies(tmp_path / "copies", engine, optimizers, 3).newest_good()
+    assert place == (1, 3, 8) and len(problems) == 1
+
+
+def test_a_rank_that_has_not_written_its_part_makes_the_one_before_the_newest(tmp_path: Path) -> None:
+    parts = [written_by(tmp_path / "copies", rank) for rank in range(2)]
+    for step in (1, 2):
+        for part in parts[: 3 - step]:  # the second rank is killed in its second copy
+            part(step)
+    place, problems = MemoryCopies(tmp_path / "copies", *made(0), 2).newest_good()
+    assert place == (1, 1, 1)
+    assert len(problems) == 1 and "index_00001" in problems[0]
+    for step in (1, 2, 3, 4):
+        for part in parts[: 2 if step < 4 else 1]:
+            part(step)
+    place, problems = MemoryCopies(tmp_path / "copies", *made(0), 2).newest_good()
+    assert place == (1, 3, 3)
+    assert len(problems) == 1 and "rank 1 has not written its part of step 4" in problems[0]
+
+
+def written_by(folder: Path, rank: int) -> Callable[[int], None]:
+    """How one of two ranks writes its part of the copy after a step."""
+    engine = SimpleNamespace(mesh=SimpleNamespace(rank=rank), layout=Layout(dp=2))
+    copies = MemoryCopies(folder, engine, None, 1)  # type: ignore[arg-type]
+    part = {"file": checkpoint.shard_name(rank), "key": f"w{rank}", "offsets": (0,), "shape": (9,)}
+    index = {f"w{rank}": {"shape": (9,), "part": part}}
+
+    def write(step: int) -> None:
+        state = {"step": step, "cursor": 0, "run_hash": "", "data_hash": "", "guard": {}, "fence": 1}
+        copies._write((1, step, step), state, {f"w{rank}": torch.full((9,), float(step))}, index)
+
+    return write
 
 
 def test_a_part_that_is_missing_makes_the_one_before_the_newest(tmp_path: Path) -> None:
@@ -102,6 +153,4 @@ def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
     engine, optimizers = made(0)
     copies = MemoryCopies(tmp_path / "copies", engine, optimizers, 1)
     copies.take({"step": 1, "fence": 1})
-    assert not copies._written()
     assert "not this user's alone" in copies.error
-    copies.close()

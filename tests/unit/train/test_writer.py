@@ -14,7 +14,8 @@ from bloomery.spec.commit import checkpoint_folders, read_commit, take_fence
 from bloomery.spec.layout import Layout
 from bloomery.spec.seal import sha256_of
 from bloomery.train.checkpoint import Keep, set_aside, settle_unfinished, shard_name, write_part
-from bloomery.train.replicas import checksum, odd_ones
+from bloomery.train.checksum import checksum
+from bloomery.train.replicas import odd_ones
 from bloomery.train.shard_file import write_shard
 
 
