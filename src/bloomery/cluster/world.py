@@ -100,10 +100,11 @@ class Share:
 def imported_for(job: Job) -> list[str]:
     """What ranks of this job import on their way: all of them and every start have it from one import."""
     layout = job.layout
+    sharded = layout.zero_stage >= 2
     wanted = {
         "bloomery.parallel.pipeline": layout.pp > 1,
-        "bloomery.parallel.fully_sharded": layout.zero_stage >= 2,
-        "torch._dynamo": job.compiled or "full" in layout.recomputes or layout.tp * layout.cp > 1,
+        "bloomery.parallel.fully_sharded": sharded,
+        "torch._dynamo": job.compiled or "full" in layout.recomputes or layout.tp * layout.cp > 1 or sharded,
     }
     return [module for module, needed in wanted.items() if needed]
 

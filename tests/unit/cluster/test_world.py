@@ -21,7 +21,7 @@ from bloomery.spec.run import Optimizer
         (Layout(), True, ["torch._dynamo"]),
         (Layout(tp=2), False, ["torch._dynamo"]),
         (Layout(pp=2), False, ["bloomery.parallel.pipeline"]),
-        (Layout(dp=2, zero_stage=3), False, ["bloomery.parallel.fully_sharded"]),
+        (Layout(dp=2, zero_stage=3), False, ["bloomery.parallel.fully_sharded", "torch._dynamo"]),
     ],
 )
 def test_only_some_jobs_need_the_large_imports(layout: Layout, compiled: bool, expected: list[str]) -> None:
