@@ -3,7 +3,7 @@
     python bench/calibrate.py RUNS.csv [RUNS.csv ...] --out src/bloomery/spec/catalog/calibration.yaml
 
 `--stacks` fits only the constants of some software, on the runs that used it: minutes instead of half an hour, where a
-change of the model concerns no other.
+change of the model concerns no other. `--stacks usual`: those of software that no run named, on all of them.
 
 What the same fit is worth on sources it has not seen is `bench/planner_accuracy.py`'s to say.
 """
@@ -15,7 +15,7 @@ import datetime
 import time
 from pathlib import Path
 
-from bloomery.planner.calibrate import Constant, constants_of, fit
+from bloomery.planner.calibrate import USUAL, Constant, constants_of, fit, usual
 from bloomery.planner.published import Published, read_rows, usable
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import APART, validate
@@ -59,12 +59,15 @@ def main() -> None:
     if options.from_priors:
         start = start.model_copy(update={"architectures": {}, "stacks": {}})
     stacks = [name for name in options.stacks.split(",") if name]
-    runs = [run for run in measured(options.runs) if not stacks or run.profile.stack.name in stacks]
+    every = measured(options.runs)
+    runs = [run for run in every if stacks in ([], [USUAL]) or run.profile.stack.name in stacks]
     questions = Questions.of(runs)
     say("before", options.runs, start)
     started = time.monotonic()
     fixed = held(questions, start, stacks) if stacks else ()
-    table = fit(questions, start, fixed=fixed, rounds=options.rounds)
+    table = start if stacks == [USUAL] else fit(questions, start, fixed=fixed, rounds=options.rounds)
+    if stacks in ([], [USUAL]):
+        table = table.model_copy(update={"usual": usual(questions, table, rounds=options.rounds)})
     sources = len({run.source for run in questions.runs})
     what = f"{len(questions)} published runs of {sources} sources, {datetime.date.today()}"
     again = {"fitted_again": f"{', '.join(stacks)} alone, on {what}"} if stacks else {"fitted_on": what}

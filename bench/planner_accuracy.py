@@ -4,7 +4,7 @@
                                      [--doc docs/accuracy.md] [--intervals CALIBRATION.yaml]
 
 Left out: each source in turn; the constants of its hardware are fitted to the other sources, its software is taken for
-the median of the others unless another source used it. Ablation: a term is switched off, everything else fitted again.
+what is usual with them unless one of them used it. Ablation: a term is switched off, everything else fitted again.
 A peer's file maps row ids to seconds (`bench/peers/`); it is scored on exactly the rows it has. `--doc` writes the
 page, `--intervals` the measured 90 % intervals into a calibration.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from calibrate import measured
 
-from bloomery.planner.calibrate import SPREADS, Constant, constants_of, fit, with_values
+from bloomery.planner.calibrate import SPREADS, Constant, constants_of, fit, usual, with_values
 from bloomery.planner.published import Published, read_rows
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import Validation, validate
@@ -77,19 +77,22 @@ def left_out(runs: Sequence[Published], table: Calibration) -> dict[str, np.ndar
             if run.source != source and table.architecture_of(run.cluster.accelerator.name) in hardware
         ]
         started = time.monotonic()
-        held = forgotten(table, Questions.of(rest)) if rest else Calibration(generations=table.generations)
+        held = forgotten(table, Questions.of(rest), test) if rest else Calibration(generations=table.generations)
         found[source] = test.predict_s(held) / test.measured_s
         score = Errors.of(found[source])
         print(f"left out {source[:48]:48} {score.cells()}  ({time.monotonic() - started:.0f} s)", flush=True)
     return found
 
 
-def forgotten(table: Calibration, rest: Questions) -> Calibration:
-    """The calibration as `rest` alone teaches it: constants of software that it does not have go, the others are fitted
-    again."""
+def forgotten(table: Calibration, rest: Questions, test: Questions) -> Calibration:
+    """The calibration as `rest` alone teaches it, for `test`: constants of software that `rest` does not have go, the
+    others are fitted again."""
     known = {group.stack for group in rest.groups}
     stacks = {name: constants for name, constants in table.stacks.items() if name in known}
-    return fit(rest, table.model_copy(update={"stacks": stacks}), rounds=HELD_OUT_ROUNDS)
+    held = fit(rest, table.model_copy(update={"stacks": stacks}), rounds=HELD_OUT_ROUNDS)
+    if known.issuperset(group.stack for group in test.groups):
+        return held
+    return held.model_copy(update={"usual": usual(rest, held, rounds=HELD_OUT_ROUNDS)})
 
 
 def ablation(questions: Questions, table: Calibration) -> dict[str, Errors]:
@@ -118,7 +121,7 @@ def unseen_models(runs: Sequence[Published], table: Calibration) -> tuple[np.nda
         inside = [i for i, run in enumerate(runs) if fold[run.model.name] == k]
         rest = Questions.of([run for run in runs if fold[run.model.name] != k])
         test = Questions.of([runs[i] for i in inside])
-        held = forgotten(table, rest)
+        held = forgotten(table, rest, test)
         ratios[inside] = test.predict_s(held) / test.measured_s
         known[inside] = [run.profile.stack.name in held.stacks for run in test.runs]
         print(f"unseen models, part {k + 1} of {FOLDS}: {Errors.of(ratios[inside]).cells()}", flush=True)
@@ -166,7 +169,7 @@ def page(
         head + f"| the catalog's calibration, fitted on these runs | {_overall(validation)} |",
         f"| unseen models ({FOLDS} parts by model name, each predicted from the others) | {models.cells()} |",
         f"| of these, models whose software other models used | {known.cells()} |",
-        "| unseen sources (each predicted from the others; its software is taken for the median of theirs) | "
+        "| unseen sources (each predicted from the others; its software is taken for what is usual with them) | "
         f"{unseen.cells()} |",
         "",
     ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -56,6 +56,8 @@ SPREADS: dict[str, dict[str, float]] = {
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
+USUAL, USUAL_NOISE = "usual", 0.15
+"""The name that all software goes by when one set of constants is fitted to it, and the spread around that fit."""
 FIRST_STEP = 5.0
 """Length of the first step tried, in spreads: over a hundred constants share it."""
 LARGEST = {"gemm_ceiling": 0.95, "gemm_ceiling_8bit": 0.95, "memory_efficiency": 0.95, "attention": 0.9,
@@ -125,13 +127,16 @@ class Problem:
     questions: Questions
     table: Calibration
     constants: tuple[Constant, ...]
+    noise: float = NOISE
+    evenness: float = 0.35
+    """0: every run weighs the same; 1/2: every source (of squares)."""
 
     @cached_property
     def weights(self) -> np.ndarray:
         """Of each run, shape (n,)."""
         count = Counter(run.source for run in self.questions.runs)
         each = np.array([max(count[run.source], FEW) for run in self.questions.runs], dtype=float)
-        return (each / FEW) ** -0.35 / NOISE
+        return (each / FEW) ** -self.evenness / self.noise
 
     @cached_property
     def felt_by(self) -> tuple[tuple[int, ...], ...]:
@@ -179,10 +184,26 @@ def fit(questions: Questions, table: Calibration, *, fixed: Collection[Constant]
 
     `fixed` constants keep the table's values; `rounds`: steps of the search at most.
     """
+    free = tuple(constant for constant in constants_of(questions, table) if constant not in fixed)
+    return _solved(Problem(questions, table, free), rounds)
+
+
+def usual(questions: Questions, table: Calibration, *, rounds: int = 12) -> StackConstants:
+    """One set of a stack's constants for all runs at once, each source with the same weight: what to expect of software
+    that no run named. Hardware keeps the table's constants."""
+    runs = [
+        replace(run, profile=replace(run.profile, stack=replace(run.profile.stack, name=USUAL)))
+        for run in questions.runs
+    ]
+    alike = Questions.of(runs)
+    free = tuple(constant for constant in constants_of(alike, table) if constant.section == "stacks")
+    problem = Problem(alike, table, free, noise=USUAL_NOISE, evenness=0.5)
+    return _solved(problem, rounds).stack(USUAL)
+
+
+def _solved(problem: Problem, rounds: int) -> Calibration:
     from scipy.optimize import least_squares
 
-    free = tuple(constant for constant in constants_of(questions, table) if constant not in fixed)
-    problem = Problem(questions, table, free)
     found = least_squares(
         problem.residuals,
         problem.start(),

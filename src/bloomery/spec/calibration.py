@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from statistics import median
 
 from pydantic import Field
 
@@ -100,6 +99,7 @@ class Calibration(Noun):
     generations: dict[str, str] = {}
     architectures: dict[str, ArchitectureConstants] = {}
     stacks: dict[str, StackConstants] = {}
+    usual: StackConstants = Field(default=StackConstants(), description="of software that no run named")
     intervals: dict[str, Interval] = {}
     provenance: dict[str, str] = {}
 
@@ -117,13 +117,8 @@ class Calibration(Noun):
         return self.intervals.get(kind, PRIOR_INTERVAL)
 
     def stack(self, name: str) -> StackConstants:
-        """The constants of a stack; of one that no run named, the median of those that were fitted."""
-        if name in self.stacks:
-            return self.stacks[name]
-        fitted = list(self.stacks.values()) or [StackConstants()]
-        return StackConstants(
-            **{name: median([getattr(one, name) for one in fitted]) for name in StackConstants.model_fields}
-        )
+        """The constants of a stack, or what is usual."""
+        return self.stacks.get(name, self.usual)
 
 
 @cache
@@ -140,7 +135,7 @@ def read_calibration(path: Path) -> Calibration:
 def calibration_yaml(table: Calibration) -> str:
     """The file `read_calibration` reads back, numbers rounded to three digits."""
     values = table.model_dump(exclude_defaults=True)
-    for section in ("architectures", "stacks"):
-        for owner, fields in values.get(section, {}).items():
-            values[section][owner] = {name: float(f"{value:.3g}") for name, value in fields.items()}
+    tables = [*values.get("architectures", {}).values(), *values.get("stacks", {}).values(), values.get("usual", {})]
+    for fields in tables:
+        fields.update({name: float(f"{value:.3g}") for name, value in fields.items()})
     return to_yaml(values)

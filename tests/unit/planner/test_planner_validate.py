@@ -12,11 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bloomery.planner.calibrate import Constant, constants_of, fit, value_in, with_values
+from bloomery.planner.calibrate import Constant, constants_of, fit, usual, value_in, with_values
 from bloomery.planner.published import Published, Unusable, published, read_rows, usable
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import validate
-from bloomery.spec.calibration import Calibration, calibration, calibration_yaml, read_calibration
+from bloomery.spec.calibration import (
+    Calibration,
+    StackConstants,
+    calibration,
+    calibration_yaml,
+    read_calibration,
+)
 from bloomery.spec.errors import InputError
 
 KORTHIKANTI = Path(__file__).with_name("korthikanti_2022.csv")
@@ -118,6 +124,17 @@ def test_a_constant_that_is_fixed_stays() -> None:
     assert value_in(held, fixed[0]) == 1e-9
 
 
+def test_software_that_no_run_named_is_taken_for_what_is_usual() -> None:
+    bare = Calibration(generations=calibration().generations)
+    slow = [Constant("stacks", "megatron", field) for field in ("traffic", "host_factor", "link_factor")]
+    questions = Questions.of([published(one) for one in grid(with_values(bare, slow, [1.4, 1.6, 1.5]))])
+    before = np.abs(np.log(questions.predict_s(bare) / questions.measured_s)).mean()
+    table = bare.model_copy(update={"usual": usual(questions, bare, rounds=8)})
+    assert table.stack("nobody's") == table.usual != StackConstants()
+    after = np.abs(np.log(questions.predict_s(table) / questions.measured_s)).mean()
+    assert after < before / 4
+
+
 def test_a_stacks_half_size_slows_messages_between_nodes_alone() -> None:
     rows = [row(id=str(n), n_gpus=n, tp=1, pp=1, vpp=1, dp=n, micro_batch=1, global_batch=n) for n in (8, 64)]
     questions, table = Questions.of([published(one) for one in rows]), calibration()
@@ -130,7 +147,8 @@ def test_a_stacks_half_size_slows_messages_between_nodes_alone() -> None:
 def test_a_calibration_file_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "calibration.yaml"
     path.write_text(calibration_yaml(calibration()), encoding="utf-8")
-    assert read_calibration(path).architectures == calibration().architectures
+    again = read_calibration(path)
+    assert (again.architectures, again.usual) == (calibration().architectures, calibration().usual)
     path.write_text("architectures: {ampere: {gemm_cieling: 0.7}}", encoding="utf-8")
     with pytest.raises(InputError, match="gemm_ceiling"):
         read_calibration(path)

@@ -63,9 +63,10 @@ PUBLISHED_BILLIONS = {
     "deepseek-v2-lite": 15.706,
     "deepseek-v2": 235.74,
     "deepseek-v3": 671.03,  # 2412.19437: 671 B; 684.5 B in its files with the second-token head
+    "kimi-k2": 1040.0,
 }
-ROUNDED = {"gpt3-13b", "yuan-1.0-13b"}
-"""Published in whole billions."""
+ROUNDED = {"gpt3-13b", "yuan-1.0-13b", "kimi-k2"}
+"""Published with two or three digits."""
 PUBLISHED_ACTIVE_BILLIONS = {
     "mixtral-8x7b": 12.9,
     "mixtral-8x22b": 39.0,  # Mistral AI, 17 April 2024
@@ -74,6 +75,7 @@ PUBLISHED_ACTIVE_BILLIONS = {
     "qwen3-235b-a22b": 22.0,
     "deepseek-v2": 21.0,
     "deepseek-v3": 37.0,
+    "kimi-k2": 32.6,
 }
 
 
