@@ -61,10 +61,21 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         attention=attention,
         optimizer_bytes_per_s=mean(optimizer_rate(_optimizer_s(result)) for result in results),
         upload_bytes_per_s=mean(uploads) if uploads else None,
+        skew=skew_of([[turn["compute"] for turn in turns_of(result, "float32", -1)] for result in results]),
         source=PROBED,
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
     return calibrated(parts, reference)
+
+
+def skew_of(compute_s: Sequence[Sequence[Sequence[float]]]) -> float:
+    """How far the slowest rank lags the mean of all, of the same steps; `compute_s` by rank, turn and round.
+
+    >>> skew_of([[[1.0, 1.2]], [[1.0, 0.8]]])
+    0.1
+    """
+    steps = [list(of_ranks) for turns in zip(*compute_s, strict=True) for of_ranks in zip(*turns, strict=True)]
+    return round(mean(max(step) / mean(step) - 1 for step in steps), 4)
 
 
 def _optimizer_s(result: dict[str, Any]) -> list[float]:

@@ -283,7 +283,22 @@ class StepTimes:
         micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
         exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
         after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
+        if self.case.accelerator.skew:
+            after = after + sum(self._waits(block).values())
         return self._path_s(block, micro, send) + self._tied(block) + after
+
+    def _waits(self, block: slice) -> dict[str, Any]:
+        """Seconds in which ranks wait for the slowest of them, at the messages that they send most often. A pipeline's
+        stages are not counted: what one waits for another is in the path."""
+        skew, lay = self.case.accelerator.skew, self.case.lay
+        lost = skew * self._means[block].compute
+        sizes = {"tp_comm": lay.tp, "cp_comm": lay.cp, "ep_comm": lay.ep, "dp_comm": lay.dp}
+        found, left = {}, np.ones(np.shape(lost), dtype=bool)
+        for name, size in sizes.items():
+            shared = left & (size[block] > 1)
+            found[name] = np.where(shared, lost, 0.0)
+            left &= ~shared
+        return found
 
     def components(self, block: slice) -> dict[str, Any]:
         """Seconds of some layouts' steps by component (`spec.components`), those that can be none left out."""
@@ -293,16 +308,17 @@ class StepTimes:
         flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
         exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
         ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * send.seconds
+        waits = self._waits(block)
         return {
             "ideal": ideal,
             "kernel": mean.compute - mean.recompute - ideal + stretched + _hooks_s(micro, data),
             "recompute": mean.recompute,
-            "tp_comm": mean.tensor,
-            "cp_comm": mean.context,
-            "ep_comm": mean.experts,
+            "tp_comm": mean.tensor + waits["tp_comm"],
+            "cp_comm": mean.context + waits["cp_comm"],
+            "ep_comm": mean.experts + waits["ep_comm"],
             "pp_comm": pp_comm + self._tied(block),
             "bubble": self._path_s(block, micro, send) - mean.busy - pp_comm,
-            "dp_comm": exposed,
+            "dp_comm": exposed + waits["dp_comm"],
             "optimizer": data.optimizer,
             "other": data.other,
         }

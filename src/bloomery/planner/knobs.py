@@ -26,6 +26,8 @@ class Knob:
     tier: Callable[[Tier, float], dict[str, Any]] = lambda _, __: {}
     ranks: int | None = None
     """The cut it is of; None: all."""
+    shared: bool = False
+    """Only of ranks that share cores."""
 
 
 def _gemm(device: Accelerator, factor: float) -> dict[str, Any]:
@@ -74,6 +76,10 @@ def _crowding(device: Accelerator, factor: float) -> dict[str, Any]:
     }
 
 
+def _skew(device: Accelerator, factor: float) -> dict[str, Any]:
+    return {"skew": device.skew * factor}
+
+
 def _pace(device: Accelerator, factor: float) -> dict[str, Any]:
     factors = {dtype: device.compute_factor.get(dtype, ComputeFactor()) for dtype in device.peak_flops_per_s}
     return {
@@ -91,6 +97,10 @@ def _bandwidth(tier: Tier, factor: float) -> dict[str, Any]:
     return {"bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s * factor}
 
 
+def _messages(tier: Tier, factor: float) -> dict[str, Any]:
+    return {"latency_s": tier.latency_s * factor, "bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s / factor}
+
+
 def _operation(op: CollectiveName, tier: Tier, factor: float) -> dict[str, Any]:
     return {"op_factor": {**tier.op_factor, op: tier.op_factor.get(op, 1.0) * factor}}
 
@@ -102,8 +112,10 @@ KNOBS = (
     Knob("host", "host time of a launch", 0.30, device=_host),
     Knob("optimizer", "rate of the optimizer step", 0.30, device=_optimizer),
     Knob("crowding", "rate of ranks that share a core, over an even share", 0.10, device=_crowding),
+    Knob("skew", "what ranks wait for the slowest of them", 0.50, device=_skew),
     Knob("latency", "latency of a message", 0.40, tier=_latency),
     Knob("bandwidth", "bandwidth of a link", 0.30, tier=_bandwidth),
+    Knob("turns", "time of messages between ranks that share a core", 0.30, tier=_messages, shared=True),
     *(
         Knob(op, f"time of {op.replace('_', '-')} over all-reduce's", 0.30, tier=partial(_operation, op))
         for op in ("all_gather", "reduce_scatter", "all_to_all", "send")
@@ -132,15 +144,18 @@ def turned(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
                 one = one.model_copy(update=knob.device(one, factors[knob.name]))
         return one
 
-    def tiers(some: tuple[Tier, ...]) -> tuple[Tier, ...]:
+    def tiers(some: tuple[Tier, ...], device: Accelerator) -> tuple[Tier, ...]:
         for knob in KNOBS:
-            if knob.name in factors:
+            if knob.name in factors and not (knob.shared and device.ranks_per_core == 1):
                 some = tuple(tier.model_copy(update=knob.tier(tier, factors[knob.name])) for tier in some)
         return some
 
     cuts = tuple(
-        cut.model_copy(update={"accelerator": device(cut.accelerator, cut.ranks), "tiers": tiers(cut.tiers)})
+        cut.model_copy(
+            update={"accelerator": device(cut.accelerator, cut.ranks), "tiers": tiers(cut.tiers, cut.accelerator)}
+        )
         for cut in cluster.cuts
     )
-    parts = {"accelerator": device(cluster.accelerator, whole), "tiers": tiers(cluster.tiers), "cuts": cuts}
+    one = cluster.accelerator
+    parts = {"accelerator": device(one, whole), "tiers": tiers(cluster.tiers, one), "cuts": cuts}
     return cluster.model_copy(update=parts)

@@ -62,6 +62,8 @@ class Accelerator(Noun):
     upload_bytes_per_s: float | None = Field(default=None, gt=0, description="from pinned memory of the host")
     ranks_per_core: float = Field(default=1.0, ge=1, description="over 1: ranks take turns on the cores")
     """The rates are what one rank gets while all ranks work; what a waiting rank leaves, the others on its core get."""
+    skew: float = Field(default=0.0, ge=0, description="how far the slowest of several lags their mean, of compute")
+    """Ranks that wait for each other wait for it."""
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:

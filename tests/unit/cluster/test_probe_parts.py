@@ -86,6 +86,12 @@ def test_of_three_turns_the_middle_one_counts() -> None:
     assert accelerator([machine(turn(0.7))]) != accelerator([machine(turn(1.0))])
 
 
+def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
+    found = accelerator([machine(turn(1.0), turn(0.9)), machine(turn(1.2), turn(0.9))])
+    assert found.skew == pytest.approx((1.2 / 1.1 - 1) / 2, abs=1e-4)
+    assert accelerator([machine(turn(1.0))]).skew == 0
+
+
 def test_hosts_of_different_sizes_are_refused() -> None:
     assert slots_of(Hosts((Host("a", 2), Host("b", 2)))) == 2
     with pytest.raises(InputError, match="different sizes"):

@@ -14,7 +14,7 @@ from bloomery.perf.result import Estimate
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Passes, Stack
 from bloomery.spec import catalog
 from bloomery.spec.cluster import Cluster
-from bloomery.spec.components import COMPONENTS
+from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -174,6 +174,24 @@ def test_a_cpu_machine_is_planned_in_float32() -> None:
     assert found.components["dp_comm"][0] > 0
     assert found.components["pp_comm"][2] > 0
     assert np.all((found.mfu > 0) & (found.mfu < 1))
+
+
+def test_ranks_wait_for_the_slowest_at_their_innermost_messages() -> None:
+    machine = catalog.cluster("this-machine").model_copy(update={"accelerators_per_node": 8})
+    lagging = machine.model_copy(update={"accelerator": machine.accelerator.model_copy(update={"skew": 0.05})})
+    layouts = [Layout(dp=8), Layout(tp=2, dp=4), Layout(cp=2, dp=4), Layout(dp=4, pp=2), Layout(pp=8)]
+    model, batch = catalog.model("tiny-14m"), 16
+    even, uneven = (
+        predict(layouts, model=model, cluster=one, batch=batch, seq_len=256, dtype="float32")
+        for one in (machine, lagging)
+    )
+    compute_s = sum(even.components[name] for name in COMPUTE)
+    waited = {name: uneven.components[name] - even.components[name] for name in COMPONENTS}
+    for i, name in enumerate(("dp_comm", "tp_comm", "cp_comm", "dp_comm")):
+        assert waited[name][i] == pytest.approx(0.05 * compute_s[i])
+        assert uneven.step_time_s[i] - even.step_time_s[i] == pytest.approx(0.05 * compute_s[i])
+    assert uneven.step_time_s[4] == even.step_time_s[4]
+    assert sum(uneven.components.values()) == pytest.approx(uneven.step_time_s)
 
 
 def test_an_unknown_peak_is_an_error_not_a_guess() -> None:
