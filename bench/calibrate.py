@@ -59,6 +59,8 @@ def main() -> None:
     if options.from_priors:
         start = start.model_copy(update={"architectures": {}, "stacks": {}})
     stacks = [name for name in options.stacks.split(",") if name]
+    if USUAL in stacks and (options.from_priors or stacks != [USUAL]):
+        parser.error(f"--stacks {USUAL} fits it alone, beside the others' present values")
     every = measured(options.runs)
     runs = [run for run in every if stacks in ([], [USUAL]) or run.profile.stack.name in stacks]
     questions = Questions.of(runs)

@@ -1,9 +1,9 @@
 """Tokens per second and peak memory of `bloomery train` beside other trainers on the same cores, model and samples.
 
 Ours is the product's own path (the console program, its worker, engine and loop), read from the run's ledger. Peers run
-through `bench/peers/*`, each in the environment it is given and each compiled and not: its faster variant counts. Runs
-alternate, round by round; medians are printed, and ours over the best peer. Peers without an environment are left out
-and named. Says nothing about several processes.
+through `bench/peers/*`, each in the environment it is given. Everybody runs compiled and not, with the batch whole and
+in micro-batches: the fastest variant counts. Runs alternate, round by round; medians are printed, and ours over the
+best peer. Peers without an environment are left out and named. Says nothing about several processes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,13 +35,26 @@ OPTIMIZER = {"lr": 1e-3, "weight_decay": 0.1, "clip": 1.0}
 RUN = """name: {name}
 model: {model}
 cluster: {cluster}
-layout: {{micro_batch: {batch}}}
+layout: {{micro_batch: {micro_batch}}}
 data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
 train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
   dtype: {dtype}, float8: {{emulate: {emulated}}},
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
 out: {out}
 """
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a trainer is run."""
+
+    compiled: bool
+    micro_batch: int
+
+    @property
+    def name(self) -> str:
+        """Of its run."""
+        return f"{'compiled' if self.compiled else 'eager'}-{self.micro_batch}"
 
 
 @dataclass(frozen=True)
@@ -73,14 +87,16 @@ class Workload:
         return self.batch * self.seq_len
 
 
-def run_file(work: Workload, name: str, compiled: bool, cluster: Path | None = None) -> Path:
+def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> Path:
     """The description of our own run."""
+    name = variant.name
     path = work.scratch / f"{name}.yaml"
     path.write_text(
         RUN.format(
             name=name, vocab=work.model.vocab, model=work.model.model_dump_json(exclude_none=True),
             cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len, steps=work.steps,
-            dtype=work.dtype, emulated=str(work.emulated).lower(), compiled=str(compiled).lower(), out=work.scratch,
+            dtype=work.dtype, emulated=str(work.emulated).lower(), compiled=str(variant.compiled).lower(),
+            micro_batch=variant.micro_batch, out=work.scratch,
             data=work.scratch / f"data-{work.model.vocab}",
             max_bytes=24 * work.tokens_per_step * work.steps,
         )
@@ -95,9 +111,9 @@ def bloomery(*arguments: object) -> None:
         sys.exit(done.stderr)
 
 
-def ours(work: Workload, compiled: bool, cluster: Path | None = None) -> Outcome:
+def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outcome:
     """One run of the product, from its ledger and metrics."""
-    path = run_file(work, "compiled" if compiled else "eager", compiled, cluster)
+    path = run_file(work, variant, cluster)
     bloomery("train", path, "--fresh")
     folder = work.scratch / path.stem
     laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > work.warm_up]
@@ -106,13 +122,13 @@ def ours(work: Workload, compiled: bool, cluster: Path | None = None) -> Outcome
     return Outcome(median(lap["wall_s"] for lap in laps), max(lap["peak_memory_bytes"] for lap in laps), losses[-1])
 
 
-def peer(work: Workload, python: Path, script: str, compiled: bool, samples: Path) -> Outcome:
+def peer(work: Workload, python: Path, script: str, variant: Variant, samples: Path) -> Outcome:
     """One run of a peer in its own environment."""
     model = work.model
     settings = {
         "data": str(samples), "layers": model.layers, "hidden": model.hidden, "heads": model.heads,
         "kv_heads": model.kv_heads, "ffn_hidden": model.ffn_hidden, "vocab": model.vocab, "seq_len": work.seq_len,
-        "batch": work.batch, "steps": work.steps, "threads": work.threads, "dtype": work.dtype, "compiled": compiled,
+        "batch": work.batch, "steps": work.steps, "threads": work.threads, "dtype": work.dtype, **asdict(variant),
         **OPTIMIZER,
     }  # fmt: skip
     environment = {
@@ -132,7 +148,7 @@ def peer(work: Workload, python: Path, script: str, compiled: bool, samples: Pat
 
 def samples_of(work: Workload, cluster: Path | None = None) -> Path:
     """The samples of our own run, in its order, as one array for the peers."""
-    bloomery("data", "build", run_file(work, "eager", False, cluster))
+    bloomery("data", "build", run_file(work, Variant(False, work.batch), cluster))
     dataset = TokenDataset(work.scratch / f"data-{work.model.vocab}" / "train", seq_len=work.seq_len, seed=0)
     rows = [dataset.sample(i) for i in range(work.batch * work.steps)]
     path = work.scratch / "samples.npy"
@@ -140,24 +156,24 @@ def samples_of(work: Workload, cluster: Path | None = None) -> Path:
     return path
 
 
-def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, variants: list[bool]) -> dict[str, Any]:
+def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, variants: list[Variant]) -> dict[str, Any]:
     """Every trainer in every variant, round by round."""
     samples = samples_of(work)
-    found: dict[tuple[str, bool], list[Outcome]] = {}
+    found: dict[tuple[str, Variant], list[Outcome]] = {}
     for number in range(rounds):
-        for compiled in variants:
-            found.setdefault(("bloomery", compiled), []).append(ours(work, compiled))
+        for variant in variants:
+            found.setdefault(("bloomery", variant), []).append(ours(work, variant))
             for name, (python, script) in peers.items():
-                found.setdefault((name, compiled), []).append(peer(work, python, script, compiled, samples))
+                found.setdefault((name, variant), []).append(peer(work, python, script, variant, samples))
         print(f"round {number + 1} of {rounds} done", file=sys.stderr, flush=True)
     rows = [
         {
-            "trainer": name, "compiled": compiled,
+            "trainer": name, **asdict(variant),
             "tokens_per_s": work.tokens_per_step / median(one.step_s for one in outcomes),
             "rounds_tokens_per_s": [work.tokens_per_step / one.step_s for one in outcomes],
             "peak_bytes": median(one.peak_bytes for one in outcomes), "loss": outcomes[-1].loss,
         }
-        for (name, compiled), outcomes in found.items()
+        for (name, variant), outcomes in found.items()
     ]  # fmt: skip
     mine = max((row for row in rows if row["trainer"] == "bloomery"), key=lambda row: row["tokens_per_s"])
     others = [row for row in rows if row["trainer"] != "bloomery"]
@@ -173,14 +189,13 @@ def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, var
 
 def show(title: str, answer: dict[str, Any]) -> None:
     """The table of one model and precision."""
-    print(
-        f"\n{title}\n{'trainer':16} {'compiled':>8} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}   tokens/s by round"
-    )
+    head = f"{'trainer':16} {'compiled':>8} {'micro-batch':>11} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}"
+    print(f"\n{title}\n{head}   tokens/s by round")
     for row in answer["rows"]:
         rounds = " ".join(f"{value:.0f}" for value in row["rounds_tokens_per_s"])
         print(
-            f"{row['trainer']:16} {'yes' if row['compiled'] else 'no':>8} {row['tokens_per_s']:9.0f} "
-            f"{row['peak_bytes'] / 1e6:8.0f} {row['loss']:9.4f}   {rounds}"
+            f"{row['trainer']:16} {'yes' if row['compiled'] else 'no':>8} {row['micro_batch']:11} "
+            f"{row['tokens_per_s']:9.0f} {row['peak_bytes'] / 1e6:8.0f} {row['loss']:9.4f}   {rounds}"
         )
     if answer["speed_over_best_peer"]:
         print(
@@ -212,6 +227,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warm-up", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--micro-batches", default="8,2", help="sequences at a time; what stays of a batch is added up")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--eager-only", action="store_true", help="nobody compiles")
@@ -231,7 +247,8 @@ def main() -> None:
                     MODELS[name], options.seq_len, options.batch, options.steps, options.warm_up, dtype,
                     options.threads, Path(scratch),
                 )  # fmt: skip
-                variants = [False] if options.eager_only else [False, True]
+                sizes = [int(size) for size in options.micro_batches.split(",")]
+                variants = [Variant(*one) for one in product([False] if options.eager_only else [False, True], sizes)]
                 answer = answers[f"{name} {dtype}"] = measure(work, environments(options), options.rounds, variants)
             if not options.json:
                 show(f"{name} {dtype}, batch {options.batch} x {options.seq_len}, {options.threads} threads", answer)

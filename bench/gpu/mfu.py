@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from train_speed import Outcome, Workload, bloomery, environments, ours, peer, samples_of
+from train_speed import Outcome, Variant, Workload, bloomery, environments, ours, peer, samples_of
 
 from bloomery.parallel.formats import has_float8_units
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -58,12 +58,12 @@ DENSE_FLOPS = {
 
 
 def measured(work: Workload, cluster: Path, peers: dict[str, tuple[Path, str]], compiled: bool) -> dict[str, Any]:
-    """Ours with its plan, and each peer, on one model."""
-    samples = samples_of(work, cluster)
-    found = {"bloomery": ours(work, compiled, cluster)}
-    plan = json.loads((work.scratch / ("compiled" if compiled else "eager") / "plan.json").read_text())["estimate"]
+    """Ours with its plan, and each peer, on one model, the batch whole."""
+    samples, variant = samples_of(work, cluster), Variant(compiled, work.batch)
+    found = {"bloomery": ours(work, variant, cluster)}
+    plan = json.loads((work.scratch / variant.name / "plan.json").read_text())["estimate"]
     if work.model.moe is None and work.dtype != "float8":
-        found |= {name: peer(work, python, script, compiled, samples) for name, (python, script) in peers.items()}
+        found |= {name: peer(work, python, script, variant, samples) for name, (python, script) in peers.items()}
     return {
         "model_flops": plan["model_flops"],
         "convention": plan["convention"],

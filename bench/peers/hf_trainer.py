@@ -70,8 +70,9 @@ def main() -> None:
     timer = Timer()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch, use_cpu=not torch.cuda.is_available(), per_device_train_batch_size=s.batch,
-            max_steps=s.steps, learning_rate=s.lr, weight_decay=s.weight_decay, adam_beta2=0.95, max_grad_norm=s.clip,
+            output_dir=scratch, use_cpu=not torch.cuda.is_available(), per_device_train_batch_size=s.micro_batch,
+            gradient_accumulation_steps=s.batch // s.micro_batch, max_steps=s.steps, learning_rate=s.lr,
+            weight_decay=s.weight_decay, adam_beta2=0.95, max_grad_norm=s.clip,
             lr_scheduler_type="constant", optim="adamw_torch_fused", bf16=s.dtype == "bfloat16",
             torch_compile=s.compiled, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
             dataloader_pin_memory=False,

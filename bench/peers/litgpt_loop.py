@@ -7,7 +7,7 @@ import torch
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor
-from train_settings import read_settings, resident_bytes, timed_loop
+from train_settings import parts, read_settings, resident_bytes, timed_loop
 
 
 def main() -> None:
@@ -27,12 +27,15 @@ def main() -> None:
     )
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        loss = chunked_cross_entropy(module(tokens), targets, chunk_size=0)
-        fabric.backward(loss)
+        total = torch.zeros(())
+        for some, theirs in parts(s, tokens, targets):
+            loss = chunked_cross_entropy(module(some), theirs, chunk_size=0) * (len(some) / len(tokens))
+            fabric.backward(loss)
+            total += loss.detach()
         fabric.clip_gradients(module, optimizer, max_norm=s.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return total
 
     timed_loop(s, step, base)
 

@@ -10,7 +10,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_settings import Settings, device, read_settings, resident_bytes, timed_loop
+from train_settings import Settings, device, parts, read_settings, resident_bytes, timed_loop
 
 
 class Block(nn.Module):
@@ -79,13 +79,16 @@ def main() -> None:
     narrow = torch.autocast(device().type, torch.bfloat16) if settings.dtype == "bfloat16" else contextlib.nullcontext()
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        with narrow:
-            loss = forward(tokens, targets)
-        loss.backward()
+        total = torch.zeros((), device=tokens.device)
+        for some, theirs in parts(settings, tokens, targets):
+            with narrow:
+                loss = forward(some, theirs) * (len(some) / len(tokens))
+            loss.backward()
+            total += loss.detach()
         nn.utils.clip_grad_norm_(module.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return total
 
     timed_loop(settings, step, base)
 

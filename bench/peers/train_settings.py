@@ -32,6 +32,7 @@ class Settings:
     vocab: int
     seq_len: int
     batch: int
+    micro_batch: int
     steps: int
     threads: int
     dtype: str
@@ -61,6 +62,11 @@ def batches(settings: Settings) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     for step in range(settings.steps):
         rows = torch.from_numpy(np.array(tokens[step * settings.batch : (step + 1) * settings.batch]))
         yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+def parts(settings: Settings, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The micro-batches of one step."""
+    yield from zip(*(tensor.split(settings.micro_batch) for tensor in tensors), strict=True)
 
 
 def resident_bytes() -> int:

@@ -90,7 +90,7 @@ def test_f1_with_copies_in_memory(tmp_path: Path, data: Path, figure: Figure) ->
     figure("F1", "kill -9 a rank, dp2, copies in memory every step", "0 finished steps lost, same bits",
            f"{sum(step > 0 for step in lost)} of {KILLS} lost {max(lost)}, {'same' if same else 'other'} bits, "
            f"p50 {middle:.2f} p95 {worst:.2f} s", same and max(lost) == 0)  # fmt: skip
-    assert same and max(lost) <= 2
+    assert same and max(lost) == 0
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

@@ -38,7 +38,9 @@ def test_a_killed_rank_costs_no_finished_step_and_no_bit(
     folder, code = train(describe(tmp_path, "run", data, layout, **OFTEN), kills)
     assert code == 0
     resumed = {(event["step"], event["source"]) for event in events(folder, "resumed")}
-    assert resumed == {(event["step"], "memory") for event in events(folder, "worker_failed")}
+    failed = [event["step"] for event in events(folder, "worker_failed")]
+    assert len(failed) == len(kills)
+    assert resumed == {(step, "memory") for step in failed}
     if zero == 0:
         assert final_bits(folder) == final_bits(undisturbed)
         assert losses(folder) == losses(undisturbed)

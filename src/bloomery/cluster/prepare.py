@@ -154,8 +154,6 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     dtype = _dtype(run, layout)
     if run.train.guard.recompute_every:
         check_recomputable(run.model, layout)
-    if run.train.memory_every:
-        check_memory(parameter_count(run.model))
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
@@ -240,11 +238,14 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     """Write a stage to its folder, emptied first when `fresh`; a finished one is left as it is and its job returned.
 
     Raises InputError, before anything is touched, when another process trains there, when the disk cannot hold the
-    checkpoints, or when checkpoints there were made by another job: a resume must not mix two.
+    checkpoints or the memory their copies, or when checkpoints there were made by another job: a resume must not mix
+    two.
     """
     checkpoints = folder / "checkpoints"
-    copies = 0 if job.averaging.method == "none" else 1
-    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, copies)
+    averages = 0 if job.averaging.method == "none" else 1
+    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, averages)
+    if job.memory_every:
+        check_memory(parameter_count(job.model), folder, averages=averages)
     with run_lock(folder):
         if fresh:
             forget_copies(folder)

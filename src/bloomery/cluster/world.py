@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
@@ -117,10 +118,19 @@ def forking(*modules: str) -> ForkServerContext:
     Then it is replaced, and none that was forked from it may still run."""
     context = get_context("forkserver")
     if not _imported.issuperset(modules):
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]  # one that runs never imports anything again
+        _end_fork_server()
         _imported.update(modules)
         context.set_forkserver_preload(sorted(_imported))
     return context
+
+
+def _end_fork_server() -> None:
+    """One that runs never imports anything again. It is killed: asked to end, it would wait for all that hold its pipe,
+    such as what a rank has left behind. Ranks themselves die with it."""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+        server._stop()
 
 
 def pause() -> None:

@@ -42,11 +42,13 @@ class Votes(NamedTuple):
     """What a rank has to say in a step, and after the message the number of ranks that say so.
 
     `stop`: asked to stop. `saved`: the checkpoint being written is written here. `save_failed`: it cannot be.
+    `copy_failed`: nor can a copy in memory.
     """
 
     stop: int = 0
     saved: int = 0
     save_failed: int = 0
+    copy_failed: int = 0
 
 
 NO_VOTES = Votes()

@@ -22,6 +22,7 @@ from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
+from bloomery.spec.components import COMPUTE
 from bloomery.spec.layout import stages_of
 from bloomery.spec.splits import Splits
 
@@ -87,7 +88,7 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     n = layout.n_stages
     ranks, case = _stages(whole, i)
     work = stage_work(case, ranks)
-    forward, backward = busy_s(case, work, inner_messages(case, ranks))
+    forward, backward = (_stretch(whole, i) * seconds for seconds in busy_s(case, work, inner_messages(case, ranks)))
     share = work.recompute / (work.backward + work.recompute + work.moved_backward)
     return StageTimes(
         forward_s=_floats(forward, n),
@@ -96,6 +97,17 @@ def stage_times(whole: Case, i: int) -> StageTimes:
         weights_s=_floats(weights_share(case.model, case.seq_len) * work.backward, n),
         **_transfers(whole, i),
     )
+
+
+def _stretch(whole: Case, i: int) -> float:
+    """How much longer slots are for waiting inside them for the slowest of several ranks."""
+    skew, lay = whole.accelerator.skew, whole.lay.layout(i)
+    if skew == 0 or lay.tp * lay.cp * lay.ep == 1:
+        return 1.0
+    found = Estimates(_copies(whole, i, 1)).components
+    waited_s = skew * sum(found[name][0] for name in COMPUTE)
+    busy_s = sum(found[name][0] for name in (*COMPUTE, "tp_comm", "cp_comm", "ep_comm"))
+    return float(busy_s / (busy_s - waited_s))
 
 
 def _floats(values: Any, n: int) -> tuple[float, ...]:

@@ -38,11 +38,14 @@ def forget_copies(run_folder: Path) -> None:
     shutil.rmtree(copies_folder(run_folder), ignore_errors=True)
 
 
-def check_memory(parameters: int) -> None:
-    """Raise InputError when the memory file system cannot hold the copies of so many parameters."""
+def check_memory(parameters: int, run_folder: Path, *, averages: int = 0) -> None:
+    """Raise InputError when the memory file system cannot hold the copies of so many parameters; those that the run has
+    already are written over. `averages`: running averages of the weights."""
     if not MEMORY.is_dir():
         raise InputError(f"copies in memory need {MEMORY}; 0 makes none", where="train.memory_every")
-    need, free = parameters * BYTES_PER_PARAMETER * AT_ONCE, shutil.disk_usage(MEMORY).free
+    held = sum(file.stat().st_size for file in copies_folder(run_folder).glob("copy_*/*"))
+    need = parameters * (BYTES_PER_PARAMETER + 4 * averages) * AT_ONCE
+    free = shutil.disk_usage(MEMORY).free + held
     if need > free:
         problem = f"copies in memory take {need / 1e6:,.1f} MB, {MEMORY} has {free / 1e6:,.1f} MB free; 0 makes none"
         raise InputError(problem, where="train.memory_every")

@@ -247,8 +247,8 @@ def pipeline_collectives(
     return rows.rows
 
 
-N_STATISTICS = 5 + len(GROUPS)
-"""Numbers that all ranks add up in a step: loss, four counts of ranks, squared gradient norms by group of modules; of a
+N_STATISTICS = 6 + len(GROUPS)
+"""Numbers that all ranks add up in a step: loss, five counts of ranks, squared gradient norms by group of modules; of a
 mixture of experts two more, its routers' loss and the imbalance."""
 
 

@@ -24,6 +24,7 @@ def settle(session: Session, step: int, judgement: Judgement, statistics: StepSt
     Raises BloomeryError with the diagnosis when training must stop.
     """
     session.writer.settle(statistics.votes)
+    session.memory.settle(statistics.votes)
     session.stopping = bool(statistics.votes.stop)
     report_saves(session)
     if judgement.verdict == "ok" or (judgement.verdict == "clip" and judgement.limit >= session.job.optimizer.clip):

@@ -72,7 +72,8 @@ def _step(session: Session, step: int) -> int:
     loss_part = computed(session, step, batch)
     engine.reduce_gradients()
     with clock.bucket("optimizer"):
-        statistics = engine.statistics(loss_part, session.writer.vote(session.stop_requested))
+        votes = session.writer.vote(session.stop_requested)._replace(copy_failed=int(session.memory.error != ""))
+        statistics = engine.statistics(loss_part, votes)
         limits = session.guard.group_limits(job.stabilisers.adaptive_clip)
         judgement = session.guard.judge(
             step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bloomery.parallel.engine import Engine
+from bloomery.parallel.engine import Engine, Votes
 from bloomery.spec.commit import Commit, read_commit, write_commit
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
@@ -55,6 +55,11 @@ class MemoryCopies:
         except OSError as error:
             self.error = str(error)
 
+    def settle(self, votes: Votes) -> None:
+        """Where one rank cannot write its part all stop: the last whole copy stays."""
+        if votes.copy_failed and not self.error:
+            self.error = "another rank cannot write its part"
+
     def _write(self, place: Place, state: dict[str, Any], tensors: dict[str, Tensor], index: dict[str, Any]) -> None:
         own_folder(self.folder)
         folder, rank = self.path(place), self.engine.mesh.rank
@@ -63,6 +68,8 @@ class MemoryCopies:
         said.with_suffix(".seal").unlink(missing_ok=True)  # what stood here is no copy any more
         file = folder / checkpoint.shard_name(rank)
         seal = overwrite_shard(file, tensors) if tensors else None
+        if rank == 0:
+            self._forget_ranks_that_are_gone(folder)
         described = {
             "place": place,
             "layout": self.engine.layout.model_dump(mode="json"),
@@ -72,6 +79,13 @@ class MemoryCopies:
             "tensors": index,
         }
         checkpoint.write_sealed(said, described)
+
+    def _forget_ranks_that_are_gone(self, folder: Path) -> None:
+        """An earlier start may have had more."""
+        rank = self.engine.layout.world_size
+        while (file := folder / checkpoint.shard_name(rank)).exists():
+            file.unlink()
+            rank += 1
 
     def path(self, place: Place) -> Path:
         """The folder of one copy."""
@@ -85,7 +99,7 @@ class MemoryCopies:
             if found == NOWHERE and 0 < place[0] < self.fence:
                 try:
                     write_commit(folder, _commit(folder, place))
-                    read_commit(folder)
+                    read_commit(folder, verify=False)  # each part has just been
                     found = place
                     continue
                 except checkpoint.UNFINISHED as error:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     size and hash. Raises OSError when the disk does not take it."""
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as stream:
-        for piece in (_header(tensors), *_contents(tensors)):
+        for piece in chain((_header(tensors),), _contents(tensors)):
             digest.update(piece)
             _write_all(stream.fileno(), piece)
             written += len(piece)
@@ -62,7 +63,7 @@ def overwrite_shard(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
     header, written = _header(tensors), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        for piece in (header, *_contents(tensors)):
+        for piece in chain((header,), _contents(tensors)):
             _write_all(descriptor, piece)
             written += len(piece)
         os.ftruncate(descriptor, written)

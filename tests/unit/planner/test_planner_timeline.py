@@ -179,6 +179,18 @@ def test_planned_steps_agree_with_the_closed_form_and_the_peak(name: str) -> Non
             assert curve[-1][1] == pytest.approx(curve[0][1])
 
 
+@pytest.mark.parametrize("degrees", [{"tp": 2}, {"tp": 2, "pp": 2}, {"dp": 4}])
+def test_waiting_for_the_slowest_is_simulated_too(degrees: dict[str, int]) -> None:
+    machine = catalog.cluster("this-machine").model_copy(update={"accelerators_per_node": 4})
+    lagging = machine.model_copy(update={"accelerator": machine.accelerator.model_copy(update={"skew": 0.2})})
+    estimates = estimate(
+        catalog.model("tiny-14m"), lagging, LayoutBatch.of([Layout(**degrees)]), global_batch=32, seq_len=256,
+        dtype="float32",
+    )  # fmt: skip
+    step = planned_step(estimates, 0)
+    assert step.end_s == pytest.approx(step.step_time_s, rel=0.03)
+
+
 @pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
 @pytest.mark.parametrize("pp", [2, 8])
 def test_a_step_on_a_v_is_estimated_as_it_is_simulated(schedule: Any, pp: int) -> None:

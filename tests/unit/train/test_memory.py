@@ -13,9 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bloomery.parallel.engine import Engine, build
+from bloomery.parallel.engine import Engine, Votes, build
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec import memory_copies
+from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
+from bloomery.spec.memory_copies import AT_ONCE, check_memory
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train import checkpoint
@@ -146,6 +149,39 @@ def test_a_part_that_is_missing_makes_the_one_before_the_newest(tmp_path: Path) 
     next(copies.path((1, 2, 6)).glob("*.safetensors")).unlink()
     place, problems = copies.newest_good()
     assert place == (1, 1, 4) and len(problems) == 1
+
+
+def test_where_one_rank_cannot_write_all_stop_and_the_last_whole_copy_stays(tmp_path: Path) -> None:
+    engine, optimizers = take(tmp_path / "copies", 1, [4])
+    copies = MemoryCopies(tmp_path / "copies", engine, optimizers, 1)
+    copies.settle(Votes(copy_failed=1))
+    copies.take({"step": 5})
+    assert held(copies) == [4]
+    assert "another rank" in copies.error
+
+
+def test_files_of_ranks_that_are_gone_go(tmp_path: Path) -> None:
+    for rank in range(2):
+        written_by(tmp_path / "copies", rank)(1)
+    copies = MemoryCopies(tmp_path / "copies", *made(0), 2)
+    copies.take({"step": 3, "cursor": 3, "run_hash": "r", "data_hash": "d", "guard": {}, "fence": 2})
+    assert [file.name for file in copies.path((2, 1, 3)).glob("*.safetensors")] == ["rank_00000.safetensors"]
+    assert copies.newest_good() == (NOWHERE, [])  # of this start
+
+
+def test_copies_that_are_there_need_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage("/dev/shm").free
+    parameters = free // (12 * AT_ONCE) + 1
+    monkeypatch.setattr(memory_copies, "MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(InputError, match="memory_every"):
+        check_memory(parameters, tmp_path / "run")
+    held = memory_copies.copies_folder(tmp_path / "run") / "copy_0"
+    held.mkdir(parents=True)
+    (held / "rank_00000.safetensors").write_bytes(b"0" * 100)
+    check_memory(parameters, tmp_path / "run")
+    with pytest.raises(InputError, match="memory_every"):
+        check_memory(parameters, tmp_path / "run", averages=1)
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path) -> None:
