@@ -10,7 +10,9 @@ import runs
 from runs import describe, events, final_bits, losses, train
 
 from bloomery.ledger.goodput import goodput
+from bloomery.ledger.sinks import read_lines
 from bloomery.spec.errors import BloomeryError
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.run import Run
 
 
@@ -62,6 +64,19 @@ def test_a_hung_rank_is_named_killed_and_costs_no_bit(run: Run, undisturbed: Pat
 def test_a_defect_that_comes_again_ends_the_run(run: Run) -> None:
     with pytest.raises(BloomeryError, match=r"rank 0 ended \(exit code 1\) 3 times in a row at step 4"):
         train(run, [{"kind": "raises", "rank": 0, "step": 4, "once": False}])
+
+
+def test_a_hang_in_the_first_step_of_another_command_is_found_by_what_the_last_one_learned(
+    run: Run, undisturbed: Path
+) -> None:
+    with pytest.raises(BloomeryError, match="exit code 1"):
+        train(run, [{"kind": "raises", "rank": 0, "step": 7, "once": False}])
+    folder, code = train(run, [{"kind": "loop", "rank": 1, "step": 6, "bucket": "compute"}])
+    assert code == 0
+    [hang] = [row for row in read_lines(folder / "supervision.jsonl") if "hung" in row["cause"]]
+    assert (hang["rank"], hang["step"]) == (1, 6)
+    assert hang["detect_s"] < Supervision().first_phase_s / 2  # what an unknown phase is given
+    assert final_bits(folder) == final_bits(undisturbed)
 
 
 def test_a_nan_on_one_rank_costs_one_step_on_all(run: Run, undisturbed: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -19,12 +20,14 @@ from bloomery.cluster.crew import Crew
 from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Outcome, Stopping, pause, supervise
+from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.ledger.waiting import job_started, requeues
 from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
+from bloomery.spec.layout import Layout
 from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
@@ -106,6 +109,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
     job = read_job(folder)
     settings, crew = job.supervision, Crew(folder, job, world_size)
     _check_hosts(place, world_size, job)
+    crew.usual_s = usual_before(folder, crew.now.layout)
     failures, starts, waited_s = Failures(), 0, 0.0
     with (
         run_lock(folder),
@@ -144,6 +148,14 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
                 raise BloomeryError(f"{folder}: {end}")
             if _asked_within(stopping, waited_s):
                 return STOPPED_BY_SIGNAL
+
+
+def usual_before(folder: Path, layout: Layout) -> tuple[float, ...]:
+    """How long phases took at most when an earlier command last ran this layout on this host; empty where none did."""
+    here = {"layout": layout.describe(), "host": platform.node()}
+    alike = [row for row in read_lines(folder / SUPERVISION_FILE) if here.items() <= row.items()]
+    found = tuple(alike[-1]["usual_s"]) if alike else ()
+    return found if len(found) == len(PHASES) else ()
 
 
 def _check_hosts(place: Place, world_size: int, job: Job) -> None:
@@ -202,6 +214,9 @@ def _one_start(
             **asdict(waits),
             "forked_s": outcome.forked_s,
             "world_size": len(crew.now.slots),
+            "layout": crew.now.layout.describe(),
+            "host": platform.node(),
+            "usual_s": [round(seconds, 3) for seconds in outcome.usual_s],
             "code": outcome.code,
             "rank": outcome.rank,
             "cause": outcome.cause,
