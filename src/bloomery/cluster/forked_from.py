@@ -6,10 +6,12 @@ without this, ranks would train on after their supervisor was killed. A schedule
 of a job: this one would die of them, and a rank whose parent is gone cannot be told from one that failed.
 """
 
+import os
 import signal
 
 from bloomery.cluster.world import STOPS, die_with_parent
 
+SERVER = os.getpid()
 die_with_parent()
 for number in STOPS:
     signal.signal(number, signal.SIG_IGN)

@@ -77,9 +77,12 @@ class Outcome:
     usual_s: tuple[float, ...] = ()
 
 
-def die_with_parent() -> None:
-    """From now on this process is killed when the one that started it ends, however it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """From now on this process is killed when the one that started it ends, however it ends. Where `parent` is told and
+    is it no longer, it has ended before: nobody would tell."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -282,8 +285,10 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
 
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
     """What a forked process does: become a rank that lives no longer than its parent, and run the module's `main`."""
+    from bloomery.cluster.forked_from import SERVER  # imported before the fork: it is the parent's number
+
     forked = time.perf_counter()
-    die_with_parent()
+    die_with_parent(SERVER)
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)  # the process it is forked from ignores them
     os.environ.clear()

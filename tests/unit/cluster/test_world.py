@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,27 @@ def test_only_some_jobs_need_the_large_imports(layout: Layout, compiled: bool, e
         optimizer=Optimizer(), data="", heldout="", compiled=compiled,
     )  # fmt: skip
     assert imported_for(job) == expected
+
+
+ORPHAN = """
+import os, sys, time
+from bloomery.cluster.world import die_with_parent
+parent = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == parent:
+    time.sleep(0.01)
+die_with_parent(int(sys.argv[2]) or os.getppid())
+open(sys.argv[1], "w").close()
+"""
+
+
+@pytest.mark.parametrize("orphan", [True, False])
+def test_a_rank_whose_parent_ended_before_it_could_say_so_ends(tmp_path: Path, orphan: bool) -> None:
+    with subprocess.Popen([sys.executable, "-c", ORPHAN, str(tmp_path / "lives"), "999999999" if orphan else "0"],
+                          stdout=subprocess.PIPE) as process:  # fmt: skip
+        process.communicate()  # until the last that holds the pipe has ended
+    assert (tmp_path / "lives").exists() is not orphan
 
 
 def has_imported(*modules: str) -> None:
