@@ -28,6 +28,7 @@ from runs import (
 )
 
 from bloomery.cluster.watch import find_hang
+from bloomery.cluster.world import PROCESSES_FILE
 from bloomery.ledger.heartbeat import PHASES, Beat
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.files import to_yaml
@@ -142,6 +143,28 @@ def test_f2_lost_agents(tmp_path: Path, data: Path, figure: Figure) -> None:
     middle, worst = middle_and_worst(seconds)
     figure("F2", "kill -9 the command (and a rank), given again", "0 orphans after 2 s, <= 15 s",
            f"{orphans} orphans, p50 {middle:.1f} worst {max(seconds):.1f} s", orphans == 0 and worst <= 15)  # fmt: skip
+    assert orphans == 0
+
+
+def test_f2_lost_while_ranks_start(tmp_path: Path, data: Path, figure: Figure) -> None:
+    """The command is killed as soon as its ranks are forked, before they have done anything."""
+    draw, orphans = chance("F2 start"), 0
+    described = describe(tmp_path, "run", data, {"dp": 2}, steps=4000)
+    folder = Path(described.out) / described.name
+    path = tmp_path / "run.yaml"
+    path.write_text(to_yaml(described.model_dump(mode="json")))
+    for _ in range(LOST_NODES):
+        (folder / PROCESSES_FILE).unlink(missing_ok=True)
+        process = subprocess.Popen([sys.executable, "-m", "bloomery", "train", str(path)], stderr=subprocess.DEVNULL)
+        while len(ranks := processes_of(folder)) < 2:
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.2))
+        process.kill()
+        process.wait()
+        psutil.wait_procs(ranks, timeout=2)
+        orphans += sum(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    figure("F2", "kill -9 the command while its ranks start", "0 orphans after 2 s",
+           f"{orphans} of {2 * LOST_NODES} ranks", orphans == 0)  # fmt: skip
     assert orphans == 0
 
 
