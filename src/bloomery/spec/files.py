@@ -122,6 +122,10 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+EXTENDED = ("model", "cluster")
+"""What a run may name instead of describing it."""
+
+
 def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     """Apply `--set a.b=c`: the value is read as YAML; a plain name in the way (model: NAME) becomes `extends`.
 
@@ -133,8 +137,16 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise InputError("not of the form a.b=value", where="--set", found=assignment)
-        if len(keys) > 1 and isinstance(result.get(keys[0]), str):
-            result[keys[0]] = {"extends": result[keys[0]]}
+        before = result.get(keys[0])
+        if len(keys) > 1 and isinstance(before, str):
+            if keys[0] not in EXTENDED:
+                raise InputError(
+                    "nothing lies below a word",
+                    where=f"--set {path}",
+                    found=before,
+                    accepted=f"{keys[0]}={{...}}, all of it",
+                )
+            result[keys[0]] = {"extends": before}
         result = _assigned(result, keys, parse_yaml(text, f"--set {path}"), f"--set {path}")
     return dict(result)
 

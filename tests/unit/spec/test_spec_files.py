@@ -64,6 +64,12 @@ def test_a_set_that_is_no_assignment_is_refused(assignment: str) -> None:
         override({}, [assignment])
 
 
+def test_a_set_below_a_word_that_names_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--set layout.recompute.*auto"):
+        override({"layout": "auto"}, ["layout.recompute=full"])
+    assert override({"layout": "auto"}, ["layout={tp: 2}", "layout.dp=2"]) == {"layout": {"tp": 2, "dp": 2}}
+
+
 def test_a_number_in_a_set_names_an_item_of_a_list() -> None:
     values = {"align": [{"name": "sft", "steps": 5}, {"name": "more"}]}
     assert override(values, ["align.0.steps=2"])["align"] == [{"name": "sft", "steps": 2}, {"name": "more"}]
