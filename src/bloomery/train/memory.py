@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from bloomery.parallel.engine import Engine, Votes
-from bloomery.spec.commit import Commit, read_commit, write_commit
+from bloomery.spec.commit import Commit, write_commit
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
 from bloomery.spec.memory_copies import AT_ONCE, own_folder
@@ -99,7 +99,6 @@ class MemoryCopies:
             if found == NOWHERE and 0 < place[0] < self.fence:
                 try:
                     write_commit(folder, _commit(folder, place))
-                    read_commit(folder, verify=False)  # each part has just been
                     found = place
                     continue
                 except checkpoint.UNFINISHED as error:
