@@ -23,6 +23,9 @@ from bloomery.spec.errors import BloomeryError
 from bloomery.train.checksum import checksum
 
 PIECE_BYTES = 16 << 20
+"""At most so much is hashed and written at once."""
+TOGETHER_BYTES = 1 << 20
+"""Smaller tensors go together: for each piece the writing thread asks twice for the interpreter, which a step holds."""
 _NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -40,7 +43,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     size and hash. Raises OSError when the disk does not take it."""
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as stream:
-        for piece in chain((_header(tensors),), _contents(tensors)):
+        for piece in _pieces(tensors):
             digest.update(piece)
             _write_all(stream.fileno(), piece)
             written += len(piece)
@@ -60,16 +63,16 @@ class Seal:
 def overwrite_shard(path: Path, tensors: Mapping[str, Tensor]) -> Seal:
     """Write contiguous tensors over what the file holds: its pages are there already, and fresh ones cost more than
     the copy. Not synced. Raises OSError when there is no room."""
-    header, written = _header(tensors), 0
+    written = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
-        for piece in chain((header,), _contents(tensors)):
+        for piece in _pieces(tensors):
             _write_all(descriptor, piece)
             written += len(piece)
         os.ftruncate(descriptor, written)
     finally:
         os.close(descriptor)
-    return Seal(written, hashlib.sha256(header).hexdigest(), _words(tensors))
+    return Seal(written, hashlib.sha256(_header(tensors)).hexdigest(), _words(tensors))
 
 
 def verified(path: Path, seal: Seal) -> FileRecord:
@@ -109,6 +112,21 @@ def _contents(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
             # Bytes as numpy sees them: bfloat16 has no type of its own there.
             content = memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
             yield from (content[start : start + PIECE_BYTES] for start in range(0, len(content), PIECE_BYTES))
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The whole file, in pieces that are worth a call each."""
+    held = bytearray()
+    for piece in chain((_header(tensors),), _contents(tensors)):
+        if len(held) + len(piece) > TOGETHER_BYTES and held:
+            yield memoryview(held)
+            held = bytearray()
+        if len(piece) < TOGETHER_BYTES:
+            held += piece
+        else:
+            yield piece
+    if held:
+        yield memoryview(held)
 
 
 def _write_all(descriptor: int, content: memoryview) -> None:
