@@ -2,8 +2,10 @@
 
     python bench/calibrate.py RUNS.csv [RUNS.csv ...] --out src/bloomery/spec/catalog/calibration.yaml
 
-`--stacks` fits only the constants of some software, on the runs that used it: minutes instead of half an hour, where a
-change of the model concerns no other. `--stacks usual`: those of software that no run named, on all of them.
+`--only` fits only the constants of some architectures and software, on the runs that feel them: minutes instead of half
+an hour, where a change of the model concerns no other. `--only usual`: those of software that no run named, on all.
+
+Steps of full fine-tuning count too: what they compute is a step of pre-training.
 
 What the same fit is worth on sources it has not seen is `bench/planner_accuracy.py`'s to say.
 """
@@ -12,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import re
 import time
 from pathlib import Path
 
-from bloomery.planner.calibrate import USUAL, Constant, constants_of, fit, usual
+from bloomery.perf.profiles import USUAL
+from bloomery.planner.calibrate import Constant, constants_of, fit, usual
 from bloomery.planner.published import Published, read_rows, usable
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import APART, validate
@@ -27,8 +31,13 @@ HEADER = "# Fitted by bench/calibrate.py (see docs/accuracy.md). Names and units
 
 def measured(paths: list[Path]) -> list[Published]:
     """Every run of the files that can be modelled, was measured and is not flagged."""
-    found = [question for path in paths for _, question in usable(read_rows(path)) if isinstance(question, Published)]
-    return [run for run in found if run.measured_s and not APART & set(run.flags)]
+    found = [(row, run) for path in paths for row, run in usable(read_rows(path)) if isinstance(run, Published)]
+    return [run for row, run in found if run.measured_s and not APART & (set(run.flags) - whole(row))]
+
+
+def whole(row: dict[str, str]) -> set[str]:
+    """The flag that does not matter to a step in which every parameter is trained (`SFT`, in the sources' words)."""
+    return {"finetune"} if re.search(r"\bSFT\b", row["notes"]) else set()
 
 
 def say(what: str, paths: list[Path], table: Calibration) -> None:
@@ -40,10 +49,14 @@ def say(what: str, paths: list[Path], table: Calibration) -> None:
         print(f", regret {order.regret:.2%}, tau {order.kendall_tau:.2f}" if order else "", flush=True)
 
 
-def held(questions: Questions, table: Calibration, stacks: list[str]) -> list[Constant]:
-    """The constants that are not of these stacks."""
-    every = constants_of(questions, table)
-    return [constant for constant in every if constant.section != "stacks" or constant.owner not in stacks]
+def held(questions: Questions, table: Calibration, names: list[str]) -> list[Constant]:
+    """The constants that are not of these architectures and software."""
+    return [constant for constant in constants_of(questions, table) if constant.owner not in names]
+
+
+def feels(run: Published, table: Calibration, names: list[str]) -> bool:
+    """Whether a run's time depends on constants of these."""
+    return bool({table.architecture_of(run.cluster.accelerator.name), run.profile.stack.name} & set(names))
 
 
 def main() -> None:
@@ -53,29 +66,30 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--from-priors", action="store_true", help="do not start from the catalog's present values")
-    parser.add_argument("--stacks", default="", metavar="NAME,NAME", help="fit these alone, all else held")
+    parser.add_argument("--only", default="", metavar="NAME,NAME", help="fit these alone, all else held")
     options = parser.parse_args()
     start = calibration()
     if options.from_priors:
         start = start.model_copy(update={"architectures": {}, "stacks": {}})
-    stacks = [name for name in options.stacks.split(",") if name]
-    if USUAL in stacks and (options.from_priors or stacks != [USUAL]):
-        parser.error(f"--stacks {USUAL} fits it alone, beside the others' present values")
+    only = [name for name in options.only.split(",") if name]
+    if USUAL in only and (options.from_priors or only != [USUAL]):
+        parser.error(f"--only {USUAL} fits it alone, beside the others' present values")
     every = measured(options.runs)
-    runs = [run for run in every if stacks in ([], [USUAL]) or run.profile.stack.name in stacks]
+    runs = [run for run in every if only in ([], [USUAL]) or feels(run, start, only)]
     questions = Questions.of(runs)
     say("before", options.runs, start)
     started = time.monotonic()
-    fixed = held(questions, start, stacks) if stacks else ()
-    table = start if stacks == [USUAL] else fit(questions, start, fixed=fixed, rounds=options.rounds)
-    if stacks in ([], [USUAL]):
+    fixed = held(questions, start, only) if only else ()
+    table = start if only == [USUAL] else fit(questions, start, fixed=fixed, rounds=options.rounds)
+    if only in ([], [USUAL]):
         table = table.model_copy(update={"usual": usual(questions, table, rounds=options.rounds)})
-    sources = len({run.source for run in questions.runs})
-    what = f"{len(questions)} published runs of {sources} sources, {datetime.date.today()}"
-    again = {"fitted_again": f"{', '.join(stacks)} alone, on {what}"} if stacks else {"fitted_on": what}
+    sources = sorted({run.source for run in every})
+    what = f"{len(questions)} published runs of {len({run.source for run in runs})} sources, {datetime.date.today()}"
+    again = {"fitted_again": f"{', '.join(only)} alone, on {what}"} if only else {"fitted_on": what}
     method = "robust least squares on log seconds, constants drawn to their priors (planner/calibrate.py)"
-    before = start.provenance if stacks else {}
-    table = table.model_copy(update={"provenance": {**before, **again, "method": method}})
+    before = start.provenance if only else {}
+    told = {"sources": tuple(sources), "provenance": {**before, **again, "method": method}}
+    table = table.model_copy(update=told)
     print(f"fit: {time.monotonic() - started:.0f} s")
     say("after", options.runs, table)
     write_atomically(options.out, HEADER + calibration_yaml(table))

@@ -201,7 +201,7 @@ class Case:
     @property
     def wide_dtype(self) -> Dtype:
         """The number format of attention and the head, which stay in 16 bit when matrix products are in 8."""
-        return "bfloat16" if self.dtype == "float8" else self.dtype
+        return "bfloat16" if self.dtype in ("float8", "float4") else self.dtype
 
     @property
     def expert_imbalance(self) -> np.ndarray:

@@ -183,6 +183,8 @@ def _experts(case: Case) -> tuple[Any, Any]:
     wide = case.stack.eager
     pairs = [_linear(case, rows, model.hidden, width, here * copies, wide=wide)]
     pairs.append(_linear(case, rows, width, model.hidden, here, wide=wide))
+    forward, backward = _summed(pairs)
+    pairs = [(forward * case.stack.expert_factor, backward * case.stack.expert_factor)]
     pairs.append(_linear(case, case.tokens, model.hidden, model.moe.experts))
     if model.moe.shared_experts:
         shared = model.moe.shared_experts * width
@@ -224,7 +226,7 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     copies: Any = 0.0
     if moe and model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        copies = model.moe.top_k * case.tokens * model.hidden * precision.compute
+        copies = stack.expert_factor * model.moe.top_k * case.tokens * model.hidden * precision.compute
     heads = model.heads + (1 if model.mla else model.kv_heads)
     turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)

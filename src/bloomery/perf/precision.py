@@ -4,7 +4,7 @@ GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-
 of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
 float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast, so the residual stream stays float32. float8 is
 for the operands of a layer's matrix products; all else stays 16-bit (Micikevicius et al. 2022, arXiv 2209.05433), what
-is kept of a product's input for the backward pass too.
+is kept of a product's input for the backward pass too. float4 the same, a byte an element with its scales.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from bloomery.spec.cluster import Accelerator, Dtype
 from bloomery.spec.errors import InputError
 
-_WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+_WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "float4": 1}
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from bloomery.perf.stack import GPU, MEGATRON_2022, Stack
 from bloomery.spec.calibration import StackConstants
 
+USUAL = "usual"
+"""The name of software that no report names, which the calibration has one set of constants for."""
 FLASH_SINCE = 2023
 """The year from which training with fused attention was common."""
 
@@ -81,19 +83,24 @@ VARIANTS = ((FSDP, r"torch\.compile", FSDP_COMPILED), (NEOX, r"rms kernel", NEOX
 """(profile, words in a report's notes, what it then is): the same software with other kernels."""
 
 
-def profile_of(source: str, notes: str, year: float | None, flash_attention: str) -> Profile:
-    """The profile of a published run; `flash_attention`: 1, 0, or blank where the report is silent."""
+def profile_of(source: str, notes: str, year: float | None, flash_attention: bool | None) -> Profile:
+    """The profile of a published run; `flash_attention`: None where the report is silent."""
     text = source.lower()
     found = next((profile for pattern, profile in KNOWN if re.search(pattern, text)), None)
     if found is None:
-        found = MEGATRON if flash_attention == "0" or (year or FLASH_SINCE) < FLASH_SINCE else MEGATRON_CORE
+        before = flash_attention is False or (year or FLASH_SINCE) < FLASH_SINCE
+        found = _unnamed(MEGATRON if before else MEGATRON_CORE)
     for plain, words, variant in VARIANTS:
         if found is plain and re.search(words, notes.lower()):
             found = variant
-    fused = flash_attention == "1"
-    if flash_attention and fused != found.stack.flash_attention:
-        return replace(found, stack=replace(found.stack, flash_attention=fused))
+    if flash_attention is not None and flash_attention != found.stack.flash_attention:
+        return replace(found, stack=replace(found.stack, flash_attention=flash_attention))
     return found
+
+
+def _unnamed(alike: Profile) -> Profile:
+    """Software that nothing tells of: it does what most did at its time, its constants are the usual ones."""
+    return replace(alike, stack=replace(alike.stack, name=USUAL))
 
 
 def calibrated(stack: Stack, constants: StackConstants) -> Stack:
@@ -104,6 +111,7 @@ def calibrated(stack: Stack, constants: StackConstants) -> Stack:
         traffic=constants.traffic,
         attention_factor=constants.attention_factor,
         host_factor=constants.host_factor,
+        expert_factor=constants.expert_factor,
         inner_overlap=constants.inner_overlap,
         gradient_overlap=overlap,
         gather_overlap=overlap,

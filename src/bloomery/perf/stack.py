@@ -23,8 +23,9 @@ outputs of norms and activation functions, as our engine does (`parallel.recompu
 `expert_imbalance`: tokens of the fullest expert-parallel rank over the mean, which all ranks wait for and which it
 keeps; 1 is a router in perfect balance (a run's metrics report how far its router is from it).
 
-`attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the share of
-tensor-, context- and expert-parallel messages that runs beside compute.
+`expert_factor`: seconds of routed experts' products and of moving their tokens over the count (grouped products, their
+permutation). `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the
+share of tensor-, context- and expert-parallel messages that runs beside compute.
 
 Three profiles stand here; measured ones are calibrated copies (`perf.profiles`).
 """
@@ -92,6 +93,7 @@ class Stack:
     step_overhead_s: float
     serial_launch: bool
     expert_imbalance: float = 1.0
+    expert_factor: float = 1.0
 
     @property
     def whole_gradients(self) -> bool:

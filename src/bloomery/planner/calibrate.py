@@ -17,6 +17,7 @@ from functools import cached_property
 
 import numpy as np
 
+from bloomery.perf.profiles import USUAL
 from bloomery.planner.questions import Questions
 from bloomery.spec.calibration import ArchitectureConstants, Calibration, StackConstants
 
@@ -45,6 +46,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "traffic": 0.3,
         "attention_factor": 0.3,
         "host_factor": 0.4,
+        "expert_factor": 0.4,
         "inner_overlap": 1.0,
         "gradient_overlap": 0.5,
         "step_overhead_s": 1.0,
@@ -56,13 +58,16 @@ SPREADS: dict[str, dict[str, float]] = {
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
-USUAL, USUAL_NOISE = "usual", 0.15
-"""The name that all software goes by when one set of constants is fitted to it, and the spread around that fit."""
+USUAL_NOISE = 0.15
+"""The spread around one set of constants that is fitted to all software."""
 FIRST_STEP = 5.0
 """Length of the first step tried, in spreads: over a hundred constants share it."""
 LARGEST = {"gemm_ceiling": 0.95, "gemm_ceiling_8bit": 0.95, "memory_efficiency": 0.95, "attention": 0.9,
            "inner_overlap": 0.95, "gradient_overlap": 0.95}  # fmt: skip
 """Shares stay below one."""
+SMALLEST = {("architectures", "link_factor"): 1.0, ("architectures", "network_factor"): 1.0,
+            ("stacks", "link_factor"): 0.8, ("stacks", "network_factor"): 0.8}  # fmt: skip
+"""No message is faster than its wire: what hides it is overlap. A stack's site may have better wires than usual."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def constants_of(questions: Questions, table: Calibration) -> list[Constant]:
     """Every constant that some run may feel."""
     owners = {
         "architectures": {table.architecture_of(group.example.cluster.accelerator.name) for group in questions.groups},
-        "stacks": {group.stack for group in questions.groups},
+        "stacks": {group.stack for group in questions.groups} - {USUAL},
     }
     return [
         Constant(section, owner, field)
@@ -103,7 +108,8 @@ def with_values(table: Calibration, constants: Sequence[Constant], values: Seque
     """The table with some constants replaced."""
     changed: dict[str, dict[str, dict[str, float]]] = {"architectures": {}, "stacks": {}}
     for constant, value in zip(constants, values, strict=True):
-        bounded = min(float(value), LARGEST.get(constant.field, np.inf))
+        least = SMALLEST.get((constant.section, constant.field), 0.0)
+        bounded = max(least, min(float(value), LARGEST.get(constant.field, np.inf)))
         changed[constant.section].setdefault(constant.owner, {})[constant.field] = bounded
     architectures, stacks = dict(table.architectures), dict(table.stacks)
     for owner, fields in changed["architectures"].items():
@@ -196,7 +202,7 @@ def usual(questions: Questions, table: Calibration, *, rounds: int = 12) -> Stac
         for run in questions.runs
     ]
     alike = Questions.of(runs)
-    free = tuple(constant for constant in constants_of(alike, table) if constant.section == "stacks")
+    free = tuple(Constant("stacks", USUAL, field) for field in SPREADS["stacks"])
     problem = Problem(alike, table, free, noise=USUAL_NOISE, evenness=0.5)
     return _solved(problem, rounds).stack(USUAL)
 

@@ -14,25 +14,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from bloomery.perf.flops import model_flops, recomputed_flops
 from bloomery.perf.profiles import Profile, profile_of
+from bloomery.planner.cells import (
+    Unusable,
+    experts,
+    first_number,
+    gated,
+    integer,
+    number,
+    number_format,
+    recompute,
+    yes,
+)
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
+from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.splits import balanced_split
 
 REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers", "hidden", "heads", "seq_len")
-DTYPES: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16", "fp8": "float8", "fp32": "float32", "tf32": "tf32"}
-GATED = ("swiglu", "geglu")
 MEGATRON_VOCABULARY = 51_200
 """GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
-
-
-class Unusable(Exception):
-    """Why a row cannot be modelled."""
+HEAD_WIDTH = 128
+"""Of attention heads where their number is not stated."""
 
 
 @dataclass(frozen=True)
@@ -78,22 +87,25 @@ def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Publish
             yield row, reason
         except InputError as error:
             yield row, Unusable(str(error))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "row"
+            yield row, Unusable(f"{where}: {first['msg']}, found {first['input']!r}"[:200])
 
 
 def published(row: Mapping[str, str]) -> Published:
     """The question a row asks. Raises Unusable."""
     if "tpu" in row["accelerator"].lower():
         raise Unusable("TPU: not a kind of accelerator that is modelled")
-    for name in ("tp", "pp", "dp"):
-        if not row[name]:
-            raise Unusable(f"no layout: {name} not stated")
-    profile = profile_of(row["source"], row.get("notes", ""), _number(row, "year"), row.get("flash_attention", ""))
+    profile = profile_of(
+        row["source"], row.get("notes", ""), first_number(row.get("year", "")), yes(row, "flash_attention")
+    )
     model = _model(row, profile)
     chip = accelerator_called(row["accelerator"])
     if chip is None:
         raise Unusable("accelerator unknown" if not row["accelerator"] else f"no data sheet of {row['accelerator']}")
-    n_gpus = _integer(row, "n_gpus")
-    cluster = cluster_around(chip, n_gpus, _number(row, "gpus_per_node"), row.get("interconnect", ""))
+    n_gpus = integer(row, "n_gpus")
+    cluster = cluster_around(chip, n_gpus, number(row, "gpus_per_node"), row.get("interconnect", ""))
     layout, scale = _layout(row, model, profile, n_gpus)
     dtype = _dtype(row, cluster)
     return Published(
@@ -105,7 +117,7 @@ def published(row: Mapping[str, str]) -> Published:
         profile=profile,
         dtype=dtype,
         global_batch=layout.micro_batch * layout.dp * _micro_batches(row, layout),
-        seq_len=_integer(row, "seq_len"),
+        seq_len=integer(row, "seq_len"),
         scale=scale,
         measured_s=_measured_s(row, model, layout, n_gpus),
         flags=tuple(flag for flag in row.get("flags", "").split(";") if flag),
@@ -113,53 +125,39 @@ def published(row: Mapping[str, str]) -> Published:
     )
 
 
-def _integer(row: Mapping[str, str], name: str) -> int:
-    value = _number(row, name)
-    if value is None:
-        raise Unusable(f"{name} not stated")
-    return round(value)
-
-
-def _number(row: Mapping[str, str], name: str) -> float | None:
-    text = row.get(name, "")
-    try:
-        value = float(text)
-    except ValueError:
-        if text:
-            raise Unusable(f"{name} is not a number: {text!r}") from None
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
-
-
 def _model(row: Mapping[str, str], profile: Profile) -> Model:
+    """The structure a row describes; what it leaves blank is the catalog's where that knows a model of this name and
+    width, else what its software trained by default."""
     known = model_called(row.get("model_name", ""))
     if not row["layers"] and known is not None:
         return known
-    activation = row.get("activation", "")
-    gated = activation in GATED if activation else profile.gated
-    hidden, heads = _integer(row, "hidden"), _integer(row, "heads")
+    hidden = integer(row, "hidden")
+    alike = known if known is not None and known.hidden == hidden else None
+    stated = gated(row)
+    gate = stated if stated is not None else alike.gated if alike else profile.gated
+    heads = round(number(row, "heads") or (alike.heads if alike else max(1, hidden // HEAD_WIDTH)))
+    width = 4 * hidden
     values: dict[str, Any] = {
         "name": row.get("model_name") or "published",
-        "layers": _integer(row, "layers"),
+        "layers": integer(row, "layers"),
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": round(_number(row, "kv_heads") or heads),
-        **(_attention_of(known) if known is not None and known.hidden == hidden else {}),
-        "ffn_hidden": round(_number(row, "ffn_hidden") or 4 * hidden),
-        "vocab": round(_number(row, "vocab") or MEGATRON_VOCABULARY),
-        "max_seq_len": _integer(row, "seq_len"),
-        "activation": "swiglu" if gated else "gelu",
-        "norm": "rmsnorm" if gated else "layernorm",
-        "position": "rope" if gated else "learned",
-        "bias": not gated,
-        "tie_embeddings": not gated,
+        "kv_heads": round(number(row, "kv_heads") or (alike.kv_heads if alike else heads)),
+        **(_attention_of(alike) if alike else {}),
+        "ffn_hidden": round(number(row, "ffn_hidden") or (alike.ffn_hidden if alike else width)),
+        "vocab": round(number(row, "vocab") or (alike.vocab if alike else MEGATRON_VOCABULARY)),
+        "max_seq_len": integer(row, "seq_len"),
+        "activation": "swiglu" if gate else "gelu",
+        "norm": "rmsnorm" if gate else "layernorm",
+        "position": "rope" if gate else "learned",
+        "bias": not gate,
+        "tie_embeddings": not gate,
     }
     if values["heads"] % values["kv_heads"]:
         raise Unusable(f"{values['kv_heads']} kv heads do not divide {heads} heads")
-    if not values.get("head_dim") and gated and (hidden // heads) % 2:
+    if not values.get("head_dim") and gate and (hidden // heads) % 2:
         values["position"] = "learned"
-    if row.get("moe"):
-        values["moe"] = _experts(row, values, known)
+    values["moe"] = _experts(row, values, alike)
     return Model.model_validate(values)
 
 
@@ -168,46 +166,62 @@ def _attention_of(known: Model) -> dict[str, Any]:
     return {"head_dim": known.head_dim, "qk_norm": known.qk_norm, "mla": known.mla}
 
 
-def _experts(row: Mapping[str, str], values: dict[str, Any], known: Model | None) -> MixtureOfExperts:
-    """Routed experts from `128/8` or `256/8+1 shared`; their width from catalog, row, or parameter count."""
-    if known is not None and known.moe is not None:
-        return known.moe
-    found = re.fullmatch(r"(\d+)/(\d+)(?:\+(\d+) shared)?", row["moe"])
-    if found is None:
-        raise Unusable(f"experts not understood: {row['moe']!r}")
-    experts, top_k, shared = (int(group or 0) for group in found.groups())
-    width = _number(row, "ffn_hidden")
+def _experts(row: Mapping[str, str], values: dict[str, Any], alike: Model | None) -> MixtureOfExperts | None:
+    """Routed experts; their width from catalog, row, or parameter count."""
+    if alike is not None and alike.moe is not None:
+        return alike.moe
+    counts = experts(row.get("moe", ""))
+    if counts is None:
+        return None
+    n, top_k, shared = counts
+    width = number(row, "ffn_hidden")
     if width is None:
-        billions = _number(row, "params_b")
+        billions = number(row, "params_b")
         if billions is None:
             raise Unusable("width of the experts not stated")
         dense = parameter_count(Model.model_validate({**values, "ffn_hidden": 1}))
-        width = (billions * 1e9 - dense) / (3 * values["layers"] * values["hidden"] * (experts + shared))
+        width = (billions * 1e9 - dense) / (3 * values["layers"] * values["hidden"] * (n + shared))
         width = 64 * max(1, round(width / 64))
-    return MixtureOfExperts(experts=experts, top_k=top_k, expert_ffn_hidden=round(width), shared_experts=shared)
+    return MixtureOfExperts(experts=n, top_k=top_k, expert_ffn_hidden=round(width), shared_experts=shared)
+
+
+def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, int, int]:
+    """tp, pp, dp and cp: of three axes one may be blank, and whoever cuts all parameters over everybody needs none."""
+    stated = {name: number(row, name) for name in ("tp", "pp", "dp")}
+    cp = round(number(row, "cp") or 1)
+    blank = [name for name, value in stated.items() if value is None]
+    sizes = {name: max(1, round(value)) for name, value in stated.items() if value is not None}
+    rest = n_gpus // (math.prod(sizes.values()) * cp)
+    if blank and (len(blank) == 1 or stage == 3 or rest == 1):
+        taker = "dp" if "dp" in blank else blank[0]
+        sizes |= {name: rest if name == taker else 1 for name in blank}
+    elif blank:
+        raise Unusable(f"no layout: {blank[0]} not stated")
+    tp, pp, dp = (sizes[name] for name in ("tp", "pp", "dp"))
+    if tp * pp * dp * cp != n_gpus:
+        raise Unusable("tp x pp x dp x cp is not the number of accelerators of the row")
+    return tp, pp, dp, cp
 
 
 def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float]:
-    tp, pp, dp = (max(1, _integer(row, name)) for name in ("tp", "pp", "dp"))
-    vpp, cp, ep = (max(1, round(_number(row, name) or 1)) for name in ("vpp", "cp", "ep"))
-    if tp * pp * dp * cp != n_gpus:
-        raise Unusable("tp x pp x dp x cp is not the number of accelerators of the row")
-    if pp * vpp > model.layers:
-        raise Unusable(f"{pp * vpp} stages for {model.layers} layers")
-    batch = _integer(row, "global_batch") / dp
-    stated = _number(row, "micro_batch")
-    if not stated:
-        raise Unusable("micro_batch not stated")
+    told = row.get("zero_stage", "")
+    zero = first_number(told)
+    stage = profile.zero_stage if zero is None else round(zero)
+    tp, pp, dp, cp = _cuts(row, stage, n_gpus)
+    vpp, ep = (max(1, round(number(row, name) or 1)) for name in ("vpp", "ep"))
+    if pp > model.layers:
+        raise Unusable(f"{pp} stages for {model.layers} layers")
+    # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
+    vpp = min(vpp, max(1, model.layers // pp))
+    batch = integer(row, "global_batch") / dp
+    stated = number(row, "micro_batch") or 1.0
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
-    zero = _number(row, "zero_stage")
-    stage = profile.zero_stage if zero is None else round(zero)
     if pp > 1:
         # Parameters stay gathered over the micro-batches of a pipeline: gathering for each of them is nobody's choice.
         stage = min(stage, 2)
-    recompute = row.get("recompute") or profile.recompute
-    sequence = row.get("sequence_parallel", "")
+    sequence = yes(row, "sequence_parallel")
     split = None
     if profile.balanced and pp > 1 and vpp == 1:
         layer = model.hidden * (
@@ -223,38 +237,37 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
         cp=cp,
         ep=min(ep, dp * cp * tp),
         zero_stage=stage if dp * cp > 1 else 0,  # type: ignore[arg-type]
-        sequence_parallel=tp > 1 and (sequence == "1" if sequence else profile.sequence_parallel),
+        sequence_parallel=tp > 1 and (profile.sequence_parallel if sequence is None else sequence),
         micro_batch=micro_batch,
         schedule="interleaved" if vpp > 1 and pp > 1 else "1f1b",
-        recompute=recompute if recompute in RECOMPUTE else "none",  # type: ignore[arg-type]
+        recompute=recompute(row.get("recompute", "")) or profile.recompute,  # type: ignore[arg-type]
     )
     return layout, batch / (micro_batches * micro_batch)
 
 
 def _micro_batches(row: Mapping[str, str], layout: Layout) -> int:
-    stated = _number(row, "micro_batch") or 1.0
-    return max(1, math.ceil(_integer(row, "global_batch") / layout.dp / stated - 1e-9))
+    stated = number(row, "micro_batch") or 1.0
+    return max(1, math.ceil(integer(row, "global_batch") / layout.dp / stated - 1e-9))
 
 
 def _dtype(row: Mapping[str, str], cluster: Cluster) -> Dtype:
-    text = row.get("dtype", "")
-    peaks = cluster.accelerator.peak_flops_per_s
-    if not text:
+    found, peaks = number_format(row.get("dtype", "")), cluster.accelerator.peak_flops_per_s
+    if found is None or (found == "float16" and found not in peaks):
         return "bfloat16" if "bfloat16" in peaks else "float16"
-    if text not in DTYPES or DTYPES[text] not in peaks:
-        raise Unusable(f"no peak in {text} known for {cluster.accelerator.name}")
-    return DTYPES[text]
+    if found not in peaks:
+        raise Unusable(f"no peak in {row['dtype']} known for {cluster.accelerator.name}")
+    return found
 
 
 def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, n_gpus: int) -> float | None:
     """Seconds of a step: as printed, or from tokens/s, or from FLOP/s where the convention is known."""
-    batch, seq_len = _integer(row, "global_batch"), _integer(row, "seq_len")
-    seconds, rate = _number(row, "iteration_time_s"), _number(row, "tokens_per_s_per_gpu")
+    batch, seq_len = integer(row, "global_batch"), integer(row, "seq_len")
+    seconds, rate = number(row, "iteration_time_s"), number(row, "tokens_per_s_per_gpu")
     if seconds:
         return seconds
     if rate:
         return batch * seq_len / (rate * n_gpus)
-    tflops, convention = _number(row, "tflops_per_gpu"), row.get("flops_convention", "").lower()
+    tflops, convention = number(row, "tflops_per_gpu"), row.get("flops_convention", "").lower()
     if not tflops:
         return None
     flops = model_flops(model, global_batch=batch, seq_len=seq_len)

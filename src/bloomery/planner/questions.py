@@ -108,10 +108,8 @@ class Questions:
 
 
 def interval_of(run: Published, table: Calibration) -> tuple[float, float]:
-    """90 % interval of measured / predicted: narrower where hardware and software were both fitted."""
-    hardware = table.architecture_of(run.cluster.accelerator.name) in table.architectures
-    known = hardware and run.profile.stack.name in table.stacks
-    interval = table.interval("fitted" if known else "prior")
+    """90 % interval of measured / predicted: narrower for sources whose other runs were fitted."""
+    interval = table.interval("fitted" if run.source in table.sources else "prior")
     return interval.low, interval.high
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.planner.published import Published, Unusable, usable
+from bloomery.planner.cells import Unusable
+from bloomery.planner.published import Published, usable
 from bloomery.planner.questions import Questions, interval_of
 from bloomery.spec.calibration import Calibration
 

@@ -17,8 +17,8 @@ from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency
 from bloomery.spec.files import read_yaml, to_yaml
 
 PATH = Path(__file__).parent / "catalog" / "calibration.yaml"
-NARROW: tuple[Dtype, ...] = ("bfloat16", "float16", "tf32", "float8")
-"""Formats of the matrix units that share one efficiency surface; float8 has its own ceiling."""
+NARROW: tuple[Dtype, ...] = ("bfloat16", "float16", "tf32", "float8", "float4")
+"""Formats of the matrix units that share one efficiency surface; float8 and float4 have their own ceilings."""
 
 
 class ArchitectureConstants(Noun):
@@ -26,6 +26,9 @@ class ArchitectureConstants(Noun):
 
     gemm_ceiling: float = Field(default=0.75, gt=0, le=1, description="share of peak of a large product, 16-bit")
     gemm_ceiling_8bit: float = Field(default=0.60, gt=0, le=1, description="the same in 8 bit, casts included")
+    gemm_ceiling_4bit: float = Field(
+        default=0.40, gt=0, le=1, description="the same in 4 bit, a guess: no run was seen"
+    )
     gemm_half: float = Field(default=80.0, gt=0, description="rows or columns at which a product has half its rate")
     gemm_k_half: float = Field(default=100.0, gt=0, description="the same of the inner dimension")
     memory_efficiency: float = Field(default=0.80, gt=0, le=1, description="share of the data sheet's bandwidth")
@@ -41,7 +44,8 @@ class ArchitectureConstants(Noun):
         """A data-sheet accelerator with these constants; what it states of itself stands."""
 
         def surface(dtype: Dtype) -> GemmEfficiency:
-            ceiling = self.gemm_ceiling_8bit if dtype == "float8" else self.gemm_ceiling
+            own = {"float8": self.gemm_ceiling_8bit, "float4": self.gemm_ceiling_4bit}
+            ceiling = own.get(dtype, self.gemm_ceiling)
             return GemmEfficiency(
                 ceiling=ceiling, m_half=self.gemm_half, n_half=self.gemm_half, k_half=self.gemm_k_half
             )
@@ -79,6 +83,7 @@ class StackConstants(Noun):
     traffic: float = Field(default=1.0, gt=0, description="memory traffic of its element-wise kernels over the count")
     attention_factor: float = Field(default=1.0, gt=0, description="rate of its attention kernel over the usual one's")
     host_factor: float = Field(default=1.0, gt=0, description="host time of its launches over the usual")
+    expert_factor: float = Field(default=1.3, gt=0, description="time of routed experts and their tokens' moves, over")
     inner_overlap: float = Field(default=0.1, gt=0, le=1, description="share of messages inside layers hidden")
     gradient_overlap: float = Field(default=0.5, gt=0, le=1, description="share of the backward pass that hides them")
     step_overhead_s: float = Field(default=2e-3, gt=0, description="seconds of a step outside model and optimizer")
@@ -101,6 +106,7 @@ class Calibration(Noun):
     stacks: dict[str, StackConstants] = {}
     usual: StackConstants = Field(default=StackConstants(), description="of software that no run named")
     intervals: dict[str, Interval] = {}
+    sources: tuple[str, ...] = Field(default=(), description="whose runs it was fitted to")
     provenance: dict[str, str] = {}
 
     def architecture_of(self, accelerator_name: str) -> str:
@@ -113,7 +119,7 @@ class Calibration(Noun):
         return self.architectures.get(self.architecture_of(accelerator_name), ArchitectureConstants())
 
     def interval(self, kind: str) -> Interval:
-        """Of `fitted` hardware and software, or of the `prior` for software that no run named."""
+        """Of the sources that it was `fitted` to, or of the `prior` for any other."""
         return self.intervals.get(kind, PRIOR_INTERVAL)
 
     def stack(self, name: str) -> StackConstants:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
 
-Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8"]
+Dtype = Literal["float64", "float32", "tf32", "bfloat16", "float16", "float8", "float4"]
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 OPERATIONS: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 

@@ -9,6 +9,11 @@ from bloomery.spec.cluster import Accelerator, Cluster, Tier
 from bloomery.spec.model import Model
 
 GIGABIT = 1e9 / 8
+CARD = 200 * GIGABIT
+"""A network card, where only the whole of a node is known."""
+ALONE = 100 * GIGABIT
+"""A report that names one rate up to this and no number means one card a node; of faster ones nodes have their usual
+number."""
 LINK, NETWORK = "link", "network"
 """Names of the tiers inside a node and between nodes."""
 
@@ -35,8 +40,10 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     Data-sheet rates alone: latencies and factors are a calibration's to give.
     """
     usual = fabric(chip.name)
-    in_node = min(n_gpus, round(gpus_per_node or 8))
-    cards, card = _cards(interconnect) or (usual["cards"], usual["card"])
+    node = int(usual.get("node", 8))
+    in_node = min(n_gpus, round(gpus_per_node or node))
+    usual_cards = round(usual["cards"] * max(1.0, in_node / node))
+    cards, card = _cards(interconnect, in_node, usual_cards) or (usual_cards, usual["card"])
     span = max(in_node, min(int(usual["span"]), n_gpus))
     tiers = [Tier(name=LINK, span=span, bandwidth_bytes_per_s=usual["link"], ports_per_node=in_node, latency_s=0.0)]
     nodes = -(-n_gpus // in_node)
@@ -53,17 +60,26 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     return Cluster(name="published", nodes=nodes, accelerators_per_node=in_node, accelerator=chip, tiers=tuple(tiers))
 
 
-def _cards(text: str) -> tuple[int, float] | None:
-    """(network cards of a node, bytes/s of each) from `4x200Gbps`, `8x50 GB/s`, `1600 Gbps per node`."""
-    found = re.search(r"(\d+)\s*x\s*(\d+)\s*(Gb|GB)", text)
-    if found:
-        unit = GIGABIT if found[3] == "Gb" else 1e9
-        return int(found[1]), int(found[2]) * unit
-    found = re.search(r"(\d+)\s*Gb\S* per node", text)
-    if found:
-        whole = int(found[1]) * GIGABIT
-        cards = max(1, round(whole / (200 * GIGABIT)))
-        return cards, whole / cards
+INSIDE = re.compile(r"nvlink|nvswitch|nvl\d|xgmi|pcie", re.IGNORECASE)
+RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*)?(\d+(?:\.\d+)?)\s*(GB|Gb|gb|GigaBit|Gigabit|gigabit)")
+
+
+def _cards(text: str, in_node: int, usual: int) -> tuple[int, float] | None:
+    """(network cards of a node, bytes/s of each) from `4x200Gbps`, `8x ConnectX-7 400 Gb/s`, `1600 Gbps per node`,
+    `400 Gb/s per GPU`, `100 Gb/s InfiniBand` (one card). Clauses about links inside a node say nothing of it."""
+    for clause in re.split(r"[,;+]|\band\b", text.replace("\u00d7", "x")):
+        found = None if INSIDE.search(clause) else RATE.search(clause)
+        if found is None:
+            continue
+        rate = float(found[2]) * (1e9 if found[3] == "GB" else GIGABIT)
+        if found[1]:
+            return int(found[1]), rate
+        if re.search(r"per (gpu|accelerator|rank)", clause, re.IGNORECASE):
+            return in_node, rate
+        if re.search(r"per (node|server|host)", clause, re.IGNORECASE):
+            cards = max(1, round(rate / CARD))
+            return cards, rate / cards
+        return (1 if rate <= ALONE else usual), rate
     return None
 
 
@@ -75,4 +91,7 @@ def model_called(text: str) -> Model | None:
 
 
 def _plain(text: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", text.lower())
+    """Letters and digits; a generation that not everybody prints is left out (`Nemotron-4 340B`, `Llama 3.1 405B`)."""
+    plain = re.sub(r"[^a-z0-9]", "", text.lower())
+    plain = re.sub(r"^nemotron[34](?=\d+b)", "nemotron", plain)
+    return re.sub(r"^llama31(?=405b)", "llama3", plain)

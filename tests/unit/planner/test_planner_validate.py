@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from bloomery.planner.calibrate import Constant, constants_of, fit, usual, value_in, with_values
-from bloomery.planner.published import Published, Unusable, published, read_rows, usable
+from bloomery.planner.cells import Unusable
+from bloomery.planner.published import Published, published, read_rows, usable
 from bloomery.planner.questions import Questions
 from bloomery.planner.validate import validate
 from bloomery.spec.calibration import (
@@ -72,7 +73,7 @@ def test_regret_is_what_following_the_prediction_costs() -> None:
 
 
 def test_rows_that_cannot_be_modelled_are_counted_with_their_reason() -> None:
-    rows = [row(id="a"), row(id="b", accelerator="TPU v5p"), row(id="c", tp=""), row(id="d", n_gpus=63)]
+    rows = [row(id="a"), row(id="b", accelerator="TPU v5p"), row(id="c", tp="", dp=""), row(id="d", n_gpus=63)]
     found = validate(rows, calibration())
     assert [bool(line.skipped_reason) for line in found.rows] == [False, True, True, True]
     assert sum(found.skipped.values()) == 3
@@ -160,10 +161,40 @@ def test_a_last_micro_batch_may_be_smaller() -> None:
     assert ragged.scale == 1
 
 
-@pytest.mark.parametrize("change", [{"heads": "x"}, {"kv_heads": 7}, {"pp": 97, "tp": 1, "n_gpus": 97}])
+@pytest.mark.parametrize(
+    "change",
+    [{"heads": "x"}, {"kv_heads": 7}, {"pp": 97, "tp": 1, "n_gpus": 97}, {"hidden": 0}, {"seq_len": 0},
+     {"recompute": "sometimes"}, {"moe": "9/16"}],
+)  # fmt: skip
 def test_contradictions_make_a_row_unusable(change: dict[str, Any]) -> None:
     with pytest.raises(Unusable):
         published(row(**change))
+
+
+def test_a_row_that_no_model_is_made_of_leaves_the_others_alone() -> None:
+    found = validate([row(id="a"), row(id="b", vocab=1), row(id="c", tp=3, n_gpus=25)], calibration())
+    assert [bool(line.skipped_reason) for line in found.rows] == [False, True, True]
+
+
+def test_what_a_row_leaves_out_is_derived() -> None:
+    whole = published(row())
+    for blank in ("tp", "pp", "dp"):
+        assert published(row(**{blank: ""})).layout == whole.layout
+    alone = published(row(micro_batch=""))
+    assert (alone.layout.micro_batch, alone.layout.tp) == (1, whole.layout.tp)
+    more = published(row(layers=whole.layout.pp * 5, vpp=6))
+    assert more.layout.vpp == 5
+    stated = row(model_name="LLAMA3_70B", layers=80, hidden=8192, heads=64, kv_heads=8, ffn_hidden=28672, vocab=128256,
+                 activation="swiglu", vpp=1, pp=4, dp=whole.n_gpus // 4 // whole.layout.tp)  # fmt: skip
+    for blank in ("kv_heads", "ffn_hidden", "vocab", "activation"):
+        assert published({**stated, blank: ""}).model == published(stated).model
+    assert published({**stated, "model_name": "mine", "activation": "SiLU"}).model.gated
+
+
+def test_a_mixture_is_known_by_its_name() -> None:
+    found = published(row(model_name="Mixtral 8x7B", layers=32, hidden=4096, heads=32, kv_heads=8, pp=1, vpp=1, dp=1,
+                          n_gpus=8, tp=8, moe=""))  # fmt: skip
+    assert found.model.moe is not None and found.model.moe.experts == 8
 
 
 def test_the_command_says_json_and_draws_a_page(tmp_path: Path) -> None:

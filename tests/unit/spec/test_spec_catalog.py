@@ -64,8 +64,16 @@ PUBLISHED_BILLIONS = {
     "deepseek-v2": 235.74,
     "deepseek-v3": 671.03,  # 2412.19437: 671 B; 684.5 B in its files with the second-token head
     "kimi-k2": 1040.0,
+    "bloom-176b": 176.25,  # 2211.05100
+    "nemotron-3-8b": 8.5,
+    "nemotron-3-22b": 21.5,  # printed as 22 B; its recipe's widths and 256,000 tokens make 21.3
+    "nemotron-4-15b": 15.6,  # 2402.16819 Table 2: 3.2 B embedding, 12.5 B others
+    "nemotron-4-340b": 341.0,  # 2406.11704: 9.4 B embedding, 331.6 B others
+    "grok-1": 314.0,
+    "gpt-oss-20b": 20.91,  # 2508.10925 Table 1
+    "gpt-oss-120b": 116.83,
 }
-ROUNDED = {"gpt3-13b", "yuan-1.0-13b", "kimi-k2"}
+ROUNDED = {"gpt3-13b", "yuan-1.0-13b", "kimi-k2", "nemotron-3-8b", "nemotron-3-22b", "grok-1"}
 """Published with two or three digits."""
 PUBLISHED_ACTIVE_BILLIONS = {
     "mixtral-8x7b": 12.9,

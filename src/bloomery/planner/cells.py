@@ -1,0 +1,111 @@
+"""What the cells of a table of published runs say: numbers, yes and no, number formats, recomputation, experts.
+
+Sources spell alike things in many ways. A word that is not understood makes its row unusable where it decides the time
+of a step, and is as good as blank elsewhere; it never counts as "no".
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from bloomery.spec.cluster import Dtype
+
+YES, NO = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off", "none")
+GATED = ("swiglu", "geglu", "reglu", "silu", "swish", "glu")
+FORMATS: tuple[tuple[str, Dtype], ...] = (
+    (r"fp4|float4|f4", "float4"),
+    (r"fp8|float8|f8", "float8"),
+    (r"bf16|bfloat16", "bfloat16"),
+    (r"fp16|float16|half|amp|mixed", "float16"),
+    (r"tf32", "tf32"),
+    (r"fp32|float32|single", "float32"),
+)
+"""What is found first in a cell: `nvfp4`, `fp8-mx` and `mxfp8`, `bf16-mixed`."""
+
+
+class Unusable(Exception):
+    """Why a row cannot be modelled."""
+
+
+def number(row: Mapping[str, str], name: str) -> float | None:
+    """A cell's number, `1,024` too; None where it is blank, negative or not finite. Raises Unusable for a word."""
+    text = row.get(name, "")
+    try:
+        value = float(re.sub(r"(?<=\d),(?=\d{3}\b)", "", text))
+    except ValueError:
+        if text:
+            raise Unusable(f"{name} is not a number: {text!r}") from None
+        return None
+    return value if math.isfinite(value) and value >= 0 else None
+
+
+def integer(row: Mapping[str, str], name: str) -> int:
+    """A cell's number, rounded. Raises Unusable where there is none, or none above zero."""
+    value = number(row, name)
+    if value is None:
+        raise Unusable(f"{name} not stated")
+    if not round(value):
+        raise Unusable(f"{name} is zero")
+    return round(value)
+
+
+def first_number(text: str) -> float | None:
+    """The first number among words: the year of `2023-06`, the stage of `ZeRO-3`."""
+    found = re.search(r"\d+(?:\.\d+)?", text)
+    return float(found[0]) if found else None
+
+
+def yes(row: Mapping[str, str], name: str) -> bool | None:
+    """Yes or no; None where the source does not say. Raises Unusable for another word."""
+    text = row.get(name, "").lower()
+    if text in YES or text in NO:
+        return text in YES
+    if text:
+        raise Unusable(f"{name} is neither yes nor no: {text!r}")
+    return None
+
+
+def gated(row: Mapping[str, str]) -> bool | None:
+    """Whether the feed-forward block has a gate; None where the source does not say."""
+    text = row.get("activation", "").lower()
+    return any(word in text for word in GATED) if text else None
+
+
+def number_format(text: str) -> Dtype | None:
+    """The format of a step's products; None for a blank cell. Raises Unusable for an unknown one."""
+    found = next((name for pattern, name in FORMATS if re.search(pattern, text.lower())), None)
+    if text and found is None:
+        raise Unusable(f"number format not understood: {text!r}")
+    return found
+
+
+def recompute(text: str) -> Literal["none", "selective", "full"] | None:
+    """What is computed again; None for a blank cell. Raises Unusable for an unknown word."""
+    word = text.lower()
+    if not word:
+        return None
+    if re.search(r"selective|core|attention", word):
+        return "selective"
+    if word in YES or re.search(r"full|block|uniform|all|every", word):
+        return "full"
+    if word in NO:
+        return "none"
+    raise Unusable(f"recompute not understood: {text!r}")
+
+
+def experts(text: str) -> tuple[int, int, int] | None:
+    """(experts, experts a token, shared ones) from `128/8`, `256/8+1 shared`, `8x2`, `8 experts top-2`; None for a
+    dense model. Raises Unusable."""
+    word = text.lower()
+    if not word or word in NO or word == "dense":
+        return None
+    found = re.fullmatch(r"(\d+)\s*(?:/|x|experts?,?\s*top[- ]?)\s*(\d+)(?:\s*\+\s*(\d+)(?:\s*shared)?)?", word)
+    if found is None:
+        raise Unusable(f"experts not understood: {text!r}")
+    n, top_k, shared = (int(group or 0) for group in found.groups())
+    if not 0 < top_k <= n:
+        raise Unusable(f"{top_k} of {n} experts a token")
+    return n, top_k, shared

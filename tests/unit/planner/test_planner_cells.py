@@ -1,0 +1,56 @@
+"""Alike things are spelt in many ways; what is not understood is never taken for "no"."""
+
+from __future__ import annotations
+
+import pytest
+
+from bloomery.planner.cells import Unusable, experts, first_number, gated, number, number_format, recompute, yes
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("nvfp4", "float4"), ("fp8-mx", "float8"), ("MXFP8", "float8"), ("BF16", "bfloat16"), ("bfloat16", "bfloat16"),
+     ("amp", "float16"), ("fp32", "float32"), ("", None)],
+)  # fmt: skip
+def test_number_formats(text: str, found: str | None) -> None:
+    assert number_format(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("Full", "full"), ("uniform", "full"), ("block", "full"), ("selective (core_attn)", "selective"), ("None", "none"),
+     ("0", "none"), ("1", "full"), ("", None)],
+)  # fmt: skip
+def test_recomputation(text: str, found: str | None) -> None:
+    assert recompute(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("128/8", (128, 8, 0)), ("256/8+1 shared", (256, 8, 1)), ("8x2", (8, 2, 0)), ("8 experts top-2", (8, 2, 0)),
+     ("dense", None), ("0", None), ("", None)],
+)  # fmt: skip
+def test_experts(text: str, found: tuple[int, int, int] | None) -> None:
+    assert experts(text) == found
+
+
+@pytest.mark.parametrize("text", ["16/8/4", "8/16", "many"])
+def test_experts_that_cannot_be(text: str) -> None:
+    with pytest.raises(Unusable):
+        experts(text)
+
+
+def test_numbers() -> None:
+    row = {"n": "1,024", "word": "many", "blank": "", "below": "-1", "none": "nan"}
+    assert number(row, "n") == 1024
+    assert number(row, "blank") is number(row, "below") is number(row, "none") is number(row, "absent") is None
+    with pytest.raises(Unusable, match="many"):
+        number(row, "word")
+    assert (first_number("ZeRO-3"), first_number("2023-06"), first_number("fsdp")) == (3, 2023, None)
+
+
+def test_yes_and_no() -> None:
+    assert [yes({"x": text}, "x") for text in ("True", "1", "no", "")] == [True, True, False, None]
+    with pytest.raises(Unusable):
+        yes({"x": "perhaps"}, "x")
+    assert [gated({"activation": text}) for text in ("SwiGLU", "silu", "gelu", "")] == [True, True, False, None]
