@@ -54,8 +54,7 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp
     if axis == "ep":
-        # More of them than ranks that hold the same layers: tensor-parallel ranks are among them (Megatron's folding).
-        return Group(lay.ep, np.where(lay.ep > lay.shards, 1, inner))  # pp is outermost where there is one
+        return Group(lay.ep, inner)  # pp is outermost where there is one
     # Distance between neighbours of dp and of pp, one of which lies inside the other.
     data, stages = (
         np.where(lay.outermost == 0, *apart) for apart in ((inner, inner * lay.pp), (inner * lay.dp, inner))
