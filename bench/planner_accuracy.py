@@ -36,7 +36,8 @@ TERMS: dict[str, dict[str, float]] = {
     "element-wise traffic": {"traffic": 1e-3},
     "latency of messages": {"link_latency_s": 1e-10, "network_latency_s": 1e-10},
     "half rate of short messages": {"network_half_bytes": 1e-3},
-    "overlap inside layers": {"inner_overlap": 1e-6},
+    "overlap inside layers": {"inner_overlap": 1e-6, "expert_overlap": 1e-6},
+    "routed experts beyond their products": {"expert_factor": 1.0},
     "stall behind pipeline messages": {"pipeline_stall_s": 1e-10},
     "a stack's own constants": dict.fromkeys(SPREADS["stacks"], np.nan),
 }

@@ -34,7 +34,7 @@ def compute_kinds(case: Case, compute_s: np.ndarray) -> dict[str, np.ndarray]:
 
 def messages_in_all(case: Case) -> dict[str, np.ndarray]:
     """Seconds in which messages of each component are under way, hidden or not, shape (n,) each."""
-    nothing_hides = {"inner_overlap": 0.0, "gradient_overlap": 0.0, "gather_overlap": 0.0}
+    nothing_hides = {"inner_overlap": 0.0, "expert_overlap": 0.0, "gradient_overlap": 0.0, "gather_overlap": 0.0}
     bare = case.under(case.cluster, replace(case.stack, **nothing_hides))  # type: ignore[arg-type]
     found = StepTimes(bare).components(slice(None))
     return {name: np.broadcast_to(found[name], (len(case.lay),)) for name in MESSAGES}

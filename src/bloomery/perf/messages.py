@@ -152,7 +152,7 @@ def _experts_s(case: Case) -> Inner:
         one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], size)
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one
-    exposed = 1.0 - case.stack.inner_overlap
+    exposed = 1.0 - case.stack.expert_overlap
     forward, backward = exposed * seconds["forward"], exposed * seconds["backward"]
     return Inner(forward, backward, 0.0, 0.0, experts=forward + backward)
 

@@ -113,6 +113,7 @@ def calibrated(stack: Stack, constants: StackConstants) -> Stack:
         host_factor=constants.host_factor,
         expert_factor=constants.expert_factor,
         inner_overlap=constants.inner_overlap,
+        expert_overlap=constants.expert_overlap,
         gradient_overlap=overlap,
         gather_overlap=overlap,
         step_overhead_s=constants.step_overhead_s,

@@ -25,7 +25,7 @@ keeps; 1 is a router in perfect balance (a run's metrics report how far its rout
 
 `expert_factor`: seconds of routed experts' products and of moving their tokens over the count (grouped products, their
 permutation). `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the
-share of tensor-, context- and expert-parallel messages that runs beside compute.
+share of tensor- and context-parallel messages that runs beside compute; `expert_overlap`: of expert-parallel ones.
 
 Three profiles stand here; measured ones are calibrated copies (`perf.profiles`).
 """
@@ -94,6 +94,7 @@ class Stack:
     serial_launch: bool
     expert_imbalance: float = 1.0
     expert_factor: float = 1.0
+    expert_overlap: float = 0.0
 
     @property
     def whole_gradients(self) -> bool:

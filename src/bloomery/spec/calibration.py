@@ -85,6 +85,7 @@ class StackConstants(Noun):
     host_factor: float = Field(default=1.0, gt=0, description="host time of its launches over the usual")
     expert_factor: float = Field(default=1.3, gt=0, description="time of routed experts and their tokens' moves, over")
     inner_overlap: float = Field(default=0.1, gt=0, le=1, description="share of messages inside layers hidden")
+    expert_overlap: float = Field(default=0.1, gt=0, le=1, description="share of messages to experts hidden")
     gradient_overlap: float = Field(default=0.5, gt=0, le=1, description="share of the backward pass that hides them")
     step_overhead_s: float = Field(default=2e-3, gt=0, description="seconds of a step outside model and optimizer")
     pipeline_stall_s: float = Field(default=3e-5, gt=0, description="wait of a collective behind pipeline messages")
