@@ -7,6 +7,7 @@ modelled is named as the reason to leave it out. Schema: one row a configuration
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -70,12 +71,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a CSV file in this schema. Raises InputError for a missing file or column."""
     if not path.is_file():
         raise InputError("no such file", where=str(path))
-    with path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
-        if missing:
-            raise InputError(f"no column {missing[0]!r}", where=str(path), found=reader.fieldnames, accepted=REQUIRED)
-        return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before the first column's name
+    except UnicodeDecodeError:
+        raise InputError("not a table of text in UTF-8", where=str(path)) from None
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
+    if missing:
+        raise InputError(f"no column {missing[0]!r}", where=str(path), found=reader.fieldnames, accepted=REQUIRED)
+    return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
 
 
 def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Published | Unusable]]:

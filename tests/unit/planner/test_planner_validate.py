@@ -218,6 +218,15 @@ def test_a_file_without_the_columns_is_refused_in_one_line(tmp_path: Path) -> No
     assert done.stderr.count("\n") == 1 and "accelerator" in done.stderr
 
 
+def test_a_spreadsheets_mark_is_no_part_of_a_name_and_bytes_are_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + KORTHIKANTI.read_bytes())
+    assert read_rows(path) == read_rows(KORTHIKANTI)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_rows(path)
+
+
 def test_every_usable_row_keeps_its_place() -> None:
     rows = [row(id="a"), row(id="b", accelerator=""), row(id="c")]
     kinds = [isinstance(question, Published) for _, question in usable(rows)]
