@@ -30,10 +30,13 @@ class Clock:
     """
 
     def __init__(
-        self, now: Callable[[], float] = time.perf_counter, entered: Callable[[str], None] = lambda _: None
+        self,
+        now: Callable[[], float] = time.perf_counter,
+        entered: Callable[[str], None] = lambda _: None,
+        gets_on: Callable[[], None] = lambda: None,
     ) -> None:
-        """`entered` is told the bucket that runs from now on, at every change."""
-        self._now, self._entered = now, entered
+        """`entered` is told the bucket that runs from now on, at every change; `gets_on` that it is not stuck there."""
+        self._now, self._entered, self.gets_on = now, entered, gets_on
         self.mark: Mark = unmarked
         """What surrounds every bucket besides: a profiler's mark, while one is open."""
         self._stack = [OUTSIDE]
@@ -62,6 +65,15 @@ class Clock:
         finally:
             self._charge()
             self._stack.pop()
+            self._entered(self._stack[-1])
+
+    @contextmanager
+    def waiting(self, why: str) -> Iterator[None]:
+        """Inside, `entered` has been told `why` instead of the bucket that runs; the time stays the bucket's."""
+        self._entered(why)
+        try:
+            yield
+        finally:
             self._entered(self._stack[-1])
 
     def lap(self) -> dict[str, float]:

@@ -26,7 +26,7 @@ def main() -> int:
     folder = Path(sys.argv[1])
     job = read_job(folder)
     heartbeat = _signs_of_life()
-    clock = Clock(entered=heartbeat.enter) if heartbeat else Clock()
+    clock = Clock(entered=heartbeat.enter, gets_on=heartbeat.gets_on) if heartbeat else Clock()
     clock.count("startup", since=float(os.environ.get("BLOOMERY_FORKED", "inf")))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
