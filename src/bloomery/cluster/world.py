@@ -296,11 +296,20 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
         "WORLD_SIZE": str(share.world_size),
         "OMP_NUM_THREADS": str(threads_per_rank(len(share.ranks))),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or share.interface or "lo",
+        **_nccl_interface(share),
         "BLOOMERY_RENDEZVOUS": share.rendezvous or f"file://{scratch / 'rendezvous'}",
         "BLOOMERY_SCRATCH": str(scratch),
         "BLOOMERY_USUAL": json.dumps(share.usual_s),
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _nccl_interface(share: Share) -> dict[str, str]:
+    """NCCL finds its own way inside a host; between hosts it would take the first interface there is. `=`: this one and
+    not all whose names begin like it."""
+    if not share.interface or os.environ.get("NCCL_SOCKET_IFNAME"):
+        return {}
+    return {"NCCL_SOCKET_IFNAME": f"={share.interface}"}
 
 
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from bloomery.cluster import world as worlds
-from bloomery.cluster.world import Share, World, forking, imported_for
+from bloomery.cluster.world import Share, World, _environment, forking, imported_for
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
@@ -105,3 +105,16 @@ def test_a_rank_that_even_sigkill_does_not_end_is_named_and_not_waited_for(monke
     assert killed == [(stuck.pid, signal.SIGKILL)]
     assert all(wait is not None and wait <= 0.2 for wait in stuck.waits)
     assert not children  # or the command would wait for it at its own end
+
+
+def test_messages_between_hosts_take_the_interface_that_hosts_meet_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    alone, several = Share(range(2), 2), Share(range(2), 4, "tcp://10.0.0.1:1", "ib0")
+    assert "NCCL_SOCKET_IFNAME" not in _environment(0, alone, tmp_path)
+    told = _environment(0, several, tmp_path)
+    assert (told["GLOO_SOCKET_IFNAME"], told["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")  # a site's own choice
+    assert _environment(0, several, tmp_path)["NCCL_SOCKET_IFNAME"] == "eth"
