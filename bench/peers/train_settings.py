@@ -79,7 +79,8 @@ def answer(seconds: list[float], base_bytes: int, losses: list[float]) -> None:
     """Print the result line."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base_bytes
     if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+        free, whole = torch.cuda.mem_get_info()  # with what lies outside the allocator, as our own recorder counts
+        peak = torch.cuda.max_memory_reserved() + max(0, whole - free - torch.cuda.memory_reserved())
     print(json.dumps({"step_s": seconds, "peak_bytes": peak, "losses": losses}), flush=True)
 
 

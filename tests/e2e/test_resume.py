@@ -147,13 +147,14 @@ def test_a_killed_worker_is_named_and_the_run_goes_on_by_itself(tmp_path: Path, 
     assert kinds.index("worker_failed") < kinds.index("resumed") < kinds.index("finished")
 
 
-def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path: Path, data: Path) -> None:
-    path = write_run(tmp_path, "torn", data, {})
+@pytest.mark.parametrize("layout", [{}, {"dp": 2, "zero_stage": 1}])
+def test_a_torn_checkpoint_is_passed_over_and_named(tmp_path: Path, data: Path, layout: dict[str, object]) -> None:
+    path = write_run(tmp_path, "torn", data, layout)
     assert train(path).returncode == 0
     run_dir = tmp_path / "runs" / "torn"
     expected = final_bits(run_dir)
     newest = run_dir / "checkpoints" / f"step_{STEPS:06d}"
-    file = next(newest.glob("*.safetensors"))
+    file = max(newest.glob("*.safetensors"))  # the last rank's, who verifies it
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)

@@ -87,8 +87,8 @@ def _end_with_input() -> None:
 
 def _meet(place: Place, address: str) -> None:
     interface = interface_of(address)
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(name, interface)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # NCCL takes a bare name for a beginning of names
     if place.rank == 0:
         listening = socket.create_server((address, 0), backlog=place.world_size)
         port = listening.getsockname()[1]
@@ -99,5 +99,12 @@ def _meet(place: Place, address: str) -> None:
     else:
         there = json.loads(sys.stdin.readline())
         store = TCPStore(there["meet"], there["port"], place.world_size, False, JOIN_TIMEOUT, False)
-    backend = "nccl" if place.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=JOIN_TIMEOUT)
+    cuda = place.device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=JOIN_TIMEOUT,
+        device_id=place.device if cuda else None,  # barriers, the first messages of all, would have to guess it
+    )

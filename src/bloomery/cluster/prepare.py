@@ -286,6 +286,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         model=run.model,
         layout=layout,
         dtype=dtype,
+        device=run.cluster.accelerator.kind,
         float8=train.float8,
         compiled=_compiled(run, layout, expected["step_time_s"]),
         seed=train.seed,

@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import json
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -22,11 +23,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import _children  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
+from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.job import Job, read_job
 from bloomery.spec.reliability import Supervision
@@ -36,6 +39,8 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1)
 POLL_S = 0.05
 STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
+KILLED_WITHIN_S = 60.0
+"""Given to killed ranks to be gone: a driver takes seconds to give back a device's memory."""
 PR_SET_PDEATHSIG = 1
 PRELOADED = ["bloomery.cluster.forked_from", "bloomery.train.worker"]
 """Imported once, by the process that ranks are forked from; `imported_for` adds what only some jobs need."""
@@ -260,11 +265,26 @@ class World:
         return replace(outcome, forked_s=self.forked_s, ending_s=self.ending_s, usual_s=usual)
 
     def kill(self) -> None:
-        """SIGKILL to all at once: a stopped or hung process ignores anything milder."""
+        """SIGKILL to all at once: a stopped or hung process ignores anything milder. Raises BloomeryError that names
+        those which do not end even so: what waits in the kernel for a device or a file system cannot be killed."""
         self.signal(signal.SIGKILL)
+        until = time.monotonic() + KILLED_WITHIN_S
         for process in self.processes:
-            process.join()
+            process.join(max(0.0, until - time.monotonic()))
+        left = [(rank, process) for rank, process in zip(self.share.ranks, self.processes, strict=True)
+                if process.exitcode is None]  # fmt: skip
+        for _, process in left:
+            _children.discard(process)  # else this process would wait for them at its own end, without a word
         self.ending_s = time.monotonic() - (self._noticed or time.monotonic())
+        if left:
+            who = ", ".join(
+                f"rank {rank} (process {process.pid}, state {process_state(process.pid or 0)})"
+                for rank, process in left
+            )
+            raise BloomeryError(
+                f"{who} on host {platform.node()} did not end within {KILLED_WITHIN_S:g} s of SIGKILL: a device or a "
+                "file system there no longer answers; start again without that host, or once it has been restarted"
+            )
 
 
 def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
@@ -276,11 +296,20 @@ def _environment(rank: int, share: Share, scratch: Path) -> dict[str, str]:
         "WORLD_SIZE": str(share.world_size),
         "OMP_NUM_THREADS": str(threads_per_rank(len(share.ranks))),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME") or share.interface or "lo",
+        **_nccl_interface(share),
         "BLOOMERY_RENDEZVOUS": share.rendezvous or f"file://{scratch / 'rendezvous'}",
         "BLOOMERY_SCRATCH": str(scratch),
         "BLOOMERY_USUAL": json.dumps(share.usual_s),
         "PYTHONWARNINGS": "ignore",
     }
+
+
+def _nccl_interface(share: Share) -> dict[str, str]:
+    """NCCL finds its own way inside a host; between hosts it would take the first interface there is. `=`: this one and
+    not all whose names begin like it."""
+    if not share.interface or os.environ.get("NCCL_SOCKET_IFNAME"):
+        return {}
+    return {"NCCL_SOCKET_IFNAME": f"={share.interface}"}
 
 
 def _rank(module: str, folder: str, environment: dict[str, str]) -> None:

@@ -30,6 +30,9 @@ PHASE_OF = {
     "profile": "profile",
 }
 """Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
+JOINING = "joining"
+"""Entered like a bucket by a rank that waits for others which verify or load: as for a message, but how long that takes
+says nothing of a step's messages."""
 FORGET = 0.999
 """A phase's longest time shrinks by this with each step that has it, so that one slow minute is not kept for good."""
 _HEAD = struct.Struct("<QdqQ")
@@ -77,7 +80,7 @@ class Heartbeat:
             self._map = mmap.mmap(stream.fileno(), 0)
         self.step = -1
         self._seen = [0.0] * len(PHASES)
-        self._changes, self._since, self._phase = 0, time.monotonic(), 0
+        self._changes, self._since, self._phase, self._joins = 0, time.monotonic(), 0, False
         self._longest = list(usual) or [0.0] * len(PHASES)
 
     def begin(self, step: int, anew: bool = False) -> None:
@@ -93,12 +96,26 @@ class Heartbeat:
 
     def enter(self, bucket: str) -> None:
         """The rank has changed to `bucket`, or has got on inside it."""
+        self._look()
+        self._phase, self._joins = PHASES.index(PHASE_OF.get(bucket, WAITING)), bucket == JOINING
+        self._changes += 1
+        self._write()
+
+    def gets_on(self) -> None:
+        """The rank is where it was and has got on: no change of phase, whose count ranks are compared by."""
+        self._look()
+        self._write()
+
+    def _look(self) -> None:
+        """What a phase has taken since the last sign is part of what is seen of it."""
         now = time.monotonic()
-        self._seen[self._phase] = max(self._seen[self._phase], now - self._since)
-        self._phase = PHASES.index(PHASE_OF.get(bucket, WAITING))
-        self._changes, self._since = self._changes + 1, now
+        if not self._joins:
+            self._seen[self._phase] = max(self._seen[self._phase], now - self._since)
+        self._since = now
+
+    def _write(self) -> None:
         # `pack_into` clears before it writes: whoever reads in between would find nothing.
-        sign = _HEAD.pack(self._changes, now, self.step, self._phase) + _LONGEST.pack(*self._longest)
+        sign = _HEAD.pack(self._changes, self._since, self.step, self._phase) + _LONGEST.pack(*self._longest)
         self._map[: len(sign)] = sign
 
 

@@ -49,6 +49,16 @@ def sum_whole(stages: Sequence[Transformer], mesh: Mesh, measure: Measure) -> No
             sum_flat(gradients, mesh.group(axes[axis]), measure, "dp_comm")
 
 
+def sum_over_world(vector: Tensor, mesh: Mesh, measure: Measure) -> Tensor:
+    """A few numbers summed in place over all ranks, to be read by the host, which waits for the others in a bucket of
+    messages and not where it reads."""
+    if mesh.world_size > 1:
+        with measure("other"):
+            dist.all_reduce(vector)
+            vector = vector.cpu()
+    return vector
+
+
 def sum_flat(gradients: list[Tensor], group: dist.ProcessGroup, measure: Measure, bucket: str) -> None:
     """Sum some gradients over a group in one message, in place."""
     flat = torch.cat([gradient.flatten() for gradient in gradients])

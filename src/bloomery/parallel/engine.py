@@ -17,7 +17,7 @@ from bloomery.parallel.apply import lay_out, stabilise
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.collectives import Measure, TensorAxis
 from bloomery.parallel.context import ContextAxis
-from bloomery.parallel.data_parallel import sum_flat, sum_whole
+from bloomery.parallel.data_parallel import sum_flat, sum_over_world, sum_whole
 from bloomery.parallel.expert import Routed, mixtures, move_biases, summed_routing
 from bloomery.parallel.formats import AUTOCAST, PARAMETERS, check_format
 from bloomery.parallel.local import local_part
@@ -263,7 +263,7 @@ class Engine:
         return list(named), norms.square() / replicas
 
     def summed_statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> Tensor:
-        """(loss, non-finite ranks, votes, squared gradient norms by group) over the world, float64, not yet read."""
+        """(loss, non-finite ranks, votes, squared gradient norms by group) over the world, float64."""
         names, each = self.square_norms()
         index = torch.tensor([GROUPS.index(group_of(name)) for name in names], device=each.device)
         groups = torch.zeros(len(GROUPS), dtype=torch.float64, device=each.device).index_add_(0, index, each)
@@ -277,10 +277,7 @@ class Engine:
             routed, nothing = self.routed, torch.zeros_like(squares)
             numbers = (nothing, nothing) if routed is None else (routed.loss, routed.imbalance)
             vector = torch.cat((vector, torch.stack(numbers)))
-        if self.mesh.world_size > 1:
-            with self.measure("other"):
-                dist.all_reduce(vector)
-        return vector
+        return sum_over_world(vector, self.mesh, self.measure)
 
     def _replicas(self, name: str) -> int:
         parameter, layout = self.table[name], self.layout
@@ -321,10 +318,7 @@ class Engine:
             self.fully_sharded.free_gathered()
         count = (batch.targets_bs >= 0).sum().double() if last_stage else torch.zeros_like(total)
         vector = torch.stack((total, count)) / self.layout.tp
-        if self.mesh.world_size > 1:
-            with self.measure("other"):
-                dist.all_reduce(vector)
-        loss, n = vector.tolist()
+        loss, n = sum_over_world(vector, self.mesh, self.measure).tolist()
         return loss, round(n)
 
     def shards(self) -> Iterator[LocalShard]:

@@ -136,7 +136,33 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         world_size=world_size,
         timeout=timeout,
     )
-    return _over(layout, device, rank)
+    mesh = _over(layout, device, rank)
+    if device.type == "cuda":
+        connect(mesh)
+        torch.cuda.synchronize(device)
+    return mesh
+
+
+def connect(mesh: Mesh) -> None:
+    """A message in every group, in one order on all ranks, and between neighbours of a pipeline.
+
+    NCCL connects at a group's first message, which on many ranks takes longer than a step's messages ever do: here it
+    is part of joining. It also asks that all ranks of a group take part in the first, as a pipeline's would not.
+    """
+    groups = [mesh.group(axis) for axis in mesh.axes] + ([] if mesh.ends is None else [mesh.ends])
+    for group in groups:
+        if dist.get_world_size(group) > 1:
+            dist.all_reduce(torch.zeros(1, device=mesh.device), group=group)
+    size = mesh.layout.pp
+    if size > 1:
+        group, there = mesh.group("pp"), torch.zeros(1, device=mesh.device)
+        after, before = (mesh.pp_rank + 1) % size, (mesh.pp_rank - 1) % size
+        pairs = [(dist.isend, after), (dist.irecv, before), (dist.isend, before), (dist.irecv, after)]
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(operation, torch.zeros_like(there), group=group, group_peer=peer) for operation, peer in pairs]
+        )
+        for work in works:
+            work.wait()
 
 
 def _meeting_point(url: str | None, rank: int, world_size: int, timeout: timedelta) -> Store | None:

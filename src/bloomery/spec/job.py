@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
 
 from bloomery.spec.base import Noun
 from bloomery.spec.course import Course, RampStage
@@ -53,6 +56,7 @@ class Job(Noun):
     model: Model
     layout: Layout
     dtype: str
+    device: Literal["gpu", "cpu"] = Field(default="gpu", description="of the plan's cluster; gpu: where there are any")
     float8: Float8 = Float8()
     compiled: bool = False
     seed: int

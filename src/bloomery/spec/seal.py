@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from bloomery.spec.errors import InputError
 KEY = "sha256"
 """The key of a JSON object that holds the hash of all the others."""
 SUMS_FILE = "SHA256SUMS"
+PIECE_BYTES = 1 << 20
 _FIRST_LINE = re.compile(r"# sha256 ([0-9a-f]{64}) of the lines below\n")
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 
@@ -51,10 +52,14 @@ def check_text(text: str, where: str) -> None:
         raise InputError("changed since it was written; if on purpose, remove its first line", where=where)
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file, read in pieces."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def sha256_of(path: Path, gets_on: Callable[[], None] = lambda: None) -> str:
+    """The hash of a file, read in pieces; after each `gets_on` is called."""
+    digest, buffer = hashlib.sha256(), bytearray(PIECE_BYTES)
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            gets_on()
+    return digest.hexdigest()
 
 
 def write_sums(folder: Path, names: Iterable[str]) -> None:

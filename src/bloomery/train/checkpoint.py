@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +83,12 @@ def write_part(
     write_sealed(partial / index_name(rank), described)
 
 
-def complete(partial: Path) -> Commit:
-    """Write and verify the commit that the parts make up. Raises BloomeryError, OSError, ValueError or KeyError when
-    one is missing or changed."""
+def complete(partial: Path, gets_on: Callable[[], None] = lambda: None) -> Commit:
+    """Write and verify the commit that the parts make up; `gets_on`: see `read_commit`. Raises BloomeryError, OSError,
+    ValueError or KeyError when one is missing or changed."""
     described = read_sealed(partial / STATE)
     write_commit(partial, gathered(partial, Layout(**described["layout"]), described["state"]))
-    return read_commit(partial)
+    return read_commit(partial, gets_on=gets_on)
 
 
 def shard_name(rank: int) -> str:
@@ -173,7 +173,7 @@ def _publish(partial: Path, commit: Commit, fence: int, keep: Keep) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def settle_unfinished(folder: Path, fence: int, keep: Keep) -> int:
+def settle_unfinished(folder: Path, fence: int, keep: Keep, gets_on: Callable[[], None] = lambda: None) -> int:
     """Finish or remove what a crash left half-written: the newest save of which every rank has left its part becomes a
     checkpoint; a replaced checkpoint whose successor never got its name gets it back. `fence`: this start's. Returns
     the step of what was finished, -1 for nothing."""
@@ -187,7 +187,7 @@ def settle_unfinished(folder: Path, fence: int, keep: Keep) -> int:
     for path in sorted(folder.glob("writing_*"), reverse=True):
         if finished < 0 and int(path.name.split("_")[1]) > newest:
             with suppress(*UNFINISHED):
-                found = complete(path)
+                found = complete(path, gets_on)
                 _publish(path, found, fence, keep)
                 finished = found.step
         shutil.rmtree(path, ignore_errors=True)
@@ -204,9 +204,12 @@ def set_aside(path: Path, why: str) -> Path:
     return target
 
 
-def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
-    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other;
-    all ranks together. Without `optimizers` parameters are what training made in the end, averages where there are."""
+def load(
+    folder: Path, engine: Engine, optimizers: Optimizers | None, gets_on: Callable[[], None] = lambda: None
+) -> Commit:
+    """Fill this rank's parameters (and moments) from a verified checkpoint of any layout, one tensor after the other
+    (`gets_on` is called before each parameter); all ranks together. Without `optimizers` parameters are what training
+    made in the end, averages where there are."""
     commit = read_commit(folder, verify=False)
     if optimizers is not None:
         optimizers.updates = commit.step if commit.updates is None else commit.updates
@@ -214,6 +217,7 @@ def load(folder: Path, engine: Engine, optimizers: Optimizers | None) -> Commit:
         for item in engine.shards():
             shard = item.shard
             name = shard.name if optimizers is not None else commit.trained(shard.name)
+            gets_on()
             item.local().copy_(reader.read(name, shard.shape, shard.offsets))
             if optimizers is None:
                 continue

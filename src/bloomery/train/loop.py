@@ -71,6 +71,7 @@ def _step(session: Session, step: int) -> int:
     engine.expect(phase.global_batch, phase.seq_len)
     loss_part = computed(session, step, batch)
     engine.reduce_gradients()
+    clock.catch_up("dp_comm" if job.layout.data_ranks > 1 else "other")
     with clock.bucket("optimizer"):
         votes = session.writer.vote(session.stop_requested)._replace(copy_failed=int(session.memory.error != ""))
         statistics = engine.statistics(loss_part, votes)
@@ -86,6 +87,7 @@ def _step(session: Session, step: int) -> int:
             engine.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
+            clock.catch_up("optimizer")
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()

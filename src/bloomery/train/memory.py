@@ -9,7 +9,7 @@ have to send their parts to each other; that is not done here.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -91,14 +91,14 @@ class MemoryCopies:
         """The folder of one copy."""
         return self.folder / f"copy_{place[1] % AT_ONCE}"
 
-    def newest_good(self) -> tuple[Place, list[str]]:
+    def newest_good(self, gets_on: Callable[[], None] = lambda: None) -> tuple[Place, list[str]]:
         """Rank 0: the newest copy that an earlier start left whole and unchanged (NOWHERE: none), ready to be loaded,
-        and what was wrong with newer ones. All others are given up."""
+        and what was wrong with newer ones. All others are given up. `gets_on` is called after each rank's part."""
         found, problems = NOWHERE, list[str]()
         for place, folder in sorted(self._copies(problems), reverse=True):
             if found == NOWHERE and 0 < place[0] < self.fence:
                 try:
-                    write_commit(folder, _commit(folder, place))
+                    write_commit(folder, _commit(folder, place, gets_on))
                     found = place
                     continue
                 except checkpoint.UNFINISHED as error:
@@ -118,7 +118,7 @@ class MemoryCopies:
                 yield (fence, number, step), folder
 
 
-def _commit(folder: Path, place: Place) -> Commit:
+def _commit(folder: Path, place: Place, gets_on: Callable[[], None]) -> Commit:
     """What the parts of all ranks make up, verified. Raises one of UNFINISHED when a part is missing, of another copy,
     or changed."""
     first = checkpoint.read_sealed(folder / checkpoint.index_name(0))
@@ -129,4 +129,5 @@ def _commit(folder: Path, place: Place) -> Commit:
             raise BloomeryError(f"{folder}: rank {rank} has not written its part of step {place[2]}")
         seal = part["seal"]
         parts.append({**part, "record": seal and verified(folder / part["file"], Seal(**seal)).model_dump()})
+        gets_on()
     return checkpoint.commit_of(parts, layout, first["state"])

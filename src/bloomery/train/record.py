@@ -38,6 +38,7 @@ class Recorder:
         self._slow_steps = SlowSteps()
         self._peers = watch_of(mesh, folder, job.supervision.straggler_share)
         self._base_bytes = psutil.Process().memory_info().rss
+        self._outside_bytes = 0
         self._last = time.perf_counter()
 
     def resumed(self, step: int, source: str) -> None:
@@ -102,6 +103,8 @@ class Recorder:
         if slow is not None:
             self.event("slow_step", step=step, **asdict(slow))
         wall = sum(buckets.values())
+        if self.mesh.device.type == "cuda":
+            self._outside_bytes = max(self._outside_bytes, outside_bytes(self.mesh.device))
         self._ledger.write(
             {
                 "rank": self.mesh.rank,
@@ -125,9 +128,10 @@ class Recorder:
         print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
 
     def peak_bytes(self) -> int:
-        """Most memory this process took above what it had before the model was built."""
+        """Most memory this process took above what it had before the model was built. Of a GPU's all that is gone, as
+        it is predicted: what the allocator took, used or not, and what lay outside it when the last lap ended."""
         if self.mesh.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.mesh.device)
+            return torch.cuda.max_memory_reserved(self.mesh.device) + self._outside_bytes
         return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._base_bytes)
 
     def leave_out(self, since_bytes: int) -> None:
@@ -141,6 +145,12 @@ class Recorder:
         for sink in (self._metrics, self._ledger, self._events):
             if sink is not None:
                 sink.close()
+
+
+def outside_bytes(device: torch.device) -> int:
+    """What lies on a GPU outside torch's allocator: context, communicators, libraries (and other processes)."""
+    free, whole = torch.cuda.mem_get_info(device)
+    return max(0, whole - free - torch.cuda.memory_reserved(device))
 
 
 def _trackers(job: Job, folder: Path) -> Trackers:

@@ -45,7 +45,7 @@ def computed(session: Session, step: int, batch: Batch) -> Tensor:
     """`engine.forward_backward`, checked on sampled steps. Raises CorruptionError when computing anew does not help."""
     every = session.job.guard.recompute_every
     if not every or (step + 1) % every:
-        return session.engine.forward_backward(batch)
+        return _forward_backward(session, batch)
     loss_part, verdict = _checked(session, step, batch)
     if not verdict.culprits:
         return loss_part
@@ -63,8 +63,13 @@ def _checked(session: Session, step: int, batch: Batch) -> tuple[Tensor, Verdict
     """One forward and backward with its first micro-batch checked; all ranks come to the same verdict."""
     engine, mesh = session.engine, session.mesh
     own = list[int]()
-    engine.after_first_backward = lambda: own.append(_checksum(engine))
-    loss_part = engine.forward_backward(batch)
+
+    def first_gone_back() -> None:
+        session.clock.catch_up("compute")  # before the checksum waits for it in no bucket of its own
+        own.append(_checksum(engine))
+
+    engine.after_first_backward = first_gone_back
+    loss_part = _forward_backward(session, batch)
     engine.after_first_backward = None
     with session.clock.bucket("recheck"):
         neighbour = session.batches.first_of(step, (mesh.dp_rank + 1) % engine.layout.dp, engine.layout.micro_batch)
@@ -74,6 +79,12 @@ def _checked(session: Session, step: int, batch: Batch) -> tuple[Tensor, Verdict
             return loss_part, Verdict()
         again = Sums(_recomputed(engine, next(batch.split(engine.layout.micro_batch))), _recomputed(engine, neighbour))
         return loss_part, judge(engine.layout, first, _everybodys(engine, again))
+
+
+def _forward_backward(session: Session, batch: Batch) -> Tensor:
+    loss_part = session.engine.forward_backward(batch)
+    session.clock.catch_up("compute")
+    return loss_part
 
 
 def _recomputed(engine: Engine, batch: Batch) -> int:

@@ -39,6 +39,7 @@ def disagreeing(engine: Engine, optimizers: Optimizers) -> tuple[int, ...]:
     every = [torch.empty_like(mine) for _ in range(mesh.world_size)]
     with engine.measure("other"):  # whoever waits here is not the one that hangs
         dist.all_gather(every, mine)
+        every = [one.cpu() for one in every]
     rows = torch.stack(every).tolist()
     odd = {*odd_ones([row[0] for row in rows], [row[1] for row in rows])}
     return tuple(sorted(odd.union(odd_ones([row[2] for row in rows], [row[3] for row in rows]))))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bloomery.ledger.clock import Clock
+from bloomery.ledger.heartbeat import JOINING
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import checkpoint_folders, read_commit, step_of
@@ -77,16 +78,17 @@ def resume(session: Session) -> int:
     first step."""
     job = session.job
     if session.mesh.rank == 0:
-        finished = checkpoint.settle_unfinished(session.checkpoints, session.fence, session.writer.keep)
+        gets_on = session.clock.gets_on
+        finished = checkpoint.settle_unfinished(session.checkpoints, session.fence, session.writer.keep, gets_on)
         if finished >= 0:
             session.recorder.event("checkpoint_finished", step=finished)
     place, found = _newest_state(session)
     if found < 0 and place == NOWHERE:
         if job.initial:
-            checkpoint.load(Path(job.initial), session.engine, None)
+            checkpoint.load(Path(job.initial), session.engine, None, session.clock.gets_on)
         return 0
     path = session.checkpoints / f"step_{found:06d}" if place == NOWHERE else session.memory.path(place)
-    commit = checkpoint.load(path, session.engine, session.optimizers)
+    commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
     if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
         what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
         raise BloomeryError(
@@ -100,10 +102,9 @@ def resume(session: Session) -> int:
 
 def _newest_state(session: Session) -> tuple[Place, int]:
     """What every rank loads: a copy in memory where it is ahead of the newest good checkpoint, else that (-1: none)."""
-    place, found = NOWHERE, -1
+    place, found = NOWHERE, _newest_good(session)
     if session.mesh.rank == 0:
-        found = _newest_good(session)
-        place, problems = session.memory.newest_good()
+        place, problems = session.memory.newest_good(session.clock.gets_on)
         for problem in problems:
             session.recorder.event("memory_copy_skipped", reason=problem)
         if place[2] <= found:
@@ -114,31 +115,63 @@ def _newest_state(session: Session) -> tuple[Place, int]:
 
 
 def _newest_good(session: Session, at_most: int | None = None, number: int = 1) -> int:
-    """Rank 0: the step of the `number`-th newest checkpoint that verifies (the oldest, where there are fewer), -1 where
-    none does. Those that do not verify are set aside, never deleted."""
-    found = -1
-    for folder in checkpoint_folders(session.checkpoints):
-        if at_most is not None and step_of(folder) > at_most:
-            continue
-        try:
-            read_commit(folder)
-        except BloomeryError as error:
-            kept = checkpoint.set_aside(folder, "damaged")
-            session.recorder.event("checkpoint_skipped", reason=str(error), set_aside=kept.name)
-            continue
-        found, number = step_of(folder), number - 1
-        if number <= 0:
+    """The step of the `number`-th newest checkpoint that verifies (the oldest, where there are fewer), -1 where none
+    does; all ranks together, of those that rank 0 sees."""
+    steps = [step_of(folder) for folder in checkpoint_folders(session.checkpoints)]
+    candidates, found = iter([step for step in steps if at_most is None or step <= at_most]), -1
+    while number > 0:
+        (step,) = _agree(session, next(candidates, -1))
+        if step < 0:
             break
+        if _verifies(session, step):
+            found, number = step, number - 1
     return found
 
 
+def _verifies(session: Session, step: int) -> bool:
+    """Whether a checkpoint is whole; ranks share out its files. Where one finds fault rank 0 looks at the same files:
+    what it does not find whole either is set aside, never deleted. Raises BloomeryError where it does."""
+    folder, mesh = session.checkpoints / f"step_{step:06d}", session.mesh
+    finder = _first(session, _fault(session, folder, mesh.rank) != "")
+    if finder == mesh.world_size:
+        return True
+    if mesh.rank == 0:
+        fault = _fault(session, folder, finder)
+        if not fault:
+            raise BloomeryError(f"{folder}: what rank 0 reads is whole, what rank {finder} reads is not")
+        kept = checkpoint.set_aside(folder, "damaged")
+        session.recorder.event("checkpoint_skipped", reason=fault, set_aside=kept.name)
+    return False
+
+
+def _fault(session: Session, folder: Path, rank: int) -> str:
+    """What is wrong with a rank's share of a checkpoint's files, empty where nothing is."""
+    try:
+        read_commit(folder, share=slice(rank, None, session.mesh.world_size), gets_on=session.clock.gets_on)
+    except BloomeryError as error:
+        return str(error)
+    return ""
+
+
+def _first(session: Session, mine: bool) -> int:
+    """The lowest rank of which something is true, the number of ranks where it is of none."""
+    mesh = session.mesh
+    if mesh.world_size == 1:
+        return 0 if mine else 1
+    lowest = torch.tensor(mesh.rank if mine else mesh.world_size, device=mesh.device)
+    with session.clock.waiting(JOINING):
+        dist.all_reduce(lowest, dist.ReduceOp.MIN)
+        return int(lowest)
+
+
 def _agree(session: Session, *values: int) -> list[int]:
-    """Rank 0's values, on every rank."""
+    """Rank 0's values, on every rank. Whoever waits for what takes rank 0 long is not the one that hangs."""
     if session.mesh.world_size == 1:
         return list(values)
     shared = torch.tensor(values, device=session.mesh.device)
-    dist.broadcast(shared, 0)
-    return [int(value) for value in shared.tolist()]
+    with session.clock.waiting(JOINING):
+        dist.broadcast(shared, 0)
+        return [int(value) for value in shared.tolist()]
 
 
 def save(session: Session, step: int) -> None:
@@ -214,17 +247,15 @@ def rewind(session: Session, step: int) -> int:
     with session.clock.bucket("checkpoint"):
         session.writer.wait()
         number = earlier.next_rewind(step)
-        found = -1
-        if session.mesh.rank == 0:
-            found = _newest_good(session, at_most=earlier.episode, number=number)
-        (found,) = _agree(session, found)
+        found = _newest_good(session, at_most=earlier.episode, number=number)
         if found < 0:
             raise BloomeryError(f"step {step}: no checkpoint from before step {earlier.episode} to go back to")
         first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)
         # Each time it did not help, twice as many samples are passed over.
         samples = (first, first + (stop - first) * 2 ** (number - 1))
         session.optimizers.forget()
-        commit = checkpoint.load(session.checkpoints / f"step_{found:06d}", session.engine, session.optimizers)
+        path = session.checkpoints / f"step_{found:06d}"
+        commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
         session.guard = Guard.from_state(commit.guard, session.job.guard)
         session.guard.went_back(earlier, step, samples)
         batches.passed_over = session.guard.passed_over

@@ -5,8 +5,10 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import platform
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +17,8 @@ from safetensors import SafetensorError
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
-from bloomery.spec.errors import BloomeryError
-from bloomery.spec.job import CORRUPTED, GAVE_UP, read_job
+from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.job import CORRUPTED, GAVE_UP, Job, read_job
 from bloomery.train.loop import run
 from bloomery.train.session import CorruptionError
 
@@ -26,15 +28,17 @@ def main() -> int:
     folder = Path(sys.argv[1])
     job = read_job(folder)
     heartbeat = _signs_of_life()
-    clock = Clock(entered=heartbeat.enter) if heartbeat else Clock()
+    clock = Clock(entered=heartbeat.enter, gets_on=heartbeat.gets_on) if heartbeat else Clock()
     clock.count("startup", since=float(os.environ.get("BLOOMERY_FORKED", "inf")))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
+        device = device_of(job, int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            clock.synchronise = partial(torch.cuda.synchronize, device)
+        else:
+            torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+            if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
+                print(f"{job.name}: planned for CPUs, the GPUs here stay idle; see bloomery probe", file=sys.stderr)
         with clock.bucket("startup"):
             mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
         code = run(job, folder, mesh, clock, heartbeat)
@@ -50,6 +54,20 @@ def main() -> int:
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
     return code
+
+
+def device_of(job: Job, local_rank: int) -> torch.device:
+    """The GPU of that number where there are any and the run is not planned for CPUs. Raises InputError where there are
+    too few: every start would end the same way."""
+    if job.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    there = torch.cuda.device_count()
+    if local_rank >= there:
+        raise InputError(
+            f"more ranks than GPUs on host {platform.node()}: cluster and layout must describe what is there",
+            where="LOCAL_RANK", found=local_rank, accepted=f"0..{there - 1}",
+        )  # fmt: skip
+    return torch.device("cuda", local_rank)
 
 
 def _signs_of_life() -> Heartbeat | None:

@@ -133,6 +133,7 @@ class Writer:
                 said = torch.tensor(votes, device=self.engine.mesh.device)
                 with self.engine.measure("other"):
                     dist.all_reduce(said)
+                    said = said.cpu()
                 votes = Votes(*said.tolist())
             good = not self.settle(votes) and good
         return good

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from bloomery.cluster.watch import find_hang, limit_s
-from bloomery.ledger.heartbeat import PHASE_OF, PHASES, WAITING, Beat, Heartbeat, beat_file, read_beat, usual_s
+from bloomery.ledger.heartbeat import JOINING, PHASE_OF, PHASES, WAITING, Beat, Heartbeat, beat_file, read_beat, usual_s
 from bloomery.ledger.slow_steps import PAUSES
 from bloomery.spec.reliability import Supervision
 
@@ -115,3 +115,29 @@ def test_a_start_knows_how_long_the_phases_of_the_last_one_took(tmp_path: Path) 
     assert limit_s("startup", [now], SETTINGS) == SETTINGS.first_phase_s  # what there is to load is another matter
     assert limit_s("evaluate", [now], SETTINGS) == SETTINGS.first_phase_s  # not seen yet
     assert limit_s("compute", [now], SETTINGS) == SETTINGS.hang_floor_s
+
+
+def test_a_rank_that_gets_on_where_it_is_has_time_again_and_no_other_count(tmp_path: Path) -> None:
+    heart = Heartbeat(tmp_path / "beat")
+    heart.enter("startup")
+    before = read_beat(tmp_path / "beat")
+    time.sleep(0.01)
+    heart.gets_on()
+    after = read_beat(tmp_path / "beat")
+    assert before is not None and after is not None
+    assert (after.changes, after.phase) == (before.changes, "startup")
+    assert after.since - before.since >= 0.01
+
+
+def test_how_long_others_took_to_load_says_nothing_of_a_message(tmp_path: Path) -> None:
+    heart, communicate = Heartbeat(tmp_path / "beat"), PHASES.index(WAITING)
+    for bucket in (JOINING, "startup", "data"):
+        heart.enter(bucket)
+        now = read_beat(tmp_path / "beat")
+        assert now is not None and (now.phase == WAITING) == (bucket == JOINING)
+        time.sleep(0.02)
+    for step in range(2):
+        heart.begin(step)
+        heart.enter("data")
+    now = read_beat(tmp_path / "beat")
+    assert now is not None and now.longest_s[communicate] == 0

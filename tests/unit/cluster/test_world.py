@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bloomery.cluster.world import forking, imported_for
+from bloomery.cluster import world as worlds
+from bloomery.cluster.world import Share, World, _environment, forking, imported_for
+from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -67,3 +73,48 @@ def test_what_ranks_are_forked_from_imports_what_another_layout_needs(modules: t
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+class Undying:
+    """A process in the kernel's hands: signals and time change nothing."""
+
+    pid, exitcode = 999_999_999, None
+
+    def __init__(self) -> None:
+        self.waits = list[float | None]()
+
+    def join(self, timeout: float | None = None) -> None:
+        """For ever, without a limit; here that is told afterwards."""
+        self.waits.append(timeout)
+
+
+def test_a_rank_that_even_sigkill_does_not_end_is_named_and_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds, "KILLED_WITHIN_S", 0.2)
+    killed, stuck = list[tuple[int, int]](), Undying()
+    monkeypatch.setattr(worlds.os, "kill", lambda pid, number: killed.append((pid, number)))
+    monkeypatch.setattr(multiprocessing.process, "_children", children := {stuck})
+    monkeypatch.setattr(worlds, "_children", children)
+    world = World.__new__(World)
+    world.share, world._noticed = Share(range(8, 10), 16), None
+    ended = SimpleNamespace(pid=1, exitcode=-9, join=lambda timeout: None)
+    world.processes = [ended, stuck]  # type: ignore[list-item]
+    with pytest.raises(BloomeryError) as caught:
+        world.kill()
+    said = str(caught.value)
+    assert "rank 9 (process 999999999" in said and f"on host {platform.node()}" in said and "rank 8" not in said
+    assert killed == [(stuck.pid, signal.SIGKILL)]
+    assert all(wait is not None and wait <= 0.2 for wait in stuck.waits)
+    assert not children  # or the command would wait for it at its own end
+
+
+def test_messages_between_hosts_take_the_interface_that_hosts_meet_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    alone, several = Share(range(2), 2), Share(range(2), 4, "tcp://10.0.0.1:1", "ib0")
+    assert "NCCL_SOCKET_IFNAME" not in _environment(0, alone, tmp_path)
+    told = _environment(0, several, tmp_path)
+    assert (told["GLOO_SOCKET_IFNAME"], told["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")  # a site's own choice
+    assert _environment(0, several, tmp_path)["NCCL_SOCKET_IFNAME"] == "eth"

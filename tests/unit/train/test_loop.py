@@ -1,0 +1,101 @@
+"""A step as the ledger and a supervisor see it, with and without a device that works beside the host."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bloomery.data.shards import write_tokens
+from bloomery.ledger.clock import DEVICE, Clock
+from bloomery.ledger.heartbeat import PHASE_OF
+from bloomery.ledger.sinks import read_lines
+from bloomery.parallel.data_parallel import sum_over_world
+from bloomery.parallel.mesh import Mesh, pretend
+from bloomery.spec.job import Job
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+from bloomery.train.loop import run
+
+STEPS = 3
+LAYOUT = Layout(micro_batch=2)
+LATE_S = 0.05
+MODEL = Model(layers=1, hidden=8, heads=2, vocab=16, max_seq_len=8)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    """A few steps of a tiny model; signals are as they were afterwards."""
+    text = ({"id": "0", "path": "0", "bytes": 400}, [number % 15 for number in range(400)])
+    write_tokens(tmp_path / "data", [text], vocab=16, shard_tokens=1000, end=15)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield Job(
+        name="pretrain", model=MODEL, layout=LAYOUT, dtype="float32", seed=0, seq_len=8, global_batch=2,
+        steps=STEPS, optimizer=Optimizer(), data=str(tmp_path / "data"), heldout="",
+    )  # fmt: skip
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def trained(job: Job, folder: Path, clock: Clock) -> list[dict[str, float]]:
+    """The buckets of every step."""
+    folder.mkdir()
+    assert run(job, folder, Mesh(job.layout, torch.device("cpu"), 0, None), clock) == 0
+    return [line["buckets"] for line in read_lines(folder / "ledger.jsonl") if line["step"] > 0]
+
+
+def test_each_step_waits_for_the_device_after_its_compute_its_reduction_and_its_update(
+    job: Job, tmp_path: Path
+) -> None:
+    said = list[str]()
+    clock = Clock(entered=said.append)
+
+    def synchronise() -> None:
+        said.append("synchronise")
+        time.sleep(LATE_S)
+
+    clock.synchronise = synchronise
+    steps = trained(job, tmp_path / "run", clock)
+    waits = [place for place, what in enumerate(said) if what == "synchronise"]
+    assert [said[place - 2] for place in waits] == ["compute", "other", "optimizer"] * STEPS
+    assert {said[place - 1] for place in waits} == {DEVICE} and DEVICE not in PHASE_OF  # a supervisor sees it wait
+    assert all(said[place + 1] != DEVICE for place in waits)
+    for buckets in steps:
+        assert min(buckets["compute"], buckets["other"], buckets["optimizer"]) >= LATE_S
+        assert DEVICE not in buckets
+
+
+def test_where_the_host_computes_nothing_is_waited_for_and_nothing_more_is_said(job: Job, tmp_path: Path) -> None:
+    said = list[str]()
+    trained(job, tmp_path / "run", Clock(entered=said.append))
+    assert DEVICE not in said
+    # Once a step; a second entry for a wait would shift the count of phases that ranks are compared by.
+    assert said.count("compute") == STEPS
+    assert all(now != after for now, after in pairwise(said))
+
+
+def test_the_numbers_of_a_step_are_waited_for_in_a_bucket_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list[str]()
+
+    @contextlib.contextmanager
+    def measure(bucket: str) -> Iterator[None]:
+        order.append(bucket)
+        yield
+        order.append("left")
+
+    def read(tensor: Tensor) -> Tensor:
+        order.append("read")
+        return tensor
+
+    monkeypatch.setattr(Tensor, "cpu", read)
+    with pretend(Layout(dp=2), 0) as mesh:
+        sum_over_world(torch.ones(3), mesh, measure)
+    assert order == ["other", "read", "left"]

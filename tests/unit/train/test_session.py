@@ -1,0 +1,103 @@
+"""Which checkpoint a start goes on from: ranks share out the files to verify, and say that they get on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bloomery.ledger.clock import Clock
+from bloomery.ledger.heartbeat import JOINING
+from bloomery.parallel.mesh import pretend
+from bloomery.spec.commit import Commit, FileRecord, write_commit
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.layout import Layout
+from bloomery.spec.seal import sha256_of
+from bloomery.train import session as sessions
+
+LAYOUT = Layout(dp=2)
+BYTES = 5 << 20
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Steps 3 and 6, a file of each of two ranks."""
+    for step in (3, 6):
+        folder = tmp_path / "checkpoints" / f"step_{step:06d}"
+        folder.mkdir(parents=True)
+        names = [f"rank_{rank:05d}.safetensors" for rank in range(2)]
+        for name in names:
+            (folder / name).write_bytes(bytes([step]) * BYTES)
+        files = {name: FileRecord(bytes=BYTES, sha256=sha256_of(folder / name)) for name in names}
+        write_commit(folder, Commit(format=1, step=step, cursor=0, run_hash="", data_hash="", layout=LAYOUT, guard={},
+                                    tensors={}, files=files))  # fmt: skip
+    return tmp_path / "checkpoints"
+
+
+class Alone:
+    """One rank of two, as the session sees it; the other's messages never come."""
+
+    def __init__(self, checkpoints: Path, mesh: Any) -> None:
+        self.mesh, self.checkpoints = mesh, checkpoints
+        self.beats, self.entered, self.events = 0, list[str](), list[dict[str, Any]]()
+        self.clock = Clock(entered=self.entered.append, gets_on=self.beat)
+        self.recorder = SimpleNamespace(event=lambda kind, **said: self.events.append({"event": kind, **said}))
+
+    def beat(self) -> None:
+        """The rank gets on."""
+        self.beats += 1
+
+
+@pytest.fixture(params=[0, 1])
+def alone(request: pytest.FixtureRequest, checkpoints: Path) -> Iterator[Alone]:
+    """Each of the two ranks."""
+    with pretend(LAYOUT, request.param) as mesh:
+        yield Alone(checkpoints, mesh)
+
+
+def damage(folder: Path, rank: int) -> None:
+    """One byte of one rank's file."""
+    with (folder / f"rank_{rank:05d}.safetensors").open("r+b") as stream:
+        stream.seek(BYTES // 2)
+        stream.write(b"!")
+
+
+def test_each_rank_verifies_its_share_and_says_so_while_it_does(alone: Alone, checkpoints: Path) -> None:
+    damage(checkpoints / "step_000006", 1 - alone.mesh.rank)  # nothing of this rank's
+    assert sessions._verifies(alone, 6)  # type: ignore[arg-type]
+    assert alone.beats == BYTES >> 20
+    assert alone.entered == [JOINING, "other"]  # a wait for others, and no change of phase for a sign of life
+
+
+def test_a_damaged_file_makes_it_the_checkpoint_before(alone: Alone, checkpoints: Path) -> None:
+    damage(checkpoints / "step_000006", alone.mesh.rank)
+    assert not sessions._verifies(alone, 6)  # type: ignore[arg-type]
+    assert sessions._verifies(alone, 3)  # type: ignore[arg-type]
+    first = alone.mesh.rank == 0
+    assert (checkpoints / "damaged_step_000006").exists() == first  # rank 0 alone renames
+    assert [(event["event"], event["set_aside"]) for event in alone.events] == (
+        [("checkpoint_skipped", "damaged_step_000006")] if first else []
+    )
+
+
+@pytest.mark.parametrize("alone", [0], indirect=True)
+def test_what_another_rank_finds_rank_0_sees_for_itself(
+    alone: Alone, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_first", lambda *_: 1)
+    with pytest.raises(BloomeryError, match="what rank 0 reads is whole, what rank 1 reads is not"):
+        sessions._verifies(alone, 6)  # type: ignore[arg-type]
+    assert (checkpoints / "step_000006").exists()
+    damage(checkpoints / "step_000006", 1)
+    assert not sessions._verifies(alone, 6)  # type: ignore[arg-type]
+    assert "rank_00001.safetensors: content does not match its hash" in alone.events[0]["reason"]
+
+
+@pytest.mark.parametrize("alone", [0], indirect=True)
+def test_the_newest_before_the_trouble_is_found(alone: Alone, checkpoints: Path) -> None:
+    found = [sessions._newest_good(alone, at_most, number)  # type: ignore[arg-type]
+             for at_most, number in ((None, 1), (5, 1), (None, 2), (None, 9), (2, 1))]  # fmt: skip
+    assert found == [6, 3, 3, 3, -1]
