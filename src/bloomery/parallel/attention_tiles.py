@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bloomery.model.view import for_all_heads
+
 aten = torch.ops.aten
 
 
@@ -98,17 +100,13 @@ def _scores(q_bhsk: Tensor, k_bhsk: Tensor, tile: Tile, scale: float | None) -> 
     """(b, h, queries, keys) in float32 or wider, hidden ones far below all others."""
     wide = q_bhsk.dtype if q_bhsk.dtype == torch.float64 else torch.float32
     scale = q_bhsk.shape[-1] ** -0.5 if scale is None else scale
-    scores = q_bhsk.to(wide) @ _for_all_heads(k_bhsk, q_bhsk).to(wide).mT * scale
+    scores = q_bhsk.to(wide) @ for_all_heads(k_bhsk, q_bhsk).to(wide).mT * scale
     if tile.bias is not None:
         scores = scores + tile.bias.to(wide)
     if tile.causal:
         above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(above, torch.finfo(wide).min / 2)
     return scores
-
-
-def _for_all_heads(x_bhsk: Tensor, q_bhsk: Tensor) -> Tensor:
-    return x_bhsk.repeat_interleave(q_bhsk.shape[1] // x_bhsk.shape[1], dim=1)
 
 
 def attend_plainly(
@@ -118,7 +116,7 @@ def attend_plainly(
     scores = _scores(q_bhsk, k_bhsk, tile, scale)
     log_sum_bhs = scores.logsumexp(-1)
     weights = (scores - log_sum_bhs.unsqueeze(-1)).exp()
-    return (weights @ _for_all_heads(v_bhsk, q_bhsk).to(weights.dtype)).to(q_bhsk.dtype), log_sum_bhs
+    return (weights @ for_all_heads(v_bhsk, q_bhsk).to(weights.dtype)).to(q_bhsk.dtype), log_sum_bhs
 
 
 def plain_gradients(
@@ -135,10 +133,10 @@ def plain_gradients(
     weights = (_scores(q_bhsk, k_bhsk, tile, scale) - log_sum_bhs.unsqueeze(-1)).exp()
     wide, factor = weights.dtype, q_bhsk.shape[-1] ** -0.5 if scale is None else scale
     gradient_bhsk = gradient_bhsk.to(wide)
-    through = gradient_bhsk @ _for_all_heads(v_bhsk, q_bhsk).to(wide).mT
+    through = gradient_bhsk @ for_all_heads(v_bhsk, q_bhsk).to(wide).mT
     through = through - (gradient_bhsk * out_bhsk.to(wide)).sum(-1, keepdim=True)
     of_scores = weights * through * factor
-    of_query = of_scores @ _for_all_heads(k_bhsk, q_bhsk).to(wide)
+    of_query = of_scores @ for_all_heads(k_bhsk, q_bhsk).to(wide)
     of_key, of_value = of_scores.mT @ q_bhsk.to(wide), weights.mT @ gradient_bhsk
     grouped = (k_bhsk.shape[1], q_bhsk.shape[1] // k_bhsk.shape[1])
     of_key, of_value = (x.unflatten(1, grouped).sum(2) for x in (of_key, of_value))
