@@ -18,6 +18,7 @@ from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import CORRUPTED, GAVE_UP, read_job
 from bloomery.train.loop import run
+from bloomery.train.reexecution import repeat_bits
 from bloomery.train.session import CorruptionError
 
 
@@ -30,6 +31,8 @@ def main() -> int:
     clock.count("startup", since=float(os.environ.get("BLOOMERY_FORKED", "inf")))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if job.guard.recompute_every:
+        repeat_bits(device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
