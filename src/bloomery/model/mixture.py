@@ -267,7 +267,9 @@ class Mixture(nn.Module):
         order_r, back_r = by_expert(routing.experts_nk.flatten())
         y_rd = self.at_experts(self.experts, _Copies.apply(x_nd, order_r, back_r), routing.tokens_e)
         y_nkd = permute(y_rd, back_r, order_r).unflatten(0, routing.experts_nk.shape)
-        y_bsd = (y_nkd * routing.weights_nk.to(y_nkd.dtype)[..., None]).sum(1).view(x_bsd.shape)
+        y_nkd = y_nkd * routing.weights_nk.to(y_nkd.dtype)[..., None]
+        # In its own format: CUDA's autocast would widen the sum, which tensor parallelism then sends.
+        y_bsd = y_nkd.sum(1, dtype=y_nkd.dtype).view(x_bsd.shape)
         return y_bsd if self.shared is None else y_bsd + self.shared(x_bsd)
 
 

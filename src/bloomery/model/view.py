@@ -79,6 +79,11 @@ def visible(view: View, key_s: Tensor) -> Tensor:
     return allowed
 
 
+def for_all_heads(x_bhsk: Tensor, q_bhsk: Tensor) -> Tensor:
+    """Keys or values of grouped queries, repeated for each query head."""
+    return x_bhsk.repeat_interleave(q_bhsk.shape[1] // x_bhsk.shape[1], dim=1)
+
+
 def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
     """Attention of queries over keys as `view` allows: (batch, heads, s, width of the values).
 
@@ -92,6 +97,9 @@ def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: fl
         # More keys than queries: the earlier ones come from a cache.
         key_s = view.positions_s if keys == queries else torch.arange(keys, device=q_bhsk.device)
         mask = view.bias(key_s, q_bhsk.dtype)
+        if grouped and q_bhsk.is_cuda:
+            # CUDA's fused kernels take a mask or grouped queries, not both: what is left writes all scores.
+            k_bhsk, v_bhsk, grouped = for_all_heads(k_bhsk, q_bhsk), for_all_heads(v_bhsk, q_bhsk), False
     return F.scaled_dot_product_attention(
         q_bhsk, k_bhsk, v_bhsk, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale
     )

@@ -1,21 +1,24 @@
 """The order in which a model is laid on its mesh, in one place.
 
 1. Stage cut: only the layers of this pipeline rank are ever built (on the meta device, no memory).
-2. Tensor cut: each parameter is filled with its own rectangle of the initial tensor, so the bits do not depend on the
-   layout; then row-cut modules are replaced and blocks enter the axis. Before FSDP, which must see final parameters.
+2. Tensor cut: each parameter takes the shape of its own rectangle, still without memory; then row-cut modules are
+   replaced and blocks enter the axis. Before FSDP, which must see final parameters.
    Context parallelism cuts no parameter: it replaces what lies between the projections of an attention block.
    Mixtures send their tokens to the ranks that hold the experts.
 3. Float8 replaces how projections, cut by then, multiply.
 4. Compilation replaces what a layer computes, its messages left out; what wraps layers wraps the compiled ones.
 5. Full recomputation wraps whole layers, so the messages of tensors, contexts and experts are inside and are repeated;
    selective wraps single operators of finished layers. Offloading wraps what is left to keep.
-6. FSDP wraps layers last: it gathers exactly what the layer computes with.
+6. Parameters are filled with their rectangles of the initial tensors, so the bits do not depend on the layout. FSDP
+   wraps layers last, for it gathers exactly what the layer computes with, and each as soon as it is filled: one whole
+   layer is in memory at a time.
 7. The pipeline schedule (in `engine.build`) drives finished stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -57,13 +60,13 @@ def lay_out(
     stages: dict[int, Transformer] = {}
     if compiled:
         book_compilation(measure)
-    ranges, filled = stages_of(model, layout), dict[str, nn.Parameter]()
+    ranges, initial = stages_of(model, layout), InitialValues(model, mesh, table, dtype, seed)
     link = HostLink(mesh.device) if layout.offload == "activations" else None
     for index in layout.stages_on(mesh.pp_rank):
         recompute = layout.recomputes[index]
         with without_memory():
             stage = Transformer(model, ranges[index])
-        fill(stage, model, table, mesh, filled, dtype=dtype, seed=seed)
+        initial.shape(stage)
         if axis is not None:
             apply_tensor_parallel(stage, axis, keep_inputs=recompute != "selective")
         if context is not None:
@@ -84,7 +87,9 @@ def lay_out(
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             from bloomery.parallel.fully_sharded import shard_over_data
 
-            shard_over_data(stage, mesh, measure)
+            shard_over_data(stage, mesh, measure, initial.fill)
+        else:
+            initial.fill(stage)
         stages[index] = stage
     return stages, table
 
@@ -97,26 +102,45 @@ def stabilise(stages: Iterable[Transformer], stabilisers: Stabilisers) -> None:
             stage.head.z_loss = stabilisers.z_loss
 
 
-def fill(
-    stage: Transformer,
-    model: Model,
-    table: dict[str, Parameter],
-    mesh: Mesh,
-    filled: dict[str, nn.Parameter],
-    *,
-    dtype: torch.dtype,
-    seed: int,
-) -> None:
-    """Put this rank's rectangle of every initial parameter into a stage built on the meta device.
+@dataclass(frozen=True)
+class InitialValues:
+    """This rank's rectangles of the initial parameters, each made when its module is filled and held by that alone.
 
-    `filled`: what the rank's stages have so far, by name; a tied head takes its embedding from it.
-    Raises KeyError when a module's parameter is not in the table: nothing is skipped silently.
+    `tied`: the embedding that a head, of the same stage or of another, takes as its own.
     """
-    for module_name, module in stage.named_modules():
-        for own, empty in list(module.named_parameters(recurse=False)):
-            name = owning_name(model, f"{module_name}.{own}")
-            if name not in filled:
-                local = initial_rectangle(model, table[name], mesh.shard(table[name]), seed, dtype)
-                local = local.to(mesh.device, copy=True).contiguous()
-                filled[name] = nn.Parameter(local, requires_grad=empty.requires_grad)
-            setattr(module, own, filled[name])
+
+    model: Model
+    mesh: Mesh
+    table: dict[str, Parameter]
+    dtype: torch.dtype
+    seed: int
+    tied: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def shape(self, stage: Transformer) -> None:
+        """Give a stage built on the meta device this rank's shapes, still there.
+
+        Raises KeyError when a module's parameter is not in the table: nothing is skipped silently.
+        """
+        for module, own, name, empty in self._without_memory(stage, ""):
+            rectangle = torch.empty(self.mesh.shard(self.table[name]).shape, dtype=self.dtype, device="meta")
+            setattr(module, own, nn.Parameter(rectangle, requires_grad=empty.requires_grad))
+
+    def fill(self, module: nn.Module, prefix: str = "") -> None:
+        """Put values into all parameters without memory of a stage, or of its module of the name `prefix`."""
+        for owner, own, name, empty in self._without_memory(module, prefix):
+            parameter = self.tied.get(name)
+            if parameter is None:
+                entry = self.table[name]
+                local = initial_rectangle(self.model, entry, self.mesh.shard(entry), self.seed, self.dtype)
+                local = local.to(self.mesh.device, copy=True).contiguous()
+                parameter = nn.Parameter(local, requires_grad=empty.requires_grad)
+            if self.model.tie_embeddings and name == "embedding.weight":
+                self.tied[name] = parameter
+            setattr(owner, own, parameter)
+
+    def _without_memory(self, module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
+        """(module, the parameter's name there, its global name, itself)."""
+        for module_name, owner in module.named_modules(prefix=prefix):
+            for own, parameter in list(owner.named_parameters(recurse=False)):
+                if parameter.device.type == "meta":
+                    yield owner, own, owning_name(self.model, f"{module_name}.{own}"), parameter

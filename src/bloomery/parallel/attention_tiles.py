@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bloomery.model.view import for_all_heads
+
 aten = torch.ops.aten
 
 
@@ -98,7 +100,7 @@ def _scores(q_bhsk: Tensor, k_bhsk: Tensor, tile: Tile, scale: float | None) -> 
     """(b, h, queries, keys) in float32 or wider, hidden ones far below all others."""
     wide = q_bhsk.dtype if q_bhsk.dtype == torch.float64 else torch.float32
     scale = q_bhsk.shape[-1] ** -0.5 if scale is None else scale
-    scores = q_bhsk.to(wide) @ _for_all_heads(k_bhsk, q_bhsk).to(wide).mT * scale
+    scores = q_bhsk.to(wide) @ for_all_heads(k_bhsk, q_bhsk).to(wide).mT * scale
     if tile.bias is not None:
         scores = scores + tile.bias.to(wide)
     if tile.causal:
@@ -107,18 +109,15 @@ def _scores(q_bhsk: Tensor, k_bhsk: Tensor, tile: Tile, scale: float | None) -> 
     return scores
 
 
-def _for_all_heads(x_bhsk: Tensor, q_bhsk: Tensor) -> Tensor:
-    return x_bhsk.repeat_interleave(q_bhsk.shape[1] // x_bhsk.shape[1], dim=1)
-
-
 def attend_plainly(
     q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, tile: Tile, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """`attend_tile` of queries and keys already cut, by matrix products: where no kernel does it."""
-    scores = _scores(q_bhsk, k_bhsk, tile, scale)
-    log_sum_bhs = scores.logsumexp(-1)
-    weights = (scores - log_sum_bhs.unsqueeze(-1)).exp()
-    return (weights @ _for_all_heads(v_bhsk, q_bhsk).to(weights.dtype)).to(q_bhsk.dtype), log_sum_bhs
+    with torch.autocast(q_bhsk.device.type, enabled=False):  # it would narrow what was widened for the products
+        scores = _scores(q_bhsk, k_bhsk, tile, scale)
+        log_sum_bhs = scores.logsumexp(-1)
+        weights = (scores - log_sum_bhs.unsqueeze(-1)).exp()
+        return (weights @ for_all_heads(v_bhsk, q_bhsk).to(weights.dtype)).to(q_bhsk.dtype), log_sum_bhs
 
 
 def plain_gradients(
@@ -132,14 +131,15 @@ def plain_gradients(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`tile_gradients` of tensors already cut, by matrix products."""
-    weights = (_scores(q_bhsk, k_bhsk, tile, scale) - log_sum_bhs.unsqueeze(-1)).exp()
-    wide, factor = weights.dtype, q_bhsk.shape[-1] ** -0.5 if scale is None else scale
-    gradient_bhsk = gradient_bhsk.to(wide)
-    through = gradient_bhsk @ _for_all_heads(v_bhsk, q_bhsk).to(wide).mT
-    through = through - (gradient_bhsk * out_bhsk.to(wide)).sum(-1, keepdim=True)
-    of_scores = weights * through * factor
-    of_query = of_scores @ _for_all_heads(k_bhsk, q_bhsk).to(wide)
-    of_key, of_value = of_scores.mT @ q_bhsk.to(wide), weights.mT @ gradient_bhsk
-    grouped = (k_bhsk.shape[1], q_bhsk.shape[1] // k_bhsk.shape[1])
-    of_key, of_value = (x.unflatten(1, grouped).sum(2) for x in (of_key, of_value))
-    return of_query.to(q_bhsk.dtype), of_key.to(k_bhsk.dtype), of_value.to(v_bhsk.dtype)
+    with torch.autocast(q_bhsk.device.type, enabled=False):
+        weights = (_scores(q_bhsk, k_bhsk, tile, scale) - log_sum_bhs.unsqueeze(-1)).exp()
+        wide, factor = weights.dtype, q_bhsk.shape[-1] ** -0.5 if scale is None else scale
+        gradient_bhsk = gradient_bhsk.to(wide)
+        through = gradient_bhsk @ for_all_heads(v_bhsk, q_bhsk).to(wide).mT
+        through = through - (gradient_bhsk * out_bhsk.to(wide)).sum(-1, keepdim=True)
+        of_scores = weights * through * factor
+        of_query = of_scores @ for_all_heads(k_bhsk, q_bhsk).to(wide)
+        of_key, of_value = of_scores.mT @ q_bhsk.to(wide), weights.mT @ gradient_bhsk
+        grouped = (k_bhsk.shape[1], q_bhsk.shape[1] // k_bhsk.shape[1])
+        of_key, of_value = (x.unflatten(1, grouped).sum(2) for x in (of_key, of_value))
+        return of_query.to(q_bhsk.dtype), of_key.to(k_bhsk.dtype), of_value.to(v_bhsk.dtype)

@@ -40,8 +40,12 @@ def compiler_problem(device: torch.device) -> str | None:
 def compile_layers(stage: Transformer) -> None:
     """Replace each layer's forward by its compiled self. Shapes are fixed: a batch of another shape compiles again."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
-    # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made. Not by the
+        # variable: it was read when something first imported the compiler.
+        from torch._inductor import config
+
+        config.compile_threads = 1
     for layer in stage.blocks():
         layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
 

@@ -25,7 +25,7 @@ def units(stages: Sequence[Transformer], *, experts_apart: bool) -> list[tuple[s
 
     `experts_apart`: ranks hold different experts, whose parameters are a unit of their own over the edp axis.
     """
-    experts = {p for stage in stages for p in expert_parameters(stage)} if experts_apart else set()
+    experts = {p for stage in stages for p in expert_parameters(stage.blocks())} if experts_apart else set()
     answer: list[tuple[str, list[torch.nn.Parameter]]] = []
     seen: set[int] = set()
     for module in [module for stage in stages for module in (*stage.blocks(), stage)]:

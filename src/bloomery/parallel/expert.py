@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bloomery.model.mixture import Experts, Mixture, by_expert, on_host, permute
-from bloomery.model.transformer import Transformer
+from bloomery.model.transformer import Layer, Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.context import ContextAxis
 from bloomery.parallel.local import is_cut, local_part
@@ -98,9 +98,9 @@ def balance_whole_sequences(stage: Transformer, axis: ContextAxis) -> None:
             mixture.router.over_ranks = over_ranks
 
 
-def expert_parameters(stage: Transformer) -> set[nn.Parameter]:
+def expert_parameters(layers: Iterable[Layer]) -> set[nn.Parameter]:
     """The parameters of routed experts."""
-    return {parameter for mixture in mixtures([stage]) for parameter in mixture.experts.parameters()}
+    return {p for layer in layers if isinstance(layer.ffn, Mixture) for p in layer.ffn.experts.parameters()}
 
 
 @dataclass(frozen=True)

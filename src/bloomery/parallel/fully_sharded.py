@@ -5,20 +5,22 @@ Imported only where a layout asks for it: FSDP2 and its DTensor take 70 MB and a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 
-from bloomery.model.transformer import Transformer
+from bloomery.model.mixture import Mixture
+from bloomery.model.transformer import Layer, Transformer
 from bloomery.parallel.collectives import Measure
-from bloomery.parallel.expert import expert_parameters, mixtures
+from bloomery.parallel.expert import expert_parameters
 from bloomery.parallel.mesh import Mesh
 
 
@@ -55,29 +57,22 @@ class MeasuredReduceScatter(_Buffers, ReduceScatter):
             dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
 
 
-def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
-    """Wrap each layer and what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
+Fill = Callable[[nn.Module, str], None]
+"""Puts values into the parameters without memory of a stage's module of that name."""
+
+
+def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure, fill: Fill) -> None:
+    """Fill and wrap each layer, then what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
 
     With replicas each rank's cut gradients are also summed over them, booked like the rest: on a two-dimensional mesh
-    FSDP would send that message itself, unbooked. Experts are cut in dimension 1, their rows. Where they lie on several
-    ranks they are wrapped by themselves, over the ranks that hold the same ones, or left alone where there is no other.
+    FSDP would send that message itself, unbooked.
     """
     assert mesh.device_mesh is not None
-    axis, free = mesh.device_mesh["dp"], mesh.layout.zero_stage == 3
-    experts, alone = expert_parameters(stage), set[torch.nn.Parameter]()
-
-    def cut(parameter: torch.nn.Parameter) -> Shard | None:
-        return Shard(1) if parameter in experts else None
-
-    if mesh.expert_mesh is not None and mesh.layout.shards == mesh.layout.ep:
-        alone = experts
-    elif mesh.expert_mesh is not None:
-        for mixture in mixtures([stage]):
-            fully_shard(
-                mixture.experts, mesh=mesh.expert_mesh["edp"], reshard_after_forward=free, shard_placement_fn=cut
-            )
-    for layer in stage.blocks():
-        fully_shard(layer, mesh=axis, reshard_after_forward=free, shard_placement_fn=cut, ignored_params=alone)
+    axis, alone = mesh.device_mesh["dp"], set[nn.Parameter]()
+    for name, layer in zip(stage.layers, stage.blocks(), strict=True):
+        fill(layer, f"layers.{name}")
+        alone |= _shard_layer(layer, mesh, axis)
+    fill(stage, "")
     fully_shard(stage, mesh=axis, reshard_after_forward=False, ignored_params=alone)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
@@ -88,6 +83,26 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure) -> None:
             if mesh.device.type == "cpu":
                 module.set_custom_all_gather(MeasuredAllGather(measure))
                 module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
+
+
+def _shard_layer(layer: Layer, mesh: Mesh, axis: DeviceMesh) -> set[nn.Parameter]:
+    """Wrap a layer; returns what of it is left alone. What was whole is held by nobody afterwards.
+
+    Experts are cut in dimension 1, their rows. Where they lie on several ranks they are wrapped by themselves, over the
+    ranks that hold the same ones, or left alone where there is no other.
+    """
+    experts, alone = expert_parameters([layer]), set[nn.Parameter]()
+
+    def cut(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter in experts else None
+
+    wrap = partial(fully_shard, reshard_after_forward=mesh.layout.zero_stage == 3, shard_placement_fn=cut)
+    if mesh.expert_mesh is not None and mesh.layout.shards == mesh.layout.ep:
+        alone = experts
+    elif mesh.expert_mesh is not None and isinstance(layer.ffn, Mixture):
+        wrap(layer.ffn.experts, mesh=mesh.expert_mesh["edp"])
+    wrap(layer, mesh=axis, ignored_params=alone)
+    return alone
 
 
 def _sum_over_replicas(group: dist.ProcessGroup, measure: Measure, gradients: Tensor) -> None:

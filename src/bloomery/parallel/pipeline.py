@@ -110,15 +110,22 @@ class MeasuredStage(PipelineStage):
 def _allocate(infos: Sequence[Any], device: torch.device) -> None:
     """Give receive buffers memory where they have none."""
     for info in infos:
-        if info.buffer is not None and info.buffer.is_meta:
-            info.buffer = torch.empty_like(info.buffer, device=device)
+        buffer = _buffer(info)
+        if buffer is not None and buffer.is_meta:
+            info.buffer = torch.empty_like(buffer, device=device)
 
 
 def _empty(infos: Sequence[Any]) -> None:
     """Let go of receive buffers: whoever still needs what is in them holds it."""
     for info in infos:
-        if info.buffer is not None:
-            info.buffer = torch.empty_like(info.buffer, device="meta", requires_grad=False)
+        buffer = _buffer(info)
+        if buffer is not None:
+            info.buffer = torch.empty_like(buffer, device="meta", requires_grad=False)
+
+
+def _buffer(info: Any) -> Tensor | None:
+    """Where an input is received; None for one of the whole model (PyTorch 2.11 has a class of its own for these)."""
+    return getattr(info, "buffer", None)
 
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
@@ -221,7 +228,14 @@ def most_at_once(schedule: Any, pipeline_rank: int, stage_bytes: Mapping[int, in
 
 
 def expect_given_shapes(schedule: Schedule) -> None:
-    """Skip the vote before the first step on whether shapes were given: they are, and on a fake group nobody votes."""
+    """Skip the vote before the first step on whether shapes were given: they are, and on a fake group nobody votes.
+
+    PyTorch 2.11 takes given shapes without a vote; neighbours only greet each other, which no plan counts either.
+    """
+    if not hasattr(schedule, "_warmup_p2p"):
+        for stage in _stages(schedule):
+            stage._get_init_p2p_neighbors_ops = list
+        return
     from torch.distributed.pipelining._utils import InferenceMode
 
     def skip(stages: list[PipelineStage], has_backward: bool, p2p_done: bool) -> None:
@@ -233,8 +247,12 @@ def expect_given_shapes(schedule: Schedule) -> None:
 
 def receive_buffers_bytes(schedule: Schedule) -> int:
     """Bytes set aside for messages between two steps (PyTorch's own stages keep a buffer for every micro-batch)."""
-    stages = schedule._stages if isinstance(schedule, PipelineScheduleMulti) else [schedule._stage]
-    tables = [table for stage in stages for table in (stage.args_recv_info, stage.grad_recv_info)]
-    buffers = [info.buffer for table in tables for infos in table.values() for info in infos if info.buffer is not None]
-    buffers = [buffer for buffer in buffers if not buffer.is_meta]
-    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+    tables = [table for stage in _stages(schedule) for table in (stage.args_recv_info, stage.grad_recv_info)]
+    buffers = [_buffer(info) for table in tables for infos in table.values() for info in infos]
+    held = [buffer for buffer in buffers if buffer is not None and not buffer.is_meta]
+    return sum(buffer.numel() * buffer.element_size() for buffer in held)
+
+
+def _stages(schedule: Any) -> list[Any]:
+    """A rank's stages."""
+    return schedule._stages if isinstance(schedule, PipelineScheduleMulti) else [schedule._stage]

@@ -43,6 +43,7 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
         start = resume(session)
+        session.recorder.opened()
     session.recorder.lap(-1, clock.lap())
     try:
         step = start

@@ -134,6 +134,11 @@ class Recorder:
             return torch.cuda.max_memory_reserved(self.mesh.device) + self._outside_bytes
         return max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self._base_bytes)
 
+    def opened(self) -> None:
+        """The model is built and its state loaded: what that took for a moment on a GPU is no part of training."""
+        if self.mesh.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.mesh.device)
+
     def leave_out(self, since_bytes: int) -> None:
         """What the peak grew by since it was `since_bytes` is no part of training: a profiler took it."""
         self._base_bytes += max(0, self.peak_bytes() - since_bytes)

@@ -9,6 +9,7 @@ Not covered: pipelines, gradients cut over ranks (ZeRO 2, 3), mixtures of expert
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,16 @@ class Verdict:
 
     culprits: tuple[int, ...] = ()
     transient: bool = False
+
+
+def repeat_bits(device_type: str) -> None:
+    """Have a GPU's kernels give the same bits each time, before its first one; those of CPUs do by themselves.
+
+    By default the backward pass of fused attention adds up in the order in which thread blocks finish.
+    """
+    if device_type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
 
 
 def computed(session: Session, step: int, batch: Batch) -> Tensor:

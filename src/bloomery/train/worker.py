@@ -20,6 +20,7 @@ from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import CORRUPTED, GAVE_UP, Job, read_job
 from bloomery.train.loop import run
+from bloomery.train.reexecution import repeat_bits
 from bloomery.train.session import CorruptionError
 
 
@@ -32,6 +33,8 @@ def main() -> int:
     clock.count("startup", since=float(os.environ.get("BLOOMERY_FORKED", "inf")))
     try:
         device = device_of(job, int(os.environ.get("LOCAL_RANK", "0")))
+        if job.guard.recompute_every:
+            repeat_bits(device.type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
             clock.synchronise = partial(torch.cuda.synchronize, device)

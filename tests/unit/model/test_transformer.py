@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from bloomery.model.init import initial_value
 from bloomery.model.names import Family, translations
 from bloomery.model.rotary import frequencies, rotary_tables, rotate
 from bloomery.model.transformer import Transformer
-from bloomery.model.view import View, visible
+from bloomery.model.view import View, attend, visible
 from bloomery.spec.attention import LatentAttention, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import all_parameters, parameter_count
@@ -160,3 +165,24 @@ def test_scaling_keeps_short_waves_and_divides_long_ones(scaling: RopeScaling, k
     assert (share[1:] >= share[:-1] - 1e-12).all(), "the longer the wave, the more it is divided"
     torch.testing.assert_close(share[:kept], torch.ones(kept, dtype=torch.float64))
     torch.testing.assert_close(share[-divided:], torch.full((divided,), 4.0, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("masked", [False, True])
+def test_on_a_gpu_grouped_queries_with_a_mask_meet_keys_of_their_own(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = list[tuple[int, bool]]()
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *, enable_gqa: bool, **_: Any) -> Tensor:
+        assert k.shape == v.shape
+        found.append((k.shape[1], enable_gqa))
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    monkeypatch.setattr(View, "bias", lambda *_: None)  # this machine cannot even slice a tensor that has no data
+    with FakeTensorMode(), torch.device("cuda"):
+        q, kv = torch.empty(1, 4, 8, 2), torch.empty(1, 2, 8, 2)
+        documents = torch.zeros(1, 8, dtype=torch.int64) if masked else None
+        attend(q, kv, kv, View(torch.arange(8), documents_bs=documents))
+    assert found == [(4, False) if masked else (2, True)]

@@ -90,3 +90,16 @@ def test_matrix_products_do_what_the_kernel_does(kind: str, dtype: torch.dtype, 
     for kernel, plain in pairs:
         assert kernel.dtype == plain.dtype
         torch.testing.assert_close(kernel, plain, rtol=tolerance, atol=tolerance)
+
+
+def test_matrix_products_stay_wide_under_autocast() -> None:
+    q, k, v = inputs(torch.bfloat16)
+    tile = Tile(ALL, ALL, causal=True)
+    out, log_sum = attend_plainly(q, k, v, tile, None)
+    known = (torch.ones_like(out), q, k, v, out, log_sum, tile, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        pairs = [*zip((out, log_sum), attend_plainly(q, k, v, tile, None), strict=True)]
+        narrow = plain_gradients(*known)
+    for wide, other in [*pairs, *zip(plain_gradients(*known), narrow, strict=True)]:
+        assert wide.dtype == other.dtype
+        assert torch.equal(wide, other)

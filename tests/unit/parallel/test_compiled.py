@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from bloomery.ledger.clock import Clock
+from bloomery.model.transformer import Transformer
 from bloomery.parallel.batch import Batch
-from bloomery.parallel.compiled import compiler_problem
+from bloomery.parallel.compiled import compile_layers, compiler_problem
 from bloomery.parallel.engine import StepStatistics, build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.layout import Layout
@@ -51,3 +52,17 @@ def test_a_machine_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "missing"),))
     assert compiler_problem(CPU) == "no C++ compiler here"
+
+
+@pytest.mark.parametrize(("said", "expected"), [(None, 1), ("8", 8)])
+def test_no_pool_of_compilers_is_made_unless_somebody_asks(
+    said: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", said)
+    with config.patch(compile_threads=8):  # as many as there are cores, as it was found at import
+        compile_layers(Transformer(MODEL))
+        assert config.compile_threads == expected
