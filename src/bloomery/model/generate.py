@@ -36,7 +36,7 @@ class Sampling:
 
 
 class Cache:
-    """What each layer has seen of the first `length` positions."""
+    """What each layer has seen of the first `length` positions, and how many of them a prefix model's prefix has."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [KeyValues() for _ in range(layers)]
@@ -46,6 +46,7 @@ class Cache:
 def generate(
     module: Transformer,
     prompt: Sequence[int],
+        self.prefix_b: Tensor | None = None
     max_new: int,
     *,
     sampling: Sampling,
@@ -82,11 +83,10 @@ def generate(
 
 def forward_cached(module: Transformer, tokens_bn: Tensor, cache: Cache) -> Tensor:
     """Logits (batch, n, vocab) of n new tokens, whose keys and values join the cache."""
-    prefix_b = None
     if module.model.mask == "prefix" and cache.length == 0:
-        # The first tokens are the prompt: a prefix model's prefix.
-        prefix_b = torch.full((len(tokens_bn),), tokens_bn.shape[1], device=tokens_bn.device)
-    logits_bnv: Tensor = module(tokens_bn, prefix_b=prefix_b, start=cache.length, past=cache.layers)
+        # The first tokens are the prompt: a prefix model's prefix, which a sliding window never loses sight of.
+        cache.prefix_b = torch.full((len(tokens_bn),), tokens_bn.shape[1], device=tokens_bn.device)
+    logits_bnv: Tensor = module(tokens_bn, prefix_b=cache.prefix_b, start=cache.length, past=cache.layers)
     cache.length += tokens_bn.shape[1]
     return logits_bnv
 

@@ -23,6 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "rope_scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 8, "mscale_all_dim": 0.7},
     },
+    "prefix": {"mask": "prefix"},
+    "prefix, windowed": {"mask": "prefix", "sliding_window": 3},
     "tied": {"tie_embeddings": True, "qkv_bias": True},
 }
 
@@ -42,7 +44,7 @@ def test_cached_logits_are_those_of_the_plain_forward(shape: str) -> None:
     cache = Cache(2)
     with torch.inference_mode():
         pieces = [forward_cached(module, tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
-        whole = module(tokens)
+        whole = module(tokens, prefix_b=torch.tensor([5]) if module.model.mask == "prefix" else None)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-12)
 
 
