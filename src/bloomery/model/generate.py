@@ -16,6 +16,9 @@ from bloomery.model.attention import KeyValues
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 
+GREEDY = 1e-5
+"""Below this temperature the most likely token is all that is left, and scores over it would leave float32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,6 +36,8 @@ class Sampling:
             raise InputError("must not be negative", where="top_k", found=self.top_k)
         if not 0 < self.top_p <= 1:
             raise InputError("not above 0 and at most 1", where="top_p", found=self.top_p)
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError("more than 64 bits", where="seed", found=self.seed)
 
 
 class Cache:
@@ -41,12 +46,12 @@ class Cache:
     def __init__(self, layers: int) -> None:
         self.layers = [KeyValues() for _ in range(layers)]
         self.length = 0
+        self.prefix_b: Tensor | None = None
 
 
 def generate(
     module: Transformer,
     prompt: Sequence[int],
-        self.prefix_b: Tensor | None = None
     max_new: int,
     *,
     sampling: Sampling,
@@ -93,7 +98,7 @@ def forward_cached(module: Transformer, tokens_bn: Tensor, cache: Cache) -> Tens
 
 def draw(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from logits (vocab,): temperature, then the k most likely, then the smallest set of mass p."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return int(logits_v.argmax())
     logits_v = logits_v / sampling.temperature
     if 0 < sampling.top_k < len(logits_v):
@@ -101,5 +106,7 @@ def draw(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         logits_v = logits_v.masked_fill(logits_v < threshold, -torch.inf)
     sorted_v, order_v = logits_v.softmax(0).sort(descending=True)
     if sampling.top_p < 1:
-        sorted_v = sorted_v.masked_fill(sorted_v.cumsum(0) - sorted_v >= sampling.top_p, 0.0)
+        dropped_v = sorted_v.cumsum(0) - sorted_v >= sampling.top_p
+        dropped_v[0] = False  # a tiny p is 0 in float32
+        sorted_v = sorted_v.masked_fill(dropped_v, 0.0)
     return int(order_v[torch.multinomial(sorted_v, 1, generator=generator)])

@@ -82,6 +82,12 @@ def test_filters_leave_the_tokens_they_should() -> None:
     assert drawn(top_p=1e-9) == {1}
 
 
+def test_a_tiny_temperature_is_greedy_and_a_tiny_mass_leaves_one() -> None:
+    logits, generator = torch.tensor([30.0, 90.0, -20.0]), torch.Generator().manual_seed(0)
+    for settings in ({"temperature": 1e-44}, {"temperature": 9e-6}, {"temperature": 1.0, "top_p": 1e-60}):
+        assert draw(logits, Sampling(**settings), generator) == 1
+
+
 def test_drawn_shares_follow_the_probabilities() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     generator, n = torch.Generator().manual_seed(1), 6000
@@ -108,7 +114,9 @@ def test_prompts_that_do_not_fit_are_refused(prompt: list[int]) -> None:
         next(generate(make(), prompt, 1, sampling=Sampling()))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"seed": 10**23}]
+)
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Sampling(**wrong)
