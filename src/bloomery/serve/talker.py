@@ -107,11 +107,12 @@ def _tell(answer: Answer, piece: str) -> Iterator[str]:
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """How much may be told: not a character that is half there, not what may become a stop word."""
-    safe = len(text.rstrip("\ufffd"))
+    whole = text.rstrip("\ufffd")
+    safe = len(whole)
     for word in stop:
-        for length in range(min(len(word) - 1, len(text)), 0, -1):
-            if text.endswith(word[:length]):
-                safe = min(safe, len(text) - length)
+        for length in range(min(len(word) - 1, len(whole)), 0, -1):
+            if whole.endswith(word[:length]):
+                safe = min(safe, len(whole) - length)
                 break
     return safe
 
