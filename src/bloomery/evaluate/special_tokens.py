@@ -15,10 +15,14 @@ from bloomery.spec.errors import InputError
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}" + USER + "{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}" + END + "{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    + (ASSISTANT + "{{ message['content'] }}" + END)
+    + "{% elif message['role'] in ['system', 'developer', 'user'] %}"
+    + (USER + "{{ message['content'] }}")
+    + "{% else %}{{ raise_exception('no such role: ' + message['role']) }}{% endif %}"
+    + ("{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
 )
+"""The token ids of `serve.talker.Talker.chat_ids`."""
 
 
 def ends_of(source: Path, config: dict[str, Any], tokenizer: Tokenizer) -> Ends:

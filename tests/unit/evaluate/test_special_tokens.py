@@ -153,3 +153,28 @@ def test_fine_tuning_without_marks_for_turns_is_refused(foreign: Make, tmp_path:
     (tmp_path / "ours").mkdir()
     tokenizer.save(tmp_path / "ours")
     require_turns(tmp_path / "ours")
+
+
+@pytest.mark.parametrize(
+    "roles",
+    [
+        "user",
+        "system user",
+        "user assistant user",
+        "system user assistant system user",
+        "user system",
+        "assistant user",
+    ],
+)
+def test_the_exported_chat_template_gives_the_ids_of_chat(hugging_face: Make, tmp_path: Path, roles: str) -> None:
+    import_directory(hugging_face(), tmp_path / "run")
+    opened = open_run(tmp_path / "run")
+    target = export_run(opened, tmp_path / "out")
+    turns = [(role, f" the {role} says\n  一 {i} ") for i, role in enumerate(roles.split())]
+    talker = Talker("toy", "sft", opened.model(device="cpu"), opened.tokenizer())
+    theirs = transformers.AutoTokenizer.from_pretrained(target)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert found == talker.chat_ids(turns)
+    with pytest.raises(Exception, match="no such role"):
+        theirs.apply_chat_template([{"role": "wizard", "content": "x"}])
