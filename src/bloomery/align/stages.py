@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bloomery.data.tokenizer import ASSISTANT, TOKENIZER_FILE, USER, load
 from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import InputError
 
@@ -24,3 +25,13 @@ def starting_point(run_dir: Path, stages: list[str], number: int) -> Path:
     if checkpoint is None:
         raise InputError("no checkpoint to start from; `bloomery train RUN.yaml` comes first", where=str(before))
     return checkpoint
+
+
+def require_turns(data: Path) -> None:
+    """Raise InputError when the tokenizer of `data` cannot mark who speaks (one of an imported model).
+
+    New tokens would need rows in the model's embedding that nothing has trained, so none are added.
+    """
+    if (data / TOKENIZER_FILE).is_file() and not load(data).has_turns:
+        problem = "fine-tuning needs a tokenizer with the tokens that mark turns; that of an imported model has none"
+        raise InputError(problem, where=str(data / TOKENIZER_FILE), accepted=[USER, ASSISTANT])

@@ -22,9 +22,9 @@ def align(
     """
     import sys
 
-    from bloomery.align.stages import stage_folder, starting_point
+    from bloomery.align.stages import require_turns, stage_folder, starting_point
     from bloomery.cli.console import print_json
-    from bloomery.cluster.prepare import is_finished, prepare_alignment, run_folder
+    from bloomery.cluster.prepare import data_folder, is_finished, prepare_alignment, run_folder
     from bloomery.cluster.supervisor import launch
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
@@ -37,6 +37,7 @@ def align(
         raise InputError("not trained yet; `bloomery train RUN.yaml` comes first", where=str(folder))
     # The layout and number format are those the run was trained with.
     trained = read_run(folder / "run.yaml")
+    require_turns(data_folder(trained))
     names = [stage.name for stage in run.align]
     for number, stage in enumerate(run.align):
         initial = starting_point(folder, names, number)

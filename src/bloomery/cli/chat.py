@@ -56,11 +56,19 @@ def chat(
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, with a prompt at a terminal."""
+    """What the user types, with a prompt at a terminal. Raises InputError at a line that is no text."""
     import sys
 
+    from bloomery.spec.errors import InputError
+
+    number = 0
     while True:
+        number += 1
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "")
+            line.encode()  # some locales let bytes that are no text through
         except EOFError:
             return
+        except UnicodeError:
+            raise InputError("not UTF-8 text", where=f"standard input, line {number}") from None
+        yield line

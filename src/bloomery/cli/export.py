@@ -38,7 +38,11 @@ def import_(
     out: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The run folder to make.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON summary.")] = False,
 ) -> None:
-    """Read a Hugging Face directory into a run folder that chat, evaluate, serve and export take."""
+    """Read a Hugging Face directory into a run folder that chat, serve and export take.
+
+    evaluate needs held-out text: `bloomery data build RUN_DIR/run.yaml --text DIR` makes it with the model's own
+    tokenizer. align needs that too, and a tokenizer with the marks of turns, as `bloomery export` writes.
+    """
     import sys
 
     from bloomery.cli.console import print_json
@@ -51,3 +55,4 @@ def import_(
         print_json({"run_dir": str(out), "parameters": count, "model": run.model.model_dump(mode="json")})
     else:
         print(f"{out}: {count / 1e6:.4g} M parameters, {run.model.layers} layers", file=sys.stderr)
+        print(f"before `bloomery evaluate`: bloomery data build {out / 'run.yaml'} --text DIR", file=sys.stderr)

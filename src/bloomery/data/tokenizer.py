@@ -1,4 +1,7 @@
-"""A byte-level BPE tokenizer, trained on the text itself; every string has an encoding, Chinese included."""
+"""A byte-level BPE tokenizer, trained on the text itself; every string has an encoding, Chinese included.
+
+One that came with a model from elsewhere is read too. It may lack our special tokens, and has its own in `Ends`.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,101 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import write_atomically
-from bloomery.spec.seal import check_sums
+from bloomery.spec.files import read_json, write_atomically
+from bloomery.spec.seal import KEY, check_sums, sealed_json
 
 END, USER, ASSISTANT, PAD = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"
 SPECIALS = [END, USER, ASSISTANT, PAD]
-TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILE, ENDS_FILE = "tokenizer.json", "special_tokens.json"
+
+
+class Ends(Noun):
+    """Ids that a model's makers begin and end texts with: `start` stands before every prompt, any of `eos` ends one."""
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
 
 
 class Tokenizer:
-    """Text to token ids and back. Special tokens in text are not recognised, so text cannot forge them."""
+    """Text to token ids and back. Special tokens in text are not recognised, so text cannot forge them.
 
-    def __init__(self, backend: Backend) -> None:
+    `own`: the ends of a model from elsewhere; else our end token begins and ends texts.
+    """
+
+    def __init__(self, backend: Backend, own: Ends | None = None) -> None:
         self._backend = backend
         backend.encode_special_tokens = True
-        self.end, self.user, self.assistant, self.pad = (int(backend.token_to_id(token) or 0) for token in SPECIALS)
+        end = backend.token_to_id(END)
+        self.own = own
+        self.ends = own or Ends(bos=end, eos=() if end is None else (end,))
         self.size: int = backend.get_vocab_size()
 
+    @property
+    def end(self) -> int:
+        """The token after a text. This one, `user`, `assistant` and `pad` raise InputError where there is none."""
+        return self.ends.eos[0] if self.ends.eos else self._id(END)
+
+    @property
+    def user(self) -> int:
+        """The token before a user's turn."""
+        return self._id(USER)
+
+    @property
+    def assistant(self) -> int:
+        """The token before an assistant's turn."""
+        return self._id(ASSISTANT)
+
+    @property
+    def pad(self) -> int:
+        """The token that fills what is empty."""
+        return self._id(PAD)
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether it has the tokens that mark who speaks; a tokenizer from elsewhere has others, or none."""
+        return bool(self.ends.eos) and None not in (self.find(USER), self.find(ASSISTANT))
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens before which an answer ends."""
+        marks = (*self.ends.eos, *map(self.find, SPECIALS))
+        return tuple(dict.fromkeys(mark for mark in marks if mark is not None))
+
+    def find(self, token: str) -> int | None:
+        """The id of a token, or None."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def name(self, token: int) -> str | None:
+        """The token of an id, or None."""
+        found: str | None = self._backend.id_to_token(token)
+        return found
+
+    def with_ends(self, ends: Ends) -> Tokenizer:
+        """The same tokens for a model with ends of its own."""
+        return Tokenizer(self._backend, ends)
+
+    def _id(self, token: str) -> int:
+        found = self.find(token)
+        if found is None:
+            raise InputError("this tokenizer has no such token", where=TOKENIZER_FILE, found=token)
+        return found
+
+    def before(self, text: str) -> tuple[int, ...]:
+        """The special tokens that tokenizer.json itself puts before a text."""
+        whole, plain = (self._backend.encode(text, add_special_tokens=added).ids for added in (True, False))
+        found = (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return tuple(whole[: next(found, 0)])
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Token ids of a text. Raises InputError for bytes or half characters that are no text."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"not UTF-8 text (character {error.start})", found=text[:80]) from None
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -39,7 +117,15 @@ class Tokenizer:
         return str(self._backend.decode([int(i) for i in ids if int(i) < self.size], skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json."""
+        """Write tokenizer.json, and beside it the ends of a model from elsewhere; those of another one go."""
+        self.save_plain(folder)
+        if self.own is None:
+            (folder / ENDS_FILE).unlink(missing_ok=True)
+        else:
+            write_atomically(folder / ENDS_FILE, sealed_json(self.own.model_dump(mode="json")))
+
+    def save_plain(self, folder: Path) -> None:
+        """Write tokenizer.json alone, for other programs."""
         write_atomically(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
 
 
@@ -64,7 +150,21 @@ def load(folder: Path) -> Tokenizer:
     if not path.is_file():
         raise InputError("no tokenizer here; `bloomery data build RUN.yaml` makes it", where=str(folder))
     check_sums(folder, [TOKENIZER_FILE])
+    own = None
+    if (folder / ENDS_FILE).is_file():
+        values = read_json(folder / ENDS_FILE)
+        values.pop(KEY, None)
+        own = Ends.checked(values, where=str(folder / ENDS_FILE))
+    return Tokenizer(_backend(path), own)
+
+
+def read(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json alone. Raises InputError when it is none."""
+    return Tokenizer(_backend(path))
+
+
+def _backend(path: Path) -> Backend:
     try:
-        return Tokenizer(Backend.from_file(str(path)))
+        return Backend.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise InputError(f"not a tokenizer ({error})", where=str(path)) from None

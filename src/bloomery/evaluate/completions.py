@@ -9,12 +9,15 @@ from bloomery.model.generate import Sampling, generate
 from bloomery.model.transformer import Transformer
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str, room: int) -> list[int]:
-    """Token ids of a prompt, the last `room` of them; an empty prompt starts a document."""
-    ids = tokenizer.encode(prompt)
+def prompt_ids(tokenizer: Tokenizer, prompt: str, room: int | None = None) -> list[int]:
+    """Token ids of a prompt after those the model's texts start with, the last of them that fit `room`.
+
+    An empty prompt starts a document. Raises InputError when the tokenizer has no token for that.
+    """
+    start, ids = list(tokenizer.ends.start), tokenizer.encode(prompt)
     if not ids:
-        return [tokenizer.end if tokenizer.end is not None else 0]
-    return ids[-room:]
+        return start or [tokenizer.end if tokenizer.ends.bos is None else tokenizer.ends.bos]
+    return start + (ids if room is None else ids[-max(1, room - len(start)) :])
 
 
 def complete(
@@ -25,6 +28,6 @@ def complete(
     texts = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, room)
-        new = generate(module, ids, max_new=max_new, sampling=sampling, stop=(tokenizer.end,), limit=tokenizer.size)
+        new = generate(module, ids, max_new=max_new, sampling=sampling, stop=tokenizer.ends.eos, limit=tokenizer.size)
         texts.append(tokenizer.decode(list(new)))
     return texts

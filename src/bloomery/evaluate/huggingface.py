@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bloomery.data.tokenizer import ASSISTANT, END, PAD, TOKENIZER_FILE, USER, Tokenizer
+from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE, Tokenizer
+from bloomery.data.tokenizer import read as read_tokenizer
 from bloomery.evaluate.architectures import config_of, family_in, model_of
 from bloomery.evaluate.opening import OpenRun
+from bloomery.evaluate.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, ends_of, token_settings
 from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
 from bloomery.model.names import translations
 from bloomery.model.transformer import Transformer
@@ -33,12 +35,6 @@ from bloomery.spec.model import Model
 from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 from bloomery.spec.seal import check_sums, sealed_text, sha256_of, write_sums
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}" + USER + "{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}" + END + "{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}"
-)
 
 
 @contextmanager
@@ -60,7 +56,6 @@ def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
     """Write a stage of a run as a directory. Raises InputError when it exists with content or has no such names."""
     model, tokenizer = opened.run.model, opened.tokenizer()
     family, config = config_of(model)
-    config |= {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
     ours = opened.model(stage, device="cpu").state_dict()
     tensors = dict[str, Tensor]()
     for part in translations(model, family):
@@ -74,29 +69,25 @@ def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
 
 def _write_settings(target: Path, model: Model, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
     """The tokenizer and every JSON file, then a hash of each file there."""
-    tokenizer.save(target)
+    tokenizer.save_plain(target)
+    ids, names = token_settings(tokenizer)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.max_seq_len,
-        "eos_token": END,
-        "bos_token": END,
-        "pad_token": PAD,
-        "chat_template": CHAT_TEMPLATE,
+        **names,
         "clean_up_tokenization_spaces": False,
     }
-    generation = {"eos_token_id": tokenizer.end, "bos_token_id": tokenizer.end, "pad_token_id": tokenizer.pad}
-    for name, values in (
-        ("tokenizer_config.json", tokenizer_config),
-        ("generation_config.json", generation),
-        ("config.json", config),
-    ):
+    of_model = {**config, "bos_token_id": ids["bos_token_id"], "eos_token_id": ids["eos_token_id"]}
+    for name, values in ((TOKENIZER_CONFIG, tokenizer_config), (GENERATION_CONFIG, ids), ("config.json", of_model)):
         write_atomically(target / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     write_sums(target, [file.name for file in target.iterdir()])
 
 
 def import_directory(source: Path, target: Path) -> Run:
-    """Make a run folder of a directory: run.yaml, data/tokenizer.json and one checkpoint, ready for `chat`, `evaluate`,
-    `serve`, `align` and `export`. Raises InputError naming what is missing or not supported.
+    """Make a run folder of a directory: run.yaml, data/tokenizer.json with the model's own ends, and one checkpoint.
+
+    Ready for `chat`, `serve` and `export`; `evaluate` and `align` need text, which `bloomery data build` on its
+    run.yaml makes. Raises InputError naming what is missing or not supported, before the tensors are read.
     """
     config_path = source / "config.json"
     if not config_path.is_file():
@@ -106,22 +97,28 @@ def import_directory(source: Path, target: Path) -> Run:
     model = model_of(config, target.name, str(config_path))
     if not (source / TOKENIZER_FILE).is_file():
         raise InputError("tokenizer.json is missing (a fast tokenizer is needed)", where=str(source))
-    tensors = _read_tensors(source, model, config)
-    run = Run(
-        name=target.name,
-        model=model,
-        cluster=cluster("this-machine"),
-        layout=Layout(),
-        out=str(target.parent),
-        train=Run.model_fields["train"].default.model_copy(update={"seq_len": min(256, model.max_seq_len)}),
-    )
+    run, tokenizer = _imported_run(target, model), read_tokenizer(source / TOKENIZER_FILE)
+    tokenizer = tokenizer.with_ends(ends_of(source, config, tokenizer))
     with _whole_or_absent(target):
-        _write_checkpoint(target / "checkpoints" / "step_000000", tensors)
-        (target / "data").mkdir()
-        (target / "data" / TOKENIZER_FILE).write_bytes((source / TOKENIZER_FILE).read_bytes())
-        write_sums(target / "data", [TOKENIZER_FILE])
+        _write_checkpoint(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
+        tokenizer.save(target / "data")
+        write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE])
         write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
     return run
+
+
+def _imported_run(target: Path, model: Model) -> Run:
+    """The description of an imported model. Raises InputError when its folder's name cannot be a run's."""
+    values = {
+        "name": target.name,
+        "model": model,
+        "cluster": cluster("this-machine"),
+        "layout": Layout(),
+        "data": {"vocab": max(300, model.vocab)},
+        "out": str(target.parent),
+        "train": {"seq_len": min(256, model.max_seq_len)},
+    }
+    return Run.checked(values, where=f"run folder {target}")
 
 
 def _read_tensors(source: Path, model: Model, config: dict[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from bloomery.model.attention import KeyValues
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 
+GREEDY = 1e-5
+"""Below this temperature the most likely token is all that is left, and scores over it would leave float32."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -33,14 +36,17 @@ class Sampling:
             raise InputError("must not be negative", where="top_k", found=self.top_k)
         if not 0 < self.top_p <= 1:
             raise InputError("not above 0 and at most 1", where="top_p", found=self.top_p)
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise InputError("more than 64 bits", where="seed", found=self.seed)
 
 
 class Cache:
-    """What each layer has seen of the first `length` positions."""
+    """What each layer has seen of the first `length` positions, and how many of them a prefix model's prefix has."""
 
     def __init__(self, layers: int) -> None:
         self.layers = [KeyValues() for _ in range(layers)]
         self.length = 0
+        self.prefix_b: Tensor | None = None
 
 
 def generate(
@@ -82,18 +88,17 @@ def generate(
 
 def forward_cached(module: Transformer, tokens_bn: Tensor, cache: Cache) -> Tensor:
     """Logits (batch, n, vocab) of n new tokens, whose keys and values join the cache."""
-    prefix_b = None
     if module.model.mask == "prefix" and cache.length == 0:
-        # The first tokens are the prompt: a prefix model's prefix.
-        prefix_b = torch.full((len(tokens_bn),), tokens_bn.shape[1], device=tokens_bn.device)
-    logits_bnv: Tensor = module(tokens_bn, prefix_b=prefix_b, start=cache.length, past=cache.layers)
+        # The first tokens are the prompt: a prefix model's prefix, which a sliding window never loses sight of.
+        cache.prefix_b = torch.full((len(tokens_bn),), tokens_bn.shape[1], device=tokens_bn.device)
+    logits_bnv: Tensor = module(tokens_bn, prefix_b=cache.prefix_b, start=cache.length, past=cache.layers)
     cache.length += tokens_bn.shape[1]
     return logits_bnv
 
 
 def draw(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id from logits (vocab,): temperature, then the k most likely, then the smallest set of mass p."""
-    if sampling.temperature == 0:
+    if sampling.temperature < GREEDY:
         return int(logits_v.argmax())
     logits_v = logits_v / sampling.temperature
     if 0 < sampling.top_k < len(logits_v):
@@ -101,5 +106,7 @@ def draw(logits_v: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         logits_v = logits_v.masked_fill(logits_v < threshold, -torch.inf)
     sorted_v, order_v = logits_v.softmax(0).sort(descending=True)
     if sampling.top_p < 1:
-        sorted_v = sorted_v.masked_fill(sorted_v.cumsum(0) - sorted_v >= sampling.top_p, 0.0)
+        dropped_v = sorted_v.cumsum(0) - sorted_v >= sampling.top_p
+        dropped_v[0] = False  # a tiny p is 0 in float32
+        sorted_v = sorted_v.masked_fill(dropped_v, 0.0)
     return int(order_v[torch.multinomial(sorted_v, 1, generator=generator)])

@@ -1,7 +1,8 @@
 """OpenAI-compatible HTTP over one model: /v1/models, /v1/completions, /v1/chat/completions, streaming included.
 
-Limits: a body of 1 MiB, prompt and answer within the model's context, n <= 4, one answer computed at a time. Without a
-token file it listens on the loopback alone and answers only requests addressed to it (no rebinding of names).
+What would change the answer and is not supported is refused. Limits: a body of 1 MiB, prompt and answer within the
+model's context, n <= 4, one answer computed at a time. Without a token file it listens on the loopback alone and
+answers only requests addressed to it (no rebinding of names).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from bloomery.serve.protocol import Endpoints
+from bloomery.serve.protocol import Endpoints, NoSuchModel
 from bloomery.serve.talker import Talker
-from bloomery.spec.errors import InputError
+from bloomery.spec.errors import InputError, in_plain_words
 
 MAX_BODY_BYTES = 1 << 20
 MIN_TOKEN_CHARACTERS = 16
@@ -48,22 +49,30 @@ def create_app(talker: Talker, *, token: str | None = None) -> FastAPI:
     return app
 
 
-def _problem(status: int, message: str) -> JSONResponse:
+def _problem(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error in OpenAI's form."""
     kind = "authentication_error" if status == 401 else "invalid_request_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "code": status}}, status_code=status)
+    error = {"message": message, "type": kind, "param": param, "code": code or status}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 async def _invalid(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return _problem(400, f"{where}: {first['msg']}" if where else str(first["msg"]))
+    if first["type"] == "json_invalid":
+        return _problem(400, f"the body is not valid JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
+    path = [str(part) for part in first["loc"] if part != "body"]
+    if not path and first["type"] == "model_attributes_type":
+        return _problem(400, "the body must be a JSON object, its content-type application/json")
+    message = ": ".join(filter(None, (".".join(path), in_plain_words(str(first["msg"])))))
+    return _problem(400, message, param=path[0] if path else None)
 
 
 async def _refused(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, HTTPException):
         return _problem(error.status_code, str(error.detail))
+    if isinstance(error, NoSuchModel):
+        return _problem(404, str(error), param="model", code="model_not_found")
     return _problem(400, str(error))
 
 

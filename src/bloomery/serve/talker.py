@@ -60,9 +60,9 @@ class Talker:
         for role, _ in messages:
             if role not in ROLES:
                 raise InputError("no such role", where="messages", found=role, accepted=ROLES)
-        user, assistant, end = self.tokenizer.user, self.tokenizer.assistant, self.tokenizer.end
-        if self.stage == PRETRAIN or user is None or assistant is None or end is None:
+        if self.stage == PRETRAIN or not self.tokenizer.has_turns:
             return self.text_ids(messages[-1][1])
+        user, assistant, end = self.tokenizer.user, self.tokenizer.assistant, self.tokenizer.end
         ids: list[int] = []
         for role, text in messages:
             words = self.tokenizer.encode(text)
@@ -71,7 +71,7 @@ class Talker:
 
     def text_ids(self, prompt: str) -> list[int]:
         """Token ids of a text to go on from."""
-        return prompt_ids(self.tokenizer, prompt, len(prompt) + 1)
+        return prompt_ids(self.tokenizer, prompt)
 
     def talk(
         self, ids: list[int], answer: Answer, *, max_new: int, sampling: Sampling, stop: Sequence[str] = ()
@@ -83,10 +83,8 @@ class Talker:
         answer.prompt_tokens = len(ids)
         told, new = "", list[int]()
         room = min(max_new, self.context - len(ids))
-        marks = (self.tokenizer.end, self.tokenizer.user, self.tokenizer.assistant, self.tokenizer.pad)
-        for token in generate(
-            self.module, ids, max_new=max_new, sampling=sampling, stop=marks, limit=self.tokenizer.size
-        ):
+        stops, size = self.tokenizer.stops, self.tokenizer.size
+        for token in generate(self.module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size):
             new.append(token)
             answer.completion_tokens += 1
             text = self.tokenizer.decode(new)
@@ -109,11 +107,12 @@ def _tell(answer: Answer, piece: str) -> Iterator[str]:
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """How much may be told: not a character that is half there, not what may become a stop word."""
-    safe = len(text.rstrip("\ufffd"))
+    whole = text.rstrip("\ufffd")
+    safe = len(whole)
     for word in stop:
-        for length in range(min(len(word) - 1, len(text)), 0, -1):
-            if text.endswith(word[:length]):
-                safe = min(safe, len(text) - length)
+        for length in range(min(len(word) - 1, len(whole)), 0, -1):
+            if whole.endswith(word[:length]):
+                safe = min(safe, len(whole) - length)
                 break
     return safe
 

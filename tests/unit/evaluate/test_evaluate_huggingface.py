@@ -109,6 +109,21 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
         import_directory(tmp_path, tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", [".imp", "-imp", "."])
+def test_a_folder_whose_name_cannot_be_a_runs_is_refused_before_tensors_are_read(
+    hugging_face: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = hugging_face()
+    monkeypatch.setattr(huggingface, "_read_tensors", lambda *_: pytest.fail("tensors were read"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="a plain folder name is expected"):
+        import_directory(source, Path(name))
+
+
+def test_an_imported_run_says_how_many_tokens_its_data_may_have(hugging_face: Make, tmp_path: Path) -> None:
+    assert import_directory(hugging_face(), tmp_path / "run").data.vocab == 300
+
+
 def test_a_torn_safetensors_file_is_named_and_no_run_is_made(hugging_face: Make, tmp_path: Path) -> None:
     source = hugging_face()
     file = source / "model.safetensors"

@@ -23,6 +23,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "sliding_window": 4,
         "rope_scaling": {"kind": "yarn", "factor": 4, "original_max_seq_len": 8, "mscale_all_dim": 0.7},
     },
+    "prefix": {"mask": "prefix"},
+    "prefix, windowed": {"mask": "prefix", "sliding_window": 3},
     "tied": {"tie_embeddings": True, "qkv_bias": True},
 }
 
@@ -42,7 +44,7 @@ def test_cached_logits_are_those_of_the_plain_forward(shape: str) -> None:
     cache = Cache(2)
     with torch.inference_mode():
         pieces = [forward_cached(module, tokens[:, a:b], cache) for a, b in ((0, 5), (5, 6), (6, 12))]
-        whole = module(tokens)
+        whole = module(tokens, prefix_b=torch.tensor([5]) if module.model.mask == "prefix" else None)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-10, atol=1e-12)
 
 
@@ -80,6 +82,12 @@ def test_filters_leave_the_tokens_they_should() -> None:
     assert drawn(top_p=1e-9) == {1}
 
 
+def test_a_tiny_temperature_is_greedy_and_a_tiny_mass_leaves_one() -> None:
+    logits, generator = torch.tensor([30.0, 90.0, -20.0]), torch.Generator().manual_seed(0)
+    for settings in ({"temperature": 1e-44}, {"temperature": 9e-6}, {"temperature": 1.0, "top_p": 1e-60}):
+        assert draw(logits, Sampling(**settings), generator) == 1
+
+
 def test_drawn_shares_follow_the_probabilities() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.2]))
     generator, n = torch.Generator().manual_seed(1), 6000
@@ -106,7 +114,9 @@ def test_prompts_that_do_not_fit_are_refused(prompt: list[int]) -> None:
         next(generate(make(), prompt, 1, sampling=Sampling()))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"seed": 10**23}]
+)
 def test_wrong_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         Sampling(**wrong)

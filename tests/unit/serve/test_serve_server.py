@@ -46,7 +46,7 @@ def refused(response: Any, status: int, *words: str) -> None:
     """An OpenAI error object with the status, holding every word."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert error["code"] == status
+    assert error.keys() == {"message", "type", "param", "code"}
     for word in words:
         assert word in error["message"], error
 
@@ -110,12 +110,100 @@ def test_the_context_is_a_limit(client: TestClient) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "role"),
         ({"stop": ["a"] * 5}, "stop"),
-        ({"model": "other"}, "model"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"messages": [{"role": "user", "content": None}]}, "content"),
+        ({"messages": [{"role": "user", "content": []}]}, "content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "content"),
+        ({"messages": None}, "messages"),
         ({"stream": True, "n": 2}, "n"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
     ],
 )
 def test_values_past_a_limit_are_refused(client: TestClient, changes: dict[str, Any], word: str) -> None:
     refused(chat(client, **changes), 400, word)
+
+
+NULLS = (
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "n",
+    "stream",
+    "stop",
+    "logprobs",
+    "tools",
+    "response_format",
+    "user",
+)
+
+
+def test_null_means_the_default_and_what_asks_for_nothing_is_taken(client: TestClient) -> None:
+    plain = chat(client).json()["choices"]
+    assert chat(client, **dict.fromkeys(NULLS)).json()["choices"] == plain
+    neutral = {"presence_penalty": 0.0, "logprobs": False, "tools": [], "response_format": {"type": "text"}, "stop": []}
+    assert chat(client, **neutral, user="me", metadata={"a": 1}).json()["choices"] == plain
+    assert chat(client, seed=None, max_tokens=None, stream_options=None).status_code == 200
+
+
+def test_parts_of_text_are_a_text_and_a_developer_is_the_system(client: TestClient) -> None:
+    said = [{"role": "system", "content": "be\nkind"}, {"role": "user", "content": "hello"}]
+    parts = [{"type": "text", "text": "be"}, {"type": "text", "text": "kind"}]
+    other = [{"role": "developer", "content": parts}, {"role": "user", "content": [{"type": "text", "text": "hello"}]}]
+    whole, split = (chat(client, messages=messages).json() for messages in (said, other))
+    assert (whole["choices"], whole["usage"]) == (split["choices"], split["usage"])
+
+
+def test_another_model_is_not_found(client: TestClient) -> None:
+    for response in (chat(client, model="other"), client.get("/v1/models/other"), client.get("/v1/models/a/b")):
+        refused(response, 404, "no such model", "toy-sft")
+        assert (response.json()["error"]["code"], response.json()["error"]["param"]) == ("model_not_found", "model")
+    refused(client.post("/v1/completions", json={"model": "x", "prompt": "z" * 500}), 404)
+
+
+def test_a_model_is_found_by_its_name(client: TestClient) -> None:
+    (listed,) = client.get("/v1/models").json()["data"]
+    assert client.get("/v1/models/toy-sft").json() == client.get("/v1/models/toy").json() == listed
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_stream_ends_with_the_usage_when_asked(client: TestClient, path: str) -> None:
+    body = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "seed": 1}
+    usage = client.post(path, json=body).json()["usage"]
+    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    lines = [line[6:] for line in client.post(path, json=asked).text.split("\n\n") if line]
+    *chunks, last = map(json.loads, lines[:-1])
+    assert lines[-1] == "[DONE]"
+    assert (last["choices"], last["usage"]) == ([], usage)
+    assert all(chunk["usage"] is None and chunk["choices"] for chunk in chunks)
+    assert '"usage"' not in client.post(path, json={**body, "stream": True}).text
+
+
+def test_a_tiny_temperature_is_greedy(client: TestClient) -> None:
+    texts = [chat(client, temperature=t, seed=s).json()["choices"] for t, s in ((0, 1), (1e-44, 2), (9e-6, 3))]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_a_prompt_may_be_token_ids_or_a_list_of_one(client: TestClient, talker: Talker) -> None:
+    def completed(prompt: Any) -> Any:
+        return client.post("/v1/completions", json={"prompt": prompt, "max_tokens": 4, "temperature": 0})
+
+    ids = talker.tokenizer.encode("hello")
+    texts = [completed(prompt).json()["choices"] for prompt in ("hello", ["hello"], ids, [ids])]
+    assert all(text == texts[0] for text in texts)
+    for wrong in (["a", "b"], [ids, ids], [], [[]], 5, [1, "a"], [1.5], [True], {"a": 1}):
+        refused(completed(wrong), 400, "prompt", "one prompt is supported")
+    refused(completed([10**6]), 400, "prompt", "tokens")
+    refused(completed([-1]), 400, "prompt", "tokens")
 
 
 def test_bodies_past_the_limit_are_refused_by_length_and_by_content(client: TestClient) -> None:
@@ -126,7 +214,15 @@ def test_bodies_past_the_limit_are_refused_by_length_and_by_content(client: Test
 
 
 def test_what_is_not_json_is_refused(client: TestClient) -> None:
-    refused(client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}), 400)
+    for content, words in (
+        (b"{", "valid JSON (Expecting"),
+        (b"[1]", "JSON object"),
+        (b"\xff", "body"),
+        (b"[" * 9**5, ""),
+    ):
+        headers = {"content-type": "application/json"}
+        refused(client.post("/v1/completions", content=content, headers=headers), 400, words)
+    refused(client.post("/v1/completions", content=b"a=1", headers={"content-type": "text/plain"}), 400, "JSON object")
     refused(client.get("/nowhere"), 404)
 
 

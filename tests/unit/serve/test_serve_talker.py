@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from bloomery.data import tokenizer as tokenizers
 from bloomery.model.generate import Sampling
@@ -64,6 +65,28 @@ def test_a_stop_word_never_shows_even_in_part(talker: Talker) -> None:
     word = whole[6:10]
     pieces = list(talker.talk(talker.text_ids("hello"), Answer(), max_new=30, sampling=sampling, stop=[word]))
     assert "".join(pieces) == whole[: whole.index(word)]
+
+
+def test_a_stop_word_cut_inside_a_character_never_shows_in_part(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, stop = "答案 问：下一个", "问："
+    spelt = "".join(part for part, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text))
+    ids = [talker.tokenizer.find(letter) for letter in spelt]
+    assert talker.tokenizer.decode(ids) == text and len(ids) == len(text.encode())
+    monkeypatch.setattr("bloomery.serve.talker.generate", lambda *_, **__: iter(ids))
+    for words, told in (([stop], "答案 "), (["问!"], text)):
+        pieces = list(talker.talk([0], Answer(), max_new=60, sampling=WARM, stop=words))
+        assert "".join(pieces) == told
+
+
+def test_a_prompt_of_characters_that_take_several_tokens_is_read_whole(talker: Talker) -> None:
+    assert talker.tokenizer.decode(talker.text_ids("龘靐齉")) == "龘靐齉"
+
+
+def test_bytes_that_are_no_text_are_refused(talker: Talker) -> None:
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        talker.chat_ids([("user", "a\udcff")])
 
 
 def test_a_long_conversation_forgets_its_oldest_turns(talker: Talker) -> None:
