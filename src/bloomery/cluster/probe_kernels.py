@@ -159,3 +159,9 @@ def measure_upload(device: torch.device) -> list[float]:
     host = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(UPLOAD_BYTES, dtype=torch.uint8, device=device)
     return seconds(partial(there.copy_, host, non_blocking=True), device, 0.01)
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """Device memory that PyTorch's tensors can never have: context, libraries, communicators, other processes."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)

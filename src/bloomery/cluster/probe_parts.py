@@ -8,6 +8,7 @@ from typing import Any
 
 from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
 from bloomery.cluster.probe_tables import tables_for
+from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.cluster import PROBED, Accelerator, Tier
 
 UPLOAD_BYTES = 64 << 20
@@ -63,12 +64,20 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         optimizer_bytes_per_s=mean(
             optimizer_rate(_optimizer_s(result), tables.references.models[-1]) for result in results
         ),
+        reserved_bytes=_reserved_bytes(results) if cuda else 0.0,
         upload_bytes_per_s=mean(uploads) if uploads else None,
         skew=skew_of([[turn["compute"] for turn in turns_of(result, "float32", -1)] for result in results]),
         source=PROBED,
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
     return calibrated(parts, tables.references, reference)
+
+
+def _reserved_bytes(results: Sequence[dict[str, Any]]) -> float:
+    """What tensors cannot have on the device that lost most; no less than data sheets of its kind are taken to lose,
+    since a run has more communicators than a probe, and an allocator of its own."""
+    sheets = data_sheets_of(results[0]["device_name"])
+    return float(max([result["reserved_bytes"] for result in results] + [sheet.reserved_bytes for sheet in sheets]))
 
 
 def skew_of(compute_s: Sequence[Sequence[Sequence[float]]]) -> float:

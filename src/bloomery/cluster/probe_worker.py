@@ -22,6 +22,7 @@ from bloomery.cluster.probe_kernels import (
     measure_gemm,
     measure_launch,
     measure_upload,
+    reserved_bytes,
     warm_up,
 )
 from bloomery.cluster.probe_links import measure_links, now
@@ -155,6 +156,8 @@ def measure(place: Place) -> dict[str, Any]:
     result["elementwise"] = measure_elementwise(device, tables.element_bytes, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
     result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7)
+    if device.type == "cuda":
+        result["reserved_bytes"] = reserved_bytes(device)  # once communicators have theirs
     return result
 
 

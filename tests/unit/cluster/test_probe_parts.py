@@ -98,9 +98,10 @@ def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
 
 
 H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it
+H100_NAME = "NVIDIA H100 80GB HBM3"
 
 
-def gpu(slower: float = 1.0) -> dict[str, object]:
+def gpu(slower: float = 1.0, name: str = H100_NAME, reserved_bytes: float = 5e8) -> dict[str, object]:
     """What a rank finds on an H100 that is as the model has it, its reference steps `slower`."""
     dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float8")
 
@@ -117,7 +118,7 @@ def gpu(slower: float = 1.0) -> dict[str, object]:
     rate = H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
     attention_flops = 7 * seq**2 * heads * width * batch
     return {
-        "device": "cuda", "device_name": "NVIDIA H100 80GB HBM3", "memory_bytes": 85e9,
+        "device": "cuda", "device_name": name, "memory_bytes": 85e9, "reserved_bytes": reserved_bytes,
         "upload_s": [1e-3], "launch_s": [H100.launch_s],
         "gemm": {dtype: [product(dtype, *shape) for shape in CUDA.products] for dtype in dtypes},
         "attention": {
@@ -146,6 +147,18 @@ def test_large_layers_of_a_gpu_that_are_slower_than_their_kernels_say_nothing_of
     whole, slow = accelerator([gpu()]), accelerator([gpu(slower=1.25)])
     assert slow.launch_s == whole.launch_s
     assert slow.compute_factor["bfloat16"].layers == pytest.approx(1.25 * whole.compute_factor["bfloat16"].layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "reserved"),
+    [(H100_NAME, 5e8, 1.5e9), (H100_NAME, 3e9, 3e9), ("Some Device 9000", 5e8, 5e8)],
+)
+def test_what_tensors_cannot_have_is_measured_and_no_less_than_the_data_sheets(
+    name: str, found: float, reserved: float
+) -> None:
+    ranks = [gpu(name=name, reserved_bytes=found), gpu(name=name, reserved_bytes=found / 2)]
+    assert accelerator(ranks).reserved_bytes == reserved
+    assert accelerator([machine(turn(1.0))]).reserved_bytes == 0
 
 
 def test_hosts_of_different_sizes_are_refused() -> None:
