@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -207,9 +209,27 @@ def crowded_sizes() -> list[int]:
 def _gpu_count() -> int:
     try:
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return 0
-    return found.stdout.count("GPU ") if found.returncode == 0 else 0
+    return visible_gpus(found.stdout, os.environ.get("CUDA_VISIBLE_DEVICES")) if found.returncode == 0 else 0
+
+
+def visible_gpus(listing: str, chosen: str | None) -> int:
+    """Devices that CUDA shows of those `nvidia-smi -L` lists. `chosen`: CUDA_VISIBLE_DEVICES, numbers or beginnings of
+    UUIDs; what stands behind one that does not exist is not shown.
+
+    >>> visible_gpus("GPU 0: NVIDIA RTX A2000 Laptop GPU (UUID: GPU-5c89)", "0,1")
+    1
+    """
+    gpus = sum(line.startswith("GPU ") for line in listing.splitlines())
+    if chosen is None:
+        return gpus
+    uuids = re.findall(r"UUID: ([\w-]+)", listing)
+
+    def exists(one: str) -> bool:
+        return int(one) < gpus if one.isdecimal() else bool(one) and any(uuid.startswith(one) for uuid in uuids)
+
+    return sum(1 for _ in takewhile(exists, map(str.strip, chosen.split(","))))
 
 
 def check_target(path: Path) -> None:

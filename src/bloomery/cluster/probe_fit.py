@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.cluster.probe_tables import References
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
 from bloomery.perf.estimate import estimate_case
@@ -27,21 +28,12 @@ from bloomery.spec.cluster import (
     Tier,
 )
 from bloomery.spec.components import COMPUTE, KINDS
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
 
-REFERENCES = tuple(
-    Model(name="reference", layers=layers, hidden=256, heads=4, ffn_hidden=704, vocab=8192, max_seq_len=256)
-    for layers in (1, 5)
-)
-REFERENCE_LAYOUT = Layout(micro_batch=4)
-REFERENCE_SEQ_LEN = 256
-REFERENCE_BATCH = 8
-"""Two micro-batches: gradients are added to, as in training, not only written."""
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
-LAUNCH_BISECTIONS, KIND_ROUNDS = 24, 6
-DEEPER = REFERENCES[1].layers - REFERENCES[0].layers
+KIND_ROUNDS = 6
 Kinds = Mapping[str, float]
 """Seconds of the compute of one step, by `spec.components.KINDS`, or {"compute": all of it} where nothing tells them
 apart."""
@@ -77,37 +69,36 @@ def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, i
     return min(1.0, flops / min(seconds) / peak)
 
 
-def calibrated(accelerator: Accelerator, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """The accelerator made to agree with the reference models' compute on one rank, in the order of `REFERENCES`.
+def calibrated(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
+    """The accelerator made to agree with the compute of the reference models on one rank, in their order.
 
     They differ in depth alone: the difference is what layers cost, the rest is the ends. Where a profiler told the
     compute by kind, each kind's rate is made to agree: what operators get in a step, with cold caches and new memory,
-    is not what they get alone. Where it did not, what kernels alone leave out of a layer is taken for a cost of each
-    kernel whatever its size (threads woken and joined, Python): `launch_s`. What stays becomes the `compute_factor` of
-    each format.
+    is not what they get alone. What stays becomes the `compute_factor` of each format; where no profiler did (a GPU,
+    whose large layers hide launches, so that these stay as measured) that is all.
     """
     if all(len(model) > 1 for models in measured.values() for model in models):
-        accelerator = _by_kind(accelerator, measured)
-    else:
-        launch_s = mean(_launch_s(accelerator, dtype, _layer_and_ends(models)[0]) for dtype, models in measured.items())
-        accelerator = accelerator.model_copy(update={"launch_s": max(accelerator.launch_s, launch_s)})
+        accelerator = _by_kind(accelerator, references, measured)
     factors = dict[Dtype, ComputeFactor]()
     for dtype, models in measured.items():
-        layer, ends = _layer_and_ends(models)
-        predicted_layer, predicted_ends = _layer_and_ends(_predicted(accelerator, dtype))
+        layer, ends = _layer_and_ends(models, references)
+        predicted_layer, predicted_ends = _layer_and_ends(predicted(accelerator, references, dtype), references)
         factors[dtype] = ComputeFactor(layers=layer / predicted_layer, ends=ends / predicted_ends)
     return accelerator.model_copy(update={"compute_factor": factors})
 
 
-def _by_kind(accelerator: Accelerator, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
+def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
     """Rates turned until a layer takes what it took, kind by kind; turned again because kinds lean on each other (a
     small product waits for memory)."""
-    machine = _machine(accelerator)
+    machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
         for kind in KINDS:
             slower = [
-                log(_of_a_layer(models, kind) / _of_a_layer(_predicted(machine.accelerator, dtype), kind))
+                log(
+                    _of_a_layer(models, kind, deeper)
+                    / _of_a_layer(predicted(machine.accelerator, references, dtype), kind, deeper)
+                )
                 for dtype, models in measured.items()
             ]
             factors[kind] = exp(mean(slower) if kind == "host" else -mean(slower))
@@ -115,39 +106,29 @@ def _by_kind(accelerator: Accelerator, measured: dict[Dtype, Sequence[Kinds]]) -
     return machine.accelerator
 
 
-def _of_a_layer(models: Sequence[Kinds], kind: str) -> float:
+def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
     """Seconds of one kind; noise cannot make it vanish."""
     shallow, deep = (model[kind] for model in models)
-    return max((deep - shallow) / DEEPER, 0.01 * deep)
+    return max((deep - shallow) / deeper, 0.01 * deep)
 
 
-def _launch_s(accelerator: Accelerator, dtype: Dtype, layer_s: float) -> float:
-    """The cost of a launch at which a layer is predicted to take `layer_s`, by bisection (it only grows with it)."""
-    low, high = 0.0, layer_s
-    for _ in range(LAUNCH_BISECTIONS):
-        middle = (low + high) / 2
-        slower = accelerator.model_copy(update={"launch_s": middle})
-        low, high = (low, middle) if _layer_and_ends(_predicted(slower, dtype))[0] > layer_s else (middle, high)
-    return low
-
-
-def _layer_and_ends(models: Sequence[Kinds]) -> tuple[float, float]:
+def _layer_and_ends(models: Sequence[Kinds], references: References) -> tuple[float, float]:
     """Seconds of one layer and of everything else; noise cannot make either vanish."""
     shallow, deep = (sum(model.values()) for model in models)
-    layer = max((deep - shallow) / DEEPER, 0.01 * deep)
-    return layer, max(shallow - REFERENCES[0].layers * layer, 0.01 * shallow)
+    layer = max((deep - shallow) / references.deeper, 0.01 * deep)
+    return layer, max(shallow - references.models[0].layers * layer, 0.01 * shallow)
 
 
-def _predicted(accelerator: Accelerator, dtype: Dtype) -> list[Kinds]:
-    """Predicted compute of one step of each reference, by kind."""
+def predicted(accelerator: Accelerator, references: References, dtype: Dtype) -> list[Kinds]:
+    """Predicted compute of one step of each reference model, by kind."""
     found = list[Kinds]()
-    for model in REFERENCES:
+    for model in references.models:
         case = Case.of(
             model,
             _machine(accelerator),
-            LayoutBatch.of([REFERENCE_LAYOUT]),
-            global_batch=REFERENCE_BATCH,
-            seq_len=REFERENCE_SEQ_LEN,
+            LayoutBatch.of([references.layout]),
+            global_batch=references.batch,
+            seq_len=references.seq_len,
             dtype=dtype,
         )
         components = estimate_case(case).components
@@ -162,10 +143,10 @@ def _machine(accelerator: Accelerator) -> Cluster:
     return Cluster(accelerators_per_node=1, accelerator=accelerator, tiers=(alone,))
 
 
-def optimizer_rate(seconds: Sequence[float]) -> float:
-    """Bytes/s of the deeper reference's optimizer step in float32, the bytes as the model counts them."""
+def optimizer_rate(seconds: Sequence[float], model: Model) -> float:
+    """Bytes/s of a model's optimizer step in float32, the bytes as the performance model counts them."""
     width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4, operand=4)
-    return parameter_count(REFERENCES[-1]) * (width.adam_bytes + width.clip_bytes) / median(seconds)
+    return parameter_count(model) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> Tier:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,7 +14,6 @@ import torch.distributed as dist
 from bloomery.cluster.meeting import Place
 from bloomery.cluster.probe_parts import ALONE, INSIDE, groups
 
-MESSAGE_BYTES = (4 << 10, 64 << 10, 1 << 20, 8 << 20)
 ROUND_S = 0.05
 SLOW_S = 0.25
 """A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
@@ -30,9 +29,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_links(place: Place, rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """For each of the groups above that exists: rows of operation, bytes (as the shard table counts them) and seconds
-    by round, as seen by this rank; none where it took no part. Every rank must call it."""
+def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
+    seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
         place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
@@ -41,7 +40,7 @@ def measure_links(place: Place, rounds: int) -> dict[str, list[dict[str, Any]]]:
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            found[name] = _measure(place.device, *mine, place.rank, rounds)
+            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds)
         dist.barrier()
     return found
 
@@ -69,12 +68,12 @@ def operations(
 
 
 def _measure(
-    device: torch.device, group: dist.ProcessGroup, line: list[int], rank: int, rounds: int
+    device: torch.device, group: dist.ProcessGroup, line: list[int], rank: int, sizes: Sequence[int], rounds: int
 ) -> list[dict[str, Any]]:
     rows, last_s = list[dict[str, Any]](), 0.0
-    for work in operations(device, group, line, rank, MESSAGE_BYTES[0]).values():
+    for work in operations(device, group, line, rank, sizes[0]).values():
         work()  # the first message of a group opens its connections
-    for size in MESSAGE_BYTES:
+    for size in sizes:
         if last_s > LONGEST_S:
             break
         for op, work in operations(device, group, line, rank, size).items():

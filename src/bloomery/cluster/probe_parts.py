@@ -7,10 +7,10 @@ from statistics import mean, median
 from typing import Any
 
 from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
+from bloomery.cluster.probe_tables import tables_for
+from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.cluster import PROBED, Accelerator, Tier
 
-ATTENTION_SHAPE = (4, 8, 256, 32)
-"""batch, heads, sequence, head dimension"""
 UPLOAD_BYTES = 64 << 20
 LARGE_PRODUCT = 1024
 LARGE_MESSAGE = 1 << 20
@@ -37,13 +37,15 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     """What one rank is: the mean over ranks that measured at the same time."""
     first = results[0]
     cuda = first["device"] == "cuda"
+    memory_bytes = float(min(result["memory_bytes"] for result in results))
+    tables = tables_for(first["device"], memory_bytes)
     fits = {dtype: [fit_gemm(result["gemm"][dtype]) for result in results] for dtype in first["gemm"]}
     peaks: dict[Any, float] = {dtype: mean(peak for peak, _ in found) for dtype, found in fits.items()}
     surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
     if not cuda:
         peaks["float64"] = peaks["float32"] / 2
     attention: dict[Any, float] = {
-        dtype: mean(attention_efficiency(r["attention"][dtype], ATTENTION_SHAPE, peaks[dtype]) for r in results)
+        dtype: mean(attention_efficiency(r["attention"][dtype], tables.attention, peaks[dtype]) for r in results)
         for dtype in first["attention"]
     }
     streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
@@ -53,19 +55,29 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         name=first["device_name"] if cuda else f"cpu-{first['threads']}-threads",
         kind="gpu" if cuda else "cpu",
         peak_flops_per_s=peaks,
-        memory_bytes=float(min(result["memory_bytes"] for result in results)),
+        memory_bytes=memory_bytes,
         memory_bandwidth_bytes_per_s=fastest,
         memory_efficiency=typical / fastest,
         launch_s=mean(median(result["launch_s"]) for result in results),
         gemm=surfaces,
         attention=attention,
-        optimizer_bytes_per_s=mean(optimizer_rate(_optimizer_s(result)) for result in results),
+        optimizer_bytes_per_s=mean(
+            optimizer_rate(_optimizer_s(result), tables.references.models[-1]) for result in results
+        ),
+        reserved_bytes=_reserved_bytes(results) if cuda else 0.0,
         upload_bytes_per_s=mean(uploads) if uploads else None,
         skew=skew_of([[turn["compute"] for turn in turns_of(result, "float32", -1)] for result in results]),
         source=PROBED,
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
-    return calibrated(parts, reference)
+    return calibrated(parts, tables.references, reference)
+
+
+def _reserved_bytes(results: Sequence[dict[str, Any]]) -> float:
+    """What tensors cannot have on the device that lost most; no less than data sheets of its kind are taken to lose,
+    since a run has more communicators than a probe, and an allocator of its own."""
+    sheets = data_sheets_of(results[0]["device_name"])
+    return float(max([result["reserved_bytes"] for result in results] + [sheet.reserved_bytes for sheet in sheets]))
 
 
 def skew_of(compute_s: Sequence[Sequence[Sequence[float]]]) -> float:

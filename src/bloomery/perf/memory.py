@@ -191,7 +191,7 @@ def _backward_working_bytes(case: Case) -> Any:
 def _logits_of_a_chunk(case: Case) -> Any:
     """What our engine's loss works on: logits of some rows (all of them where the vocabulary is cut) in float32 at
     least, a narrow copy for the products, and the head's gradient; later, without logits, this one and the scaled."""
-    rows = np.where(case.lay.tp > 1, case.tokens, np.minimum(case.tokens, loss_rows("cpu")))
+    rows = np.where(case.lay.tp > 1, case.tokens, np.minimum(case.tokens, loss_rows(case.accelerator.kind)))
     compute = case.precision.compute
     each = max(4, compute) + (compute if compute < 4 else 0)
     vocab = case.model.vocab / case.lay.tp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -68,6 +69,17 @@ def data_sheet(name: str) -> Accelerator:
 def accelerator(name: str) -> Accelerator:
     """A catalog accelerator with what published runs say of its architecture."""
     return calibration().architecture(name).accelerator(data_sheet(name))
+
+
+def data_sheets_of(device: str) -> list[Accelerator]:
+    """Those that a driver's name for a device may mean, by its product number: `NVIDIA H100 80GB HBM3` is one of the
+    catalog's `h100-...`, and does not say which. None where the number is not known."""
+    words = set(re.split(r"[^a-z0-9]+", device.lower()))
+
+    def number(name: str) -> str:
+        return next((word for word in name.split("-") if any(map(str.isdigit, word))), name)
+
+    return [data_sheet(name) for name in names("accelerators") if number(name) in words]
 
 
 def fabric(accelerator_name: str) -> dict[str, Any]:

@@ -6,7 +6,12 @@ import pytest
 
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
+from bloomery.cluster.probe_fit import predicted
 from bloomery.cluster.probe_parts import accelerator, groups, noise_of, shared_ports, slowest, tiers
+from bloomery.cluster.probe_tables import CUDA
+from bloomery.perf.kernels import gemm_efficiency
+from bloomery.spec import catalog
+from bloomery.spec.cluster import Dtype
 from bloomery.spec.components import KINDS
 from bloomery.spec.errors import InputError
 
@@ -90,6 +95,70 @@ def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
     found = accelerator([machine(turn(1.0), turn(0.9)), machine(turn(1.2), turn(0.9))])
     assert found.skew == pytest.approx((1.2 / 1.1 - 1) / 2, abs=1e-4)
     assert accelerator([machine(turn(1.0))]).skew == 0
+
+
+H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it
+H100_NAME = "NVIDIA H100 80GB HBM3"
+
+
+def gpu(slower: float = 1.0, name: str = H100_NAME, reserved_bytes: float = 5e8) -> dict[str, object]:
+    """What a rank finds on an H100 that is as the model has it, its reference steps `slower`."""
+    dtypes: tuple[Dtype, ...] = ("float32", "bfloat16", "float8")
+
+    def product(dtype: Dtype, m: int, n: int, k: int) -> dict[str, object]:
+        orders = ((m, n, k), (m, k, n), (n, k, m))
+        slowness = sum(1 / gemm_efficiency(H100.gemm_efficiency(dtype), *order) for order in orders)
+        return {"m": m, "n": n, "k": k, "s": [2 * m * n * k / H100.peak(dtype) * slowness]}
+
+    def reference(dtype: Dtype) -> list[dict[str, object]]:
+        steps = [slower * sum(kinds.values()) for kinds in predicted(H100, CUDA.references, dtype)]
+        return [{"compute": [s], "optimizer": [0.01], "shares": {"compute": 1.0}} for s in steps]
+
+    batch, heads, seq, width = CUDA.attention
+    rate = H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
+    attention_flops = 7 * seq**2 * heads * width * batch
+    return {
+        "device": "cuda", "device_name": name, "memory_bytes": 85e9, "reserved_bytes": reserved_bytes,
+        "upload_s": [1e-3], "launch_s": [H100.launch_s],
+        "gemm": {dtype: [product(dtype, *shape) for shape in CUDA.products] for dtype in dtypes},
+        "attention": {
+            dtype: [attention_flops / H100.peak(dtype) / H100.attention_efficiency(dtype)] for dtype in dtypes[:2]
+        },
+        "elementwise": [{"bytes": 3 * size, "s": [3 * size / rate]} for size in CUDA.element_bytes],
+        "reference": [{dtype: reference(dtype) for dtype in dtypes}],
+    }  # fmt: skip
+
+
+def test_a_gpu_comes_back_through_the_performance_models_own_formulas() -> None:
+    found = accelerator([gpu()])
+    assert found.kind == "gpu"
+    assert found.launch_s == H100.launch_s
+    assert found.memory_bandwidth_bytes_per_s * found.memory_efficiency == pytest.approx(
+        H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
+    )
+    for dtype in ("float32", "bfloat16", "float8"):
+        best = H100.peak(dtype) * H100.gemm_efficiency(dtype).ceiling
+        assert found.peak(dtype) == pytest.approx(best, rel=0.1)
+        assert found.compute_factor[dtype].layers == pytest.approx(1, rel=0.05)
+        assert found.compute_factor[dtype].ends == pytest.approx(1, rel=0.05)
+
+
+def test_large_layers_of_a_gpu_that_are_slower_than_their_kernels_say_nothing_of_launches() -> None:
+    whole, slow = accelerator([gpu()]), accelerator([gpu(slower=1.25)])
+    assert slow.launch_s == whole.launch_s
+    assert slow.compute_factor["bfloat16"].layers == pytest.approx(1.25 * whole.compute_factor["bfloat16"].layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "reserved"),
+    [(H100_NAME, 5e8, 1.5e9), (H100_NAME, 3e9, 3e9), ("Some Device 9000", 5e8, 5e8)],
+)
+def test_what_tensors_cannot_have_is_measured_and_no_less_than_the_data_sheets(
+    name: str, found: float, reserved: float
+) -> None:
+    ranks = [gpu(name=name, reserved_bytes=found), gpu(name=name, reserved_bytes=found / 2)]
+    assert accelerator(ranks).reserved_bytes == reserved
+    assert accelerator([machine(turn(1.0))]).reserved_bytes == 0
 
 
 def test_hosts_of_different_sizes_are_refused() -> None:

@@ -7,10 +7,12 @@ import pytest
 
 from bloomery.perf.activations import activation_bytes, in_flight, layer_activation_bytes
 from bloomery.perf.case import Case
-from bloomery.perf.memory import memory_of, worst_memory
-from bloomery.perf.stack import GPU, MEGATRON_2022
+from bloomery.perf.memory import _logits_of_a_chunk, memory_of, worst_memory
+from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.loss import loss_rows
+from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
 
 GPT3 = catalog.model("gpt3-175b")
@@ -103,6 +105,23 @@ def test_the_worst_rank_is_the_worst_of_all_ranks() -> None:
         one = replace(case(Layout(pp=4, micro_batch=1)), model=model, lay=lay)
         every = [sum(memory_of(one, one.ranks(np.array([r]))).values())[0] for r in range(4)]  # type: ignore[index]
         assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))  # type: ignore[index]
+
+
+def test_our_engine_holds_the_logits_of_a_chunk_of_its_device() -> None:
+    tokens, vocab, hidden = 8192, 32768, 1024
+    model = Model(layers=1, hidden=hidden, heads=8, ffn_hidden=2816, vocab=vocab, max_seq_len=tokens)
+
+    def logits(name: str) -> float:
+        one = Case.of(
+            model, catalog.cluster(name), LayoutBatch.of([Layout(micro_batch=1)]), global_batch=1, seq_len=tokens,
+            dtype="float32", stack=EAGER_CPU,
+        )  # fmt: skip
+        return float(_logits_of_a_chunk(one)[0])
+
+    gradient = 4 * vocab * hidden
+    assert logits("this-machine") == max(4 * vocab * loss_rows("cpu"), gradient) + gradient
+    assert logits("generic-8xh100") == max(4 * vocab * loss_rows("cuda"), gradient) + gradient
+    assert logits("generic-8xh100") > logits("this-machine")
 
 
 def test_the_published_runs_of_a_40_and_80_gb_machine_fit() -> None:

@@ -210,3 +210,26 @@ def test_failure_rates_are_the_published_counts(name: str, failures: float, days
     rate = catalog.failure_rate(name)
     assert rate["per_1000_node_days"] == pytest.approx(1000 * failures / (days * nodes), rel=0.005)
     assert rate["source"]
+
+
+@pytest.mark.parametrize(
+    ("device", "first"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("NVIDIA GeForce RTX 4090", "rtx"),
+        ("AMD Instinct MI300X", "mi300x"),
+    ],
+)
+def test_a_drivers_name_leads_to_data_sheets(device: str, first: str) -> None:
+    found = catalog.data_sheets_of(device)
+    assert found
+    assert {sheet.name.split("-")[0] for sheet in found} == {first}
+
+
+@pytest.mark.parametrize("device", ["Tesla T4", "NVIDIA GeForce RTX 3060", ""])
+def test_an_unknown_device_has_no_data_sheet(device: str) -> None:
+    assert catalog.data_sheets_of(device) == []
