@@ -98,7 +98,8 @@ def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: fl
         key_s = view.positions_s if keys == queries else torch.arange(keys, device=q_bhsk.device)
         mask = view.bias(key_s, q_bhsk.dtype)
         if grouped and q_bhsk.is_cuda:
-            # CUDA's fused kernels take a mask or grouped queries, not both: what is left writes all scores.
+            # Flash attention takes no mask, the memory-efficient kernel no grouped queries; the plain one after them
+            # writes all scores.
             k_bhsk, v_bhsk, grouped = for_all_heads(k_bhsk, q_bhsk), for_all_heads(v_bhsk, q_bhsk), False
     return F.scaled_dot_product_attention(
         q_bhsk, k_bhsk, v_bhsk, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale
