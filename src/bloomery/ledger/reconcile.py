@@ -175,11 +175,15 @@ def read_plan(run_dir: Path) -> tuple[dict[str, Any], Estimate]:
         raise InputError("no run here: plan.json is missing", where=str(run_dir), accepted="the folder `train` wrote")
     try:
         plan = read_json(path)
-        return plan, Estimate.from_json(plan["estimate"])
+        estimate = Estimate.from_json(plan["estimate"])
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"not a plan ({error})", where=str(path)) from None
+    missing = ", ".join(name for name in COMPONENTS if name not in estimate.components)
+    if missing:
+        raise InputError(f"a plan of another version of Bloomery, without {missing}", where=str(path))
+    return plan, estimate
 
 
 def reconcile(run_dir: str | Path) -> Reconciliation:
