@@ -130,6 +130,7 @@ class Reconciliation:
     dtype: str
     steps: int
     steady_steps: int
+    plain_steps: int
     step_time_s: Compared
     interval_s: tuple[float, float]
     noise: float
@@ -196,7 +197,9 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
     if not any(line["step"] > first for line in lines):
         problem = "no finished step" if not first else f"no step after the ramp's {first}"
         raise InputError(f"{problem} in ledger.jsonl: nothing to reconcile yet", where=str(run_dir))
-    steady, notes = _steady_steps([line for line in lines if not 0 < line["step"] <= first])
+    plain, notes = _plain_steps([line for line in lines if not 0 < line["step"] <= first])
+    quarter = len(plain) // 4
+    steady = plain[quarter : len(plain) - quarter]
     measured = _mean_buckets(steady)
     step_s = float(sum(measured.values()))
     n_steps = len({line["step"] for line in lines if line["step"] > 0})
@@ -220,6 +223,7 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
         dtype=estimate.dtype,
         steps=n_steps,
         steady_steps=len(steady),
+        plain_steps=len(plain),
         step_time_s=Compared(estimate.step_time_s, step_s),
         interval_s=(estimate.low_s, estimate.high_s),
         noise=_noise(steady),
@@ -249,8 +253,8 @@ def _run_name(run_dir: Path) -> str:
     return f"{path.parent.parent.name} / {path.name}" if path.parent.name == "align" else path.name
 
 
-def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """The steps to average, each the lines of all its ranks, and remarks on what had to be relaxed.
+def _plain_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], list[str]]:
+    """The steps to choose from, quickest first, each the lines of all its ranks; remarks on what had to be relaxed.
 
     A step that was run twice (a crash, then a resume) counts once, as it was run last.
     """
@@ -274,9 +278,7 @@ def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, 
         chosen = list(plain.values()) or list(whole.values())
     if not chosen:
         raise InputError("no step was finished by every rank", where="ledger.jsonl")
-    chosen.sort(key=lambda rows: float(np.mean([row["wall_s"] for row in rows])))
-    quarter = len(chosen) // 4
-    return chosen[quarter : len(chosen) - quarter], notes
+    return sorted(chosen, key=lambda rows: float(np.mean([row["wall_s"] for row in rows]))), notes
 
 
 def _has_pause(row: dict[str, Any]) -> bool:
