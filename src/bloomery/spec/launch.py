@@ -10,7 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from bloomery.spec.base import Noun
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[\w.,:;@%+*/=\[\]-]*)?")
+NO_LIMIT = ("UNLIMITED", "INFINITE")
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[\w.,:;@%+*/=|&()\[\]-]*)?")
 _WORD = re.compile(r"[\w/][\w.,:@/+-]*")
 
 
@@ -18,7 +19,7 @@ def time_limit_s(text: str) -> int:
     """Seconds of a Slurm time: `MM`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ValueError."""
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ValueError("a time is expected, as in 24:00:00, 30 (minutes) or 2-12 (days-hours)")
+        raise ValueError("a time is expected, as in 24:00:00, 30 (minutes), 2-12 (days-hours) or UNLIMITED")
     days, *rest = match.groups()
     first, second, third = (int(part) if part else 0 for part in rest)
     if days is not None:
@@ -31,7 +32,7 @@ def time_limit_s(text: str) -> int:
 def _time(value: object) -> str:
     """A bare number is minutes, as sbatch has it."""
     text = str(value)
-    if text:
+    if text and text not in NO_LIMIT:
         time_limit_s(text)
     return text
 
@@ -66,7 +67,7 @@ class Slurm(Noun):
 
     @model_validator(mode="after")
     def _time_for_work(self) -> Slurm:
-        if self.time and time_limit_s(self.time) <= self.notice_s:
+        if self.time and self.time not in NO_LIMIT and time_limit_s(self.time) <= self.notice_s:
             raise ValueError(f"time {self.time} leaves nothing to train in before the notice of {self.notice_s} s")
         return self
 

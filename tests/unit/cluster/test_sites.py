@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bloomery.cluster.hostfile import Host
 from bloomery.cluster.sites import kubernetes, skypilot, slurm, ssh
 from bloomery.cluster.sites.order import Order, order
 from bloomery.spec.catalog import read_run
@@ -179,6 +180,12 @@ def test_times_are_read_as_slurm_does(text: str, seconds: int) -> None:
     assert Slurm(time=text, notice_s=10).time == text
 
 
+def test_no_limit_and_alternatives_are_slurms_too() -> None:
+    site = Slurm(time="UNLIMITED", options=("--constraint=a100|h100",))
+    text = slurm.script([ordered("launch.slurm.options=['--constraint=a100|h100']")], Path("log"))
+    assert site.time == "UNLIMITED" and "#SBATCH '--constraint=a100|h100'" in text
+
+
 @pytest.mark.parametrize(
     ("text", "state", "code"),
     [
@@ -203,17 +210,26 @@ def test_ranks_that_hosts_cannot_share_evenly_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "names no host"),
-        ("a b", "one host a line"),
-        ("a\na", "stands twice"),
-        ("-oProxyCommand=x", "one host a line"),
+        ("", "no host in it"),
+        ("a b", "unknown setting"),
+        ("a\na", "named before"),
+        ("-oProxyCommand=x", "name comes first"),
+        ("\udcff", "not UTF-8 text"),
     ],
 )
 def test_a_wrong_host_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "hosts"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=words):
         ssh.read_hosts(path)
+
+
+def test_a_host_file_of_the_probe_serves_ssh_too(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("me@h1 slots=2 address=10.0.0.1\nh2 slots=2\n")
+    first, second = ssh.commands(ordered(), ssh.read_hosts(path))
+    assert (first[-2], second[-2]) == ("me@h1", "h2")
+    assert "--rendezvous 10.0.0.1:29400" in first[-1] and "--node 1/2" in second[-1]
 
 
 FAKE_SSH = """#!/bin/sh
@@ -246,7 +262,7 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
 def test_one_host_that_fails_stops_all_after_saving(
     fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hosts = ["me@good", "bad"]
+    hosts = [Host("me@good"), Host("bad")]
     assert ssh.run(ssh.commands(ordered(), hosts, fake_ssh), hosts) == 7
     said = capfd.readouterr().err
     assert "here me@good train" in said and "--node 0/2 --rendezvous good:29400" in said
@@ -257,7 +273,7 @@ def test_one_host_that_fails_stops_all_after_saving(
 def test_told_to_stop_it_stops_all_hosts_after_saving(
     fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hosts = ["one", "two"]
+    hosts = [Host("one"), Host("two")]
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -268,5 +284,5 @@ def test_told_to_stop_it_stops_all_hosts_after_saving(
 
 
 def test_host_keys_are_checked_as_the_user_has_it() -> None:
-    text = " ".join(ssh.commands(ordered(), ["a", "b"])[0])
+    text = " ".join(ssh.commands(ordered(), [Host("a"), Host("b")])[0])
     assert "StrictHostKeyChecking" not in text and "UserKnownHostsFile" not in text and "BatchMode=yes" in text
