@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from bloomery.cluster.hostfile import Host, parse_hosts
@@ -58,8 +59,15 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
 
     Returns the first failure's code, 0 where there is none. Lines of hosts but the first carry the host's name.
     """
+    # In sessions of their own: a Ctrl-C at this terminal must not end the connections that the hosts save behind.
     processes = [
-        subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         for command in commands
     ]
     readers = [
@@ -79,7 +87,7 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         code = STOPPED_BY_SIGNAL
-        print("stopping all hosts after saving", file=sys.stderr, flush=True)
+        _say("stopping all hosts after saving\n")
         _stop(processes)
         for process in processes:
             process.wait()
@@ -99,7 +107,13 @@ def _interrupt(number: int, frame: object) -> None:
 def _relay(process: subprocess.Popen[bytes], prefix: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stderr.write(prefix + line.decode(errors="replace"))
+        _say(prefix + line.decode(errors="replace"))
+
+
+def _say(text: str) -> None:
+    """At the terminal; without one the hosts are listened to all the same, or they would wait for us."""
+    with suppress(OSError):
+        sys.stderr.write(text)
         sys.stderr.flush()
 
 
