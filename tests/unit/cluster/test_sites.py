@@ -283,6 +283,22 @@ def test_told_to_stop_it_stops_all_hosts_after_saving(
     assert capfd.readouterr().err.count("saved") == 2
 
 
+def test_a_ctrl_c_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(fake_ssh: tuple[str, ...]) -> None:
+    commands = ssh.commands(ordered(), [Host("one"), Host("two")], fake_ssh)
+    text = (
+        "import json, sys\nfrom bloomery.cluster.hostfile import Host\nfrom bloomery.cluster.sites import ssh\n"
+        'sys.exit(ssh.run(json.loads(sys.argv[1]), [Host("one"), Host("two")]))'
+    )
+    program = [sys.executable, "-c", text, json.dumps(commands)]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stderr is not None
+        said = [run.stderr.readline() for _ in commands]  # both are there
+        os.killpg(run.pid, signal.SIGINT)
+        said += run.stderr.readlines()
+    assert run.returncode == 75
+    assert "".join(said).count("saved") == 2, said
+
+
 def test_host_keys_are_checked_as_the_user_has_it() -> None:
     text = " ".join(ssh.commands(ordered(), [Host("a"), Host("b")])[0])
     assert "StrictHostKeyChecking" not in text and "UserKnownHostsFile" not in text and "BatchMode=yes" in text

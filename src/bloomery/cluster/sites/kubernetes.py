@@ -18,6 +18,7 @@ from bloomery.cluster.sites.order import Order, require_program
 from bloomery.cluster.world import ALIVE_VARIABLE
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.run import Run
 
 HOPELESS = [1, 2, 3]
 """Exit codes after which another start would end the same way."""
@@ -62,13 +63,16 @@ def submit(one: Order) -> Path:
     return path
 
 
-def how_to_follow(one: Order) -> str:
+def how_to_follow(run: Run) -> str:
     """The command that shows the first pod's log, the live line in it."""
-    space = f" -n {one.run.launch.kubernetes.namespace}" if one.run.launch.kubernetes.namespace else ""
     return (
-        f"kubectl logs{space} -f -l jobset.sigs.k8s.io/jobset-name={one.run.name},"
+        f"kubectl logs{_space(run)} -f -l jobset.sigs.k8s.io/jobset-name={run.name},"
         "batch.kubernetes.io/job-completion-index=0"
     )
+
+
+def _space(run: Run) -> str:
+    return f" -n {run.launch.kubernetes.namespace}" if run.launch.kubernetes.namespace else ""
 
 
 def _metadata(one: Order, name: str) -> Manifest:

@@ -12,6 +12,7 @@ from bloomery.cluster.sites.order import Order, require_program
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.job import STOPPED_BY_SIGNAL
+from bloomery.spec.run import Run
 
 ACCELERATORS = {
     "v100-32gb": "V100-32GB",
@@ -81,6 +82,6 @@ def submit(one: Order) -> Path:
     return path
 
 
-def how_to_follow(one: Order) -> str:
+def how_to_follow(run: Run) -> str:
     """The command that shows the job's log, the live line in it."""
-    return f"sky jobs logs --name {one.run.name}"
+    return f"sky jobs logs --name {run.name}"
