@@ -80,6 +80,7 @@ def test_kubernetes_accepts_the_manifest(kind: str) -> None:
     for part in ('--node \\"$JOB_COMPLETION_INDEX/2\\"', "llama3-8b-node-0-0.llama3-8b:29400", '"nvidia.com/gpu": 8'):
         assert part in everything, part
     assert '"terminationGracePeriodSeconds": 120' in everything
+    assert "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']" in everything
     assert "podset-preferred-topology" in everything
     assert '"claimName": "bloomery"' in everything
 

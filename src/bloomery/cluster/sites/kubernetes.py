@@ -108,7 +108,9 @@ def _environment(one: Order) -> list[Manifest]:
         "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
         ALIVE_VARIABLE: ALIVE_FILE,
     }
-    return [{"name": name, "value": value} for name, value in values.items()]
+    attempt = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"}}
+    again = {"name": "BLOOMERY_REQUEUES", "valueFrom": attempt}
+    return [*({"name": name, "value": value} for name, value in values.items()), again]
 
 
 def _probes() -> Manifest:
