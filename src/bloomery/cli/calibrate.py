@@ -115,7 +115,10 @@ def _print(found: Refit, target: Path) -> None:
         knobs.add_row(row["name"], f"{row['factor']:.3f}", row["meaning"])
     console.print(knobs)
     if not found.kept:
-        console.print("no step towards the fit makes the runs better and none of them worse: the file stands as it is", highlight=False)
+        console.print(
+            "no step towards the fit makes the runs better and none of them worse: the file stands as it is",
+            highlight=False,
+        )
         return
     if found.kept < 1:
         console.print(f"kept {found.kept:.0%} of the fit: all of it would make earlier runs worse", highlight=False)

@@ -34,7 +34,9 @@ def launch(
     ] = None,
     show: Annotated[bool, typer.Option("--print", "--dry-run", help="Only show what would be submitted.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Submit and leave.")] = False,
-    again: Annotated[bool, typer.Option("--follow", help="Follow the job launched before, or say how; submit nothing.")] = False,
+    again: Annotated[
+        bool, typer.Option("--follow", help="Follow the job launched before, or say how; submit nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON; implies --detach.")] = False,
 ) -> None:
     """Start a run on a scheduler's hosts, follow it with the line of a local run, and let it outlive the follower.

@@ -13,7 +13,7 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.measured import Measured
 
 LEAST_STEPS = 5
-"""Steps without a checkpoint or an evaluation, the first ones left out: fewer say more of the moment than of the run."""
+"""Steps without a checkpoint or an evaluation, the first ones left out: fewer say more of the moment than the run."""
 
 
 def measured(run_dir: Path) -> tuple[Measured, Cluster]:

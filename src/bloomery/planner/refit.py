@@ -8,7 +8,8 @@ would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts 
 
 The runs together never become worse: neither their median error nor their mean nor the largest may grow, and one of
 them must fall. A fit that breaks this is taken back towards the old file until it does not (`STEPS_BACK`); where even
-the smallest step is too far, the file stands. A single run may: one that was right by two errors has to, when the first of them goes.
+the smallest step is too far, the file stands. A single run may become worse: one that was right by two errors has to,
+when the first of them goes.
 
 The interval comes from each run's error without it, by the fit's own leverage.
 """

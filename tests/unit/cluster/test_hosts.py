@@ -180,7 +180,7 @@ def test_a_port_that_stays_taken_is_temporary_and_one_that_is_forbidden_is_wrong
     place, settings = Place(0, 2, "127.0.0.1", 1), Supervision(first_phase_s=0.2)
     for fault, error in ((errno.EADDRINUSE, TemporaryError), (errno.EACCES, InputError)):
         monkeypatch.setattr(hosts_of_a_run, "listen", raising(OSError(fault, "no")))
-        with pytest.raises(error, match="--rendezvous 127.0.0.1:1"):
+        with pytest.raises(error, match=r"--rendezvous 127\.0\.0\.1:1"):
             Leader(place, tmp_path, settings, Stopping())
     assert TemporaryError.exit_code == 75
 

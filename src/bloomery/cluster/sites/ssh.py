@@ -74,11 +74,11 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
         threading.Thread(target=_relay, args=(process, f"{host.name}: " if number else ""), daemon=True)
         for number, (process, host) in enumerate(zip(processes, hosts, strict=False))
     ]
-    for reader in readers:
-        reader.start()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     code = 0
     try:
+        for reader in readers:
+            reader.start()
         while None in [process.poll() for process in processes]:  # every one is looked at: a code is known once polled
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if failed and not code:
@@ -95,7 +95,7 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
         _stop(processes)
-        for reader in readers:
+        for reader in [one for one in readers if one.is_alive()]:
             reader.join(timeout=5)
     return code or next((process.returncode for process in processes if process.returncode), 0)
 
