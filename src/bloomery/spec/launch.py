@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -76,7 +76,7 @@ class Kubernetes(Noun):
     """For `launch --on kubernetes`: the image, and the claim of the volume that all pods share, mounted at `mount`.
 
     Relative folders of the description are below `mount`. `topology`: a node label; all pods lie within one value of it
-    where the scheduler can.
+    where the scheduler can. `pod` is laid over the pod's spec: mappings are merged, items of lists by their name.
     """
 
     kind: Literal["jobset", "trainjob"] = "jobset"
@@ -89,10 +89,14 @@ class Kubernetes(Noun):
     runtime: Word = Field(default="torch-distributed", description="Kubeflow's training runtime, for trainjob")
     grace_s: int = Field(default=120, ge=10, description="to finish the step and save")
     restarts: int = Field(default=100, ge=0)
+    pod: dict[str, Any] = Field(default={}, description="what else the pods need: nodeSelector, tolerations, ...")
 
 
 class SkyPilot(Noun):
-    """For `launch --on skypilot`: the image, and the volume that all nodes share, mounted at `mount`."""
+    """For `launch --on skypilot`: the image, and the volume that all nodes share, mounted at `mount`.
+
+    SkyPilot has volumes on Kubernetes and RunPod; elsewhere `volume` is empty and the site mounts what is shared.
+    """
 
     infra: Word = ""
     image: Word = "bloomery:latest"

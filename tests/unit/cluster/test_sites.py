@@ -93,6 +93,30 @@ def read_run_of(text: str) -> Any:
     return Run.checked(parse_yaml(text, "run.yaml"))
 
 
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_what_else_pods_need_is_laid_over_their_spec(kind: str) -> None:
+    name = {"jobset": "bloomery", "trainjob": "node"}[kind]
+    more = "nodeSelector: {gpu: h100}, tolerations: [{key: gpu, operator: Exists}], volumes: [{name: x, emptyDir: {}}]"
+    inner = f"containers: [{{name: {name}, securityContext: {{privileged: true}}}}]"
+    one = ordered(f"launch.kubernetes.kind={kind}", f"launch.kubernetes.pod={{{more}, {inner}}}")
+    job = kubernetes.manifests(one)[1]
+    assert problems({**job, "metadata": {}}, json.loads((SCHEMAS / f"{kind}.json").read_text())) == []
+    jobs = job["spec"]
+    if kind == "trainjob":
+        jobs = jobs["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+    spec = jobs["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"gpu": "h100"} and spec["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert [volume["name"] for volume in spec["volumes"]] == ["work", "run", "shm", "x"]
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {"privileged": True} and len(container["volumeMounts"]) == 3
+
+
+def test_extra_resources_stand_beside_the_accelerators() -> None:
+    pod = "{containers: [{name: bloomery, resources: {limits: {rdma/hca: 1}}}]}"
+    text = kubernetes.text(ordered(f"launch.kubernetes.pod={pod}"))
+    assert "nvidia.com/gpu: 8" in text and "rdma/hca: 1" in text
+
+
 def test_the_checker_of_schemas_finds_what_an_api_server_would() -> None:
     schema = json.loads((SCHEMAS / "jobset.json").read_text())
     job = kubernetes.manifests(ordered())[1]
@@ -124,6 +148,34 @@ def test_a_container_is_alive_while_its_supervisor_looks(tmp_path: Path, monkeyp
     assert subprocess.run(command).returncode != 0
 
 
+FAKE_KUBECTL = """#!/bin/sh
+echo "$@" >> "$0.said"
+case "$1" in get) [ ! -e "$0.job" ] || echo jobset.jobset.x-k8s.io/llama3-8b ;; apply) touch "$0.job" ;; esac
+"""
+
+
+def test_a_second_job_of_a_name_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(FAKE_KUBECTL)
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    one = ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me")
+    manifest = kubernetes.submit(one)
+    before = manifest.read_text()
+    with pytest.raises(InputError, match="`kubectl delete jobset llama3-8b -n me` ends it"):
+        kubernetes.submit(ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me", "train.global_batch=64"))
+    said = (tmp_path / "kubectl.said").read_text()
+    assert said.count("apply") == 1 and "get jobset llama3-8b -n me --ignore-not-found" in said
+    assert manifest.read_text() == before
+
+
+def test_what_a_job_reads_when_it_restarts_is_named_by_its_content_and_cannot_change() -> None:
+    first, job = kubernetes.manifests(ordered())
+    other, _ = kubernetes.manifests(ordered("train.global_batch=64"))
+    assert first["immutable"] is True and first["metadata"]["name"] != other["metadata"]["name"]
+    assert first["metadata"]["name"] in json.dumps(job)
+
+
 def test_a_name_kubernetes_does_not_take_is_refused() -> None:
     with pytest.raises(InputError, match="small letters"):
         kubernetes.text(ordered("name=My_Run"))
@@ -141,6 +193,10 @@ def test_skypilot_is_told_hosts_accelerators_and_what_to_recover_from() -> None:
         skypilot.text(ordered("cluster=h800-deepseek-like", "layout={tp: 8, dp: 2}"))
 
 
+def test_without_a_volume_skypilot_is_told_of_none() -> None:
+    assert "volumes" not in skypilot.task(ordered("launch.skypilot.volume=''", "launch.skypilot.infra=aws"))
+
+
 def test_the_batch_script_says_what_the_layout_needs(tmp_path: Path) -> None:
     site = ["partition=gpu", "account=lab", "qos=high", "time=24:00:00", "notice_s=90", "options=[--constraint=h100]"]
     one = ordered("name=a run", *(f"launch.slurm.{word}" for word in site))
@@ -153,6 +209,14 @@ def test_the_batch_script_says_what_the_layout_needs(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in options, expected
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_on_a_part_of_a_host_every_rank_has_a_core(tmp_path: Path) -> None:
+    part = ["cluster.nodes=1", "layout={tp: 4, dp: 1}"]
+    assert "#SBATCH --cpus-per-task=4\n" in slurm.script([ordered(*part)], tmp_path / "log")
+    told = ordered(*part, "launch.slurm.options=[--cpus-per-gpu=12]")
+    assert "cpus-per-task=4" not in slurm.script([told], tmp_path / "log")
+    assert "#SBATCH --cpus-per-task" not in slurm.script([ordered()], tmp_path / "log")
 
 
 def test_several_runs_are_one_array_and_must_be_alike(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def task(one: Order) -> dict[str, Any]:
             "BLOOMERY_JOB": one.run.name,
             "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
         },
-        "volumes": {site.mount: site.volume},
+        **({"volumes": {site.mount: site.volume}} if site.volume else {}),
         "file_mounts": {DESCRIBED: str(one.description)},
         "run": (
             f"cd {shlex.quote(site.mount)}\n"
