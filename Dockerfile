@@ -4,8 +4,9 @@
 FROM python:3.11-slim-bookworm
 ARG ACCELERATOR=cpu
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
-# The compiler is for torch.compile.
-RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+# The compiler is for torch.compile, the libraries for NCCL over InfiniBand and RoCE.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ \
+      $([ "$ACCELERATOR" = cuda ] && echo libibverbs1 ibverbs-providers librdmacm1) && rm -rf /var/lib/apt/lists/*
 WORKDIR /opt/bloomery
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 # PyTorch alone first: its layer stays when our source changes.

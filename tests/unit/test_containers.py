@@ -71,3 +71,15 @@ def test_the_build_argument_picks_pytorch_and_refuses_the_rest(accelerator: str,
         done = subprocess.run(["sh", "-c", shell + script], capture_output=True, text=True)
         assert done.returncode == code
         assert ("whl/cpu" in done.stdout) == (accelerator == "cpu")
+
+
+@pytest.mark.parametrize(("accelerator", "there"), [("cpu", False), ("cuda", True)])
+def test_nccl_finds_the_libraries_of_its_network(accelerator: str, there: bool) -> None:
+    docker = next(rest for word, rest in instructions() if word == "RUN" and "apt-get" in rest)
+    apptainer = re.search(r"apt-get update .*?lists/\*", sections()["post"].replace("\\\n", " "))
+    assert apptainer is not None
+    shell = f'set -e; apt() {{ echo "$@"; }}; rm() {{ :; }}; ACCELERATOR={accelerator}; '
+    for script in (docker, apptainer[0].replace("{{ ACCELERATOR }}", accelerator)):
+        done = subprocess.run(["sh", "-c", shell + script.replace("apt-get", "apt")], capture_output=True, text=True)
+        assert done.returncode == 0 and "g++" in done.stdout
+        assert ("libibverbs1 ibverbs-providers librdmacm1" in done.stdout) == there

@@ -23,8 +23,9 @@ def calibrate(
 ) -> None:
     """Refit a cluster file to finished runs: few factors with a meaning, each drawn to where the file has it.
 
-    Runs of earlier calibrations are remembered beside the file and fitted again; a fit that makes them worse is taken
-    back as far as it must. Exit code 3: nothing could be kept, the file stands.
+    What is no run, or a short one, is passed over. Runs of earlier calibrations are remembered beside the file and
+    fitted again; a fit that makes them worse is taken back as far as it must. Exit code 3: nothing could be kept, the
+    file stands.
     """
     from bloomery.cli.console import print_json
     from bloomery.cluster.probe import write_cluster
@@ -54,11 +55,25 @@ def calibrate(
 
 
 def _read(run_dirs: list[Path]) -> tuple[list[Measured], Cluster]:
-    """The runs, and the cluster of the newest. Raises InputError where they are of different machines."""
+    """The runs, and the cluster of the newest; what is no run or too short is passed over with a note.
+
+    Raises InputError where nothing is left, or where they are of different machines.
+    """
+    from bloomery.cli.console import warn
     from bloomery.ledger.measured import measured
     from bloomery.spec.errors import InputError
 
-    found = [(*measured(folder), folder) for folder in run_dirs]
+    found, problems = [], []
+    for folder in run_dirs:
+        try:
+            found.append((*measured(folder), folder))
+        except InputError as error:
+            problems.append(error)
+    if not found and len(problems) > 1:
+        raise InputError(f"none of these {len(problems)} can be calibrated on; the first: {problems[0]}")
+    if not found:
+        raise problems[0]
+    warn(map(str, problems))
     newest = max(found, key=lambda item: item[0].finished)[1]
     for _, one, folder in found:
         if one.name != newest.name:
@@ -100,7 +115,10 @@ def _print(found: Refit, target: Path) -> None:
         knobs.add_row(row["name"], f"{row['factor']:.3f}", row["meaning"])
     console.print(knobs)
     if not found.kept:
-        console.print("every step towards the fit makes earlier runs worse: the file stands as it is", highlight=False)
+        console.print(
+            "no step towards the fit makes the runs better and none of them worse: the file stands as it is",
+            highlight=False,
+        )
         return
     if found.kept < 1:
         console.print(f"kept {found.kept:.0%} of the fit: all of it would make earlier runs worse", highlight=False)

@@ -27,9 +27,15 @@ WRONG_PLACE = {
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, for programs."""
-    json.dump(value, sys.stdout, ensure_ascii=False, indent=1, allow_nan=False)
-    sys.stdout.write("\n")
+    """One JSON document on standard output, for programs: a whole one or none.
+
+    Raises InputError for what JSON has no number for.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    except ValueError:
+        raise InputError("a figure is beyond all numbers: a price, a size or a rate given is out of range") from None
+    sys.stdout.write(text + "\n")
 
 
 @contextmanager

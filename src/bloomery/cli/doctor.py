@@ -80,6 +80,7 @@ def _print(findings: list[Finding]) -> None:
     for check, hosts, verdict, found, remedy in rows(findings):
         table.add_row(check, *([hosts] if several else []), MARKS[verdict], found, remedy)
     console = Console()
+    console.width = min(console.width, 100)
     console.print(table)
     faults = [one for one in findings if one.verdict == "fault"]
     advice = sum(one.verdict == "advice" for one in findings)

@@ -34,7 +34,9 @@ def launch(
     ] = None,
     show: Annotated[bool, typer.Option("--print", "--dry-run", help="Only show what would be submitted.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Submit and leave.")] = False,
-    again: Annotated[bool, typer.Option("--follow", help="Follow the job launched before; submit nothing.")] = False,
+    again: Annotated[
+        bool, typer.Option("--follow", help="Follow the job launched before, or say how; submit nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the job as JSON; implies --detach.")] = False,
 ) -> None:
     """Start a run on a scheduler's hosts, follow it with the line of a local run, and let it outlive the follower.
@@ -45,6 +47,7 @@ def launch(
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
 
+    _check_options(on, show=show, again=again, as_json=as_json)
     assignments = set_ or []
     runs = [read_run(path, assignments) for path in run_files]
     if array:
@@ -56,10 +59,29 @@ def launch(
         raise InputError("every run of an array needs a name of its own", where="name", found=", ".join(names))
     if on is Site.SLURM:
         _slurm([order(_absolute(run), nodes) for run in runs], run_files, show, detach or as_json, again, as_json)
+    elif again:
+        _tell_how_to_follow(runs[0], on)
     elif on is Site.SSH:
         _ssh(_absolute(runs[0]), nodes, hosts, show=show)
     else:
         _manifest(order(runs[0], nodes), on, show=show, as_json=as_json)
+
+
+def _check_options(on: Site, *, show: bool, again: bool, as_json: bool) -> None:
+    """Raise InputError for options that contradict each other, before anything is submitted."""
+    from bloomery.spec.errors import InputError
+
+    if show + again + as_json > 1:
+        raise InputError("one of them at a time", where="--print, --follow, --json")
+    if on is Site.SSH and (again or as_json):
+        problem = "by ssh a run is followed where it was launched; `bloomery watch RUN_DIR` looks at it from elsewhere"
+        raise InputError(problem, where="--follow" if again else "--json")
+
+
+def _tell_how_to_follow(run: Run, site: Site) -> None:
+    from bloomery.cluster.sites import kubernetes, skypilot
+
+    print((kubernetes if site is Site.KUBERNETES else skypilot).how_to_follow(run))
 
 
 def _absolute(run: Run) -> Run:
@@ -69,15 +91,23 @@ def _absolute(run: Run) -> Run:
 
 
 def _sweep(path: Path, assignments: list[str], array: str) -> list[Run]:
-    """One run for each value of a key, named by the run and the value's number."""
+    """One run for each value of a key, named by the run and the value's number, all on the data of the run itself."""
+    from bloomery.cluster.prepare import data_folder
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
 
     key, equals, values = array.partition("=")
     if not equals or not all(values.split(",")):
         raise InputError("a key and its values are expected", where="--array", found=array, accepted="KEY=A,B,...")
-    runs = [read_run(path, [*assignments, f"{key}={value}"]) for value in values.split(",")]
-    return [run.model_copy(update={"name": f"{run.name}-{number}"}) for number, run in enumerate(runs)]
+    shared = str(data_folder(read_run(path, assignments)))
+    runs = []
+    for number, value in enumerate(values.split(",")):
+        run = read_run(path, [*assignments, f"{key}={value}"])
+        changes: dict[str, object] = {"name": f"{run.name}-{number}"}
+        if not key.startswith("data."):
+            changes["data"] = run.data.model_copy(update={"folder": shared})
+        runs.append(run.model_copy(update=changes))
+    return runs
 
 
 def _slurm(orders: list[Order], run_files: list[Path], show: bool, detach: bool, again: bool, as_json: bool) -> None:
@@ -111,7 +141,8 @@ def _slurm(orders: list[Order], run_files: list[Path], show: bool, detach: bool,
     write_atomically(folder / "job.sh", text)
     job = slurm.submit(folder / "job.sh")
     for number, one in enumerate(orders):
-        remember(one.folder, "slurm", f"{job}_{number}" if len(orders) > 1 else job)
+        name = f"{job}_{number}" if len(orders) > 1 else job
+        remember(one.folder, "slurm", name, folder / f"{name}.log")
     folders = [str(one.folder) for one in orders]
     if as_json:
         print_json({"job": job, "script": str(folder / "job.sh"), "runs": folders})
@@ -130,9 +161,10 @@ def _follow(one: Order, job: str, run_files: list[Path]) -> None:
     from bloomery.cluster.prepare import is_finished
     from bloomery.cluster.sites import slurm
     from bloomery.cluster.sites.follow import follow
+    from bloomery.cluster.sites.jobs import log_of
 
     try:
-        last = follow(one.folder, one.folder / "launch" / f"{job}.log", lambda: slurm.status(job), f"job {job}")
+        last = follow(one.folder, log_of(one.folder, job), lambda: slurm.status(job), f"job {job}")
     except KeyboardInterrupt:
         again = f"bloomery launch {' '.join(map(str, run_files))} --on slurm --follow"
         print(f"\njob {job} goes on; `{again}` follows it again, `scancel {job}` ends it", file=sys.stderr)
@@ -176,6 +208,6 @@ def _manifest(one: Order, site: Site, *, show: bool, as_json: bool) -> None:
         return
     path = where.submit(one)
     if as_json:
-        print_json({"manifest": str(path), "follow": where.how_to_follow(one)})
+        print_json({"manifest": str(path), "follow": where.how_to_follow(one.run)})
     else:
-        print(f"submitted {path}; follow it with `{where.how_to_follow(one)}`", file=sys.stderr)
+        print(f"submitted {path}; follow it with `{where.how_to_follow(one.run)}`", file=sys.stderr)

@@ -24,13 +24,14 @@ def runs(
     from rich.console import Console
     from rich.table import Table
 
-    from bloomery.cli.console import print_json
+    from bloomery.cli.console import print_json, warn
     from bloomery.ledger.overview import runs_under
     from bloomery.spec.errors import InputError
 
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder))
-    rows = runs_under(folder)
+    rows, problems = runs_under(folder)
+    warn(problems)
     if as_json:
         print_json([row.to_json() for row in rows])
         return

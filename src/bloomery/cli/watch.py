@@ -34,13 +34,14 @@ def watch(
     from rich.console import Console
     from rich.live import Live
 
-    from bloomery.cli.console import print_json
+    from bloomery.cli.console import print_json, warn
     from bloomery.spec.errors import InputError
 
     if every <= 0:
         raise InputError("must be above zero", where="--every", found=every)
     where = folders or [Path("runs")]
-    seen = look(where)
+    seen, problems = look(where)
+    warn(problems)
     if as_json:
         print_json([one.to_json() for one in seen])
         return
@@ -52,19 +53,31 @@ def watch(
     with Live(picture(seen), console=console, auto_refresh=False) as live:
         while not all(one.state in ("finished", "stopped") for one in seen):
             time.sleep(every)
-            seen = look(where)
+            seen, _ = look(where)
             live.update(picture(seen), refresh=True)
 
 
-def look(folders: list[Path]) -> list[Progress]:
-    """Every run below the folders as it stands now. Raises InputError for a folder without one."""
+def look(folders: list[Path]) -> tuple[list[Progress], list[str]]:
+    """Every run below the folders as it stands now, and what is wrong with those that cannot be read.
+
+    Raises InputError for a folder without a run, or where none can be read.
+    """
     from bloomery.ledger.progress import progress, stages_under
     from bloomery.spec.errors import InputError
 
     for folder in folders:
         if not folder.is_dir():
             raise InputError("no such folder", where=str(folder))
-    return [progress(stage) for stage in dict.fromkeys(stage for folder in folders for stage in stages_under(folder))]
+    seen: list[Progress] = []
+    problems: list[InputError] = []
+    for stage in dict.fromkeys(stage for folder in folders for stage in stages_under(folder)):
+        try:
+            seen.append(progress(stage))
+        except InputError as error:
+            problems.append(error)
+    if not seen:
+        raise problems[0]
+    return seen, [str(problem) for problem in problems]
 
 
 def picture(seen: list[Progress]) -> Group:

@@ -8,13 +8,15 @@ Processes are started by a remote shell, called as `SHELL HOST COMMAND...`: ssh,
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.errors import BloomeryError, InputError, nearest_match
+from bloomery.spec.files import read_text
 
 SSH = ("ssh", "-o", "BatchMode=yes")
 """Never asks for a password; unknown keys of hosts are refused as the user's own settings say."""
@@ -23,6 +25,7 @@ SLURM = "slurm"
 """In the place of a host file: the nodes of the Slurm job this runs in."""
 SETTINGS = ("slots", "address", "threads")
 LOOPBACK = "127.0.0.1"
+_TASKS = re.compile(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,5})\))?")
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def read_hosts(source: str, shell: str = "") -> Hosts:
     path = Path(source)
     if not path.is_file():
         raise InputError("no such host file", where=source, accepted=f"a file with a host a line, or `{SLURM}`")
-    hosts = parse_hosts(path.read_text(encoding="utf-8"), source)
+    hosts = parse_hosts(read_text(path), source)
     words = tuple(shell.split()) or SSH
     if shutil.which(words[0]) is None:
         raise InputError("no such program; it starts the processes on the hosts", where="--shell", found=words[0])
@@ -124,20 +127,24 @@ def _slurm_hosts() -> tuple[Host, ...]:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise InputError("not inside a Slurm job (no SLURM_JOB_NODELIST)", where=SLURM, accepted="a host file")
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if listed.returncode:
+        raise BloomeryError(f"scontrol: {' '.join(listed.stderr.split()) or 'failed without a word'}")
     names = listed.stdout.split()
     tasks = tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"), len(names))
     return tuple(Host(name, slots) for name, slots in zip(names, tasks, strict=True))
 
 
 def tasks_per_node(text: str, nodes: int) -> list[int]:
-    """Slurm's short form, `2(x3),1`, written out.
+    """Slurm's short form, `2(x3),1`, written out. Raises InputError for anything else.
 
     >>> tasks_per_node("2(x3),1", 4)
     [2, 2, 2, 1]
     """
     counts = list[int]()
     for part in text.split(","):
-        count, _, times = part.rstrip(")").partition("(x")
-        counts += [int(count)] * int(times or 1)
+        match = _TASKS.fullmatch(part)
+        if match is None:
+            raise InputError("not Slurm's tasks per node", where="SLURM_TASKS_PER_NODE", found=text, accepted="2(x3),1")
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts if len(counts) == nodes else [counts[0]] * nodes

@@ -7,9 +7,11 @@ everybody is killed at once, and the next start has a rendezvous of its own. All
 
 from __future__ import annotations
 
+import errno
 import hmac
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
 from bloomery.spec.reliability import Supervision
 
+PASSING = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+"""An address that this host does not have yet, a port that an earlier process has still."""
 REPORT_EVERY_S = 0.5
 ANSWER_WITHIN_S = 5.0
 FAREWELL_S = 10.0
@@ -66,11 +70,7 @@ class Leader:
         self._secret = the_secret(folder)
         self._knocking: dict[Channel, str] = {}
         self._start = 0
-        try:
-            self._listener = listen(place.host, place.port, place.nodes)
-        except OSError as error:
-            problem = f"cannot listen here ({(error.strerror or str(error)).lower()})"
-            raise InputError(problem, where=f"--rendezvous {place.host}:{place.port}") from None
+        self._listener = _listening(place, settings.first_phase_s, stopping)
 
     def supervise(self, module: str, folder: Path, world_size: int, usual_s: tuple[float, ...]) -> Outcome:
         """One start on all hosts, from the gathering to the end. Raises TemporaryError when a host does not come."""
@@ -222,6 +222,27 @@ class Leader:
             self._listen()
             pause()
         self._listener.close()
+
+
+def _listening(place: Place, wait_s: float, stopping: Stopping) -> socket.socket:
+    """Listen where the others look, tried again while name, address or port are those of a host that has just gone.
+
+    Raises TemporaryError when that does not pass, InputError for what no waiting helps.
+    """
+    where, until, said = f"--rendezvous {place.host}:{place.port}", time.monotonic() + wait_s, False
+    while True:
+        try:
+            return listen(place.host, place.port, place.nodes)
+        except OSError as error:
+            problem = f"cannot listen here ({(error.strerror or str(error)).lower()})"
+            if not isinstance(error, socket.gaierror) and error.errno not in PASSING:
+                raise InputError(problem, where=where) from None
+        if stopping.asked or time.monotonic() > until:
+            raise TemporaryError(f"{where}: {problem}, tried for {wait_s:g} s; the same command goes on")
+        if not said:
+            print(f"{where}: {problem}; trying for {wait_s:g} s", file=sys.stderr, flush=True)
+            said = True
+        pause()
 
 
 def _patience_s(there: list[Outcome], settings: Supervision) -> float:

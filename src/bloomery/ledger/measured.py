@@ -12,11 +12,14 @@ from bloomery.spec.components import COMPUTE
 from bloomery.spec.errors import InputError
 from bloomery.spec.measured import Measured
 
+LEAST_STEPS = 5
+"""Steps without a checkpoint or an evaluation, the first ones left out: fewer say more of the moment than the run."""
+
 
 def measured(run_dir: Path) -> tuple[Measured, Cluster]:
     """What a run took, and the cluster its plan was made on.
 
-    Raises InputError where the folder is no run, has no finished step, or was not planned in its own number format.
+    Raises InputError where the folder is no run, has too few steps, or was not planned in its own number format.
     """
     if not (run_dir / "run.yaml").is_file():
         raise InputError("not a run folder (no run.yaml in it)", where=str(run_dir))
@@ -25,6 +28,9 @@ def measured(run_dir: Path) -> tuple[Measured, Cluster]:
     if run.layout == "auto" or run.train.dtype not in ("auto", estimate.dtype):
         problem = "its plan is of another number format than it ran in"
         raise InputError(problem, where=str(run_dir), found=run.train.dtype, accepted=[estimate.dtype])
+    if found.plain_steps < LEAST_STEPS:
+        problem = "too few steps to calibrate on (the first ones and those with a pause do not count)"
+        raise InputError(problem, where=str(run_dir), found=found.plain_steps, accepted=f"{LEAST_STEPS} or more")
     time = found.step_time_s
     assert time.measured is not None
     finished = datetime.datetime.fromtimestamp((run_dir / "ledger.jsonl").stat().st_mtime, datetime.UTC)

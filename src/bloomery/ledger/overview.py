@@ -39,19 +39,24 @@ class RunRow:
         return asdict(self)
 
 
-def runs_under(folder: Path) -> list[RunRow]:
-    """Every run folder directly or one level below `folder` (or `folder` itself), best bits per byte first."""
+def runs_under(folder: Path) -> tuple[list[RunRow], list[str]]:
+    """Every run folder directly or one level below `folder` (or `folder` itself), best bits per byte first.
+
+    Beside them what is wrong with those that cannot be read.
+    """
     found = [path.parent for pattern in ("run.yaml", "*/run.yaml", "*/*/run.yaml") for path in folder.glob(pattern)]
-    rows = [row for path in sorted(set(found)) if (row := _row(path)) is not None]
-    return sorted(rows, key=lambda row: (row.bits_per_byte is None, row.bits_per_byte or 0.0, row.name))
+    rows, problems = list[RunRow](), list[str]()
+    for path in sorted(set(found)):
+        try:
+            rows.append(_row(path))
+        except BloomeryError as error:
+            problems.append(str(error))
+    return sorted(rows, key=lambda row: (row.bits_per_byte is None, row.bits_per_byte or 0.0, row.name)), problems
 
 
-def _row(folder: Path) -> RunRow | None:
-    """A run as it stands; None where run.yaml does not describe one."""
-    try:
-        run = read_run(folder / "run.yaml")
-    except BloomeryError:
-        return None
+def _row(folder: Path) -> RunRow:
+    """A run as it stands. Raises InputError where run.yaml does not describe one."""
+    run = read_run(folder / "run.yaml")
     metrics = read_lines(folder / "metrics.jsonl")
     steps = [line for line in metrics if "loss" in line]
     heldout = [line["heldout_bits_per_byte"] for line in metrics if "heldout_bits_per_byte" in line]

@@ -130,6 +130,7 @@ class Reconciliation:
     dtype: str
     steps: int
     steady_steps: int
+    plain_steps: int
     step_time_s: Compared
     interval_s: tuple[float, float]
     noise: float
@@ -175,11 +176,15 @@ def read_plan(run_dir: Path) -> tuple[dict[str, Any], Estimate]:
         raise InputError("no run here: plan.json is missing", where=str(run_dir), accepted="the folder `train` wrote")
     try:
         plan = read_json(path)
-        return plan, Estimate.from_json(plan["estimate"])
+        estimate = Estimate.from_json(plan["estimate"])
     except InputError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"not a plan ({error})", where=str(path)) from None
+    missing = ", ".join(name for name in COMPONENTS if name not in estimate.components)
+    if missing:
+        raise InputError(f"a plan of another version of Bloomery, without {missing}", where=str(path))
+    return plan, estimate
 
 
 def reconcile(run_dir: str | Path) -> Reconciliation:
@@ -192,7 +197,9 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
     if not any(line["step"] > first for line in lines):
         problem = "no finished step" if not first else f"no step after the ramp's {first}"
         raise InputError(f"{problem} in ledger.jsonl: nothing to reconcile yet", where=str(run_dir))
-    steady, notes = _steady_steps([line for line in lines if not 0 < line["step"] <= first])
+    plain, notes = _plain_steps([line for line in lines if not 0 < line["step"] <= first])
+    quarter = len(plain) // 4
+    steady = plain[quarter : len(plain) - quarter]
     measured = _mean_buckets(steady)
     step_s = float(sum(measured.values()))
     n_steps = len({line["step"] for line in lines if line["step"] > 0})
@@ -216,6 +223,7 @@ def reconcile(run_dir: str | Path) -> Reconciliation:
         dtype=estimate.dtype,
         steps=n_steps,
         steady_steps=len(steady),
+        plain_steps=len(plain),
         step_time_s=Compared(estimate.step_time_s, step_s),
         interval_s=(estimate.low_s, estimate.high_s),
         noise=_noise(steady),
@@ -245,8 +253,8 @@ def _run_name(run_dir: Path) -> str:
     return f"{path.parent.parent.name} / {path.name}" if path.parent.name == "align" else path.name
 
 
-def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """The steps to average, each the lines of all its ranks, and remarks on what had to be relaxed.
+def _plain_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, Any]]], list[str]]:
+    """The steps to choose from, quickest first, each the lines of all its ranks; remarks on what had to be relaxed.
 
     A step that was run twice (a crash, then a resume) counts once, as it was run last.
     """
@@ -270,9 +278,7 @@ def _steady_steps(lines: Sequence[dict[str, Any]]) -> tuple[list[list[dict[str, 
         chosen = list(plain.values()) or list(whole.values())
     if not chosen:
         raise InputError("no step was finished by every rank", where="ledger.jsonl")
-    chosen.sort(key=lambda rows: float(np.mean([row["wall_s"] for row in rows])))
-    quarter = len(chosen) // 4
-    return chosen[quarter : len(chosen) - quarter], notes
+    return sorted(chosen, key=lambda rows: float(np.mean([row["wall_s"] for row in rows]))), notes
 
 
 def _has_pause(row: dict[str, Any]) -> bool:

@@ -29,6 +29,8 @@ FIRST_DEPTHS, MORE_DEPTHS = 2, 3
 REFINED_WIDTHS = 6
 DEPTHS_OF_TRADE = 5
 LARGEST_SPREAD = 0.5
+LARGEST_PARAMETERS = 1e13
+"""Ten times what has been trained; the shapes of much larger models are too many to look at."""
 Measure = Literal["time", "equal-loss"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
@@ -237,6 +239,15 @@ def design(run: Run, wish: Wish, *, top: int = 10, runnable_only: bool) -> Desig
 
 def _parameters(run: Run, wish: Wish, tokens: int, of: Law) -> float:
     """The size asked for. Raises InputError on what cannot be answered."""
+    size = _size(run, wish, tokens, of)
+    if size > LARGEST_PARAMETERS:
+        where = "--pf-days" if wish.parameters is None else "--parameters"
+        accepted = f"up to {LARGEST_PARAMETERS:.0g}"
+        raise InputError("no structure is this large", where=where, found=f"{size:.4g} parameters", accepted=accepted)
+    return size
+
+
+def _size(run: Run, wish: Wish, tokens: int, of: Law) -> float:
     if run.model.moe is not None:
         raise InputError("only dense structures are designed yet", where="model.moe", found=run.model.name)
     if not of.has_loss:

@@ -18,6 +18,7 @@ import numpy as np
 
 from bloomery.planner.laws import TRAINING_FLOPS, Additive
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_text
 
 FIELDS = ("parameters", "tokens", "loss")
 NAMES = ("E", "A", "B", "alpha", "beta", "exponent")
@@ -105,18 +106,17 @@ def runs_of(parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Run
 
 
 def _rows(path: Path) -> Iterator[tuple[float, ...]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                values = json.loads(line)
-            except ValueError:
-                raise InputError("not valid JSON", where=where) from None
-            if not isinstance(values, dict):
-                raise InputError("a mapping is expected", where=where, accepted=FIELDS)
-            yield tuple(_number(values, name, where) for name in FIELDS)
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            values = json.loads(line)
+        except ValueError:
+            raise InputError("not valid JSON", where=where) from None
+        if not isinstance(values, dict):
+            raise InputError("a mapping is expected", where=where, accepted=FIELDS)
+        yield tuple(_number(values, name, where) for name in FIELDS)
 
 
 def _number(values: dict[str, Any], name: str, where: str) -> float:

@@ -6,9 +6,10 @@
 The parts of each run (matrix products, messages of each dimension, ...) tell the knobs apart that its step time alone
 would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts with its distance, not its square.
 
-The runs together never become worse: neither their median error nor their mean nor the largest. A fit that would is
-taken back towards the old file until it does not (`STEPS_BACK`); where even the smallest step is too far, the file
-stands. A single run may: one that was right by two errors has to, when the first of them goes.
+The runs together never become worse: neither their median error nor their mean nor the largest may grow, and one of
+them must fall. A fit that breaks this is taken back towards the old file until it does not (`STEPS_BACK`); where even
+the smallest step is too far, the file stands. A single run may become worse: one that was right by two errors has to,
+when the first of them goes.
 
 The interval comes from each run's error without it, by the fit's own leverage.
 """
@@ -37,8 +38,8 @@ PART_NOISE = 0.015
 """Spread of one part's error, as a share of the step."""
 STEP = 1e-3
 STEPS_BACK = (1.0, 0.75, 0.5, 0.25, 0.1)
-TOLERANCE = 0.002
-"""An error that grows by less than this has not grown."""
+TOLERANCE = 1e-9
+"""Rounding. More would add up: every calibration starts from what the last one left."""
 LEAST_TURN = 0.005
 LEAST_RUNS = 5
 """Of fewer runs no interval is told."""
@@ -226,12 +227,19 @@ def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 16) -> Re
 
 
 def _furthest(problem: _Problem, x: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:
-    """(the largest step towards the fit that makes the runs no worse, errors there); (0, `before`) where none does."""
+    """(the largest step towards the fit that makes the runs better, errors there); (0, `before`) where none does."""
+    was = _summary(before)
     for kept in STEPS_BACK:
         after = problem.runs.errors(problem.runs.predict(problem.at(kept * x)))
-        if all(of(np.abs(after)) <= of(np.abs(before)) + TOLERANCE for of in (np.median, np.mean, np.max)):
+        growth = _summary(after) - was
+        if growth.max() <= TOLERANCE and growth.min() < -TOLERANCE:
             return kept, after
     return 0.0, before
+
+
+def _summary(errors: np.ndarray) -> np.ndarray:
+    """Their median, mean and largest."""
+    return np.array([of(np.abs(errors)) for of in (np.median, np.mean, np.max)])
 
 
 def _leverage(jacobian: np.ndarray, n: int) -> np.ndarray:

@@ -52,8 +52,15 @@ def _resolved(kind: str, value: Any, where: str, folder: Path) -> Any:
         return _entry(kind, value, where)
     if isinstance(value, dict) and "extends" in value:
         own = {key: item for key, item in value.items() if key != "extends"}
-        return merge(_resolved(kind, value["extends"], f"{where}.extends", folder), own)
+        below = _resolved(kind, value["extends"], f"{where}.extends", folder)
+        return merge(below, {key: _over_a_name(below.get(key), item) for key, item in own.items()})
     return value
+
+
+def _over_a_name(below: Any, value: Any) -> Any:
+    """What is said of a part that is named below changes it; with a name of its own it is another."""
+    another = not isinstance(value, dict) or value.keys() & {"name", "extends"}
+    return value if another or not isinstance(below, str) else {"extends": below, **value}
 
 
 def model(name: str) -> Model:

@@ -88,15 +88,20 @@ def _read_mapping(path: Path) -> dict[str, Any]:
         raise InputError("a YAML file is expected, this is a folder", where=str(path))
     if path.stat().st_size > MAX_BYTES:
         raise InputError(f"larger than {MAX_BYTES} bytes", where=str(path))
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
+    text = read_text(path)
     check_text(text, str(path))
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise InputError("a mapping is expected", where=str(path), found=type(values).__name__)
     return values
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises InputError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -122,7 +127,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-EXTENDED = ("model", "cluster")
+EXTENDED = ("model", "cluster", "cluster.accelerator")
 """What a run may name instead of describing it."""
 
 
@@ -137,33 +142,29 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise InputError("not of the form a.b=value", where="--set", found=assignment)
-        before = result.get(keys[0])
-        if len(keys) > 1 and isinstance(before, str):
-            if keys[0] not in EXTENDED:
-                raise InputError(
-                    "nothing lies below a word",
-                    where=f"--set {path}",
-                    found=before,
-                    accepted=f"{keys[0]}={{...}}, all of it",
-                )
-            result[keys[0]] = {"extends": before}
-        result = _assigned(result, keys, parse_yaml(text, f"--set {path}"), f"--set {path}")
+        result = _assigned(result, keys, 0, parse_yaml(text, f"--set {path}"))
     return dict(result)
 
 
-def _assigned(below: Any, keys: Sequence[str], value: Any, where: str) -> Any:
-    """`below` with `value` at the path `keys`; a mapping over a mapping is merged."""
-    if not keys:
+def _assigned(below: Any, keys: Sequence[str], depth: int, value: Any) -> Any:
+    """`below`, which lies at the first `depth` of `keys`, with `value` at all of them; mappings are merged."""
+    if depth == len(keys):
         return merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
-    key, *rest = keys
+    key, where = keys[depth], f"--set {'.'.join(keys)}"
+    if isinstance(below, str):
+        name = ".".join(keys[:depth])
+        if name not in EXTENDED:
+            accepted = f"{name}={{...}}, all of it"
+            raise InputError("nothing lies below a word", where=where, found=below, accepted=accepted)
+        below = {"extends": below}
     if isinstance(below, list):
         if not key.isdecimal() or int(key) >= len(below):
             raise InputError("not an item of this list", where=where, found=key, accepted=range(len(below)))
         items = list(below)
-        items[int(key)] = _assigned(items[int(key)], rest, value, where)
+        items[int(key)] = _assigned(items[int(key)], keys, depth + 1, value)
         return items
     under = dict(below) if isinstance(below, Mapping) else {}
-    return {**under, key: _assigned(under.get(key), rest, value, where)}
+    return {**under, key: _assigned(under.get(key), keys, depth + 1, value)}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from bloomery.spec.base import Noun
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[\w.,:;@%+*/=\[\]-]*)?")
+NO_LIMIT = ("UNLIMITED", "INFINITE")
+_OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[\w.,:;@%+*/=|&()\[\]-]*)?")
 _WORD = re.compile(r"[\w/][\w.,:@/+-]*")
 
 
@@ -18,7 +19,7 @@ def time_limit_s(text: str) -> int:
     """Seconds of a Slurm time: `MM`, `MM:SS`, `HH:MM:SS`, `D-HH`, `D-HH:MM`, `D-HH:MM:SS`. Raises ValueError."""
     match = _TIME.fullmatch(text)
     if match is None:
-        raise ValueError("a time is expected, as in 24:00:00, 30 (minutes) or 2-12 (days-hours)")
+        raise ValueError("a time is expected, as in 24:00:00, 30 (minutes), 2-12 (days-hours) or UNLIMITED")
     days, *rest = match.groups()
     first, second, third = (int(part) if part else 0 for part in rest)
     if days is not None:
@@ -31,7 +32,7 @@ def time_limit_s(text: str) -> int:
 def _time(value: object) -> str:
     """A bare number is minutes, as sbatch has it."""
     text = str(value)
-    if text:
+    if text and text not in NO_LIMIT:
         time_limit_s(text)
     return text
 
@@ -66,7 +67,7 @@ class Slurm(Noun):
 
     @model_validator(mode="after")
     def _time_for_work(self) -> Slurm:
-        if self.time and time_limit_s(self.time) <= self.notice_s:
+        if self.time and self.time not in NO_LIMIT and time_limit_s(self.time) <= self.notice_s:
             raise ValueError(f"time {self.time} leaves nothing to train in before the notice of {self.notice_s} s")
         return self
 
@@ -75,7 +76,7 @@ class Kubernetes(Noun):
     """For `launch --on kubernetes`: the image, and the claim of the volume that all pods share, mounted at `mount`.
 
     Relative folders of the description are below `mount`. `topology`: a node label; all pods lie within one value of it
-    where the scheduler can.
+    where the scheduler can. `pod` is laid over the pod's spec: mappings are merged, items of lists by their name.
     """
 
     kind: Literal["jobset", "trainjob"] = "jobset"
@@ -88,10 +89,14 @@ class Kubernetes(Noun):
     runtime: Word = Field(default="torch-distributed", description="Kubeflow's training runtime, for trainjob")
     grace_s: int = Field(default=120, ge=10, description="to finish the step and save")
     restarts: int = Field(default=100, ge=0)
+    pod: dict[str, Any] = Field(default={}, description="what else the pods need: nodeSelector, tolerations, ...")
 
 
 class SkyPilot(Noun):
-    """For `launch --on skypilot`: the image, and the volume that all nodes share, mounted at `mount`."""
+    """For `launch --on skypilot`: the image, and the volume that all nodes share, mounted at `mount`.
+
+    SkyPilot has volumes on Kubernetes and RunPod; elsewhere `volume` is empty and the site mounts what is shared.
+    """
 
     infra: Word = ""
     image: Word = "bloomery:latest"

@@ -107,6 +107,8 @@ class Model(Noun):
 
     @model_validator(mode="after")
     def _check(self) -> Model:
+        if self.head_dim < 1:
+            raise ValueError(f"hidden {self.hidden} is less than heads {self.heads}: a head would have no dimension")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
         if self.position == "rope" and self.rotary_width % 2:

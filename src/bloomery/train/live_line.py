@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
@@ -20,7 +21,14 @@ class LiveLine:
         self._progress: Progress | None = None
 
     def show(self, row: dict[str, Any], remark: str = "") -> None:
-        """One finished step: a row of metrics, and what somebody should know of now."""
+        """One finished step: a row of metrics, and what somebody should know of now.
+
+        A terminal or a connection that is gone ends no run.
+        """
+        with suppress(OSError):
+            self._draw(row, remark)
+
+    def _draw(self, row: dict[str, Any], remark: str) -> None:
         job, done = self._job, int(row["step"])
         line = describe(row, job.steps, job.checkpoint_every) + (f"  {remark}" if remark else "")
         if self._tty:
@@ -35,7 +43,8 @@ class LiveLine:
     def close(self) -> None:
         """Leave the last state standing."""
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
 
 
 def describe(row: dict[str, Any], steps: int, checkpoint_every: int) -> str:

@@ -43,6 +43,27 @@ def test_a_calibration_writes_a_file_that_predicts_the_run_better_and_remembers_
     assert "second" in capsys.readouterr().out
 
 
+def test_what_is_no_run_or_too_short_is_passed_over_with_a_note(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("good", "crashed", "short"):
+        make(tmp_path / name, align=False)
+    (tmp_path / "crashed" / "ledger.jsonl").write_text("")
+    lines = (tmp_path / "short" / "ledger.jsonl").read_text().splitlines()
+    early = [line for line in lines if json.loads(line)["step"] in (-1, 1, 2, 3, 4)]
+    (tmp_path / "short" / "ledger.jsonl").write_text("\n".join(early) + "\n")
+    (tmp_path / "demo.yaml").write_text("name: demo\n")
+    given = sorted(tmp_path.iterdir())
+    assert called(monkeypatch, *given, "--out", tmp_path / "m.yaml") == 0
+    notes = capsys.readouterr().err
+    for words in ("crashed: no finished step", "demo.yaml: not a run", "short: too few steps"):
+        assert words in notes
+    assert notes.count("passed over") == 3
+    assert [kept.name for kept in remembered(tmp_path / "m.yaml")] == ["good"]
+    assert called(monkeypatch, *given[:2], "--out", tmp_path / "none.yaml") == 2
+    assert capsys.readouterr().err.startswith("error: none of these 2")
+
+
 def test_what_it_cannot_calibrate_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

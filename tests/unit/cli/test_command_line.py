@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from bloomery.cli import main as command_line
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -41,6 +44,33 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
+    assert words in captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "RUN", "--set", "model.hidden=7"], "hidden 7 is less than heads"),
+        (["plan", "RUN", "--json", "--set", "cluster.price_per_accelerator_hour=1e308"], "out of range"),
+        (["design", "RUN", "--parameters", "1e30"], "up to 1e+13"),
+        (["budget", "fit", "BINARY"], "not UTF-8 text"),
+        (["launch", "RUN", "--on", "ssh", "--hosts", "BINARY"], "not UTF-8 text"),
+        (["doctor", "--hosts", "BINARY"], "not UTF-8 text"),
+    ],
+)
+def test_a_wrong_value_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    named = {"RUN": str(EXAMPLES / "llama3-8b.yaml"), "BINARY": str(tmp_path / "binary")}
+    assert called(monkeypatch, *(named.get(word, word) for word in arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert words in captured.err
 
 

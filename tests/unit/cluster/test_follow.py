@@ -9,7 +9,7 @@ import pytest
 
 from bloomery.cluster.sites import follow as following
 from bloomery.cluster.sites.follow import LogTail, follow
-from bloomery.cluster.sites.jobs import last_job, remember
+from bloomery.cluster.sites.jobs import last_job, log_of, remember
 from bloomery.cluster.sites.slurm import Status
 
 
@@ -51,6 +51,12 @@ def test_states_and_log_are_shown_until_the_job_has_ended(tmp_path: Path, monkey
 def test_the_newest_job_of_a_site_is_remembered(tmp_path: Path) -> None:
     assert last_job(tmp_path, "slurm", required=False) == ""
     for job in ("7", "8"):
-        remember(tmp_path, "slurm", job)
-    remember(tmp_path, "elsewhere", "9")
+        remember(tmp_path, "slurm", job, tmp_path / f"{job}.log")
+    remember(tmp_path, "elsewhere", "9", tmp_path / "9.log")
     assert last_job(tmp_path, "slurm") == "8"
+
+
+def test_the_log_of_a_run_of_an_array_is_where_the_array_writes_it(tmp_path: Path) -> None:
+    remember(tmp_path / "run-1", "slurm", "8_1", tmp_path / "run-0" / "launch" / "8_1.log")
+    assert log_of(tmp_path / "run-1", "8_1") == tmp_path / "run-0" / "launch" / "8_1.log"
+    assert log_of(tmp_path / "run-1", "7") == tmp_path / "run-1" / "launch" / "7.log"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bloomery.cluster.hostfile import SRUN, Host, Hosts, here, parse_hosts, read_hosts, tasks_per_node
-from bloomery.spec.errors import InputError
+from bloomery.spec.errors import BloomeryError, InputError
 
 
 def test_a_host_has_slots_an_address_and_threads() -> None:
@@ -38,6 +38,9 @@ def test_a_wrong_line_is_named(line: str, words: str) -> None:
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no host in it"):
         parse_hosts("# nothing\n", "hosts")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8 text"):
+        read_hosts(str(tmp_path / "binary"))
     with pytest.raises(InputError, match="no such host file"):
         read_hosts(str(tmp_path / "none"))
 
@@ -70,3 +73,14 @@ def test_the_hosts_of_a_slurm_job_are_its_nodes(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: listed)
     assert read_hosts("slurm") == Hosts((Host("n1", 4), Host("n2", 4)), SRUN)
     assert tasks_per_node("2(x3),1", 4) == [2, 2, 2, 1]
+    for wrong in ("", "2(x3", "two", "0"):
+        with pytest.raises(InputError, match="SLURM_TASKS_PER_NODE"):
+            tasks_per_node(wrong, 1)
+
+
+def test_what_scontrol_says_against_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-")
+    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="scontrol: error: Invalid hostlist: n[1-\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(BloomeryError, match=r"Invalid hostlist: n\[1-"):
+        read_hosts("slurm")

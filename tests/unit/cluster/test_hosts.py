@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,14 +12,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bloomery.cluster.channel import Channel, LostError, free_port, proof, the_secret
-from bloomery.cluster.hosts import Leader
+from bloomery.cluster import hosts as hosts_of_a_run
+from bloomery.cluster.channel import Channel, LostError, free_port, listen, proof, the_secret
+from bloomery.cluster.hosts import Leader, TemporaryError
 from bloomery.cluster.place import Place
 from bloomery.cluster.world import Stopping
 from bloomery.ledger.sinks import read_lines
+from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -148,6 +152,46 @@ def test_without_its_leader_a_host_ends_and_leaves_nothing_behind(hosts: Make) -
     assert "the first host, 127.0.0.1, is lost" in said
     done = subprocess.run(["pgrep", "-f", str(one.folder)], capture_output=True, text=True)
     assert done.stdout == "", "orphans"
+
+
+def test_a_leader_waits_for_its_name_its_address_and_its_port(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    faults = [socket.gaierror(-2, "Name or service not known"), OSError(errno.EADDRNOTAVAIL, "no such address")]
+    held = socket.create_server(("127.0.0.1", 0))
+    port = held.getsockname()[1]
+
+    def listen_when_free(*where: Any) -> socket.socket:
+        if faults:
+            raise faults.pop()
+        try:
+            return listen(*where)
+        finally:
+            held.close()
+
+    monkeypatch.setattr(hosts_of_a_run, "listen", listen_when_free)
+    Leader(Place(0, 2, "127.0.0.1", port), tmp_path, Supervision(), Stopping()).dismiss()
+    assert not faults and capsys.readouterr().err.count("trying for") == 1
+
+
+def test_a_port_that_stays_taken_is_temporary_and_one_that_is_forbidden_is_wrong_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, settings = Place(0, 2, "127.0.0.1", 1), Supervision(first_phase_s=0.2)
+    for fault, error in ((errno.EADDRINUSE, TemporaryError), (errno.EACCES, InputError)):
+        monkeypatch.setattr(hosts_of_a_run, "listen", raising(OSError(fault, "no")))
+        with pytest.raises(error, match=r"--rendezvous 127\.0\.0\.1:1"):
+            Leader(place, tmp_path, settings, Stopping())
+    assert TemporaryError.exit_code == 75
+
+
+def raising(error: OSError) -> Callable[..., socket.socket]:
+    """A function that does nothing else."""
+
+    def fail(*_: Any) -> socket.socket:
+        raise error
+
+    return fail
 
 
 def test_only_who_can_read_the_folder_is_let_in(tmp_path: Path) -> None:

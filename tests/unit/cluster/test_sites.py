@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from bloomery.cluster.hostfile import Host
 from bloomery.cluster.sites import kubernetes, skypilot, slurm, ssh
 from bloomery.cluster.sites.order import Order, order
 from bloomery.spec.catalog import read_run
@@ -79,6 +80,7 @@ def test_kubernetes_accepts_the_manifest(kind: str) -> None:
     for part in ('--node \\"$JOB_COMPLETION_INDEX/2\\"', "llama3-8b-node-0-0.llama3-8b:29400", '"nvidia.com/gpu": 8'):
         assert part in everything, part
     assert '"terminationGracePeriodSeconds": 120' in everything
+    assert "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']" in everything
     assert "podset-preferred-topology" in everything
     assert '"claimName": "bloomery"' in everything
 
@@ -89,6 +91,30 @@ def read_run_of(text: str) -> Any:
     from bloomery.spec.run import Run
 
     return Run.checked(parse_yaml(text, "run.yaml"))
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_what_else_pods_need_is_laid_over_their_spec(kind: str) -> None:
+    name = {"jobset": "bloomery", "trainjob": "node"}[kind]
+    more = "nodeSelector: {gpu: h100}, tolerations: [{key: gpu, operator: Exists}], volumes: [{name: x, emptyDir: {}}]"
+    inner = f"containers: [{{name: {name}, securityContext: {{privileged: true}}}}]"
+    one = ordered(f"launch.kubernetes.kind={kind}", f"launch.kubernetes.pod={{{more}, {inner}}}")
+    job = kubernetes.manifests(one)[1]
+    assert problems({**job, "metadata": {}}, json.loads((SCHEMAS / f"{kind}.json").read_text())) == []
+    jobs = job["spec"]
+    if kind == "trainjob":
+        jobs = jobs["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
+    spec = jobs["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert spec["nodeSelector"] == {"gpu": "h100"} and spec["tolerations"] == [{"key": "gpu", "operator": "Exists"}]
+    assert [volume["name"] for volume in spec["volumes"]] == ["work", "run", "shm", "x"]
+    (container,) = spec["containers"]
+    assert container["securityContext"] == {"privileged": True} and len(container["volumeMounts"]) == 3
+
+
+def test_extra_resources_stand_beside_the_accelerators() -> None:
+    pod = "{containers: [{name: bloomery, resources: {limits: {rdma/hca: 1}}}]}"
+    text = kubernetes.text(ordered(f"launch.kubernetes.pod={pod}"))
+    assert "nvidia.com/gpu: 8" in text and "rdma/hca: 1" in text
 
 
 def test_the_checker_of_schemas_finds_what_an_api_server_would() -> None:
@@ -122,6 +148,34 @@ def test_a_container_is_alive_while_its_supervisor_looks(tmp_path: Path, monkeyp
     assert subprocess.run(command).returncode != 0
 
 
+FAKE_KUBECTL = """#!/bin/sh
+echo "$@" >> "$0.said"
+case "$1" in get) [ ! -e "$0.job" ] || echo jobset.jobset.x-k8s.io/llama3-8b ;; apply) touch "$0.job" ;; esac
+"""
+
+
+def test_a_second_job_of_a_name_is_refused_and_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(FAKE_KUBECTL)
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    one = ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me")
+    manifest = kubernetes.submit(one)
+    before = manifest.read_text()
+    with pytest.raises(InputError, match="`kubectl delete jobset llama3-8b -n me` ends it"):
+        kubernetes.submit(ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me", "train.global_batch=64"))
+    said = (tmp_path / "kubectl.said").read_text()
+    assert said.count("apply") == 1 and "get jobset llama3-8b -n me --ignore-not-found" in said
+    assert manifest.read_text() == before
+
+
+def test_what_a_job_reads_when_it_restarts_is_named_by_its_content_and_cannot_change() -> None:
+    first, job = kubernetes.manifests(ordered())
+    other, _ = kubernetes.manifests(ordered("train.global_batch=64"))
+    assert first["immutable"] is True and first["metadata"]["name"] != other["metadata"]["name"]
+    assert first["metadata"]["name"] in json.dumps(job)
+
+
 def test_a_name_kubernetes_does_not_take_is_refused() -> None:
     with pytest.raises(InputError, match="small letters"):
         kubernetes.text(ordered("name=My_Run"))
@@ -139,6 +193,10 @@ def test_skypilot_is_told_hosts_accelerators_and_what_to_recover_from() -> None:
         skypilot.text(ordered("cluster=h800-deepseek-like", "layout={tp: 8, dp: 2}"))
 
 
+def test_without_a_volume_skypilot_is_told_of_none() -> None:
+    assert "volumes" not in skypilot.task(ordered("launch.skypilot.volume=''", "launch.skypilot.infra=aws"))
+
+
 def test_the_batch_script_says_what_the_layout_needs(tmp_path: Path) -> None:
     site = ["partition=gpu", "account=lab", "qos=high", "time=24:00:00", "notice_s=90", "options=[--constraint=h100]"]
     one = ordered("name=a run", *(f"launch.slurm.{word}" for word in site))
@@ -151,6 +209,14 @@ def test_the_batch_script_says_what_the_layout_needs(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert expected in options, expected
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_on_a_part_of_a_host_every_rank_has_a_core(tmp_path: Path) -> None:
+    part = ["cluster.nodes=1", "layout={tp: 4, dp: 1}"]
+    assert "#SBATCH --cpus-per-task=4\n" in slurm.script([ordered(*part)], tmp_path / "log")
+    told = ordered(*part, "launch.slurm.options=[--cpus-per-gpu=12]")
+    assert "cpus-per-task=4" not in slurm.script([told], tmp_path / "log")
+    assert "#SBATCH --cpus-per-task" not in slurm.script([ordered()], tmp_path / "log")
 
 
 def test_several_runs_are_one_array_and_must_be_alike(tmp_path: Path) -> None:
@@ -179,6 +245,12 @@ def test_times_are_read_as_slurm_does(text: str, seconds: int) -> None:
     assert Slurm(time=text, notice_s=10).time == text
 
 
+def test_no_limit_and_alternatives_are_slurms_too() -> None:
+    site = Slurm(time="UNLIMITED", options=("--constraint=a100|h100",))
+    text = slurm.script([ordered("launch.slurm.options=['--constraint=a100|h100']")], Path("log"))
+    assert site.time == "UNLIMITED" and "#SBATCH '--constraint=a100|h100'" in text
+
+
 @pytest.mark.parametrize(
     ("text", "state", "code"),
     [
@@ -203,17 +275,26 @@ def test_ranks_that_hosts_cannot_share_evenly_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "names no host"),
-        ("a b", "one host a line"),
-        ("a\na", "stands twice"),
-        ("-oProxyCommand=x", "one host a line"),
+        ("", "no host in it"),
+        ("a b", "unknown setting"),
+        ("a\na", "named before"),
+        ("-oProxyCommand=x", "name comes first"),
+        ("\udcff", "not UTF-8 text"),
     ],
 )
 def test_a_wrong_host_file_is_one_line(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "hosts"
-    path.write_text(text)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(InputError, match=words):
         ssh.read_hosts(path)
+
+
+def test_a_host_file_of_the_probe_serves_ssh_too(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("me@h1 slots=2 address=10.0.0.1\nh2 slots=2\n")
+    first, second = ssh.commands(ordered(), ssh.read_hosts(path))
+    assert (first[-2], second[-2]) == ("me@h1", "h2")
+    assert "--rendezvous 10.0.0.1:29400" in first[-1] and "--node 1/2" in second[-1]
 
 
 FAKE_SSH = """#!/bin/sh
@@ -246,7 +327,7 @@ def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]
 def test_one_host_that_fails_stops_all_after_saving(
     fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hosts = ["me@good", "bad"]
+    hosts = [Host("me@good"), Host("bad")]
     assert ssh.run(ssh.commands(ordered(), hosts, fake_ssh), hosts) == 7
     said = capfd.readouterr().err
     assert "here me@good train" in said and "--node 0/2 --rendezvous good:29400" in said
@@ -257,7 +338,7 @@ def test_one_host_that_fails_stops_all_after_saving(
 def test_told_to_stop_it_stops_all_hosts_after_saving(
     fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    hosts = ["one", "two"]
+    hosts = [Host("one"), Host("two")]
     signal.setitimer(signal.ITIMER_REAL, 1.0)
     before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
@@ -267,6 +348,22 @@ def test_told_to_stop_it_stops_all_hosts_after_saving(
     assert capfd.readouterr().err.count("saved") == 2
 
 
+def test_a_ctrl_c_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(fake_ssh: tuple[str, ...]) -> None:
+    commands = ssh.commands(ordered(), [Host("one"), Host("two")], fake_ssh)
+    text = (
+        "import json, sys\nfrom bloomery.cluster.hostfile import Host\nfrom bloomery.cluster.sites import ssh\n"
+        'sys.exit(ssh.run(json.loads(sys.argv[1]), [Host("one"), Host("two")]))'
+    )
+    program = [sys.executable, "-c", text, json.dumps(commands)]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stderr is not None
+        said = [run.stderr.readline() for _ in commands]  # both are there
+        os.killpg(run.pid, signal.SIGINT)
+        said += run.stderr.readlines()
+    assert run.returncode == 75
+    assert "".join(said).count("saved") == 2, said
+
+
 def test_host_keys_are_checked_as_the_user_has_it() -> None:
-    text = " ".join(ssh.commands(ordered(), ["a", "b"])[0])
+    text = " ".join(ssh.commands(ordered(), [Host("a"), Host("b")])[0])
     assert "StrictHostKeyChecking" not in text and "UserKnownHostsFile" not in text and "BatchMode=yes" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.cli.watch import short_time, sparkline
+from bloomery.cli.watch import look, short_time, sparkline
 from bloomery.ledger.progress import TAIL_BYTES, progress, stages_under, tail
 from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
@@ -65,6 +65,17 @@ def test_runs_and_their_alignment_stages_are_found(tmp_path: Path) -> None:
     assert [path.name for path in stages_under(tmp_path)] == ["one", "sft"]
     with pytest.raises(InputError, match="no run here"):
         stages_under(tmp_path / "one" / "align" / "sft" / "nothing")
+
+
+def test_one_broken_job_hides_no_other_run(tmp_path: Path) -> None:
+    stage(tmp_path / "good", [row(1)], [])
+    broken = stage(tmp_path / "broken", [], [])
+    (broken / "job.json").write_text("{")
+    seen, problems = look([tmp_path])
+    assert [one.name for one in seen] == ["good"]
+    assert len(problems) == 1 and "broken" in problems[0]
+    with pytest.raises(InputError, match=r"job\.json"):
+        look([broken])
 
 
 def test_only_the_end_of_a_long_file_is_read_and_torn_lines_left_out(tmp_path: Path) -> None:

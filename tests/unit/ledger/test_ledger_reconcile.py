@@ -123,6 +123,17 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path, run_dir: Path) -> N
         reconcile(run_dir)
 
 
+def test_a_plan_from_before_a_component_was_known_is_one_line(run_dir: Path) -> None:
+    plan = json.loads((run_dir / "plan.json").read_text())
+    parts = plan["estimate"]["seconds"]["children"]
+    plan["estimate"]["seconds"]["children"] = [part for part in parts if part["name"] != "cp_comm"]
+    (run_dir / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(InputError, match="without cp_comm"):
+        reconcile(run_dir)
+    rows, _ = runs_under(run_dir)
+    assert [row.step_time_error for row in rows] == [None]
+
+
 def test_json_has_every_figure_with_its_ratio(run_dir: Path) -> None:
     values = reconcile(run_dir).to_json()
     assert json.loads(json.dumps(values)) == values
@@ -137,7 +148,10 @@ def test_runs_are_listed_best_first(tmp_path: Path) -> None:
     values = json.loads(evaluation.read_text())
     values["pretrain"]["bits_per_byte"] = 1.0
     evaluation.write_text(json.dumps(values))
-    first, second = runs_under(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.yaml").write_text("model: {layers: 0}\n")
+    (first, second), (problem,) = runs_under(tmp_path)
+    assert "broken" in problem
     assert (first.name, first.bits_per_byte, first.stages) == ("better", 1.0, ("sft",))
     assert (second.name, second.bits_per_byte) == ("worse", 1.7)
     assert first.step_time_error == pytest.approx(0.12)

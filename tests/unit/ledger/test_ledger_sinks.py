@@ -31,6 +31,8 @@ def test_a_torn_last_line_is_left_out_and_what_is_no_record(tmp_path: Path) -> N
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n[]\n7\n{"step": 2}\n{"st')
     assert read_lines(path) == [{"step": 1}, {"step": 2}]
+    path.write_bytes('{"step": 1}\n{"text": "好'.encode()[:-1])
+    assert read_lines(path) == [{"step": 1}]
     assert read_lines(tmp_path / "missing") == []
 
 

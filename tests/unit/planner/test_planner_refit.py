@@ -86,6 +86,7 @@ def test_a_known_machine_is_found(machine: Cluster) -> None:
 
 def test_a_machine_that_is_as_the_file_says_stays(machine: Cluster) -> None:
     found = refit(ran_on(machine, LAYOUTS[:4]), machine)
+    assert found.kept == 0.0  # nothing could fall
     assert all(factor == pytest.approx(1.0, abs=0.01) for factor in found.factors.values())
 
 
@@ -94,7 +95,7 @@ def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others
     odd = [one.model_copy(update={"step_s": 2.5 * one.step_s, "seconds": {}, "name": "odd"}) for one in good[:3]]
     found = refit([*good, *odd], machine)
     for of in (np.median, np.mean, np.max):
-        assert of(np.abs(found.after)) <= of(np.abs(found.before)) + 0.003
+        assert of(np.abs(found.after)) <= of(np.abs(found.before)) + 1e-9
 
 
 def test_one_disturbed_run_does_not_move_the_fit(machine: Cluster) -> None:

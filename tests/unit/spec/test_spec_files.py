@@ -47,6 +47,15 @@ def test_set_below_a_catalog_name_extends_it(tmp_path: Path) -> None:
     assert (run.model.layers, run.model.hidden, run.cluster.size) == (6, 192, 32)
 
 
+def test_set_below_an_accelerators_name_changes_that_accelerator(tmp_path: Path) -> None:
+    own = "tiers: [{name: pcie, span: 2, bandwidth_bytes_per_s: 2e10, ports_per_node: 2, latency_s: 1e-5}]"
+    for cluster in ("generic-8xa100", f"{{name: mine, accelerators_per_node: 2, accelerator: a100-80gb, {own}}}"):
+        (tmp_path / "run.yaml").write_text(f"model: tiny-5m\ncluster: {cluster}\n")
+        plain = read_run(tmp_path / "run.yaml").cluster.accelerator
+        chip = read_run(tmp_path / "run.yaml", ["cluster.accelerator.memory_bytes=60e9"]).cluster.accelerator
+        assert chip == plain.model_copy(update={"memory_bytes": 60e9})
+
+
 def test_set_replaces_a_cluster_by_a_file_beside_the_run(tmp_path: Path) -> None:
     (tmp_path / "machine.yaml").write_text("extends: other.yaml\nname: mine\n")
     (tmp_path / "other.yaml").write_text(

@@ -97,7 +97,7 @@ def versions(facts: Facts, _: Needs) -> Answer:
 
 
 def gpus(facts: Facts, _: Needs) -> Answer:
-    """Errors, throttling, heat, narrow links, and who else uses the devices."""
+    """Errors, throttling, heat, narrow links."""
     if facts.gpu_problem:
         return "fault", facts.gpu_problem, "look at the driver (`nvidia-smi`, `dmesg`); reset or reboot the host"
     if facts.xids:
@@ -109,9 +109,6 @@ def gpus(facts: Facts, _: Needs) -> Answer:
             return "fault", f"{who}: {what}", "reset the GPU; replace it when errors come back"
         if gpu.throttled:
             return "fault", f"{who} slowed down: {', '.join(gpu.throttled)}", "look at cooling and power supply"
-        if gpu.processes or gpu.used_bytes > IN_USE * max(gpu.total_bytes, 1):
-            by = f" by process {gpu.processes[0]}" if gpu.processes else ""
-            return "fault", f"{who}: {gpu.used_bytes / GIB:.1f} GiB in use{by}", "end what uses it, or choose another"
         if gpu.remap_pending:
             return "advice", f"{who}: a memory row waits to be remapped", "reset the GPU before the next run"
         if (gpu.celsius or 0) >= HOT_CELSIUS:
@@ -119,6 +116,16 @@ def gpus(facts: Facts, _: Needs) -> Answer:
         if gpu.link[0] < gpu.link[1]:
             return "advice", f"{who}: PCIe x{gpu.link[0]} of x{gpu.link[1]}", "reseat the card; look at the slot"
     return good(f"{len(facts.gpus)} in order" if facts.gpus else "none here")
+
+
+def gpu_use(facts: Facts, _: Needs) -> Answer:
+    """Who else has memory of the devices: no fault of the machine, and none for a program that drains it."""
+    for gpu in facts.gpus:
+        if gpu.processes or gpu.used_bytes > IN_USE * max(gpu.total_bytes, 1):
+            by = f" by process {gpu.processes[0]}" if gpu.processes else ""
+            found = f"GPU {gpu.index}: {gpu.used_bytes / GIB:.1f} GiB in use{by}"
+            return "fault", found, "end what uses it, or choose another"
+    return good("by nobody else" if facts.gpus else "none here")
 
 
 def network(facts: Facts, needs: Needs) -> Answer:
@@ -282,6 +289,7 @@ def name_service(facts: Facts, needs: Needs) -> Answer:
 CHECKS: dict[str, Callable[[Facts, Needs], Answer]] = {
     "versions": versions,
     "GPUs": gpus,
+    "GPU use": gpu_use,
     "network": network,
     "names": name_service,
     "ports": ports,

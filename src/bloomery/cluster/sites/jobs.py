@@ -13,11 +13,17 @@ def _file(folder: Path) -> Path:
     return folder / "launch" / "jobs.jsonl"
 
 
-def remember(folder: Path, site: str, job: str) -> None:
-    """A job was submitted."""
+def remember(folder: Path, site: str, job: str, log: Path) -> None:
+    """A job was submitted. `log`: where its output goes, which for a run of an array is another run's folder."""
     lines = JsonLines(_file(folder))
-    lines.write({"time": time.time(), "site": site, "job": job})
+    lines.write({"time": time.time(), "site": site, "job": job, "log": str(log)})
     lines.close()
+
+
+def log_of(folder: Path, job: str) -> Path:
+    """Where the output of a job of this run goes."""
+    logs = [str(line["log"]) for line in read_lines(_file(folder)) if line.get("job") == job and "log" in line]
+    return Path(logs[-1]) if logs else folder / "launch" / f"{job}.log"
 
 
 def last_job(folder: Path, site: str, *, required: bool = True) -> str:

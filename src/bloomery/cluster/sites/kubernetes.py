@@ -7,6 +7,7 @@ to go saves within its grace period; the set then starts again as a whole and go
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from bloomery.cluster.sites.order import Order, require_program
 from bloomery.cluster.world import ALIVE_VARIABLE
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
+from bloomery.spec.run import Run
 
 HOPELESS = [1, 2, 3]
 """Exit codes after which another start would end the same way."""
@@ -40,10 +42,16 @@ def manifests(one: Order) -> list[Manifest]:
     described = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
-        "metadata": _metadata(one, f"{name}-run"),
+        "metadata": _metadata(one, _described(one)),
+        "immutable": True,
         "data": {"run.yaml": one.description_text()},
     }
     return [described, _job_set(one) if site.kind == "jobset" else _train_job(one)]
+
+
+def _described(one: Order) -> str:
+    """The ConfigMap's name, its content's hash in it: no later launch changes what a job reads that starts again."""
+    return f"{one.run.name}-run-{hashlib.sha256(one.description_text().encode()).hexdigest()[:10]}"
 
 
 def text(one: Order) -> str:
@@ -52,23 +60,38 @@ def text(one: Order) -> str:
 
 
 def submit(one: Order) -> Path:
-    """Write the manifest and apply it. Returns its path. Raises BloomeryError with what kubectl says."""
+    """Write the manifest and apply it. Returns its path.
+
+    Raises InputError where a job of this name is there, BloomeryError with what kubectl says.
+    """
     kubectl = require_program("kubectl", "Kubernetes")
+    job = f"{one.run.launch.kubernetes.kind} {one.run.name}{_space(one.run)}"
+    if _kubectl([kubectl, "get", *job.split(), "--ignore-not-found", "--output=name"]).strip():
+        again = f"`{how_to_follow(one.run)}` follows it, `kubectl delete {job}` ends it"
+        raise InputError(f"a job of this name is there; {again}", where="name", found=one.run.name)
     path = one.folder / "launch" / "kubernetes.yaml"
     write_atomically(path, text(one))
-    done = subprocess.run([kubectl, "apply", "-f", str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise BloomeryError(f"kubectl: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    _kubectl([kubectl, "apply", "-f", str(path)])
     return path
 
 
-def how_to_follow(one: Order) -> str:
+def _kubectl(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BloomeryError(f"kubectl: {(done.stderr.strip() or 'failed').splitlines()[-1]}")
+    return done.stdout
+
+
+def how_to_follow(run: Run) -> str:
     """The command that shows the first pod's log, the live line in it."""
-    space = f" -n {one.run.launch.kubernetes.namespace}" if one.run.launch.kubernetes.namespace else ""
     return (
-        f"kubectl logs{space} -f -l jobset.sigs.k8s.io/jobset-name={one.run.name},"
+        f"kubectl logs{_space(run)} -f -l jobset.sigs.k8s.io/jobset-name={run.name},"
         "batch.kubernetes.io/job-completion-index=0"
     )
+
+
+def _space(run: Run) -> str:
+    return f" -n {run.launch.kubernetes.namespace}" if run.launch.kubernetes.namespace else ""
 
 
 def _metadata(one: Order, name: str) -> Manifest:
@@ -104,7 +127,9 @@ def _environment(one: Order) -> list[Manifest]:
         "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
         ALIVE_VARIABLE: ALIVE_FILE,
     }
-    return [{"name": name, "value": value} for name, value in values.items()]
+    attempt = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"}}
+    again = {"name": "BLOOMERY_REQUEUES", "valueFrom": attempt}
+    return [*({"name": name, "value": value} for name, value in values.items()), again]
 
 
 def _probes() -> Manifest:
@@ -136,9 +161,20 @@ def _mounts(one: Order) -> list[Manifest]:
 def _volumes(one: Order) -> list[Manifest]:
     return [
         {"name": "work", "persistentVolumeClaim": {"claimName": one.run.launch.kubernetes.claim}},
-        {"name": "run", "configMap": {"name": f"{one.run.name}-run"}},
+        {"name": "run", "configMap": {"name": _described(one)}},
         {"name": "shm", "emptyDir": {"medium": "Memory"}},
     ]
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    """`above` over `below` as Kubernetes patches a pod: mapping by mapping, items of a list by their name."""
+    if isinstance(below, dict) and isinstance(above, dict):
+        return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
+    named = isinstance(below, list) and isinstance(above, list)
+    if not named or not all(isinstance(item, dict) and "name" in item for item in (*below, *above)):
+        return above
+    found = {item["name"]: item for item in below}
+    return list({**found, **{item["name"]: _laid_over(found.get(item["name"]), item) for item in above}}.values())
 
 
 def _job_set(one: Order) -> Manifest:
@@ -163,6 +199,7 @@ def _job_set(one: Order) -> Manifest:
             "volumes": _volumes(one),
         },
     }
+    pod["spec"] = _laid_over(pod["spec"], site.pod)
     hopeless = {"containerName": "bloomery", "operator": "In", "values": HOPELESS}
     job = {
         "parallelism": one.nodes,
@@ -202,6 +239,7 @@ def _train_job(one: Order) -> Manifest:
             "volumes": _volumes(one),
         },
     }
+    pod["spec"] = _laid_over(pod["spec"], site.pod)
     jobs = [{"name": "node", "template": {"spec": {"template": pod}}}]
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",

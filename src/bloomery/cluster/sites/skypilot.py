@@ -12,6 +12,7 @@ from bloomery.cluster.sites.order import Order, require_program
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.job import STOPPED_BY_SIGNAL
+from bloomery.spec.run import Run
 
 ACCELERATORS = {
     "v100-32gb": "V100-32GB",
@@ -46,7 +47,7 @@ def task(one: Order) -> dict[str, Any]:
             "BLOOMERY_JOB": one.run.name,
             "BLOOMERY_SUBMITTED": f"{one.submitted:.0f}",
         },
-        "volumes": {site.mount: site.volume},
+        **({"volumes": {site.mount: site.volume}} if site.volume else {}),
         "file_mounts": {DESCRIBED: str(one.description)},
         "run": (
             f"cd {shlex.quote(site.mount)}\n"
@@ -81,6 +82,6 @@ def submit(one: Order) -> Path:
     return path
 
 
-def how_to_follow(one: Order) -> str:
+def how_to_follow(run: Run) -> str:
     """The command that shows the job's log, the live line in it."""
-    return f"sky jobs logs --name {one.run.name}"
+    return f"sky jobs logs --name {run.name}"

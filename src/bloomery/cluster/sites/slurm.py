@@ -57,7 +57,7 @@ def script(orders: Sequence[Order], log: Path) -> str:
     Raises InputError when the runs of an array need different resources.
     """
     one = orders[0]
-    needs = {(other.nodes, other.gpus, other.whole, other.run.launch.slurm) for other in orders}
+    needs = {(other.nodes, other.per_node, other.gpus, other.whole, other.run.launch.slurm) for other in orders}
     if len(needs) > 1:
         raise InputError("the runs of one array need the same hosts, accelerators and launch.slurm", where="launch")
     head = [f"#SBATCH {shlex.quote(option)}" for option in _options(orders, log)]
@@ -81,6 +81,7 @@ def _options(orders: Sequence[Order], log: Path) -> list[str]:
         "qos": site.qos,
         "time": site.time,
         "gpus-per-node": str(one.gpus or ""),
+        "cpus-per-task": _cores(one),
         "array": f"0-{len(orders) - 1}" if len(orders) > 1 else "",
     }
     return [
@@ -96,6 +97,15 @@ def _options(orders: Sequence[Order], log: Path) -> list[str]:
         f"--chdir={one.folder}",
         *site.options,
     ]
+
+
+def _cores(one: Order) -> str:
+    """On a part of a host: a core for each rank at least, since the task that starts them all would get a single one.
+
+    Nothing where the site's own options say how many.
+    """
+    told = any(option.startswith("--cpus-per-") for option in one.run.launch.slurm.options)
+    return "" if one.whole or told else str(one.per_node)
 
 
 @dataclass(frozen=True)

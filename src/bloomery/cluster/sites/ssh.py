@@ -13,11 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from bloomery.cluster.hostfile import Host, parse_hosts
 from bloomery.cluster.place import PORT
 from bloomery.cluster.sites.order import Order, program
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_text
 from bloomery.spec.job import STOPPED_BY_SIGNAL
 
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
@@ -26,38 +29,23 @@ _WRAPPER = 'exec 3<&0; { cat <&3; kill -TERM $$; } >/dev/null 2>&1 & exec "$@" <
 """Runs a command that gets SIGTERM when standard input ends: of a dead connection nothing else is heard."""
 
 
-def read_hosts(path: Path) -> list[str]:
-    """The hosts of a file, one a line: `host` or `user@host`; `#` begins a remark. Raises InputError."""
+def read_hosts(path: Path) -> tuple[Host, ...]:
+    """The hosts of a file as `probe` and `doctor` take it; slots say nothing here, ranks follow from the layout."""
     if not path.is_file():
         raise InputError("no such file", where=str(path))
-    hosts = list[str]()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        words = line.partition("#")[0].split()
-        if not words:
-            continue
-        where = f"{path}: line {number}"
-        if len(words) > 1 or words[0].startswith("-"):
-            raise InputError(
-                "one host a line is expected", where=where, found=line.strip(), accepted="host or user@host"
-            )
-        if words[0] in hosts:
-            raise InputError("stands twice", where=where, found=words[0])
-        hosts.append(words[0])
-    if not hosts:
-        raise InputError("names no host", where=str(path))
-    return hosts
+    return parse_hosts(read_text(path), str(path))
 
 
-def commands(one: Order, hosts: Sequence[str], ssh: Sequence[str] = SSH) -> list[list[str]]:
-    """The command for each host. The first host's name, as ssh knows it, is where the others find it."""
-    first = hosts[0].rpartition("@")[2]
+def commands(one: Order, hosts: Sequence[Host], ssh: Sequence[str] = SSH) -> list[list[str]]:
+    """The command for each host. The first host's address, or its name as ssh knows it, is where others find it."""
+    first = hosts[0].reached_by.rpartition("@")[2]
     made = []
     for number, host in enumerate(hosts):
         train = [*program(), "train", str(one.description)]
         if len(hosts) > 1:
             train += ["--node", f"{number}/{len(hosts)}", "--rendezvous", f"{first}:{PORT}"]
         remote = f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(['sh', '-c', _WRAPPER, 'bloomery', *train])}"
-        made.append([*ssh, host, remote])
+        made.append([*ssh, host.name, remote])
     return made
 
 
@@ -66,24 +54,31 @@ def shown(command: Sequence[str]) -> str:
     return shlex.join(command)
 
 
-def run(commands: Sequence[Sequence[str]], hosts: Sequence[str]) -> int:
+def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
     """Run all until all have ended; when one fails, or this is told to stop, the others save and stop.
 
     Returns the first failure's code, 0 where there is none. Lines of hosts but the first carry the host's name.
     """
+    # In sessions of their own: a Ctrl-C at this terminal must not end the connections that the hosts save behind.
     processes = [
-        subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         for command in commands
     ]
     readers = [
-        threading.Thread(target=_relay, args=(process, f"{host}: " if number else ""), daemon=True)
+        threading.Thread(target=_relay, args=(process, f"{host.name}: " if number else ""), daemon=True)
         for number, (process, host) in enumerate(zip(processes, hosts, strict=False))
     ]
-    for reader in readers:
-        reader.start()
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     code = 0
     try:
+        for reader in readers:
+            reader.start()
         while None in [process.poll() for process in processes]:  # every one is looked at: a code is known once polled
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if failed and not code:
@@ -92,7 +87,7 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[str]) -> int:
             time.sleep(POLL_S)
     except KeyboardInterrupt:
         code = STOPPED_BY_SIGNAL
-        print("stopping all hosts after saving", file=sys.stderr, flush=True)
+        _say("stopping all hosts after saving\n")
         _stop(processes)
         for process in processes:
             process.wait()
@@ -100,7 +95,7 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[str]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
         _stop(processes)
-        for reader in readers:
+        for reader in [one for one in readers if one.is_alive()]:
             reader.join(timeout=5)
     return code or next((process.returncode for process in processes if process.returncode), 0)
 
@@ -112,7 +107,13 @@ def _interrupt(number: int, frame: object) -> None:
 def _relay(process: subprocess.Popen[bytes], prefix: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        sys.stderr.write(prefix + line.decode(errors="replace"))
+        _say(prefix + line.decode(errors="replace"))
+
+
+def _say(text: str) -> None:
+    """At the terminal; without one the hosts are listened to all the same, or they would wait for us."""
+    with suppress(OSError):
+        sys.stderr.write(text)
         sys.stderr.flush()
 
 

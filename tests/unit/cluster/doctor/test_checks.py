@@ -85,7 +85,7 @@ CPU = {"gpus": (), "infiniband": ()}
         (gpu(throttled=("hw_thermal_slowdown",)), "GPUs", "fault", "hw_thermal_slowdown"),
         (gpu(celsius=91), "GPUs", "advice", "91"),
         (gpu(link=(8, 16)), "GPUs", "advice", "x8 of x16"),
-        (gpu(used_bytes=30 * GIB, processes=(4711,)), "GPUs", "fault", "4711"),
+        (gpu(used_bytes=30 * GIB, processes=(4711,)), "GPU use", "fault", "4711"),
         ({"variables": {"GLOO_SOCKET_IFNAME": "eth7"}}, "network", "fault", "no interface eth7"),
         ({"variables": {"NCCL_SOCKET_IFNAME": "=eth1"}}, "network", "fault", "eth1 is down"),
         ({"variables": {"NCCL_SOCKET_IFNAME": "eth0"}}, "network", "advice", "while ib0"),
