@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from bloomery.data.order import sample_at
 from bloomery.data.readers import Document, has_half_pair
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
-from bloomery.data.tokenizer import Tokenizer
 from bloomery.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from bloomery.data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 400
 GIVEN, DOCSTRINGS, CONTINUATIONS = "given", "docstrings", "continuations"
