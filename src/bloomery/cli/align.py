@@ -28,6 +28,7 @@ def align(
     from bloomery.cluster.supervisor import launch
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
+    from bloomery.spec.job import JOB_FILE, read_job
 
     run = read_run(run_file, set_ or [])
     folder = run_folder(run)
@@ -35,12 +36,16 @@ def align(
         raise InputError("this run has no alignment stages", where=f"{run_file}: align")
     if not (folder / "run.yaml").is_file():
         raise InputError("not trained yet; `bloomery train RUN.yaml` comes first", where=str(folder))
-    # The layout and number format are those the run was trained with.
-    trained = read_run(folder / "run.yaml")
+    # The model, layout and number format are those the run was trained with; the data are today's.
+    trained = read_run(folder / "run.yaml").model_copy(update={"data": run.data, "align": run.align})
     require_turns(data_folder(trained))
     names = [stage.name for stage in run.align]
     for number, stage in enumerate(run.align):
         initial = starting_point(folder, names, number)
+        # An imported model has no job: nothing of it was to be trained.
+        if number == 0 and (folder / JOB_FILE).is_file() and not is_finished(folder):
+            steps = read_job(folder).steps
+            print(f"{folder}: pre-training is not finished: aligned from {initial.name} of {steps}", file=sys.stderr)
         target, job = prepare_alignment(trained, stage, initial, stage_folder(folder, stage.name), fresh=fresh)
         if is_finished(target):
             print(f"{target}: already done; --fresh starts over", file=sys.stderr)

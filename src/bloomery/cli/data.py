@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from bloomery.data.build import Progress
+    from bloomery.data.tokenizer import Tokenizer
+    from bloomery.spec.run import Run, Train
 
 app = typer.Typer(
     add_completion=False,
@@ -24,29 +31,84 @@ def build(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train another tokenizer, though checkpoints of the run need the one there.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Text to tokenizer to token shards; what was dropped and why.
 
     Without --text or `data.text` it reads the text this machine has: Python's standard library and /usr/share/doc.
+    Once the run has checkpoints, or was imported, its tokenizer stays.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-
     from bloomery.cli.console import print_json
     from bloomery.cluster.prepare import data_folder
     from bloomery.data.build import build as build_data
     from bloomery.spec.catalog import read_run
-    from bloomery.spec.errors import InputError
+    from bloomery.spec.run import AlignStage
 
     run = read_run(run_file, set_ or [])
-    if run.data.vocab > run.model.vocab:
-        problem = f"more than model.vocab {run.model.vocab}: the model could not read its tokens"
-        raise InputError(problem, where=f"{run_file}: data.vocab", found=run.data.vocab)
+    folder = out or data_folder(run)
+    tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
+    _check_vocabulary(run, tokenizer, run_file)
     if text:
         run = run.model_copy(update={"data": run.data.model_copy(update={"text": tuple(str(path) for path in text)})})
-    folder = out or data_folder(run)
-    stage = run.align[0] if run.align else None
+    stage = run.align[0] if run.align else AlignStage()
+    with _progress() as tell:
+        report = build_data(
+            run.data,
+            folder,
+            described=not text,
+            pairs_file=stage.pairs,
+            max_pairs=stage.max_pairs,
+            seq_len=run.train.seq_len,
+            tokenizer=tokenizer,
+            progress=tell,
+        )
+    print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
+
+
+def _tokenizer_to_keep(run: Run, folder: Path, run_file: Path) -> Tokenizer | None:
+    """The tokenizer that the run's checkpoints were trained with; None where there are none, or their data are others.
+
+    Raises InputError when the description asks for another size.
+    """
+    from bloomery.cluster.prepare import data_folder, run_folder
+    from bloomery.data.build import read_report
+    from bloomery.data.origin import check_tokenizer
+    from bloomery.data.tokenizer import TOKENIZER_FILE, load
+    from bloomery.spec.commit import checkpoint_folders
+    from bloomery.spec.errors import InputError
+
+    home = run_folder(run)
+    is_own = folder.resolve() == data_folder(run).resolve() and (folder / TOKENIZER_FILE).is_file()
+    if not is_own or not checkpoint_folders(home / "checkpoints"):
+        return None
+    check_tokenizer(home, folder)
+    report = read_report(folder)
+    vocab = report.origin.get("vocab", run.data.vocab) if report else run.data.vocab
+    if vocab != run.data.vocab:
+        problem = f"checkpoints in {home} were trained with the tokenizer of {vocab}; --fresh trains another"
+        raise InputError(problem, where=f"{run_file}: data.vocab", found=run.data.vocab)
+    return load(folder)
+
+
+def _check_vocabulary(run: Run, tokenizer: Tokenizer | None, run_file: Path) -> None:
+    """Raise InputError when the tokenizer will be, or is, larger than the model."""
+    from bloomery.spec.errors import InputError
+
+    size = tokenizer.size if tokenizer else run.data.vocab
+    if size > run.model.vocab:
+        problem = f"more than model.vocab {run.model.vocab}: the model could not read its tokens"
+        raise InputError(problem, where=f"{run_file}: data.vocab", found=size)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar for each stage of a build, where a person looks on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
     columns = (
         TextColumn("{task.description:16}"),
         BarColumn(),
@@ -62,21 +124,19 @@ def build(
                 tasks[name] = bar.add_task(name, total=total)
             bar.update(tasks[name], completed=done, total=total)
 
-        report = build_data(
-            run.data,
-            folder,
-            pairs_file=stage.pairs if stage else "",
-            max_pairs=stage.max_pairs if stage else 4000,
-            progress=tell,
-        )
-    print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
+        yield tell
 
 
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")],
     sample: Annotated[int | None, typer.Option(min=0, help="Show sample i with its source documents.")] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Length of the sample in tokens.")] = 256,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Length of the sample in tokens (default: the run's, or 256).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The order's seed (default: that of the run trained on these data, or 0).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON output.")] = False,
 ) -> None:
     """What was built, verified; or one sample and its documents."""
@@ -89,20 +149,32 @@ def inspect(
     report = read_report(folder)
     if report is None:
         raise InputError("no finished data build here", where=str(folder))
-    for part in ("train", "heldout"):
+    for part in ("train", "heldout", "pairs") if report.pairs else ("train", "heldout"):
         verify(folder / part)
+    text_of = tokenizer.load(folder)
     if sample is None:
         print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
         return
-    dataset = TokenDataset(folder / "train", seq_len=seq_len, seed=0)
-    shown = {"sample": sample, "documents": dataset.provenance(sample)}
-    shown["text"] = tokenizer.load(folder).decode(dataset.sample(sample)[0].tolist())
+    train = _training_on(folder)
+    seq_len, seed = seq_len or train.seq_len, train.seed if seed is None else seed
+    dataset = TokenDataset(folder / "train", seq_len=seq_len, seed=seed)
+    shown = {"sample": sample, "seed": seed, "seq_len": seq_len, "documents": dataset.provenance(sample)}
+    shown["text"] = text_of.decode(dataset.sample(sample)[0].tolist())
     if as_json:
         print_json(shown)
         return
     for document in dataset.provenance(sample):
         print(f"{document['id']}  tokens {document['first']}-{document['last']}  {document['path']}")
     print(f"\n{shown['text']}")
+
+
+def _training_on(folder: Path) -> Train:
+    """The settings that the run whose folder this is in was trained with; the defaults where there is none."""
+    from bloomery.spec.catalog import read_run
+    from bloomery.spec.run import Train
+
+    described = folder.absolute().parent / "run.yaml"
+    return read_run(described).train if described.is_file() else Train()
 
 
 def _show(report: dict[str, Any], folder: Path) -> None:
@@ -138,13 +210,35 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((f"  dropped: {reason}", f"{count:,}", (report["named"].get(reason) or [""])[0]))
     size = report["bytes_text"]
     text = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    if report["tokenizer_kept"]:
+        rows.append(("tokenizer", f"{report['vocab_used']:,}", "kept: the run's checkpoints need it"))
     return [
         *rows,
         ("text kept", text, ""),
         ("training tokens", f"{report['tokens_train']:,}", f"in {_documents(report['documents_train'])}"),
         ("held-out tokens", f"{report['tokens_heldout']:,}", f"in {_documents(report['documents_heldout'])}"),
-        ("pairs", f"{report['pairs']:,}", "for supervised fine-tuning" if report["pairs"] else "none could be made"),
+        ("pairs", f"{report['pairs']:,}", _PAIRS[report["pairs_kind"]] if report["pairs"] else "none could be made"),
+        *_misfits(report),
     ]
+
+
+_PAIRS = {
+    "": "for supervised fine-tuning",
+    "given": "yours",
+    "docstrings": "made from docstrings",
+    "continuations": "beginnings and what follows them",
+}
+"""By kind; reports from before there were kinds name none."""
+
+
+def _misfits(report: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Pairs that a sequence does not hold."""
+    length = report["origin"].get("seq_len")
+    found = [
+        ("  left out: prompt too long", report["pairs_too_long"], f"for train.seq_len {length}"),
+        ("  cut: response too long", report["pairs_cut"], f"at train.seq_len {length}"),
+    ]
+    return [(name, f"{count:,}", detail) for name, count, detail in found if count]
 
 
 def _documents(count: int) -> str:

@@ -21,38 +21,46 @@ def demo(
     """Probe, plan, build data, train, align, evaluate and report: the whole chain on this machine, in minutes."""
     from rich.console import Console
 
+    from bloomery.data.build import check_text
     from bloomery.spec.errors import InputError
+    from bloomery.spec.run import Data
 
     console = Console(stderr=True)
     missing = [folder for folder in text or [] if not folder.exists()]
     if missing:
         raise InputError("no such file or folder", where="--text", found=str(missing[0]))
-    run_file = write_run_file(out, [str(folder.resolve()) for folder in text or []])
+    folders = [str(folder.resolve()) for folder in text or []]
+    if folders:
+        check_text(Data(text=tuple(folders)))
+    run_file = write_run_file(out, folders)
     run_dir = out / "demo"
     steps: list[tuple[str, list[str]]] = [
         ("measure this machine", ["probe", "--quick", "--out", str(out / "machine.yaml")]),
         ("plan the run on it", ["plan", str(run_file), "--top", "5"]),
-        ("text to tokenizer and token shards", ["data", "build", str(run_file)]),
+        ("text to tokenizer and token shards", ["data", "build", str(run_file), "--fresh"]),
         ("pre-train as planned", ["train", str(run_file), "--fresh"]),
         ("align: supervised fine-tuning", ["align", str(run_file), "--fresh"]),
         ("evaluate before and after", ["evaluate", str(run_dir)]),
         ("reconcile: predicted beside measured", ["report", str(run_dir)]),
     ]
-    seconds: list[float] = []
+    seconds = dict[str, float]()
     for number, (title, arguments) in enumerate(steps, start=1):
         console.rule(f"[bold]{number}/{len(steps)}  {title}")
+        if arguments[0] == "align" and not (run_dir / "data" / "pairs").is_dir():
+            console.print("left out: no prompt-response pairs could be made from this text")
+            continue
         console.print(f"[dim]$ bloomery {' '.join(arguments)}", highlight=False, soft_wrap=True)
         started = time.monotonic()
         code = subprocess.run([sys.executable, "-m", "bloomery", *arguments]).returncode
         if code:
             raise SystemExit(code)
-        seconds.append(time.monotonic() - started)
+        seconds[title] = time.monotonic() - started
         if number == 1:
             console.print(cut_budget(run_file), highlight=False)
     console.rule("[bold]done")
-    for (title, _), taken in zip(steps, seconds, strict=True):
+    for title, taken in seconds.items():
         console.print(f"{taken:7.1f} s  {title}", highlight=False)
-    console.print(f"{sum(seconds):7.1f} s  in all\n", highlight=False)
+    console.print(f"{sum(seconds.values()):7.1f} s  in all\n", highlight=False)
     console.print(f"The report:  {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
     console.print(f"Talk to it:  bloomery chat {run_dir}", highlight=False, soft_wrap=True)
 

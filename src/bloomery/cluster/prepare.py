@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.supervisor import run_lock
+from bloomery.data.origin import check_tokenizer, other_pairs, other_text, tokenizer_hash
+from bloomery.data.pairs import PairDataset
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
@@ -20,7 +22,7 @@ from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.cluster import Dtype
-from bloomery.spec.commit import check_space, checkpoint_folders
+from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.fitting import fitted
@@ -31,7 +33,7 @@ from bloomery.spec.layout_rules import check_layout, check_recomputable
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Averaging, Run
-from bloomery.spec.seal import sealed_json, sealed_text
+from bloomery.spec.seal import sealed_json, sealed_text, sha256_of
 from bloomery.spec.shard_table import collectives
 
 WRITTEN = (
@@ -170,6 +172,7 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
             ),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "train"),
+            "tokenizer_hash": tokenizer_hash(data),
             "steps": run.train.n_steps,
             "optimizer": run.train.optimizer,
             "global_batch": run.train.global_batch,
@@ -180,7 +183,10 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
 
 
 def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, *, fresh: bool) -> tuple[Path, Job]:
-    """Write `folder`, one alignment stage of a trained run, which starts from the checkpoint `initial`."""
+    """Write `folder`, one alignment stage of a trained run, which starts from the checkpoint `initial`.
+
+    `run`: the model, layout and number format are those it was trained with, the data and stages today's.
+    """
     if run.layout == "auto":
         raise InputError("train the run first", where=str(run_folder(run)))
     layout, data = run.layout, data_folder(run)
@@ -195,11 +201,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     )
     staged = run.model_copy(update={"train": train})
     check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
-    if not (data / "pairs" / "manifest.json").is_file():
-        problem = (
-            "no prompt-response pairs: none could be made from the text; name a file in align.0.pairs and build again"
-        )
-        raise InputError(problem, where=str(data))
+    require_pairs(run, data)
     dtype = _dtype(staged, layout)
     expected = predicted(staged, layout, dtype)
     job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
@@ -209,20 +211,46 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
             "data": str(data / "pairs"),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "pairs"),
+            "tokenizer_hash": tokenizer_hash(data),
             "steps": stage.steps,
             "optimizer": stage.optimizer,
             "global_batch": stage.global_batch,
             "initial": str(initial),
+            "initial_hash": sha256_of(initial / COMMIT_FILE),
             "profile": "",
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
 
 
+def require_pairs(run: Run, data: Path) -> None:
+    """Raise InputError unless `data` has pairs that this run's description asks for and its model can be trained on."""
+    check_tokenizer(run_folder(run), data)
+    _require_same_origin(run, data)
+    if not (data / "pairs" / "manifest.json").is_file():
+        problem = (
+            "no prompt-response pairs: none could be made from the text; name a file in align.0.pairs and build again"
+        )
+        raise InputError(problem, where=str(data))
+    PairDataset(data / "pairs", seq_len=run.train.seq_len, seed=0)
+
+
+def _require_same_origin(run: Run, data: Path) -> None:
+    """Raise InputError when shards and pairs were built from something else than the run's description names."""
+    path = data / "report.json"
+    origin = read_json(path).get("origin", {}) if path.is_file() else {}
+    text, pairs = other_text(origin, run.data), other_pairs(origin, run.align[0]) if run.align else ""
+    if text or pairs:
+        problem = f"built from other {'text' if text else 'pairs'} ({text or pairs})"
+        raise InputError(f"{problem}; `bloomery data build RUN.yaml` builds it again", where=str(data))
+
+
 def require_data(run: Run, data: Path) -> None:
-    """Raise InputError unless `data` is a finished build that this run's model can read, held-out text included."""
+    """Raise InputError unless `data` is a finished build of this run's text that its model can read, held-out text
+    included."""
     if not (data / "report.json").is_file() or not (data / "train" / "manifest.json").is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
+    _require_same_origin(run.model_copy(update={"align": ()}), data)
     used = int(read_json(data / "report.json").get("vocab_used", 0))
     if used > run.model.vocab:
         problem = f"its tokenizer has {used} tokens, the model {run.model.vocab}; lower data.vocab and build again"

@@ -1,7 +1,8 @@
 """Corpus to clean documents to tokens to packed shards, with an account of what was dropped and why.
 
-A finished build of the same text under the same settings is used again. An interrupted one leaves nothing that loads:
-`report.json` is written last.
+Held-out documents are set apart first: neither shards nor pairs to train on hold any of them, though the tokenizer has
+seen some. A finished build of the same text under the same settings is used again. An interrupted one leaves nothing
+that loads: `report.json` is written last.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.data import pairs as pair_files
-from bloomery.data.readers import Account, Document, cut, default_sources, read_documents, text_files
+from bloomery.data.origin import origin_of
+from bloomery.data.readers import Account, Document, cut, default_sources, read_documents, text_files, weight
 from bloomery.data.shards import read_manifest, write_tokens
 from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, train
 from bloomery.spec.errors import InputError
@@ -54,7 +56,12 @@ class Report:
     tokens_train: int = 0
     tokens_heldout: int = 0
     pairs: int = 0
+    pairs_kind: str = ""
+    pairs_too_long: int = 0
+    pairs_cut: int = 0
     vocab_used: int = 0
+    tokenizer_kept: bool = False
+    origin: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reused: bool = False
 
@@ -64,43 +71,83 @@ class Report:
 
 
 def build(
-    data: Data, folder: Path, *, pairs_file: str = "", max_pairs: int = 4000, progress: Progress | None = None
+    data: Data,
+    folder: Path,
+    *,
+    described: bool = True,
+    pairs_file: str = "",
+    max_pairs: int = 4000,
+    seq_len: int = 256,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Build `folder` (tokenizer.json, train/, heldout/, pairs/, report.json) from the text that `data` names.
 
-    Raises InputError when there is no usable text or the disk cannot hold the result.
+    `tokenizer`: the one that is there and stays. `seq_len`: what pairs will be trained at. `described`: False where
+    `data.text` is not the description's. Raises InputError when there is no usable text or the disk cannot hold the
+    result.
     """
     tell = progress or (lambda *_: None)
-    sources = [Path(text).expanduser() for text in data.text] or default_sources()
-    files = text_files(sources)
+    files = text_files(_sources(data))
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
     finished = read_report(folder)
-    if finished and finished.fingerprint == fingerprint and _whole(folder):
+    if finished and _is_same(finished, fingerprint, seq_len, kept=tokenizer is not None) and _whole(folder):
         finished.reused = True
         return finished
     _check_space(data, files, folder)
-    report = Report(fingerprint, [str(source) for source in sources])
+    report = Report(fingerprint, [str(source) for source in _sources(data)], tokenizer_kept=tokenizer is not None)
+    report.origin = origin_of(
+        data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
+    )
     documents = _timed(report, "read", lambda: _read(data, files, report, tell))
     if not documents:
-        reasons = ", ".join(
-            f"{reason}: {', '.join(report.named[reason][:2])}" for reason in report.dropped if reason in report.named
-        )
-        raise InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(report.sources))
+        raise _no_text(report.sources, report.named)
     if len(documents) == 1:
         # One file is a corpus too: a tenth of it is held out.
         documents = list(cut(documents[0], max(1, len(documents[0].text) // 10)))
     # From here on an interrupted build must not pass for the one before it.
     (folder / REPORT_FILE).unlink(missing_ok=True)
-    tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    write_sums(folder, [TOKENIZER_FILE])
-    report.vocab_used = tokenizer.size
-    _timed(report, "encode", lambda: _shards(data, folder, documents, tokenizer, report, tell))
-    _timed(report, "pairs", lambda: _pairs(folder, documents, tokenizer, given, max_pairs, report))
+    if tokenizer is None:
+        tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(folder)
+        write_sums(folder, [TOKENIZER_FILE])
+    report.vocab_used, used = tokenizer.size, tokenizer
+    training, heldout = _split(documents, data.holdout)
+    _timed(report, "encode", lambda: _shards(data, folder, training, heldout, used, report, tell))
+    found, report.pairs_kind = (given, pair_files.GIVEN) if given else pair_files.made_from(training, seq_len)
+    _timed(report, "pairs", lambda: _pairs(folder, pair_files.chosen(found, max_pairs), used, report))
     write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     return report
+
+
+def check_text(data: Data) -> None:
+    """Raise InputError, as `build` would, when the text that `data` names holds no document that would be kept."""
+    account = Account()
+    for file in text_files(_sources(data)):
+        for document in _pieces(read_documents(file, account), named=bool(data.text)):
+            reason = _unfit(document, data)
+            if not reason:
+                return
+            account.drop(reason, document.path)
+    raise _no_text([str(source) for source in _sources(data)], account.named)
+
+
+def _sources(data: Data) -> list[Path]:
+    return [Path(text).expanduser() for text in data.text] or default_sources()
+
+
+def _no_text(sources: list[str], named: dict[str, list[str]]) -> InputError:
+    reasons = ", ".join(f"{reason}: {', '.join(names[:2])}" for reason, names in named.items())
+    return InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(sources))
+
+
+def _is_same(finished: Report, fingerprint: str, seq_len: int, *, kept: bool) -> bool:
+    """Whether a finished build is the one asked for: pairs depend on the sequence's length, a tokenizer kept for
+    checkpoints is used on only where it is kept again."""
+    length = finished.origin.get("seq_len", seq_len)
+    return finished.fingerprint == fingerprint and length == seq_len and (kept or not finished.tokenizer_kept)
 
 
 def read_report(folder: Path) -> Report | None:
@@ -192,22 +239,27 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
         report.files += 1
         enough = min(size + share, data.max_bytes)
         for document in _pieces(read_documents(file, account), named=bool(data.text)):
-            if size >= enough:
-                break
-            if len(document.text) > MAX_CHARACTERS:
-                account.drop("longer than 300,000 characters", document.path)
-            elif len(document.text) < data.min_characters:
-                account.drop("too short", document.path)
-            elif document.id in seen:
-                account.drop("exact duplicate", document.path)
+            reason = _unfit(document, data) or ("exact duplicate" if document.id in seen else "")
+            if reason:
+                account.drop(reason, document.path)
             else:
                 seen.add(document.id)
                 kept.append(document)
                 size += len(document.text.encode())
+                if size >= enough:
+                    break
         tell("read text", min(size, data.max_bytes), data.max_bytes)
     report.documents_read = account.counts.pop("documents read", 0)
     report.dropped, report.named, report.bytes_text = dict(account.counts), account.named, size
     return kept
+
+
+def _unfit(document: Document, data: Data) -> str:
+    """Why a document is dropped whatever the others are; empty: it is not."""
+    if len(document.text) > MAX_CHARACTERS:
+        return "longer than 300,000 characters"
+    short = len(document.text) < data.min_characters and weight(document.text) < data.min_characters
+    return "too short" if short else ""
 
 
 def _pieces(documents: Iterator[Document], *, named: bool) -> Iterator[Document]:
@@ -229,14 +281,24 @@ def _evenly(documents: list[Document], tell: Progress) -> Iterator[str]:
         yield document.text
 
 
-def _shards(
-    data: Data, folder: Path, documents: list[Document], tokenizer: Tokenizer, report: Report, tell: Progress
-) -> None:
-    heldout = [document for document in documents if is_heldout(document, data.holdout)]
+def _split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """Documents to train on and documents held out, neither of them empty where there are two."""
+    heldout = [document for document in documents if is_heldout(document, share)]
     if len(heldout) in (0, len(documents)):
         heldout = documents[:1]
     out = {document.id for document in heldout}
-    training = [document for document in documents if document.id not in out]
+    return [document for document in documents if document.id not in out], heldout
+
+
+def _shards(
+    data: Data,
+    folder: Path,
+    training: list[Document],
+    heldout: list[Document],
+    tokenizer: Tokenizer,
+    report: Report,
+    tell: Progress,
+) -> None:
     done = 0
 
     def encoded(part: list[Document]) -> Iterator[tuple[dict[str, Any], list[int]]]:
@@ -248,26 +310,18 @@ def _shards(
             done += len(chunk)
             tell("encode", done, len(training) + len(heldout))
 
-    settings = {"vocab": data.vocab, "shard_tokens": data.shard_tokens, "end": tokenizer.end}
+    # A tokenizer that was kept may be larger than the description's.
+    settings = {"vocab": max(data.vocab, tokenizer.size), "shard_tokens": data.shard_tokens, "end": tokenizer.end}
     counts = write_tokens(folder / "train", encoded(training), **settings)
     report.documents_train, report.tokens_train = counts["documents"], counts["tokens"]
     counts = write_tokens(folder / "heldout", encoded(heldout), **settings)
     report.documents_heldout, report.tokens_heldout = counts["documents"], counts["tokens"]
 
 
-def _pairs(
-    folder: Path,
-    documents: list[Document],
-    tokenizer: Tokenizer,
-    given: list[tuple[str, str]] | None,
-    max_pairs: int,
-    report: Report,
-) -> None:
-    """The user's pairs, or those the training documents give; none is no error until a stage asks for them."""
-    found = given
-    if found is None:
-        found = [pair for document in documents for pair in pair_files.pairs_of(document)]
-    kept = pair_files.chosen(found, max_pairs)
+def _pairs(folder: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> None:
+    """Write the pairs; none is no error until a stage asks for them."""
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    if kept:
-        report.pairs = pair_files.write_pairs(folder / "pairs", kept, tokenizer)
+    if pairs:
+        report.pairs = len(pairs)
+        length = report.origin["seq_len"]
+        report.pairs_too_long, report.pairs_cut = pair_files.write_pairs(folder / "pairs", pairs, tokenizer, length)

@@ -1,4 +1,7 @@
-"""Prompt-response pairs for supervised fine-tuning: the user's own, or made from the text (docstring and signature)."""
+"""Prompt-response pairs for supervised fine-tuning: the user's own, or made from the text.
+
+From Python (docstring and signature); of a text without any, from beginnings and what follows them.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,25 @@ import ast
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bloomery.data.continuations import continuations_of
 from bloomery.data.order import sample_at
 from bloomery.data.readers import Document, has_half_pair
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
-from bloomery.data.tokenizer import Tokenizer
 from bloomery.spec.errors import InputError
 
+if TYPE_CHECKING:
+    from bloomery.data.tokenizer import Tokenizer
+
 MAX_CHARACTERS = 400
+GIVEN, DOCSTRINGS, CONTINUATIONS = "given", "docstrings", "continuations"
+"""What the pairs of a build are."""
 
 
 def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
@@ -43,28 +51,43 @@ def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
                 yield f"Write the signature of a function: {summary}", f"`{signature}`"
 
 
+def made_from(documents: Sequence[Document], seq_len: int) -> tuple[list[tuple[str, str]], str]:
+    """Pairs of a text and what they are: from docstrings where it has any, else beginnings and what follows them."""
+    found = [pair for document in documents for pair in pairs_of(document)]
+    if found:
+        return found, DOCSTRINGS
+    found = [pair for document in documents for pair in continuations_of(document, seq_len)]
+    return found, CONTINUATIONS if found else ""
+
+
 def read_pairs(path: Path) -> list[tuple[str, str]]:
     """The user's pairs: JSON Lines with `prompt` and `response`. Raises InputError with the line of the first fault."""
     if not path.is_file():
         raise InputError("no such file of pairs", where=str(path))
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Not `splitlines`: JSON may hold U+2028 and its like as they are.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"not UTF-8 text (byte {error.start})", where=str(path)) from None
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            found.append((str(record["prompt"]), str(record["response"])))
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError("not a record with prompt and response", where=f"{path}:{number}") from None
-        if has_half_pair("".join(found[-1])):
-            raise InputError("half a surrogate pair, which is no character", where=f"{path}:{number}")
+    found = [_pair(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise InputError("no pairs in this file", where=str(path))
     return found
+
+
+def _pair(line: str, where: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+        prompt, response = record["prompt"], record["response"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError("not a record with prompt and response", where=where) from None
+    for name, value in (("prompt", prompt), ("response", response)):
+        if not isinstance(value, str):
+            said = json.dumps(value, ensure_ascii=False)
+            raise InputError(f"{name} must be text, not {said[:40]}", where=where)
+    if has_half_pair(prompt + response):
+        raise InputError("half a surrogate pair, which is no character", where=where)
+    return prompt, response
 
 
 def chosen(pairs: Iterable[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
@@ -76,8 +99,11 @@ def chosen(pairs: Iterable[tuple[str, str]], limit: int) -> list[tuple[str, str]
     return sorted(set(pairs), key=key)[:limit]
 
 
-def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> int:
-    """Encode pairs into one folder: tokens of all, and for each where it starts and where its response starts."""
+def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, seq_len: int) -> tuple[int, int]:
+    """Encode pairs into one folder: tokens of all, and for each where it starts and where its response starts.
+
+    Returns how many `PairDataset` will leave out at `seq_len`, their prompt being too long, and how many it will cut.
+    """
     prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
     responses = tokenizer.encode_batch([response for _, response in pairs])
     tokens, starts, answers = list[int](), [0], list[int]()
@@ -94,7 +120,8 @@ def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer
         ("pairs.jsonl", lines.encode()),
     ]
     write_folder(target, files, {"kind": "pairs", "pairs": len(pairs), "pad": tokenizer.pad})
-    return len(pairs)
+    heads, lengths = np.array(answers), np.diff(starts)
+    return int((heads >= seq_len).sum()), int(((heads < seq_len) & (lengths > seq_len + 1)).sum())
 
 
 class PairDataset:

@@ -1,6 +1,7 @@
 """Text in: files of many kinds to documents, as a stream. A bad file or record is skipped, counted and named.
 
-Memory stays bounded: a file is read to `MAX_FILE_BYTES` after decompression and no further.
+Memory stays bounded: of a file, and of one record, `MAX_FILE_BYTES` after decompression are read and no more; records
+are read one by one, as far as the caller wants them.
 """
 
 from __future__ import annotations
@@ -9,11 +10,14 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sysconfig
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from io import BufferedIOBase
 from pathlib import Path
 
 from bloomery.spec.errors import InputError
@@ -81,27 +85,35 @@ def read_documents(path: Path, account: Account) -> Iterator[Document]:
     if path.exists() and not path.is_file():
         account.drop("not a plain file", str(path))
         return
+    kind = path.name.removesuffix(".gz")
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-    except (OSError, EOFError, ValueError) as error:
+            if kind.endswith(".jsonl"):
+                yield from _records(path, stream, account)
+                return
+            raw = stream.read(MAX_FILE_BYTES)
+            whole = not stream.read(1)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         account.drop(f"unreadable ({type(error).__name__})", str(path))
         return
-    if len(raw) > MAX_FILE_BYTES:
-        account.drop(f"larger than {MAX_FILE_BYTES >> 20} MiB of text", str(path))
-        return
-    kind = path.name.removesuffix(".gz")
-    if kind.endswith(".jsonl"):
-        yield from _records(path, raw, account)
-        return
-    text = decode(raw, str(path), account)
+    text = decode(raw if whole else _whole_characters(raw), str(path), account)
     if text is None:
         return
+    if not whole:
+        account.drop(f"the rest of a file larger than {MAX_FILE_BYTES >> 20} MiB", str(path))
     if kind.endswith((".html", ".htm")):
         text = strip_html(text)
     account.counts["documents read"] += 1
     yield document(str(path), text)
+
+
+def _whole_characters(raw: bytes) -> bytes:
+    """UTF-8 text that was cut anywhere, without its last character: of that one, bytes may be missing."""
+    start = len(raw) - 1
+    while start > 0 and raw[start] & 0xC0 == 0x80:
+        start -= 1
+    return raw[:start]
 
 
 def document(path: str, text: str) -> Document:
@@ -138,9 +150,12 @@ def decode(raw: bytes, where: str, account: Account) -> str | None:
     return text
 
 
-def _records(path: Path, raw: bytes, account: Account) -> Iterator[Document]:
-    for number, line in enumerate(raw.splitlines(), start=1):
+def _records(path: Path, stream: BufferedIOBase, account: Account) -> Iterator[Document]:
+    for number, line in enumerate(_lines(stream), start=1):
         where = f"{path}:{number}"
+        if len(line) > MAX_FILE_BYTES:
+            account.drop(f"record larger than {MAX_FILE_BYTES >> 20} MiB", where)
+            continue
         if not line.strip():
             continue
         try:
@@ -159,12 +174,44 @@ def _records(path: Path, raw: bytes, account: Account) -> Iterator[Document]:
         yield document(where, text)
 
 
+def _lines(stream: BufferedIOBase) -> Iterator[bytes]:
+    """Line by line; of one longer than `MAX_FILE_BYTES` only so much that this can be seen."""
+    while line := stream.readline(MAX_FILE_BYTES + 1):
+        rest = line
+        while len(rest) > MAX_FILE_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(MAX_FILE_BYTES + 1)
+        yield line
+
+
 def has_half_pair(text: str) -> bool:
     """Whether an escape of JSON has put half of a surrogate pair into a text: no character, and without UTF-8."""
     return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff\U00020000-\U0003ffff]")
+CJK_WEIGHT = 8
+
+
+def weight(text: str) -> int:
+    """How long a text is in English characters: a Chinese, Japanese or Korean one says about as much as a word.
+
+    >>> weight("iron"), weight("铁, iron")
+    (4, 14)
+    """
+    return len(text) + (CJK_WEIGHT - 1) * len(_CJK.findall(text))
+
+
+_LAID_OUT = """
+    title p div br hr ul ol li dl dt dd table caption thead tbody tr h1 h2 h3 h4 h5 h6 pre blockquote section article
+    header footer nav main aside figure figcaption form fieldset option address details summary
+"""
+_BLOCKS = frozenset(_LAID_OUT.split())
+_CELLS = ("td", "th")
+
+
 class _Text(HTMLParser):
+    """Collects what is shown: a block begins and ends a line, a cell is set off by a blank."""
+
     def __init__(self) -> None:
         super().__init__()
         self.parts: list[str] = []
@@ -172,19 +219,27 @@ class _Text(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.hidden += tag in ("script", "style")
-        if tag in ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "pre"):
-            self.parts.append("\n")
+        self._set_off(tag)
 
     def handle_endtag(self, tag: str) -> None:
         self.hidden -= tag in ("script", "style") and self.hidden > 0
+        self._set_off(tag)
 
     def handle_data(self, data: str) -> None:
-        if not self.hidden:
+        if data and not self.hidden:
             self.parts.append(data)
+
+    def _set_off(self, tag: str) -> None:
+        before = self.parts[-1][-1] if self.parts else "\n"
+        if tag in _BLOCKS and before != "\n":
+            self.parts.append("\n")
+        elif tag in _CELLS and not before.isspace():
+            self.parts.append(" ")
 
 
 def strip_html(text: str) -> str:
     """The visible text of a page."""
     parser = _Text()
     parser.feed(text)
+    parser.close()  # the parser holds back the text after a last `&`
     return "".join(parser.parts)

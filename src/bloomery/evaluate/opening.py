@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bloomery.data.origin import check_tokenizer
 from bloomery.data.tokenizer import Tokenizer
 from bloomery.data.tokenizer import load as load_tokenizer
 from bloomery.model.init import initial_value
@@ -36,7 +37,8 @@ class OpenRun:
     skipped: tuple[str, ...] = ()
 
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer. Raises InputError when its data folder is gone."""
+        """The run's tokenizer. Raises InputError when its data folder is gone or was built anew with another one."""
+        check_tokenizer(self.folder, self.data)
         return load_tokenizer(self.data)
 
     def last_stage(self) -> str:

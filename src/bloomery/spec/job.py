@@ -71,7 +71,9 @@ class Job(Noun):
     kind: str = "tokens"
     document_mask: bool = False
     initial: str = ""
+    initial_hash: str = ""
     data_hash: str = ""
+    tokenizer_hash: str = ""
     checkpoint_every: int = 100
     memory_every: int = 0
     keep_checkpoints: int = 2
@@ -108,7 +110,15 @@ class Job(Noun):
 
     def changes_since(self, earlier: Job) -> list[str]:
         """The names of what must not change and did, `earlier` being the job that checkpoints were made by."""
-        return [name for name in (*FIXED, "data_hash") if getattr(self, name) != getattr(earlier, name)]
+        names = [name for name in (*FIXED, "data_hash") if getattr(self, name) != getattr(earlier, name)]
+        return names + (["starting checkpoint"] if self._starts_elsewhere(earlier) else [])
+
+    def _starts_elsewhere(self, earlier: Job) -> bool:
+        """Whether a stage starts from other weights; by its checkpoint's name alone where a job is from before there
+        was a hash. A folder may have moved."""
+        if self.initial_hash and earlier.initial_hash:
+            return self.initial_hash != earlier.initial_hash
+        return Path(self.initial).name != Path(earlier.initial).name
 
 
 def read_job(run_dir: Path) -> Job:

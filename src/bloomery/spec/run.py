@@ -56,7 +56,13 @@ class Data(Noun):
     max_bytes: int = Field(default=64_000_000, ge=1, description="stop reading after this much text")
     holdout: float = Field(default=0.01, gt=0, lt=0.5, description="share of documents kept for evaluation")
     shard_tokens: int = Field(default=4_000_000, ge=1024)
-    min_characters: int = Field(default=200, ge=1, description="shorter documents are dropped and counted")
+    min_characters: int = Field(
+        default=200,
+        ge=1,
+        description=(
+            "shorter documents are dropped and counted; a Chinese, Japanese or Korean character counts as eight"
+        ),
+    )
 
 
 class Optimizer(Noun):

@@ -1,13 +1,19 @@
-"""The demo's budget of tokens follows the plan: small enough for the machine, never more than the description asks."""
+"""The demo's budget of tokens follows the plan: small enough for the machine, never more than the description asks.
+
+It takes any text, and refuses none at all before it measures anything.
+"""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from bloomery.cli import demo
+from bloomery.data.build import build
 from bloomery.spec.catalog import read_run
+from bloomery.spec.errors import InputError
 from bloomery.spec.files import override, read_yaml, to_yaml
 
 
@@ -33,3 +39,49 @@ def test_a_fast_machine_keeps_the_budget(run_file: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(demo, "TRAINING_S", 1e9)
     assert "cut from" not in demo.cut_budget(run_file)
     assert run_file.read_text(encoding="utf-8") == before
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that the demo would run; of them only the build of the data is done."""
+    commands = list[list[str]]()
+
+    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
+        commands.append(command[3:])
+        if command[3:5] == ["data", "build"]:
+            described = read_run(Path(command[5]), ["cluster=this-machine", "data.vocab=300"])
+            build(described.data, Path(described.out) / "demo" / "data")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(demo, "cut_budget", lambda _: "")
+    return commands
+
+
+@pytest.mark.parametrize("content", [None, b"too short", b"binary\0" * 200])
+def test_a_folder_without_usable_text_is_refused_before_the_machine_is_measured(
+    tmp_path: Path, called: list[list[str]], content: bytes | None
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    if content is not None:
+        (text / "a.txt").write_bytes(content)
+    with pytest.raises(InputError, match="no usable text"):
+        demo.demo(text=[text], out=tmp_path / "out")
+    assert not called
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "aligned"), [("铁从矿石中来，要用木炭炼。炼成之后再打。", True), ("no sentence and no title ", False)]
+)
+def test_a_text_without_python_goes_through_and_without_pairs_one_step_is_left_out(
+    tmp_path: Path, called: list[list[str]], words: str, aligned: bool
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(5):
+        (text / f"{number}.txt").write_text(f"{number} {words}" * 30)
+    demo.demo(text=[text], out=tmp_path / "out")
+    verbs = [command[0] for command in called]
+    assert verbs == ["probe", "plan", "data", "train", *(["align"] if aligned else []), "evaluate", "report"]

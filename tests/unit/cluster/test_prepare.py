@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,12 +11,15 @@ import pytest
 from bloomery.cluster import prepare
 from bloomery.cluster.supervisor import run_lock
 from bloomery.data.build import build
+from bloomery.data.tokenizer import load, train
+from bloomery.evaluate.opening import open_run
 from bloomery.spec import commit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
 from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.run import Run
+from bloomery.spec.seal import write_sums
 
 
 @pytest.fixture
@@ -140,8 +144,113 @@ def test_an_interrupted_build_is_no_data(run: Run) -> None:
 
 
 def test_alignment_without_pairs_says_where_they_come_from(run: Run, tmp_path: Path) -> None:
+    shutil.rmtree(prepare.data_folder(run) / "pairs")
     with pytest.raises(InputError, match=r"align\.0\.pairs"):
         prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
+
+
+def redescribed(run: Run, **values: object) -> Run:
+    """The run with other settings of its data."""
+    return run.model_copy(update={"data": run.data.model_copy(update=values)})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"text": ("elsewhere",)}, r"data\.text .*text, now elsewhere"),
+        ({"text": ()}, r"data\.text .*, now this machine's own"),
+        ({"vocab": 500}, r"data\.vocab 512, now 500"),
+        ({"holdout": 0.2}, r"data\.holdout 0\.01, now 0\.2"),
+    ],
+)
+def test_shards_of_another_text_are_not_trained_on(run: Run, values: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=rf"built from other text \({said}\); `bloomery data build RUN\.yaml`"):
+        prepare.prepare_pretraining(redescribed(run, **values), world_size=None, fresh=False)
+
+
+def test_the_same_text_in_another_place_or_spelling_is_no_other_text(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare.prepare_pretraining(redescribed(run, text=("text",)), world_size=None, fresh=False)
+    shutil.move(tmp_path / "text", tmp_path / "moved")
+    prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    prepare.prepare_pretraining(redescribed(run, text=("moved",)), world_size=None, fresh=False)
+
+
+def test_a_description_that_names_shards_and_no_text_takes_what_is_there(run: Run) -> None:
+    folder = prepare.data_folder(run)
+    prepare.prepare_pretraining(redescribed(run, text=(), folder=str(folder)), world_size=None, fresh=False)
+
+
+def test_a_build_from_before_its_origin_was_kept_is_still_trained_on(run: Run) -> None:
+    path = prepare.data_folder(run) / "report.json"
+    values = json.loads(path.read_text())
+    del values["origin"], values["sha256"]
+    path.write_text(json.dumps(values))
+    prepare.prepare_pretraining(redescribed(run, vocab=500), world_size=None, fresh=False)
+
+
+def checkpoint(folder: Path, content: str) -> Path:
+    """A checkpoint folder with something for a commit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "commit.json").write_text(content)
+    return folder
+
+
+def test_an_alignment_asks_for_the_pairs_that_were_built(run: Run, tmp_path: Path) -> None:
+    pairs, initial = tmp_path / "pairs.jsonl", checkpoint(tmp_path / "step_000002", "{}")
+    pairs.write_text('{"prompt": "a", "response": "b"}')
+    stage = run.align[0].model_copy(update={"pairs": str(pairs)})
+    named = run.model_copy(update={"align": (stage,)})
+    with pytest.raises(InputError, match=r"built from other pairs \(align\.0\.pairs made from the text, now .*pairs"):
+        prepare.prepare_alignment(named, stage, initial, tmp_path / "sft", fresh=False)
+    build(run.data, prepare.data_folder(run), pairs_file=str(pairs))
+    prepare.prepare_alignment(named, stage, initial, tmp_path / "sft", fresh=False)
+    pairs.write_text('{"prompt": "a", "response": "c"}')
+    with pytest.raises(InputError, match=r"pairs\.jsonl has another content now"):
+        prepare.prepare_alignment(named, stage, initial, tmp_path / "sft", fresh=False)
+
+
+def test_pairs_whose_prompts_do_not_fit_are_refused_before_training(run: Run, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "0 1 2 3 4 5 6 7 8 9 " * 9, "response": "b"}))
+    stage = run.align[0].model_copy(update={"pairs": str(pairs)})
+    build(run.data, prepare.data_folder(run), pairs_file=str(pairs))
+    with pytest.raises(InputError, match="no pair's prompt fits in seq_len 32"):
+        prepare.prepare_alignment(
+            run.model_copy(update={"align": (stage,)}), stage, tmp_path, tmp_path / "sft", fresh=False
+        )
+
+
+def test_an_alignment_from_other_weights_is_refused_and_begins_with_fresh(run: Run, tmp_path: Path) -> None:
+    stage, target = run.align[0], tmp_path / "sft"
+    initial = checkpoint(tmp_path / "step_000002", "trained once")
+    prepare.prepare_alignment(run, stage, initial, target, fresh=False)
+    finish(target)
+    moved = checkpoint(tmp_path / "moved" / "step_000002", "trained once")
+    prepare.prepare_alignment(run, stage, moved, target, fresh=False)
+    checkpoint(initial, "trained again")
+    with pytest.raises(InputError, match="another starting checkpoint; --fresh"):
+        prepare.prepare_alignment(run, stage, initial, target, fresh=False)
+    prepare.prepare_alignment(run, stage, initial, target, fresh=True)
+    assert not (target / "checkpoints").exists()
+
+
+def test_a_tokenizer_that_was_exchanged_under_a_run_is_noticed(run: Run, tmp_path: Path) -> None:
+    folder, data = prepare.run_folder(run), prepare.data_folder(run)
+    prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    finish(folder)
+    before = load(data)
+    assert open_run(folder).tokenizer().size == before.size
+    train(iter(["other words than those " * 20]), 400).save(data)
+    write_sums(data, ["tokenizer.json"])
+    with pytest.raises(InputError, match="not the tokenizer this run was trained with"):
+        open_run(folder).tokenizer()
+    with pytest.raises(InputError, match="not the tokenizer this run was trained with"):
+        prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
+    prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    assert open_run(folder).tokenizer().size != before.size
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,105 @@
+"""What token shards were built from, and whether a description still asks for the same.
+
+Nothing is said of builds and runs from before this was kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bloomery.data.readers import text_files
+from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
+from bloomery.spec.job import JOB_FILE
+from bloomery.spec.run import AlignStage, Data
+from bloomery.spec.seal import sha256_of
+
+DECISIVE = ("vocab", "max_bytes", "holdout", "shard_tokens", "min_characters")
+"""What of a description, besides the text, decides the shards."""
+
+
+def origin_of(
+    data: Data, files: Iterable[Path], *, described: bool, pairs_file: str, max_pairs: int, seq_len: int
+) -> dict[str, Any]:
+    """What the report keeps. `described`: False where the text was named for this build alone, by no description."""
+    return {
+        **{name: getattr(data, name) for name in DECISIVE},
+        "text": list(data.text) if described else None,
+        "places": _places(data.text),
+        "listing": _listing(files),
+        "pairs": pairs_file,
+        "pairs_hash": sha256_of(Path(pairs_file)) if pairs_file else "",
+        "max_pairs": max_pairs,
+        "seq_len": seq_len,
+    }
+
+
+def other_text(origin: dict[str, Any], data: Data) -> str:
+    """How the text that a description names differs from what was built; empty: it does not.
+
+    A description that names a folder of shards and no text takes what is there.
+    """
+    if not origin or (data.folder and not data.text):
+        return ""
+    for name in DECISIVE:
+        if origin[name] != getattr(data, name):
+            return f"data.{name} {origin[name]}, now {getattr(data, name)}"
+    built = origin["text"]
+    if built is None or built == list(data.text) or origin["places"] == _places(data.text):
+        return ""
+    if data.text and _has_moved(origin, data):
+        return ""
+    own = "this machine's own"
+    return f"data.text {', '.join(built) or own}, now {', '.join(data.text) or own}"
+
+
+def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
+    """How the pairs that a description's first alignment stage names differ from those built; empty: they do not."""
+    if not origin:
+        return ""
+    if origin["max_pairs"] != stage.max_pairs:
+        return f"align.0.max_pairs {origin['max_pairs']}, now {stage.max_pairs}"
+    built, named = origin["pairs"], stage.pairs
+    if built and named and Path(named).is_file():
+        if sha256_of(Path(named)) == origin["pairs_hash"]:
+            return ""
+        return f"align.0.pairs {named} has another content now"
+    made = "made from the text"
+    return "" if _places([built]) == _places([named]) else f"align.0.pairs {built or made}, now {named or made}"
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """The hash of a data folder's tokenizer; empty where there is none."""
+    path = folder / "tokenizer.json"
+    return sha256_of(path) if path.is_file() else ""
+
+
+def check_tokenizer(run_dir: Path, folder: Path) -> None:
+    """Raise InputError when the tokenizer of a data folder is not the one that a run was trained with."""
+    path = run_dir / JOB_FILE
+    known = str(read_json(path).get("tokenizer_hash", "")) if path.is_file() else ""
+    if known and tokenizer_hash(folder) not in ("", known):
+        problem = "not the tokenizer this run was trained with: the data were built again; `bloomery train --fresh`"
+        raise InputError(f"{problem} starts over", where=str(folder / "tokenizer.json"))
+
+
+def _places(names: Iterable[str]) -> list[str]:
+    return sorted(str(Path(name).expanduser().absolute()) if name else "" for name in names)
+
+
+def _listing(files: Iterable[Path]) -> str:
+    """A hash of the files' names and sizes, wherever their folder is."""
+    found = sorted((file.name, file.stat().st_size) for file in files if file.is_file())
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+
+def _has_moved(origin: dict[str, Any], data: Data) -> bool:
+    """Whether the same files lie in another place."""
+    try:
+        return bool(origin["listing"] == _listing(text_files([Path(text).expanduser() for text in data.text])))
+    except InputError:
+        return False

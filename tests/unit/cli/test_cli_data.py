@@ -1,0 +1,133 @@
+"""`data build` leaves trained runs their tokenizer; `data inspect` checks every file and shows what training saw."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bloomery.cli import main as command_line
+from bloomery.cluster.prepare import prepare_pretraining
+from bloomery.data.shards import TokenDataset
+from bloomery.data.tokenizer import load
+from bloomery.spec.catalog import read_run
+from bloomery.spec.files import to_yaml
+
+Called = Callable[..., int]
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Called:
+    """The exit code of `bloomery data` called in this process and in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["bloomery", "data", *map(str, arguments)])
+        try:
+            command_line.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return call
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Path:
+    """A tiny run on a little text."""
+    for name, words in (("text", "Iron is made from ore with charcoal. "), ("other", "Steel holds less carbon. ")):
+        (tmp_path / name).mkdir()
+        for number in range(12):
+            (tmp_path / name / f"{number}.txt").write_text(f"Number {number}. {words}" * 30)
+    values = {
+        "name": "tiny",
+        "model": {"layers": 2, "hidden": 32, "heads": 4, "vocab": 600, "max_seq_len": 64},
+        "cluster": "this-machine",
+        "layout": {},
+        "train": {"seq_len": 64, "global_batch": 4, "steps": 2, "seed": 5},
+        "data": {"vocab": 400, "text": ["text"]},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(to_yaml(values))
+    return path
+
+
+def trained(run_file: Path) -> Path:
+    """As if the run had been trained. Returns its folder."""
+    folder, _ = prepare_pretraining(read_run(run_file), world_size=None, fresh=False)
+    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    return folder
+
+
+def test_a_trained_run_keeps_its_tokenizer_unless_told_otherwise(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    tokenizer = trained(run_file) / "data" / "tokenizer.json"
+    before = tokenizer.read_bytes()
+    assert called("build", run_file, "--text", "other") == 0
+    assert "kept" in capsys.readouterr().out
+    assert tokenizer.read_bytes() == before
+    assert called("build", run_file, "--set", "data.vocab=500") == 2
+    assert "tiny.yaml: data.vocab: checkpoints in runs/tiny were trained with" in capsys.readouterr().err
+    assert called("build", run_file, "--text", "other", "--fresh") == 0
+    assert tokenizer.read_bytes() != before
+
+
+def test_shards_elsewhere_have_a_tokenizer_of_their_own(called: Called, run_file: Path) -> None:
+    assert called("build", run_file) == 0
+    before = (trained(run_file) / "data" / "tokenizer.json").read_bytes()
+    assert called("build", run_file, "--text", "other", "--out", "shards") == 0
+    assert Path("shards/tokenizer.json").read_bytes() != before
+
+
+def test_an_imported_model_keeps_the_tokenizer_it_came_with(called: Called, run_file: Path) -> None:
+    """Its folder has a tokenizer and a checkpoint, and neither shards nor a job."""
+    assert called("build", run_file) == 0
+    folder = trained(run_file)
+    before = (folder / "data" / "tokenizer.json").read_bytes()
+    for name in ("train", "heldout", "pairs"):
+        shutil.rmtree(folder / "data" / name)
+    (folder / "data" / "report.json").unlink()
+    (folder / "job.json").unlink()
+    imported = folder / "run.yaml"
+    changes = ("--set", "data.vocab=8192", "--set", "data.text=[other]")
+    imported.write_text(imported.read_text().partition("\n")[2])
+    assert called("build", imported, *changes) == 0
+    assert (folder / "data" / "tokenizer.json").read_bytes() == before
+    dataset, tokenizer = TokenDataset(folder / "data" / "train", seq_len=64, seed=0), load(folder / "data")
+    assert "Steel holds" in tokenizer.decode(dataset.sample(0)[0].tolist())
+
+
+@pytest.mark.parametrize("name", ["pairs/tokens.bin", "pairs/pairs.jsonl", "tokenizer.json", "heldout/documents.jsonl"])
+def test_a_flipped_byte_is_found_wherever_it_is(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert called("build", run_file) == 0
+    assert called("inspect", "runs/tiny/data") == 0
+    path = Path("runs/tiny/data") / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    capsys.readouterr()
+    assert called("inspect", "runs/tiny/data") == 2
+    assert name in capsys.readouterr().err
+
+
+def test_a_sample_is_the_one_that_the_run_was_trained_on(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    data = trained(run_file) / "data"
+    capsys.readouterr()
+    assert called("inspect", data, "--sample", "3", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    met = TokenDataset(data / "train", seq_len=64, seed=5)
+    assert shown["text"] == load(data).decode(met.sample(3)[0].tolist())
+    assert (shown["seed"], shown["seq_len"]) == (5, 64)
+    assert called("inspect", data, "--sample", "3", "--seed", "0", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] != shown["text"]

@@ -1,0 +1,108 @@
+"""Pairs: the user's as they are written, or made from any text; none from what is held out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bloomery.data.build import build, is_heldout
+from bloomery.data.continuations import continuations_of
+from bloomery.data.pairs import pairs_of, read_pairs
+from bloomery.data.readers import Account, document, read_documents
+from bloomery.spec.errors import InputError
+from bloomery.spec.run import Data
+
+
+def made(text: str, seq_len: int = 100) -> list[tuple[str, str]]:
+    return list(continuations_of(document("a.txt", text), seq_len))
+
+
+def test_a_paragraph_s_first_sentence_or_title_asks_for_what_follows() -> None:
+    assert made("Iron is made from ore. It needs charcoal, and air that bellows blow into the fire.") == [
+        ("Iron is made from ore.", "It needs charcoal, and air that bellows blow into the fire.")
+    ]
+    below = "Iron is wrought in the fire, by men who know it."
+    assert made(f"# The forge\n\n{below}")[0] == ("The forge", below)
+    assert made(f"HAMLET:\n{below}") == [("HAMLET:", below)]
+
+
+def test_chinese_sentences_end_with_their_own_signs() -> None:
+    assert made("明月几时有？把酒问青天。不知天上宫阙，今夕是何年！") == [
+        ("明月几时有？", "把酒问青天。不知天上宫阙，今夕是何年！")
+    ]
+    poem = "静夜思\n床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    assert made(poem) == [("静夜思", poem.partition("\n")[2])]
+
+
+def test_a_response_is_whole_sentences_within_the_sequence() -> None:
+    [(prompt, response)] = made("First of all. " + "Then comes the next of many sentences. " * 20, seq_len=60)
+    assert len(prompt) + len(response) <= 120
+    assert response == "Then comes the next of many sentences. Then comes the next of many sentences."
+
+
+def test_code_and_tables_begin_nothing() -> None:
+    assert not made("```\nprint(1)\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n" + "$$ x = y + z. $$ " * 9)
+
+
+def test_a_text_without_python_has_pairs_and_they_are_called_what_they_are(tmp_path: Path) -> None:
+    for number in range(20):
+        (tmp_path / f"{number}.txt").write_text(f"第{number}回说铁。" + "铁从矿石中来，要用木炭炼。" * 10)
+    report = build(Data(text=(str(tmp_path),), vocab=300, min_characters=10), tmp_path / "out", seq_len=64)
+    assert report.pairs_kind == "continuations"
+    assert report.pairs == report.documents_train
+    (tmp_path / "code.py").write_text('def area(a, b):\n    """Return the area of a rectangle, a by b."""\n' * 3)
+    with_code = Data(text=(str(tmp_path),), vocab=300, min_characters=10, holdout=0.001)
+    assert build(with_code, tmp_path / "out").pairs_kind == "docstrings"
+
+
+def test_held_out_documents_give_no_pairs(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(60):
+        body = f'def work_{number}(x):\n    """Do the work of number {number}, carefully and well."""\n'
+        (text / f"{number}.py").write_text(body + "# padding\n" * 20)
+    build(Data(text=(str(text),), vocab=300, holdout=0.3), tmp_path / "out")
+    documents = [one for path in sorted(text.iterdir()) for one in read_documents(path, Account())]
+    heldout = {pair for one in documents if is_heldout(one, 0.3) for pair in pairs_of(one)}
+    training = {pair for one in documents if not is_heldout(one, 0.3) for pair in pairs_of(one)}
+    lines = (tmp_path / "out" / "pairs" / "pairs.jsonl").read_text().splitlines()
+    written = {(row["prompt"], row["response"]) for row in map(json.loads, lines)}
+    assert heldout and training
+    assert written == training
+    assert not written & heldout
+
+
+def test_pairs_may_hold_line_separators_of_unicode(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "a\u2028b", "response": "c\x85d"}, {"prompt": "e", "response": "f"}]
+    path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert read_pairs(path) == [("a\u2028b", "c\x85d"), ("e", "f")]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": None, "response": "b"}, "prompt must be text, not null"),
+        ({"prompt": "a", "response": ["b"]}, r'response must be text, not \["b"\]'),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path, row: dict[str, object], said: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"prompt": "a", "response": "b"}\n' + json.dumps(row))
+    with pytest.raises(InputError, match=rf"pairs\.jsonl:2: {said}"):
+        read_pairs(path)
+
+
+def test_pairs_that_a_sequence_does_not_hold_are_counted(tmp_path: Path) -> None:
+    text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    rows = [("short", "short"), ("0 1 2 3 4 5 6 7 8 9 " * 9, "short"), ("short", "0 1 2 3 4 5 6 7 8 9 " * 9)]
+    pairs.write_text("\n".join(json.dumps({"prompt": prompt, "response": answer}) for prompt, answer in rows))
+    data = Data(text=(str(text),), vocab=300)
+    report = build(data, tmp_path / "out", pairs_file=str(pairs), seq_len=32)
+    assert (report.pairs, report.pairs_too_long, report.pairs_cut) == (3, 1, 1)
+    assert build(data, tmp_path / "out", pairs_file=str(pairs), seq_len=32).reused
+    report = build(data, tmp_path / "out", pairs_file=str(pairs), seq_len=500)
+    assert (report.pairs_too_long, report.pairs_cut) == (0, 0)

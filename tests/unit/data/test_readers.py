@@ -1,0 +1,95 @@
+"""Files to documents: what a page shows is kept and stays apart, a large file is read as far as it goes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bloomery.data import readers
+from bloomery.data.build import build
+from bloomery.data.readers import Account, document, read_documents, strip_html, weight
+from bloomery.spec.run import Data
+
+
+@pytest.mark.parametrize(
+    ("page", "shown"),
+    [
+        ("plain & simple AT&T", "plain & simple AT&T"),
+        ("<p>x</p> done by AT&T", "x\n done by AT&T"),
+        ("<dl><dt>term</dt><dd>definition</dd></dl>", "term\ndefinition"),
+        ("<tr><td>Name</td><td>Value</td></tr><tr><th>a</th><td>b</td></tr>", "Name Value\na b"),
+        ("<title>Iron</title><h5>Ore</h5>From it<section>comes</section><blockquote>steel</blockquote>",
+         "Iron\nOre\nFrom it\ncomes\nsteel"),
+        ("one<br/>two <b>bold</b>face<script>hidden()</script>", "one\ntwo boldface"),
+    ],
+)  # fmt: skip
+def test_what_a_page_shows_is_whole_and_its_blocks_stand_apart(page: str, shown: str) -> None:
+    assert document("page.html", strip_html(page)).text == shown
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> int:
+    """The limit of a file, made small."""
+    monkeypatch.setattr(readers, "MAX_FILE_BYTES", 1000)
+    return 1000
+
+
+@pytest.mark.parametrize("letter", ["a", "é", "铁", "😀"])
+def test_a_file_beyond_the_limit_is_cut_between_characters_and_that_is_said(
+    tmp_path: Path, small: int, letter: str
+) -> None:
+    path = tmp_path / "large.txt"
+    for shift in range(4):
+        path.write_text("x" * shift + letter * 2 * small)
+        account = Account()
+        [found] = read_documents(path, account)
+        assert small - 8 <= len(found.text.encode()) <= small
+        assert set(found.text) <= {"x", letter}
+        assert [name for name in account.counts if name.startswith("the rest of a file")]
+
+
+def test_records_beyond_the_limit_of_a_file_are_read_one_by_one(tmp_path: Path, small: int) -> None:
+    path = tmp_path / "large.jsonl.gz"
+    lines = [json.dumps({"text": f"record {number}"}) for number in range(200)]
+    lines[100] = json.dumps({"text": "y" * 3 * small})
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    account = Account()
+    found = [one.text for one in read_documents(path, account)]
+    assert found == [f"record {number}" for number in range(200) if number != 100]
+    assert account.named == {"record larger than 0 MiB": [f"{path}:101"]}
+
+
+def test_no_more_records_are_read_than_are_wanted(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n' + "no record\n" * 5)
+    account = Account()
+    assert next(iter(read_documents(path, account))).text == "one"
+    assert account.counts == {"documents read": 1}
+
+
+def test_a_torn_archive_gives_the_records_before_the_tear(tmp_path: Path) -> None:
+    path = tmp_path / "torn.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps({"text": f"record {i * i}"}) + "\n" for i in range(9000)).encode())
+    path.write_bytes(whole[: len(whole) // 2])
+    account = Account()
+    found = list(read_documents(path, account))
+    assert 1000 < len(found) < 9000
+    assert account.counts["unreadable (EOFError)"] == 1
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2 : len(whole) // 2 + 40] = bytes(40)
+    path.write_bytes(flipped)
+    list(read_documents(path, account))
+    assert sum(count for reason, count in account.counts.items() if reason.startswith("unreadable")) == 2
+
+
+def test_a_short_chinese_document_is_kept_where_an_english_one_of_its_length_is_not(tmp_path: Path) -> None:
+    poem = "静夜思\n李白\n床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    assert weight("iron") == 4 < weight("铁")
+    texts = [poem, poem.replace("明月", "白日"), "An English text as short as this one is still dropped."]
+    (tmp_path / "poems.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    report = build(Data(text=(str(tmp_path),), vocab=300), tmp_path / "out")
+    assert report.documents_train + report.documents_heldout == 2
+    assert report.dropped == {"too short": 1}
