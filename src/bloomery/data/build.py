@@ -319,9 +319,12 @@ def _shards(
 
 
 def _pairs(folder: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> None:
-    """Write the pairs; none is no error until a stage asks for them."""
+    """Write the pairs; none is no error until a stage asks for them.
+
+    None are made for an imported model whose tokenizer cannot mark turns. Raises InputError when such were given.
+    """
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    if pairs:
+    if pairs and (tokenizer.has_turns or report.pairs_kind == pair_files.GIVEN):
         report.pairs = len(pairs)
         length = report.origin["seq_len"]
         report.pairs_too_long, report.pairs_cut = pair_files.write_pairs(folder / "pairs", pairs, tokenizer, length)
