@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -125,7 +126,8 @@ class Recorder:
     def alarm(self, kind: str, reason: str) -> None:
         """An incident that somebody at the terminal must see now."""
         self.event(kind, reason=reason)
-        print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a terminal or a connection that is gone ends no run
+            print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
 
     def peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built. Of a GPU's all that is gone, as
