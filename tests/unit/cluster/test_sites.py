@@ -351,7 +351,8 @@ def test_told_to_stop_it_stops_all_hosts_after_saving(
 def test_a_ctrl_c_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(fake_ssh: tuple[str, ...]) -> None:
     commands = ssh.commands(ordered(), [Host("one"), Host("two")], fake_ssh)
     text = (
-        "import json, sys\nfrom bloomery.cluster.hostfile import Host\nfrom bloomery.cluster.sites import ssh\n"
+        "import json, signal, sys\nfrom bloomery.cluster.hostfile import Host\nfrom bloomery.cluster.sites import ssh\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job is deaf to Ctrl-C
         'sys.exit(ssh.run(json.loads(sys.argv[1]), [Host("one"), Host("two")]))'
     )
     program = [sys.executable, "-c", text, json.dumps(commands)]
