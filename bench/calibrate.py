@@ -37,7 +37,7 @@ def measured(paths: list[Path]) -> list[Published]:
 
 def whole(row: dict[str, str]) -> set[str]:
     """The flag that does not matter to a step in which every parameter is trained (`SFT`, in the sources' words)."""
-    return {"finetune"} if re.search(r"\bSFT\b", row["notes"]) else set()
+    return {"finetune"} if re.search(r"\bSFT\b", row.get("notes", "")) else set()
 
 
 def say(what: str, paths: list[Path], table: Calibration) -> None:

@@ -34,11 +34,14 @@ def align(
     folder = run_folder(run)
     if not run.align:
         raise InputError("this run has no alignment stages", where=f"{run_file}: align")
-    require_turns(data_folder(run))
     if not (folder / "run.yaml").is_file():
         raise InputError("not trained yet; `bloomery train RUN.yaml` comes first", where=str(folder))
     # The model, layout and number format are those the run was trained with; the data are today's.
-    trained = read_run(folder / "run.yaml").model_copy(update={"data": run.data, "align": run.align})
+    trained = read_run(folder / "run.yaml")
+    # A run of a sweep has its shards in the folder that it was launched with.
+    data = run.data.model_copy(update={"folder": run.data.folder or trained.data.folder})
+    trained = trained.model_copy(update={"data": data, "align": run.align})
+    require_turns(data_folder(trained))
     names = [stage.name for stage in run.align]
     for number, stage in enumerate(run.align):
         initial = starting_point(folder, names, number)

@@ -237,7 +237,9 @@ def _listening(place: Place, wait_s: float, stopping: Stopping) -> socket.socket
             problem = f"cannot listen here ({(error.strerror or str(error)).lower()})"
             if not isinstance(error, socket.gaierror) and error.errno not in PASSING:
                 raise InputError(problem, where=where) from None
-        if stopping.asked or time.monotonic() > until:
+        if stopping.asked:
+            raise TemporaryError(f"{where}: {problem}; told to stop; the same command goes on")
+        if time.monotonic() > until:
             raise TemporaryError(f"{where}: {problem}, tried for {wait_s:g} s; the same command goes on")
         if not said:
             print(f"{where}: {problem}; trying for {wait_s:g} s", file=sys.stderr, flush=True)

@@ -225,6 +225,8 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
 
 def require_pairs(run: Run, data: Path) -> None:
     """Raise InputError unless `data` has pairs that this run's description asks for and its model can be trained on."""
+    if not (data / "report.json").is_file():
+        raise InputError("no finished data build here; `bloomery data build RUN.yaml` makes one", where=str(data))
     check_tokenizer(run_folder(run), data)
     _require_same_origin(run, data)
     if not (data / "pairs" / "manifest.json").is_file():

@@ -92,11 +92,12 @@ def build(
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
     finished = read_report(folder)
-    if finished and _is_same(finished, fingerprint, seq_len, kept=tokenizer is not None) and _whole(folder):
+    kept = tokenizer is not None
+    if finished and _is_same(finished, fingerprint, seq_len, kept) and _is_whole(folder, finished, kept):
         finished.reused = True
         return finished
     _check_space(data, files, folder)
-    report = Report(fingerprint, [str(source) for source in _sources(data)], tokenizer_kept=tokenizer is not None)
+    report = Report(fingerprint, [str(source) for source in _sources(data)], tokenizer_kept=kept)
     report.origin = origin_of(
         data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
     )
@@ -106,6 +107,8 @@ def build(
     if len(documents) == 1:
         # One file is a corpus too: a tenth of it is held out.
         documents = list(cut(documents[0], max(1, len(documents[0].text) // 10)))
+    if tokenizer is not None:
+        _check_ends(tokenizer, given=bool(given))
     # From here on an interrupted build must not pass for the one before it.
     (folder / REPORT_FILE).unlink(missing_ok=True)
     if tokenizer is None:
@@ -143,7 +146,17 @@ def _no_text(sources: list[str], named: dict[str, list[str]]) -> InputError:
     return InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(sources))
 
 
-def _is_same(finished: Report, fingerprint: str, seq_len: int, *, kept: bool) -> bool:
+def _check_ends(tokenizer: Tokenizer, *, given: bool) -> None:
+    """Raise InputError when a tokenizer from elsewhere has no end of texts, or cannot mark the turns of given pairs."""
+    try:
+        ends = tokenizer.end
+    except InputError as error:
+        raise InputError(f"{error}; import the model again", where=TOKENIZER_FILE) from None
+    if given and not tokenizer.has_turns:
+        raise InputError("this tokenizer cannot mark who speaks in given pairs", where=TOKENIZER_FILE, found=ends)
+
+
+def _is_same(finished: Report, fingerprint: str, seq_len: int, kept: bool) -> bool:
     """Whether a finished build is the one asked for: pairs depend on the sequence's length, a tokenizer kept for
     checkpoints is used on only where it is kept again."""
     length = finished.origin.get("seq_len", seq_len)
@@ -163,8 +176,11 @@ def read_report(folder: Path) -> Report | None:
         raise InputError("not the report of a data build; remove it and build again", where=str(path)) from None
 
 
-def _whole(folder: Path) -> bool:
-    """Whether what a finished build left is still there: a disk that was lost or filled up is no reason to stop."""
+def _is_whole(folder: Path, finished: Report, kept: bool) -> bool:
+    """Whether what a finished build left is still there: a disk that was lost or filled up is no reason to stop. One
+    from before reports told their origin is made anew, but for shards that a run was trained on and that have pairs."""
+    if not finished.origin and not (kept and (folder / "pairs").is_dir()):
+        return False
     try:
         for part in ("train", "heldout"):
             read_manifest(folder / part)

@@ -96,11 +96,16 @@ def recompute(text: str) -> Literal["none", "selective", "full"] | None:
     raise Unusable(f"recompute not understood: {text!r}")
 
 
+def says_dense(text: str) -> bool:
+    """Whether a cell on experts says that there are none."""
+    return text.lower() in (*NO, "dense")
+
+
 def experts(text: str) -> tuple[int, int, int] | None:
     """(experts, experts a token, shared ones) from `128/8`, `256/8+1 shared`, `8x2`, `8 experts top-2`; None for a
     dense model. Raises Unusable."""
     word = text.lower()
-    if not word or word in NO or word == "dense":
+    if not word or says_dense(word):
         return None
     found = re.fullmatch(r"(\d+)\s*(?:/|x|experts?,?\s*top[- ]?)\s*(\d+)(?:\s*\+\s*(\d+)(?:\s*shared)?)?", word)
     if found is None:

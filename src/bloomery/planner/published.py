@@ -28,6 +28,7 @@ from bloomery.planner.cells import (
     number,
     number_format,
     recompute,
+    says_dense,
     yes,
 )
 from bloomery.spec.cluster import Cluster, Dtype
@@ -172,9 +173,10 @@ def _attention_of(known: Model) -> dict[str, Any]:
 
 def _experts(row: Mapping[str, str], values: dict[str, Any], alike: Model | None) -> MixtureOfExperts | None:
     """Routed experts; their width from catalog, row, or parameter count."""
-    if alike is not None and alike.moe is not None:
+    told = row.get("moe", "")
+    if alike is not None and alike.moe is not None and not says_dense(told):
         return alike.moe
-    counts = experts(row.get("moe", ""))
+    counts = experts(told)
     if counts is None:
         return None
     n, top_k, shared = counts

@@ -43,7 +43,7 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     node = int(usual.get("node", 8))
     in_node = min(n_gpus, round(gpus_per_node or node))
     usual_cards = round(usual["cards"] * max(1.0, in_node / node))
-    cards, card = _cards(interconnect, in_node, usual_cards) or (usual_cards, usual["card"])
+    cards, card = _cards(interconnect, in_node, usual_cards, usual["card"]) or (usual_cards, usual["card"])
     span = max(in_node, min(int(usual["span"]), n_gpus))
     tiers = [Tier(name=LINK, span=span, bandwidth_bytes_per_s=usual["link"], ports_per_node=in_node, latency_s=0.0)]
     nodes = -(-n_gpus // in_node)
@@ -61,12 +61,13 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
 
 
 INSIDE = re.compile(r"nvlink|nvswitch|nvl\d|xgmi|pcie", re.IGNORECASE)
-RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*)?(\d+(?:\.\d+)?)\s*(GB|Gb|gb|GigaBit|Gigabit|gigabit)")
+RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*(GB|Gb|gb|GigaBit|Gigabit|gigabit)")
 
 
-def _cards(text: str, in_node: int, usual: int) -> tuple[int, float] | None:
+def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float] | None:
     """(network cards of a node, bytes/s of each) from `4x200Gbps`, `8x ConnectX-7 400 Gb/s`, `1600 Gbps per node`,
-    `400 Gb/s per GPU`, `100 Gb/s InfiniBand` (one card). Clauses about links inside a node say nothing of it."""
+    `400 Gb/s per GPU`, `100 Gb/s InfiniBand` (one card); what no usual card (of `card` bytes/s) reaches is the node's.
+    Clauses about links inside a node say nothing of it."""
     for clause in re.split(r"[,;+]|\band\b", text.replace("\u00d7", "x")):
         found = None if INSIDE.search(clause) else RATE.search(clause)
         if found is None:
@@ -76,7 +77,7 @@ def _cards(text: str, in_node: int, usual: int) -> tuple[int, float] | None:
             return int(found[1]), rate
         if re.search(r"per (gpu|accelerator|rank)", clause, re.IGNORECASE):
             return in_node, rate
-        if re.search(r"per (node|server|host)", clause, re.IGNORECASE):
+        if rate > card or re.search(r"per (node|server|host)", clause, re.IGNORECASE):
             cards = max(1, round(rate / CARD))
             return cards, rate / cards
         return (1 if rate <= ALONE else usual), rate

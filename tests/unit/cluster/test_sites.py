@@ -18,7 +18,7 @@ import yaml
 
 from bloomery.cluster.hostfile import Host
 from bloomery.cluster.sites import kubernetes, skypilot, slurm, ssh
-from bloomery.cluster.sites.order import Order, order
+from bloomery.cluster.sites.order import Order, order, with_absolute_folders
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import InputError
 from bloomery.spec.launch import Slurm, time_limit_s
@@ -335,20 +335,10 @@ def test_one_host_that_fails_stops_all_after_saving(
     assert "saved" in said
 
 
-def test_told_to_stop_it_stops_all_hosts_after_saving(
-    fake_ssh: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(
+    fake_ssh: tuple[str, ...], number: signal.Signals
 ) -> None:
-    hosts = [Host("one"), Host("two")]
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
-    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        assert ssh.run(ssh.commands(ordered(), hosts, fake_ssh), hosts) == 75
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert capfd.readouterr().err.count("saved") == 2
-
-
-def test_a_ctrl_c_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(fake_ssh: tuple[str, ...]) -> None:
     commands = ssh.commands(ordered(), [Host("one"), Host("two")], fake_ssh)
     text = (
         "import json, signal, sys\nfrom bloomery.cluster.hostfile import Host\nfrom bloomery.cluster.sites import ssh\n"
@@ -359,10 +349,15 @@ def test_a_ctrl_c_at_the_terminal_reaches_no_connection_and_waits_for_the_hosts(
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True, start_new_session=True) as run:
         assert run.stderr is not None
         said = [run.stderr.readline() for _ in commands]  # both are there
-        os.killpg(run.pid, signal.SIGINT)
+        os.killpg(run.pid, number)
         said += run.stderr.readlines()
     assert run.returncode == 75
     assert "".join(said).count("saved") == 2, said
+
+
+def test_text_in_the_users_own_folder_is_the_same_text_when_launched() -> None:
+    run = with_absolute_folders(ordered("data.text=[~/corpus]").run)
+    assert run.data.text == (str(Path("~/corpus").expanduser()),)
 
 
 def test_host_keys_are_checked_as_the_user_has_it() -> None:

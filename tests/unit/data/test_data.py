@@ -19,6 +19,7 @@ from bloomery.data.shards import TokenDataset, verify
 from bloomery.data.tokenizer import load
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
+from bloomery.spec.seal import sealed_json
 
 PROSE = "明月几时有，把酒问青天。不知天上宫阙，今夕是何年。" * 20
 CODE = '''
@@ -293,6 +294,16 @@ def test_half_a_surrogate_pair_is_counted_not_fatal(tmp_path: Path) -> None:
     account = Account()
     assert [found.text for found in read_documents(path, account)] == ["a whole one: \U0001f600"]
     assert account.counts == {"half a surrogate pair": 1, "documents read": 1}
+
+
+def test_a_build_from_before_reports_told_their_origin_is_made_again(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = build(settings(corpus), out)
+    report.origin = {}
+    (out / "report.json").write_text(sealed_json(report.to_json()))
+    assert build(settings(corpus), out, tokenizer=load(out)).reused == (out / "pairs").is_dir()
+    (out / "report.json").write_text(sealed_json(report.to_json()))
+    assert not build(settings(corpus), out).reused
 
 
 def test_a_build_that_has_lost_files_is_made_again(corpus: Path, tmp_path: Path) -> None:

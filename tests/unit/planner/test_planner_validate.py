@@ -192,9 +192,11 @@ def test_what_a_row_leaves_out_is_derived() -> None:
 
 
 def test_a_mixture_is_known_by_its_name() -> None:
-    found = published(row(model_name="Mixtral 8x7B", layers=32, hidden=4096, heads=32, kv_heads=8, pp=1, vpp=1, dp=1,
-                          n_gpus=8, tp=8, moe=""))  # fmt: skip
+    mixture = row(model_name="Mixtral 8x7B", layers=32, hidden=4096, heads=32, kv_heads=8, pp=1, vpp=1, dp=1,
+                  n_gpus=8, tp=8, moe="")  # fmt: skip
+    found = published(mixture)
     assert found.model.moe is not None and found.model.moe.experts == 8
+    assert published({**mixture, "moe": "dense"}).model.moe is None
 
 
 def test_the_command_says_json_and_draws_a_page(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def check_here(one: Order) -> None:
 
 def with_absolute_folders(run: Run) -> Run:
     """The run with folders that mean the same from every working directory."""
-    text = tuple(str(Path(name).absolute()) for name in run.data.text)
+    text = tuple(str(Path(name).expanduser().absolute()) for name in run.data.text)
     data = run.data.model_copy(update={"folder": str(data_folder(run).absolute()), "text": text})
     return run.model_copy(update={"data": data, "out": str(Path(run.out).absolute())})
 

@@ -59,26 +59,14 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
 
     Returns the first failure's code, 0 where there is none. Lines of hosts but the first carry the host's name.
     """
-    # In sessions of their own: a Ctrl-C at this terminal must not end the connections that the hosts save behind.
-    processes = [
-        subprocess.Popen(
-            list(command),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        for command in commands
-    ]
-    readers = [
-        threading.Thread(target=_relay, args=(process, f"{host.name}: " if number else ""), daemon=True)
-        for number, (process, host) in enumerate(zip(processes, hosts, strict=False))
-    ]
+    processes, readers, code = list[subprocess.Popen[bytes]](), list[threading.Thread](), 0
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    code = 0
     try:
-        for reader in readers:
-            reader.start()
+        for command, host in zip(commands, hosts, strict=False):
+            processes.append(_connected(command))
+            prefix = f"{host.name}: " if readers else ""
+            readers.append(threading.Thread(target=_relay, args=(processes[-1], prefix), daemon=True))
+            readers[-1].start()
         while None in [process.poll() for process in processes]:  # every one is looked at: a code is known once polled
             failed = next((process.returncode for process in processes if process.returncode), 0)
             if failed and not code:
@@ -98,6 +86,17 @@ def run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
         for reader in [one for one in readers if one.is_alive()]:
             reader.join(timeout=5)
     return code or next((process.returncode for process in processes if process.returncode), 0)
+
+
+def _connected(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """In a session of its own: a Ctrl-C at this terminal must not end a connection that its host saves behind."""
+    return subprocess.Popen(
+        list(command),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def _interrupt(number: int, frame: object) -> None:
