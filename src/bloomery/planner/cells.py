@@ -15,6 +15,8 @@ from bloomery.spec.cluster import Dtype
 
 YES, NO = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off", "none")
 GATED = ("swiglu", "geglu", "reglu", "silu", "swish", "glu")
+SILENT = ("-", "--", "?", "n/a", "na", "nan", "null", "unknown", "not stated")
+"""What stands in a cell of which the source says nothing."""
 FORMATS: tuple[tuple[str, Dtype], ...] = (
     (r"fp4|float4|f4", "float4"),
     (r"fp8|float8|f8", "float8"),
@@ -28,6 +30,12 @@ FORMATS: tuple[tuple[str, Dtype], ...] = (
 
 class Unusable(Exception):
     """Why a row cannot be modelled."""
+
+
+def said(cell: str) -> str:
+    """A cell without the space around it, blank where it only says that nothing is known."""
+    text = cell.strip()
+    return "" if text.lower() in SILENT else text
 
 
 def number(row: Mapping[str, str], name: str) -> float | None:

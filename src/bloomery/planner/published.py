@@ -28,6 +28,7 @@ from bloomery.planner.cells import (
     number,
     number_format,
     recompute,
+    said,
     says_dense,
     yes,
 )
@@ -80,7 +81,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
     if missing:
         raise InputError(f"no column {missing[0]!r}", where=str(path), found=reader.fieldnames, accepted=REQUIRED)
-    return [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
+    return [{key: said(value or "") for key, value in row.items() if key} for row in reader]
 
 
 def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Published | Unusable]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bloomery.planner.cells import Unusable, experts, first_number, gated, number, number_format, recompute, yes
+from bloomery.planner.cells import Unusable, experts, first_number, gated, number, number_format, recompute, said, yes
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,10 @@ def test_numbers() -> None:
     with pytest.raises(Unusable, match="many"):
         number(row, "word")
     assert (first_number("ZeRO-3"), first_number("2023-06"), first_number("fsdp")) == (3, 2023, None)
+
+
+def test_what_says_nothing_is_blank() -> None:
+    assert [said(cell) for cell in (" n/a ", "-", "Unknown", " 8 ", "none")] == ["", "", "", "8", "none"]
 
 
 def test_yes_and_no() -> None:
