@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from bloomery.perf.stack import GPU, MEGATRON_2022, Stack
 from bloomery.spec.calibration import StackConstants
@@ -23,7 +24,7 @@ class Profile:
     """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost."""
 
     stack: Stack
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     zero_stage: int = 0
     sequence_parallel: bool = False
     gated: bool = False

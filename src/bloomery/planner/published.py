@@ -211,8 +211,7 @@ def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, in
 
 
 def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float]:
-    told = row.get("zero_stage", "")
-    zero = first_number(told)
+    zero = first_number(row.get("zero_stage", ""))
     stage = profile.zero_stage if zero is None else round(zero)
     tp, pp, dp, cp = _cuts(row, stage, n_gpus)
     vpp, ep = (max(1, round(number(row, name) or 1)) for name in ("vpp", "ep"))
@@ -247,7 +246,7 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
         sequence_parallel=tp > 1 and (profile.sequence_parallel if sequence is None else sequence),
         micro_batch=micro_batch,
         schedule="interleaved" if vpp > 1 and pp > 1 else "1f1b",
-        recompute=recompute(row.get("recompute", "")) or profile.recompute,  # type: ignore[arg-type]
+        recompute=recompute(row.get("recompute", "")) or profile.recompute,
     )
     return layout, batch / (micro_batches * micro_batch)
 
