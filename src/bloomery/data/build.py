@@ -148,12 +148,10 @@ def _no_text(sources: list[str], named: dict[str, list[str]]) -> InputError:
 
 def _check_ends(tokenizer: Tokenizer, *, given: bool) -> None:
     """Raise InputError when a tokenizer from elsewhere has no end of texts, or cannot mark the turns of given pairs."""
-    try:
-        ends = tokenizer.end
-    except InputError as error:
-        raise InputError(f"{error}; import the model again", where=TOKENIZER_FILE) from None
+    if not tokenizer.ends.eos:
+        raise InputError("no token of it ends a text; import the model again", where=TOKENIZER_FILE)
     if given and not tokenizer.has_turns:
-        raise InputError("this tokenizer cannot mark who speaks in given pairs", where=TOKENIZER_FILE, found=ends)
+        raise InputError("this tokenizer cannot mark who speaks in given pairs", where=TOKENIZER_FILE)
 
 
 def _is_same(finished: Report, fingerprint: str, seq_len: int, kept: bool) -> bool:
@@ -337,10 +335,10 @@ def _shards(
 def _pairs(folder: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> None:
     """Write the pairs; none is no error until a stage asks for them.
 
-    None are made for an imported model whose tokenizer cannot mark turns. Raises InputError when such were given.
+    None are made of text for an imported model whose tokenizer cannot mark turns; given ones were refused before.
     """
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    if pairs and (tokenizer.has_turns or report.pairs_kind == pair_files.GIVEN):
+    if pairs and tokenizer.has_turns:
         report.pairs = len(pairs)
         length = report.origin["seq_len"]
         report.pairs_too_long, report.pairs_cut = pair_files.write_pairs(folder / "pairs", pairs, tokenizer, length)
