@@ -39,6 +39,7 @@ layout: {{micro_batch: {micro_batch}}}
 data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
 train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
   dtype: {dtype}, float8: {{emulate: {emulated}}},
+  profile: "{profile}",
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
 out: {out}
 """
@@ -80,6 +81,8 @@ class Workload:
     scratch: Path
     emulated: bool = False
     """float8 without its units."""
+    profile: str = ""
+    """Steps of our own run under a profiler."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -96,7 +99,7 @@ def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> P
             name=name, vocab=work.model.vocab, model=work.model.model_dump_json(exclude_none=True),
             cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len, steps=work.steps,
             dtype=work.dtype, emulated=str(work.emulated).lower(), compiled=str(variant.compiled).lower(),
-            micro_batch=variant.micro_batch, out=work.scratch,
+            micro_batch=variant.micro_batch, profile=work.profile, out=work.scratch,
             data=work.scratch / f"data-{work.model.vocab}",
             max_bytes=24 * work.tokens_per_step * work.steps,
         )

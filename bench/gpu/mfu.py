@@ -20,12 +20,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import kernels
 from train_speed import Outcome, Variant, Workload, bloomery, environments, ours, peer, samples_of
 
 from bloomery.parallel.formats import has_float8_units
 from bloomery.spec.model import MixtureOfExperts, Model
 
 VOCAB = 32_768
+WARM_UP = 5
+"""Steps that count for nothing."""
 SIZES = {
     "0.4b": (Model(layers=24, hidden=1024, heads=16, ffn_hidden=2816, vocab=VOCAB, max_seq_len=2048), 16),
     "1.3b": (Model(layers=24, hidden=2048, heads=16, ffn_hidden=5504, vocab=VOCAB, max_seq_len=2048), 8),
@@ -101,6 +104,8 @@ def dtypes_of(options: argparse.Namespace) -> list[str]:
 def measure_all(options: argparse.Namespace, device: str, cluster: Path) -> dict[str, dict[str, Any]]:
     """Every model in every format, shown as it comes: rows by `model dtype`."""
     sizes = TINY if options.tiny else SIZES
+    without = options.without.split(",")
+    peers = {name: one for name, one in environments(options).items() if name not in without}
     rows = dict[str, dict[str, Any]]()
     for name in options.models.split(",") if options.models else sizes:
         model, batch = sizes[name]
@@ -110,11 +115,13 @@ def measure_all(options: argparse.Namespace, device: str, cluster: Path) -> dict
             with tempfile.TemporaryDirectory() as scratch:
                 threads = len(os.sched_getaffinity(0))
                 work = Workload(
-                    model, model.max_seq_len, batch, options.steps, 5, dtype, threads, Path(scratch),
-                    emulated=options.tiny,
+                    model, model.max_seq_len, batch, options.steps, WARM_UP, dtype, threads, Path(scratch),
+                    emulated=options.tiny, profile=options.profile,
                 )  # fmt: skip
                 compiled = not options.eager and model.moe is None
-                row = rows[f"{name} {dtype}"] = measured(work, cluster, environments(options), compiled)
+                row = rows[f"{name} {dtype}"] = measured(work, cluster, peers, compiled)
+                if options.profile:
+                    print(kernels.table(work.scratch / Variant(compiled, batch).name))
             peak = data_sheet_peak(device, dtype) or row["planned_peak_flops_per_s"]
             source = "data sheet" if data_sheet_peak(device, dtype) else "best measured product"
             show(name, f"{dtype}, emulated" if work.emulated and dtype == "float8" else dtype, row, peak)
@@ -130,6 +137,9 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models, on whatever device there is")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--peers", default="build/peers", help="environments of the peers")
+    parser.add_argument("--without", default="", help="peers to leave out")
+    parser.add_argument("--profile", default="", help="steps of ours to profile, as in 8-9: a table of kernels")
+    parser.add_argument("--cluster", type=Path, help="a probed machine; default: it is probed first")
     parser.add_argument("--eager", action="store_true", help="nobody compiles")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="cluster file and results")
     options = parser.parse_args()
@@ -138,8 +148,9 @@ def main() -> None:
     if not torch.cuda.is_available() and not options.tiny:
         sys.exit("no GPU here; --tiny shows on the CPU that the script works")
     options.out.mkdir(parents=True, exist_ok=True)
-    cluster = options.out / "machine.yaml"
-    bloomery("probe", "--quick", "--out", cluster)
+    cluster = options.cluster or options.out / "machine.yaml"
+    if options.cluster is None:
+        bloomery("probe", "--quick", "--out", cluster)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     rows = measure_all(options, device, cluster.resolve())
     (options.out / "mfu.json").write_text(json.dumps({"device": device, "rows": rows}, indent=1))

@@ -7,13 +7,15 @@ import torch
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
 from torch import Tensor
-from train_settings import parts, read_settings, resident_bytes, timed_loop
+from train_settings import device, parts, read_settings, resident_bytes, timed_loop
 
 
 def main() -> None:
     """Train as told."""
     s, base = read_settings(), resident_bytes()
-    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if s.dtype == "bfloat16" else "32-true")
+    fabric = L.Fabric(
+        accelerator=device().type, devices=1, precision="bf16-mixed" if s.dtype == "bfloat16" else "32-true"
+    )
     config = Config(
         block_size=s.seq_len, n_layer=s.layers, n_embd=s.hidden, n_head=s.heads, n_query_groups=s.kv_heads,
         intermediate_size=s.ffn_hidden, padded_vocab_size=s.vocab, vocab_size=s.vocab, rotary_percentage=1.0,
@@ -27,7 +29,7 @@ def main() -> None:
     )
 
     def step(tokens: Tensor, targets: Tensor) -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=tokens.device)
         for some, theirs in parts(s, tokens, targets):
             loss = chunked_cross_entropy(module(some), theirs, chunk_size=0) * (len(some) / len(tokens))
             fabric.backward(loss)

@@ -136,7 +136,7 @@ def size_at(case: Case, step: int) -> tuple[int, int]:
     return (GLOBAL_BATCH // 2, SEQ_LEN // 2) if case.ramp and step == 0 else (GLOBAL_BATCH, SEQ_LEN)
 
 
-def local_batch(case: Case, step: int, dp: int, dp_rank: int) -> Any:
+def local_batch(case: Case, step: int, dp: int, dp_rank: int, device: Any = "cpu") -> Any:
     """One data-parallel rank's sequences of a step's global batch, as the engine takes them."""
     import torch
 
@@ -145,12 +145,14 @@ def local_batch(case: Case, step: int, dp: int, dp_rank: int) -> Any:
     n, length = size_at(case, step)
     tokens, targets = (whole[:n, :length] for whole in batch(step, case.masked))
     mine = slice(dp_rank * n // dp, (dp_rank + 1) * n // dp)
-    extra = {name: torch.from_numpy(value[mine]) for name, value in seen(step, case.mask).items()}
-    parts = (torch.from_numpy(whole[mine]) for whole in (tokens, targets))
+    extra = {name: torch.from_numpy(value[mine]).to(device) for name, value in seen(step, case.mask).items()}
+    parts = (torch.from_numpy(whole[mine]).to(device) for whole in (tokens, targets))
     return Batch(*parts, int((targets >= 0).sum()), **extra)
 
 
-def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
+def train_case(
+    case: Case, rank: int, rendezvous: str | None, device: str = "cpu", compiled: bool = False
+) -> dict[str, Any]:
     """Five steps in float64; what was seen, with the messages of the third step, planned and executed."""
     import torch
 
@@ -161,12 +163,12 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
     from bloomery.train.optimizers import build_optimizers
 
     model, layout = case.structure, Layout.parse(case.layout)
-    mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
+    mesh = meshes.start(layout, torch.device(device), rendezvous)
     try:
         engine = build(
             model, layout, mesh, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype=case.dtype, seed=0,
             measure=lambda _: contextlib.nullcontext(), stabilisers=STABLE if case.stable else Stabilisers(),
-            float8=Float8(emulate=True),
+            float8=Float8(emulate=True), compiled=compiled,
         )  # fmt: skip
         if case.balanced:
             take_turns(engine)
@@ -174,7 +176,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
         losses, norms, executed = [], [], Counter[tuple[str, str, int]]()
         held_out, before = [], [(s.shard, s.local().shape) for s in engine.shards()]
         for step in range(STEPS):
-            local = local_batch(case, step, layout.dp, mesh.dp_rank)
+            local = local_batch(case, step, layout.dp, mesh.dp_rank, mesh.device)
             engine.expect(*size_at(case, step))
             with record(mesh) if step == RECORDED else contextlib.nullcontext(Counter()) as messages:
                 part = engine.forward_backward(local)
@@ -196,7 +198,7 @@ def train_case(case: Case, rank: int, rendezvous: str | None) -> dict[str, Any]:
                 "name": s.shard.name,
                 "offsets": s.shard.offsets,
                 "global": s.shard.global_shape,
-                "value": s.local().double().numpy(),
+                "value": s.local().double().cpu().numpy(),
             }
             for s in engine.shards()
             if s.owner and s.local().numel()
@@ -232,8 +234,8 @@ def planned(model: Model, layout: Layout, pipeline_rank: int, case: Case) -> Cou
     wide = 8 if case.dtype == "float64" else 4
     rows = collectives(
         model, LayoutBatch.of([layout]), pipeline_rank=pipeline_rank, global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        stream_bytes=wide, parameter_bytes=wide, gradient_bytes=wide,
-        block_bytes=2 if case.dtype in ("bfloat16", "float8") else wide, optimizer=case.optimizer,
+        stream_bytes=2 if case.dtype in ("bfloat16", "float8") else wide, parameter_bytes=wide, gradient_bytes=wide,
+        optimizer=case.optimizer,
     )  # fmt: skip
     counted = Counter[tuple[str, str, int]]()
     for row in rows:

@@ -91,28 +91,28 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     """Bytes autograd keeps of one layer and micro-batch in our engine, without full recomputation.
 
     With S bytes in the stream, c in compute, T tokens (T/t in the stream under sequence parallelism):
-    norms 2 Th S, and 1 (RMSNorm) or 2 statistics a token;
+    norms 2 Th S, and a statistic a token in 32 bit at least (RMSNorm) or two in S bytes;
     inputs of projections Th c for each block, whole under sequence parallelism too, since they are gathered and kept;
-    autocast without tensor parallelism converts them once for each projection, for float8 once; queries, keys, values,
-    output; log-sum-exp; the feed-forward's width, 2 or 4 times. Rotary tables are shared by layers and counted in none.
-    Selective recomputation keeps of norms their inputs, of blocks no inputs, of the feed-forward half.
+    queries, keys, values, output; log-sum-exp; the feed-forward's width, 2 or 4 times. Rotary tables are shared by
+    layers and counted in none. Selective recomputation keeps of norms their inputs, of blocks no inputs, of the
+    feed-forward half.
     """
-    stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (4, 2), "float8": (4, 2)}[dtype]
+    stream, compute = {"float64": (8, 8), "float32": (4, 4), "bfloat16": (2, 2), "float8": (2, 2)}[dtype]
     tokens, tp = layout.micro_batch * seq_len // layout.cp, layout.tp
     outside = tokens / tp if layout.sequence_parallel else tokens
-    norms = 2 * outside * stream * (model.hidden + (1 if model.norm == "rmsnorm" else 2))
-    copies = 3 + (2 if model.gated else 1) if tp == 1 and dtype == "bfloat16" else 2
-    inputs = copies * tokens * model.hidden * compute
+    figure = max(4, compute)
+    norms = 2 * outside * (stream * model.hidden + (figure if model.norm == "rmsnorm" else 2 * stream))
+    inputs = 2 * tokens * model.hidden * compute
     attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + max(4, compute) * model.heads)
     if model.qk_norm:
         # Each head's norm keeps its input and a statistic.
-        attention += tokens / tp * compute * (model.heads + model.kv_heads) * (model.head_dim + 1)
+        attention += tokens / tp * (model.heads + model.kv_heads) * (model.head_dim * compute + figure)
     if model.mla is not None:
         # Padded values and output are as wide as keys; cut back, the output is copied for its projection. A latent is
         # kept before and after its norm, with a statistic; the rotary key lies beside one of them.
         query, key_value = model.mla.q_lora_rank, model.mla.kv_lora_rank
         attention += tokens / tp * compute * model.heads * model.mla.v_head_dim
-        attention += tokens * compute * (2 * query + 1 + 2 * key_value + 1 + model.mla.qk_rope_head_dim)
+        attention += tokens * (compute * (2 * query + 2 * key_value + model.mla.qk_rope_head_dim) + 2 * figure)
     feed_forward = tokens / tp * model.ffn_hidden * compute * (4 if model.gated else 2)
     if layout.recompute == "selective":
         return 2 * outside * stream * model.hidden + attention + feed_forward / 2

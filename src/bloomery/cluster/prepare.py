@@ -121,10 +121,9 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         batch,
         pipeline_rank=0,
         **settings,
-        stream_bytes=wide,
+        stream_bytes=2 if dtype in ("bfloat16", "float8") else wide,
         parameter_bytes=wide,
         gradient_bytes=wide,
-        block_bytes=2 if dtype in ("bfloat16", "float8") else wide,
         optimizer=optimizer,
     )
     rows = [

@@ -11,6 +11,7 @@ parallelism).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -34,93 +35,13 @@ class VocabularyAxis(Protocol):
         """Element-wise sum over the ranks."""
 
 
-class Head(nn.Module):
-    """Hidden states to logits or, given targets, to their summed cross entropy in float32 (float64 for such weights).
-
-    `axis`: set from outside where the rows of `weight` are cut over ranks; `z_loss`: see `summed_cross_entropy`.
-    """
-
-    def __init__(self, hidden: int, vocab: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, hidden))
-        nn.init.normal_(self.weight, std=0.02)
-        self.axis: VocabularyAxis | None = None
-        self.z_loss = 0.0
-
-    def forward(self, x_bsd: Tensor, targets_bs: Tensor | None = None) -> Tensor:
-        """x: (batch, seq, hidden). Logits (batch, seq, vocab), or a scalar; targets below 0 count nothing."""
-        if targets_bs is None:
-            return F.linear(x_bsd, self.weight)
-        kind = x_bsd.device.type
-        if torch.is_autocast_enabled(kind):
-            x_bsd = x_bsd.to(torch.get_autocast_dtype(kind))
-        return summed_cross_entropy(x_bsd.flatten(0, 1), self.weight, targets_bs.flatten(), self.axis, self.z_loss)
-
-
-def summed_cross_entropy(
-    x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, axis: VocabularyAxis | None = None, z_loss: float = 0.0
-) -> Tensor:
-    """Sum of cross entropies in nats of `x @ weight^T` over targets >= 0, a scalar; float32 accumulation at least.
-
-    Products are made in the number format of x, the weight's gradient is added up in the weight's. The gradient is that
-    of the cross entropy and `z_loss` times the squared logarithm of the softmax's sum, which the value does not show.
-    """
-    return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, z_loss, torch.is_grad_enabled())
-
-
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Gradients are made in the forward pass, chunk by chunk; backward only scales them.
-
-    Cut over ranks, a chunk is all tokens: both messages of the softmax (Shoeybi et al. 2019, arXiv 1909.08053, section
-    3) then stay one a micro-batch, and the logits at hand are this rank's part.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_nd: Tensor,
-        weight_vd: Tensor,
-        targets_n: Tensor,
-        axis: VocabularyAxis | None,
-        z_loss: float,
-        training: bool,
-    ) -> Tensor:
-        n = len(x_nd)
-        rows = n if axis is not None else loss_rows(x_nd.device.type)
-        operand_vd = weight_vd.to(x_nd.dtype)
-        wide = torch.promote_types(x_nd.dtype, torch.float32)
-        total = x_nd.new_zeros((), dtype=wide)
-        learns = training and ctx.needs_input_grad[1]
-        x_gradient_nd = torch.empty_like(x_nd) if training else None
-        weight_gradient_vd = torch.zeros_like(weight_vd) if learns else None
-        for start in range(0, n, rows):
-            chunk = slice(start, start + rows)
-            x_cd = x_nd[chunk]
-            loss, gradient_cv = _chunk((x_cd @ operand_vd.t()).to(wide), targets_n[chunk], axis, z_loss, training)
-            total += loss
-            if x_gradient_nd is None:
-                continue
-            gradient_cv = gradient_cv.to(x_nd.dtype)
-            torch.mm(gradient_cv, operand_vd, out=x_gradient_nd[chunk])
-            if weight_gradient_vd is not None:
-                _add_product(weight_gradient_vd, gradient_cv, x_cd)
-            del gradient_cv  # before the next chunk's logits, not after
-        ctx.save_for_backward(x_gradient_nd, weight_gradient_vd)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None]:
-        # Not in place: schedules that go back for inputs and for weights apart come here twice.
-        x_gradient_nd, weight_gradient_vd = ctx.saved_tensors
-        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd * gradient
-        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None, None
-
-
-def _chunk(
+def chunk_loss(
     logits_cv: Tensor, targets_c: Tensor, axis: VocabularyAxis | None, z_loss: float, training: bool
 ) -> tuple[Tensor, Tensor]:
-    """Summed loss of some tokens, and the gradient of their logits, which takes the logits' memory."""
-    width = logits_cv.shape[1]
+    """Summed loss of some tokens in float32 at least, and their logits' gradient in the logits' format; it may take
+    their memory."""
+    dtype, width = logits_cv.dtype, logits_cv.shape[1]
+    logits_cv = logits_cv.to(torch.promote_types(dtype, torch.float32))
     local_c = targets_c if axis is None else targets_c - axis.rank * width
     kept_c, mine_c = targets_c >= 0, (local_c >= 0) & (local_c < width)
     index_c1 = local_c.clamp(0, width - 1)[:, None]
@@ -138,7 +59,97 @@ def _chunk(
             weight_c = weight_c * (1 + 2 * z_loss * (total_c.log() + largest_c))
         logits_cv.mul_(weight_c[:, None])
         logits_cv.scatter_add_(1, index_c1, -(mine_c & kept_c).to(logits_cv.dtype)[:, None])
-    return loss, logits_cv
+    return loss, logits_cv.to(dtype)
+
+
+ChunkLoss = Callable[[Tensor, Tensor, VocabularyAxis | None, float, bool], tuple[Tensor, Tensor]]
+
+
+class Head(nn.Module):
+    """Hidden states to logits or, given targets, to their summed cross entropy in float32 (float64 for such weights).
+
+    Set from outside: `axis` where the rows of `weight` are cut over ranks, `chunk_loss` where something fuses it;
+    `z_loss`: see `summed_cross_entropy`.
+    """
+
+    def __init__(self, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, hidden))
+        nn.init.normal_(self.weight, std=0.02)
+        self.axis: VocabularyAxis | None = None
+        self.z_loss = 0.0
+        self.chunk_loss: ChunkLoss = chunk_loss
+
+    def forward(self, x_bsd: Tensor, targets_bs: Tensor | None = None) -> Tensor:
+        """x: (batch, seq, hidden). Logits (batch, seq, vocab), or a scalar; targets below 0 count nothing."""
+        if targets_bs is None:
+            return F.linear(x_bsd, self.weight)
+        x_nd = x_bsd.flatten(0, 1)
+        targets_n = targets_bs.flatten()
+        return summed_cross_entropy(x_nd, self.weight, targets_n, self.axis, self.z_loss, self.chunk_loss)
+
+
+def summed_cross_entropy(
+    x_nd: Tensor,
+    weight_vd: Tensor,
+    targets_n: Tensor,
+    axis: VocabularyAxis | None = None,
+    z_loss: float = 0.0,
+    chunk: ChunkLoss = chunk_loss,
+) -> Tensor:
+    """Sum of cross entropies in nats of `x @ weight^T` over targets >= 0, a scalar; float32 accumulation at least.
+
+    Products are made in the number format of x, the weight's gradient is added up in the weight's. The gradient is that
+    of the cross entropy and `z_loss` times the squared logarithm of the softmax's sum, which the value does not show.
+    """
+    return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, z_loss, chunk, torch.is_grad_enabled())
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk; backward only scales them.
+
+    Cut over ranks, a chunk is all tokens: both messages of the softmax (Shoeybi et al. 2019, arXiv 1909.08053, section
+    3) then stay one a micro-batch, and the logits at hand are this rank's part.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        axis: VocabularyAxis | None,
+        z_loss: float,
+        chunk_of: ChunkLoss,
+        training: bool,
+    ) -> Tensor:
+        n = len(x_nd)
+        rows = n if axis is not None else loss_rows(x_nd.device.type)
+        operand_vd = weight_vd.to(x_nd.dtype)
+        total = x_nd.new_zeros((), dtype=torch.promote_types(x_nd.dtype, torch.float32))
+        learns = training and ctx.needs_input_grad[1]
+        x_gradient_nd = torch.empty_like(x_nd) if training else None
+        weight_gradient_vd = torch.zeros_like(weight_vd) if learns else None
+        for start in range(0, n, rows):
+            chunk = slice(start, start + rows)
+            x_cd = x_nd[chunk]
+            loss, gradient_cv = chunk_of(x_cd @ operand_vd.t(), targets_n[chunk], axis, z_loss, training)
+            total += loss
+            if x_gradient_nd is None:
+                continue
+            torch.mm(gradient_cv, operand_vd, out=x_gradient_nd[chunk])
+            if weight_gradient_vd is not None:
+                _add_product(weight_gradient_vd, gradient_cv, x_cd)
+            del gradient_cv  # before the next chunk's logits, not after
+        ctx.save_for_backward(x_gradient_nd, weight_gradient_vd)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None, None, None, None, None]:
+        # Not in place: schedules that go back for inputs and for weights apart come here twice.
+        x_gradient_nd, weight_gradient_vd = ctx.saved_tensors
+        scaled_vd = None if weight_gradient_vd is None else weight_gradient_vd * gradient
+        return x_gradient_nd * gradient.to(x_gradient_nd.dtype), scaled_vd, None, None, None, None, None
 
 
 def _add_product(sum_vd: Tensor, gradient_cv: Tensor, x_cd: Tensor) -> None:

@@ -260,10 +260,8 @@ class Mixture(nn.Module):
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        routing, kind = self.router(x_bsd), x_bsd.device.type
+        routing = self.router(x_bsd)
         x_nd = x_bsd.flatten(0, 1)
-        if torch.is_autocast_enabled(kind):
-            x_nd = x_nd.to(torch.get_autocast_dtype(kind))
         order_r, back_r = by_expert(routing.experts_nk.flatten())
         y_rd = self.at_experts(self.experts, _Copies.apply(x_nd, order_r, back_r), routing.tokens_e)
         y_nkd = permute(y_rd, back_r, order_r).unflatten(0, routing.experts_nk.shape)

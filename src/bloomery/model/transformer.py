@@ -16,7 +16,8 @@ from bloomery.model.attention import Attention, KeyValues
 from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
 from bloomery.model.mixture import feed_forward
-from bloomery.model.norm import RMSNorm
+from bloomery.model.narrow import narrowed
+from bloomery.model.norm import LayerNorm, RMSNorm
 from bloomery.model.rotary import rotary_tables
 from bloomery.model.shrink import shrink_gradient
 from bloomery.model.view import View
@@ -25,7 +26,7 @@ from bloomery.spec.model import Model
 
 def norm(model: Model) -> nn.Module:
     """RMSNorm or LayerNorm over the hidden dimension."""
-    kind = RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
+    kind = RMSNorm if model.norm == "rmsnorm" else LayerNorm
     return kind(model.hidden, eps=model.norm_eps)
 
 
@@ -120,7 +121,11 @@ class Transformer(nn.Module):
         return [layer for layer in self.layers.values() if isinstance(layer, Layer)]
 
     def embed(self, tokens_bs: Tensor, positions_s: Tensor) -> Tensor:
-        """Token (and learned position) embeddings: (batch, seq) to (batch, seq, hidden)."""
+        """Token (and learned position) embeddings: (batch, seq) to (batch, seq, hidden).
+
+        Under autocast the residual stream is narrow from here on, as Megatron-LM's and torchtitan's is: half of the
+        bytes that norms, additions and messages between stages move, and one input for all projections of a block.
+        """
         assert self.embedding is not None
         x_bsd = shrink_gradient(self.embedding(tokens_bs), self.embedding_gradient)
-        return x_bsd if self.position is None else x_bsd + self.position(positions_s)
+        return narrowed(x_bsd if self.position is None else x_bsd + self.position(positions_s))

@@ -18,16 +18,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bloomery.model.empty import without_memory
 from bloomery.model.init import initial_rectangle
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import Measure, TensorAxis
-from bloomery.parallel.compiled import book_compilation, compile_layers
+from bloomery.parallel.compiled import book_compilation, compile_stage
 from bloomery.parallel.context import ContextAxis, apply_context_parallel
 from bloomery.parallel.expert import balance_whole_sequences, send_to_experts
 from bloomery.parallel.float8 import multiply_in_float8
@@ -40,6 +42,9 @@ from bloomery.spec.layout import stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters, owning_name
 from bloomery.spec.stabilisers import Stabilisers
+
+DRAWN_AT_ONCE = 4
+"""Initial tensors: each is whole for a moment, whatever a rank has of it."""
 
 
 def lay_out(
@@ -77,7 +82,7 @@ def lay_out(
         if float8 is not None:
             multiply_in_float8(stage, float8.recipe)
         if compiled:
-            compile_layers(stage)
+            compile_stage(stage, mesh.device)
         if recompute == "full":
             recompute_layers(stage)
         elif recompute == "selective":
@@ -127,16 +132,29 @@ class InitialValues:
 
     def fill(self, module: nn.Module, prefix: str = "") -> None:
         """Put values into all parameters without memory of a stage, or of its module of the name `prefix`."""
-        for owner, own, name, empty in self._without_memory(module, prefix):
-            parameter = self.tied.get(name)
-            if parameter is None:
-                entry = self.table[name]
-                local = initial_rectangle(self.model, entry, self.mesh.shard(entry), self.seed, self.dtype)
-                local = local.to(self.mesh.device, copy=True).contiguous()
-                parameter = nn.Parameter(local, requires_grad=empty.requires_grad)
-            if self.model.tie_embeddings and name == "embedding.weight":
-                self.tied[name] = parameter
+        places = list(self._without_memory(module, prefix))
+        made = self._values(dict.fromkeys(name for _, _, name, _ in places if name not in self.tied))
+        for owner, own, name, empty in places:
+            if name in made:
+                parameter = nn.Parameter(made.pop(name), requires_grad=empty.requires_grad)
+                if self.model.tie_embeddings and name == "embedding.weight":
+                    self.tied[name] = parameter
+            else:
+                parameter = self.tied[name]
             setattr(owner, own, parameter)
+
+    def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """This rank's parts of some initial tensors: random numbers of one come from one thread, of several at once."""
+        if isinstance(torch.empty(0), FakeTensor):  # as long as this thread pretends; others would take memory
+            return {name: self._value(name) for name in names}
+        with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:
+            return dict(zip(names, pool.map(self._value, names), strict=True))
+
+    def _value(self, name: str) -> Tensor:
+        """This rank's part of one initial tensor, where it is to be."""
+        entry = self.table[name]
+        local = initial_rectangle(self.model, entry, self.mesh.shard(entry), self.seed, self.dtype)
+        return local.to(self.mesh.device, copy=True).contiguous()
 
     def _without_memory(self, module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:
         """(module, the parameter's name there, its global name, itself)."""

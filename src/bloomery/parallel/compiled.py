@@ -1,8 +1,10 @@
 """Layers compiled one by one by `torch.compile`: all layers of a stage are one program, compiled once.
 
+So is, on a GPU, what the head does with the logits of a chunk: a dozen passes over the largest tensor there is.
+
 Messages stay outside (`collectives.enter_block` and `leave_block`, and attention over the keys of several ranks, are
-never traced), so what is sent and booked is what the uncompiled engine sends and books. Embedding, head and loss are
-left as they are: their work is matrix products.
+never traced; nor is a loss over a cut vocabulary), so what is sent and booked is what the uncompiled engine sends and
+books. Embedding and the head's products are left as they are.
 Compilation itself is booked to the ledger's bucket `compile`, whenever it happens.
 """
 
@@ -37,8 +39,11 @@ def compiler_problem(device: torch.device) -> str | None:
     return None
 
 
-def compile_layers(stage: Transformer) -> None:
-    """Replace each layer's forward by its compiled self. Shapes are fixed: a batch of another shape compiles again."""
+def compile_stage(stage: Transformer, device: torch.device) -> None:
+    """Replace each layer's forward by its compiled self, and on a GPU the loss of a chunk of logits.
+
+    Shapes are fixed: a batch of another shape compiles again.
+    """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made. Not by the
@@ -48,6 +53,8 @@ def compile_layers(stage: Transformer) -> None:
         config.compile_threads = 1
     for layer in stage.blocks():
         layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
+    if stage.head is not None and stage.head.axis is None and device.type != "cpu":
+        stage.head.chunk_loss = torch.compile(stage.head.chunk_loss, dynamic=False)
 
 
 def book_compilation(measure: Measure) -> None:

@@ -30,7 +30,6 @@ from bloomery.model.transformer import Transformer
 from bloomery.model.view import View
 from bloomery.parallel.attention_tiles import Tile, attend_tile, merge, tile_gradients
 from bloomery.parallel.collectives import Measure
-from bloomery.parallel.recompute import narrowed
 
 ALL = slice(None)
 
@@ -230,10 +229,7 @@ def apply_context_parallel(stage: Transformer, axis: ContextAxis) -> None:
 
     @untraced
     def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: float | None = None) -> Tensor:
-        # Norms of queries and keys may answer in float32 under autocast, and one block carries one format: unless all
-        # are narrow, messages have twice the bytes and kernels for narrow numbers are passed over.
-        narrow = (narrowed(x_bhsk) for x_bhsk in (q_bhsk, k_bhsk, v_bhsk))
-        return _ContextAttention.apply(*narrow, axis, view, scale)
+        return _ContextAttention.apply(q_bhsk, k_bhsk, v_bhsk, axis, view, scale)
 
     stage.positions, stage.context_cut = axis.positions, axis.size
     for layer in stage.blocks():

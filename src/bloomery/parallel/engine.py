@@ -152,7 +152,7 @@ class Engine:
             self.mesh,
             micro_batches=micro_batches,
             seq_len=seq_len,
-            stream_dtype=self.parameter_dtype,
+            stream_dtype=self.autocast_dtype or self.parameter_dtype,
             loss_dtype=self.parameter_dtype,
             loss=self._mean,
             measure=self.measure,

@@ -21,9 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bloomery.model.mixture import Mixture
 from bloomery.model.transformer import Transformer
-from bloomery.parallel.recompute import narrowed
 from bloomery.parallel.tensor import RowLinear
 from bloomery.spec.float8 import Recipe, in_float8
 
@@ -41,19 +39,11 @@ def multiply_in_float8(stage: Transformer, recipe: Recipe) -> None:
     """
     multiply = partial(float8_linear, recipe=recipe)
     for layer in stage.blocks():
-        # One bfloat16 input for all projections of a block; a router reads its mixture's as it comes.
-        for block in (layer.attention, layer.ffn.shared if isinstance(layer.ffn, Mixture) else layer.ffn):
-            if block is not None:
-                block.register_forward_pre_hook(_narrow)
         for module in layer.modules():
             if isinstance(module, RowLinear) and in_float8(module.weight.shape):
                 module.multiply = multiply
             elif isinstance(module, nn.Linear) and in_float8(module.weight.shape):
                 module.forward = partial(_forward, module, multiply)  # type: ignore[method-assign]
-
-
-def _narrow(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (narrowed(inputs[0]), *inputs[1:])
 
 
 def _forward(linear: nn.Linear, multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
@@ -64,7 +54,7 @@ def _forward(linear: nn.Linear, multiply: Callable[[Tensor, Tensor], Tensor], x:
 def float8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
     """x weight^T in autocast's format. x: (..., in), weight: (out, in); all sides multiples of 16."""
     # The view gives the weight a node that `_wanted` can ask about; of leaves autograd does not say.
-    y: Tensor = _Linear.apply(narrowed(x), weight.view_as(weight), recipe)
+    y: Tensor = _Linear.apply(x, weight.view_as(weight), recipe)
     return y
 
 

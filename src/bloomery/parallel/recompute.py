@@ -6,8 +6,7 @@
 parallelism, and the outputs of activation functions. They are made again when the first of their readers needs them in
 the backward pass. Korthikanti et al. 2022 (arXiv 2205.05198) repeat the attention core, whose scores were large; fused
 attention keeps no scores, and repeating it would save one number a head and token. Forward passes are bitwise those of
-keeping; gradients may be added up in another order. Under autocast without tensor parallelism a block's input is
-converted once, not once a projection, so that its gradient is added up in the narrow format.
+keeping; gradients may be added up in another order.
 
 How: such an output carries its recipe (`_Recipe`), and whoever saves the output in a layer for its backward pass (a
 matrix product) saves the recipe in its place. No graph or storage is changed.
@@ -51,13 +50,7 @@ def recompute_outputs(stage: Transformer) -> None:
 
 
 def _normalised(forward: Callable[[Tensor], Tensor], norm: nn.Module, x_bsd: Tensor) -> Tensor:
-    return made_again(lambda x_bsd: narrowed(forward(x_bsd)), x_bsd, weights=tuple(norm.parameters()))
-
-
-def narrowed(x: Tensor) -> Tensor:
-    """In autocast's format: what reads `x` would convert it anyway."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return made_again(forward, x_bsd, weights=tuple(norm.parameters()))
 
 
 class _Recipe:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.model.mixture import Mixture
+from bloomery.model.narrow import narrowed
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
-from bloomery.parallel.recompute import made_again, narrowed
+from bloomery.parallel.recompute import made_again
 
 
 class RowLinear(nn.Module):
@@ -33,7 +34,7 @@ class RowLinear(nn.Module):
     def forward(self, x_bsf: Tensor) -> Tensor:
         """x: (batch, seq, width / tp) to (batch, seq or seq / tp, hidden)."""
         y_bsd = leave_block(self.multiply(x_bsf, self.weight), self.axis)
-        return y_bsd if self.bias is None else y_bsd + self.bias
+        return y_bsd if self.bias is None else y_bsd + self.bias.to(y_bsd.dtype)
 
 
 class VocabularyEmbedding(nn.Module):
@@ -49,7 +50,8 @@ class VocabularyEmbedding(nn.Module):
         local_bs = tokens_bs - self.axis.rank * rows
         mine_bs1 = ((local_bs >= 0) & (local_bs < rows)).unsqueeze(-1)
         x_bsd = F.embedding(local_bs.clamp(0, rows - 1), self.weight) * mine_bs1
-        return leave_block(x_bsd, self.axis)
+        # All but one of the ranks send zeros: nothing is lost to the narrow format.
+        return leave_block(narrowed(x_bsd), self.axis)
 
 
 class SequencePosition(nn.Module):
@@ -71,11 +73,10 @@ def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: 
     """
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        # The projections would cast anyway: before the message it halves the bytes.
-        return (enter_block(narrowed(inputs[0]), axis), *inputs[1:])
+        return (enter_block(inputs[0], axis), *inputs[1:])
 
     def enter_again(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (made_again(partial(enter_block, axis=axis), narrowed(inputs[0])), *inputs[1:])
+        return (made_again(partial(enter_block, axis=axis), inputs[0]), *inputs[1:])
 
     enter_layer = enter if keep_inputs or not axis.sequence_parallel else enter_again
 

@@ -86,14 +86,15 @@ def _attention_widths(case: Case) -> Any:
     beside its input.
     """
     model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
+    figure = max(4, case.precision.compute) / case.precision.compute
     if mla is not None:
         query, key_value = mla.q_lora_rank, mla.kv_lora_rank
-        figures = (1 if query else 0) + 1 if eager else 0
+        figures = figure * ((1 if query else 0) + 1) if eager else 0
         latents = case.tokens * (2 * (query + key_value) + model.rotary_width + figures)
         heads = 4 * model.query_width if eager else model.query_width + model.kv_width + model.value_width
         return latents + inside * (heads + model.output_width)
     width = model.query_width + model.kv_width
-    norms = width + (model.heads + model.kv_heads if eager else 0) if model.qk_norm else 0
+    norms = width + (figure * (model.heads + model.kv_heads) if eager else 0) if model.qk_norm else 0
     return inside * (2 * width + norms)
 
 
@@ -108,18 +109,15 @@ def _outer_bytes(case: Case) -> Any:
 def _eager_outer_bytes(case: Case) -> Any:
     """The same of plain PyTorch modules, as the engine's saved tensors have it.
 
-    RMSNorm keeps a figure a token beside its input (LayerNorm two); blocks keep their gathered input whole under
-    sequence parallelism; autocast without tensor parallelism keeps a copy for each projection, but for float8, whose
-    projections share one. All layers share one pair of rotary tables.
+    RMSNorm keeps a figure a token beside its input, in 32 bit at least, LayerNorm two in its input's format; blocks
+    keep their gathered input whole under sequence parallelism. All layers share one pair of rotary tables.
     """
     model, precision, h = case.model, case.precision, case.model.hidden
-    norm = h + (1 if model.norm == "rmsnorm" else 2)
-    norms = 2 * case.stream_tokens * precision.stream * norm
-    narrowed = (case.lay.tp == 1) & (precision.operand == precision.compute < precision.stream)
+    figures = max(4, precision.stream) if model.norm == "rmsnorm" else 2 * precision.stream
+    norms = 2 * case.stream_tokens * (h * precision.stream + figures)
     if model.moe is not None:
-        return norms + case.tokens * _eager_mixture_inputs(case, model.moe, narrowed)
-    copies = np.where(narrowed, 5 if model.gated else 4, 2)
-    return norms + copies * case.tokens * h * precision.compute
+        return norms + case.tokens * _eager_mixture_inputs(case, model.moe)
+    return norms + 2 * case.tokens * h * precision.compute
 
 
 def _selective_outer_bytes(case: Case) -> Any:
@@ -139,7 +137,7 @@ def _routing_bytes(case: Case, moe: MixtureOfExperts) -> Any:
     return moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
 
 
-def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarray) -> Any:
+def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts) -> Any:
     """Bytes a token that a layer with experts keeps as inputs of its blocks, and for its routing.
 
     The router reads its input in float32 at least, and keeps its scores; indices are 64-bit: the experts of a token
@@ -147,8 +145,8 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts, narrowed: np.ndarra
     """
     h, compute = case.model.hidden, case.precision.compute
     wide = max(4, compute)
-    shared = np.where(narrowed, 2 if case.model.gated else 1, int(compute < wide)) * (moe.shared_experts > 0)
-    return (np.where(narrowed, 3, 1) + shared) * h * compute + h * wide + _routing_bytes(case, moe)
+    shared = int(compute < wide and moe.shared_experts > 0)
+    return (1 + shared) * h * compute + h * wide + _routing_bytes(case, moe)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def test_bfloat16_products_are_reduced_and_added_up_in_float32(monkeypatch: pyte
     monkeypatch.setattr(heads, "loss_rows", lambda device: 2)
     head, targets_bs = Head(5, 11), torch.zeros(1, 7, dtype=torch.int64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = head(torch.randn(1, 7, 5), targets_bs)
+        loss = head(torch.randn(1, 7, 5, dtype=torch.bfloat16), targets_bs)
     loss.backward()
     assert loss.dtype == torch.float32
     assert head.weight.grad is not None and head.weight.grad.dtype == torch.float32

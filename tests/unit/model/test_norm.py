@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bloomery.model.norm import RMSNorm
+from bloomery.model.norm import LayerNorm, RMSNorm
 from bloomery.model.rotary import rotary_tables, rotate
 
 
@@ -36,9 +36,29 @@ def test_the_norm_of_what_lies_crosswise_and_of_zeros() -> None:
     assert all(one.isfinite().all() for one in gradients(norm(zeros), zeros, norm.weight))
 
 
-def test_the_norm_of_narrow_numbers_is_left_to_the_built_in_one() -> None:
-    norm, x = RMSNorm(8, eps=1e-6).bfloat16(), torch.randn(3, 8).bfloat16()
-    torch.testing.assert_close(norm(x), F.rms_norm(x, (8,), norm.weight, 1e-6))
+def test_the_norm_of_narrow_numbers_works_in_float32_inside() -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(24, eps=1e-6)
+    norm.weight.data.normal_(generator=generator)
+    x = torch.randn(5, 24, generator=generator).bfloat16().requires_grad_()
+    found, weight = norm(x), norm.weight.detach().requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    exact = F.rms_norm(wide, (24,), weight, 1e-6)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, exact.bfloat16())
+    ours = torch.autograd.grad(found, (x, norm.weight), found.detach())
+    theirs = torch.autograd.grad(exact, (wide, weight), found.detach().float())
+    assert [gradient.dtype for gradient in ours] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(ours[0].float(), theirs[0], rtol=8e-3, atol=8e-3)
+    torch.testing.assert_close(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_under_autocast_a_norm_answers_in_the_format_it_reads(kind: type[RMSNorm] | type[LayerNorm]) -> None:
+    norm = kind(8, eps=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert norm(torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
+        assert norm(torch.randn(3, 8)).dtype == torch.float32
 
 
 def test_rotation_is_a_product_with_a_matrix_and_its_gradient_the_rotation_back() -> None:

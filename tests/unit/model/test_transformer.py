@@ -56,6 +56,25 @@ def test_the_future_never_changes_the_past(model: Model) -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
+@pytest.mark.parametrize("model", [LLAMA, GPT, NORMED, LATENT], ids=["llama", "gpt", "qk-norm", "latent"])
+def test_under_autocast_all_between_embedding_and_loss_is_narrow(model: Model) -> None:
+    module, found = Transformer(model), set[torch.dtype]()
+    for name, part in module.named_modules():
+        if name.startswith("layers.") or name == "norm":
+            part.register_forward_hook(lambda _, inputs, output: found.update((inputs[0].dtype, output.dtype)))
+    for layer in module.blocks():
+        plain = layer.attention.attend
+        layer.attention.attend = lambda *given, plain=plain: (found.update(x.dtype for x in given[:3]), plain(*given))[
+            1
+        ]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(torch.zeros(1, 12, dtype=torch.int64), targets_bs=torch.ones(1, 12, dtype=torch.int64))
+    loss.backward()
+    assert found == {torch.bfloat16}
+    assert loss.dtype == torch.float32
+    assert {parameter.grad.dtype for parameter in module.parameters() if parameter.grad is not None} == {torch.float32}
+
+
 def test_a_prefix_sees_itself_whole_and_nothing_after_it() -> None:
     mask = visible(View(torch.arange(5), prefix_b=torch.tensor([3])), torch.arange(5))[0, 0]
     assert mask[:3, :3].all()

@@ -10,7 +10,7 @@ import torch
 from bloomery.ledger.clock import Clock
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.batch import Batch
-from bloomery.parallel.compiled import compile_layers, compiler_problem
+from bloomery.parallel.compiled import compile_stage, compiler_problem
 from bloomery.parallel.engine import StepStatistics, build
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.layout import Layout
@@ -64,5 +64,5 @@ def test_no_pool_of_compilers_is_made_unless_somebody_asks(
     if said is not None:
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", said)
     with config.patch(compile_threads=8):  # as many as there are cores, as it was found at import
-        compile_layers(Transformer(MODEL))
+        compile_stage(Transformer(MODEL), torch.device("cpu"))
         assert config.compile_threads == expected

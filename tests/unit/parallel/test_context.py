@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bloomery.model.transformer import Transformer
 from bloomery.model.view import View, visible
-from bloomery.parallel import context
-from bloomery.parallel.context import ContextAxis, apply_context_parallel, tile_of
-from bloomery.spec.model import Model
+from bloomery.parallel.context import ContextAxis, tile_of
 
 TOKENS = 4
 """Of one rank."""
@@ -64,16 +61,3 @@ def test_tiles_let_through_exactly_what_the_rule_of_the_view_does(kind: str, siz
 def test_under_a_causal_mask_all_ranks_have_the_same_work(size: int) -> None:
     work = [int(computed(axis, View(axis.positions(TOKENS, CPU)))[0].sum()) for axis in axes(size)]
     assert len(set(work)) == 1
-
-
-def test_under_autocast_queries_and_keys_widened_by_their_norms_travel_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = Transformer(Model(layers=1, hidden=8, heads=2, vocab=16, max_seq_len=8))
-    apply_context_parallel(stage, axes(2)[0])
-    found = list[torch.dtype]()
-    monkeypatch.setattr(context._ContextAttention, "apply", lambda *given: found.extend(x.dtype for x in given[:3]))
-    wide, narrow = torch.ones(1, 2, TOKENS, 4), torch.ones(1, 2, TOKENS, 4, dtype=torch.bfloat16)
-    attend, view = stage.blocks()[0].attention.attend, View(torch.arange(TOKENS))
-    with torch.autocast("cpu", torch.bfloat16):
-        attend(wide, wide, narrow, view)
-    attend(wide, wide, wide, view)
-    assert found == [torch.bfloat16] * 3 + [torch.float32] * 3
