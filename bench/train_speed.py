@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import psutil
 
 from bloomery.data.shards import TokenDataset
 from bloomery.ledger.sinks import read_lines
@@ -96,8 +98,9 @@ def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> P
     path = work.scratch / f"{name}.yaml"
     path.write_text(
         RUN.format(
-            name=name, vocab=work.model.vocab, model=work.model.model_dump_json(exclude_none=True),
-            cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len, steps=work.steps,
+            name=name, steps=work.steps + 1, vocab=work.model.vocab,
+            model=work.model.model_dump_json(exclude_none=True),
+            cluster=cluster or "this-machine", batch=work.batch, seq_len=work.seq_len,
             dtype=work.dtype, emulated=str(work.emulated).lower(), compiled=str(variant.compiled).lower(),
             micro_batch=variant.micro_batch, profile=work.profile, out=work.scratch,
             data=work.scratch / f"data-{work.model.vocab}",
@@ -115,14 +118,32 @@ def bloomery(*arguments: object) -> None:
 
 
 def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outcome:
-    """One run of the product, from its ledger and metrics."""
+    """One run of the product, from its ledger and metrics, ended when the steps to be measured are done: a last
+    checkpoint would take longer than all of them."""
     path = run_file(work, variant, cluster)
-    bloomery("train", path, "--fresh")
     folder = work.scratch / path.stem
-    laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > work.warm_up]
+    with (work.scratch / f"{path.stem}.log").open("w+") as said:
+        command = [sys.executable, "-m", "bloomery", "train", str(path), "--fresh"]
+        running = psutil.Popen(command, stdout=said, stderr=said)
+        while running.poll() is None and len(laps_of(folder)) < work.steps:
+            time.sleep(0.2)
+        if running.poll():
+            said.seek(0)
+            sys.exit(said.read())
+        if running.is_running():
+            everybody = [*running.children(recursive=True), running]
+            for process in everybody:
+                process.kill()
+            psutil.wait_procs(everybody)
+    laps = laps_of(folder)[work.warm_up :]
     losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
-    # The last step's lap has no more in it than the others; what follows it is booked to a lap of its own.
     return Outcome(median(lap["wall_s"] for lap in laps), max(lap["peak_memory_bytes"] for lap in laps), losses[-1])
+
+
+def laps_of(folder: Path) -> list[dict[str, Any]]:
+    """The ledger's lines of steps; none before it exists."""
+    ledger = folder / "ledger.jsonl"
+    return [lap for lap in read_lines(ledger) if lap["step"] > 0] if ledger.exists() else []
 
 
 def peer(work: Workload, python: Path, script: str, variant: Variant, samples: Path) -> Outcome:
@@ -213,6 +234,7 @@ def environments(options: argparse.Namespace) -> dict[str, tuple[Path, str]]:
         "plain loop": (Path(sys.executable), "plain_loop.py"),
         "hf trainer": (Path(options.peers) / "hf/bin/python", "hf_trainer.py"),
         "litgpt": (Path(options.peers) / "litgpt/bin/python", "litgpt_loop.py"),
+        "torchtitan": (Path(options.peers) / "titan/bin/python", "torchtitan_loop.py"),
     }
     for name, (python, _) in known.items():
         if not python.exists():

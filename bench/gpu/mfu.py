@@ -109,6 +109,8 @@ def measure_all(options: argparse.Namespace, device: str, cluster: Path) -> dict
     rows = dict[str, dict[str, Any]]()
     for name in options.models.split(",") if options.models else sizes:
         model, batch = sizes[name]
+        if options.layers:
+            model = model.model_copy(update={"layers": options.layers})
         for dtype in dtypes_of(options):
             if dtype == "float8" and model.moe is not None:
                 continue
@@ -136,6 +138,9 @@ def main() -> None:
     parser.add_argument("--dtypes", help="default: bfloat16 on a GPU, and float8 where it has it; tiny float32, float8")
     parser.add_argument("--tiny", action="store_true", help="small models, on whatever device there is")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument(
+        "--layers", type=int, help="of every model, instead of its own: enough to fill compilers' caches"
+    )
     parser.add_argument("--peers", default="build/peers", help="environments of the peers")
     parser.add_argument("--without", default="", help="peers to leave out")
     parser.add_argument("--profile", default="", help="steps of ours to profile, as in 8-9: a table of kernels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from typing import Any
@@ -60,6 +61,9 @@ class InOrder(Trainer):
 def main() -> None:
     """Train as told."""
     s, base = read_settings(), resident_bytes()
+    if torch.cuda.is_available():
+        # Block by block, as large models are compiled; Accelerate reads it from here alone.
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"
     module = LlamaForCausalLM(
         LlamaConfig(
             num_hidden_layers=s.layers, hidden_size=s.hidden, num_attention_heads=s.heads,

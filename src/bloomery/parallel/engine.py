@@ -116,6 +116,7 @@ class Engine:
         self.update_shards: UpdateShards | None = None
         self.fully_sharded: FullySharded | None = None
         self.after_first_backward: Callable[[], None] | None = None
+        self._constants: dict[str, tuple[list[float], Tensor]] = {}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """This rank's parameters by global name (a tied head is its embedding)."""
@@ -259,19 +260,24 @@ class Engine:
         """Names of what this rank updates and its squared gradient norms, divided by how many ranks hold the same."""
         named = {name: local_part(p.grad) for name, p in self.updated().items() if p.grad is not None}
         norms = torch.stack(torch._foreach_norm(list(named.values()))).double()
-        replicas = torch.tensor([self._replicas(name) for name in named], dtype=torch.float64, device=norms.device)
-        return list(named), norms.square() / replicas
+        return list(named), norms.square() / self._constant("replicas", [self._replicas(name) for name in named])
+
+    def _constant(self, what: str, values: list[float]) -> Tensor:
+        """These numbers on the device, where they stay: a copy of new ones would wait for all that it has to do."""
+        if what not in self._constants or self._constants[what][0] != values:
+            self._constants[what] = (values, torch.tensor(values, dtype=torch.float64, device=self.mesh.device))
+        return self._constants[what][1]
 
     def summed_statistics(self, loss_part: Tensor, votes: Votes = NO_VOTES) -> Tensor:
         """(loss, non-finite ranks, votes, squared gradient norms by group) over the world, float64."""
         names, each = self.square_norms()
-        index = torch.tensor([GROUPS.index(group_of(name)) for name in names], device=each.device)
+        index = self._constant("groups", [GROUPS.index(group_of(name)) for name in names]).long()
         groups = torch.zeros(len(GROUPS), dtype=torch.float64, device=each.device).index_add_(0, index, each)
         squares = groups.sum()
         last_stage = self.layout.n_stages - 1 in self.stages
         loss = loss_part.double() / self.layout.tp if last_stage else torch.zeros_like(squares)
         nonfinite = (~torch.isfinite(squares) | ~torch.isfinite(loss)).double()
-        said = torch.tensor(votes, dtype=torch.float64, device=squares.device)
+        said = self._constant("votes", list(votes))
         vector = torch.cat((torch.stack((loss.to(squares.device), nonfinite)), said, groups))
         if self.model.moe is not None:
             routed, nothing = self.routed, torch.zeros_like(squares)

@@ -70,12 +70,15 @@ def _step(session: Session, step: int) -> int:
         batch = session.batches.get(step)
     phase = job.course.at(step)
     engine.expect(phase.global_batch, phase.seq_len)
+    clock.handed_over(None)
     loss_part = computed(session, step, batch)
+    clock.handed_over(None)  # a recomputed micro-batch
     engine.reduce_gradients()
-    clock.catch_up("dp_comm" if job.layout.data_ranks > 1 else "other")
+    clock.handed_over("dp_comm" if job.layout.data_ranks > 1 else "compute")
     with clock.bucket("optimizer"):
         votes = session.writer.vote(session.stop_requested)._replace(copy_failed=int(session.memory.error != ""))
-        statistics = engine.statistics(loss_part, votes)
+        with clock.reading("other" if job.layout.world_size > 1 else "optimizer"):
+            statistics = engine.statistics(loss_part, votes)
         limits = session.guard.group_limits(job.stabilisers.adaptive_clip)
         judgement = session.guard.judge(
             step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups
@@ -88,7 +91,7 @@ def _step(session: Session, step: int) -> int:
             engine.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
-            clock.catch_up("optimizer")
+            clock.handed_over("optimizer")
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()

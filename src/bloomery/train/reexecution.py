@@ -94,7 +94,7 @@ def _checked(session: Session, step: int, batch: Batch) -> tuple[Tensor, Verdict
 
 def _forward_backward(session: Session, batch: Batch) -> Tensor:
     loss_part = session.engine.forward_backward(batch)
-    session.clock.catch_up("compute")
+    session.clock.handed_over("compute")
     return loss_part
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import sys
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -37,7 +37,7 @@ def main() -> int:
             repeat_bits(device.type)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            clock.synchronise = partial(torch.cuda.synchronize, device)
+            clock.device = Gpu(device)
         else:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
             if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
@@ -57,6 +57,28 @@ def main() -> int:
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
     return code
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A CUDA device as the clock sees it: by events on the stream that computes."""
+
+    device: torch.device
+
+    def mark(self) -> torch.cuda.Event:
+        """An event behind all work handed over so far."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, earlier: torch.cuda.Event, later: torch.cuda.Event) -> float:
+        """Between two events."""
+        later.synchronize()
+        return float(earlier.elapsed_time(later)) / 1e3
+
+    def wait(self) -> None:
+        """Until the device is idle."""
+        torch.cuda.synchronize(self.device)
 
 
 def device_of(job: Job, local_rank: int) -> torch.device:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bloomery.ledger.clock import Clock
+from bloomery.ledger.clock import DEVICE, Clock
 
 
 class Ticking:
@@ -100,3 +100,49 @@ def test_what_passed_before_a_clock_ran_can_be_booked() -> None:
     clock.count("startup", since=7.5)
     clock.count("startup", since=float("inf"))  # nobody knows
     assert clock.lap() == {"startup": 2.5, "other": 2.0}
+
+
+class Queue:
+    """A device whose work ends at moments that are given to its marks."""
+
+    def __init__(self, *moments: float) -> None:
+        self.moments = iter(moments)
+
+    def mark(self) -> float:
+        """The next moment."""
+        return next(self.moments)
+
+    def seconds(self, earlier: float, later: float) -> float:
+        """Between two."""
+        return later - earlier
+
+    def wait(self) -> None:
+        """Nothing is left."""
+
+
+def test_what_the_host_waited_for_is_shared_out_by_what_the_device_took() -> None:
+    entered = list[str]()
+    clock = Clock(iter([0.0, 1.0, 2.0, 3.0, 11.0, 12.0, 13.0]).__next__, entered=entered.append)
+    # The update before ends at 4, this compute at 8, the numbers that are read at 9; between 4 and 5 was nobody's.
+    clock.device = Queue(0.0, 4.0, 5.0, 8.0, 9.0)
+    clock.handed_over(None)
+    clock.handed_over("optimizer")
+    clock.handed_over(None)
+    with clock.bucket("compute"):  # handed over within a second
+        clock.handed_over("compute")
+    with clock.bucket("optimizer"), clock.reading("optimizer"):
+        pass
+    buckets = clock.lap()
+    assert entered == ["compute", "other", "optimizer", DEVICE, "optimizer", "other"]
+    # Nine seconds of the host, five of eight for the update and the numbers; what it does after reading stays its own.
+    assert buckets == pytest.approx({"other": 3.0, "compute": 9.0 * 3 / 8, "optimizer": 9.0 * 5 / 8 + 1.0})
+    assert sum(buckets.values()) == 13.0
+
+
+def test_where_the_host_does_the_work_nothing_is_shared_out() -> None:
+    entered, clock = list[str](), Clock(iter([0.0, 1.0, 3.0]).__next__)
+    clock.handed_over("compute")
+    with clock.reading("compute"):
+        pass
+    assert clock.lap() == {"other": 1.0}
+    assert not entered
