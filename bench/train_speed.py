@@ -232,9 +232,9 @@ def environments(options: argparse.Namespace) -> dict[str, tuple[Path, str]]:
     """Peers that can run here; the others are named."""
     known = {
         "plain loop": (Path(sys.executable), "plain_loop.py"),
+        "torchtitan": (Path(options.peers) / "titan/bin/python", "torchtitan_loop.py"),
         "hf trainer": (Path(options.peers) / "hf/bin/python", "hf_trainer.py"),
         "litgpt": (Path(options.peers) / "litgpt/bin/python", "litgpt_loop.py"),
-        "torchtitan": (Path(options.peers) / "titan/bin/python", "torchtitan_loop.py"),
     }
     for name, (python, _) in known.items():
         if not python.exists():

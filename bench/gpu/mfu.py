@@ -60,19 +60,37 @@ DENSE_FLOPS = {
 """Dense peaks of data sheets (NVIDIA H100, H200 and A100 product briefs), by what the device's name contains."""
 
 
-def measured(work: Workload, cluster: Path, peers: dict[str, tuple[Path, str]], compiled: bool) -> dict[str, Any]:
-    """Ours with its plan, and each peer, on one model, the batch whole."""
+def measured(
+    name: str, work: Workload, device: str, cluster: Path, peers: dict[str, tuple[Path, str]], compiled: bool
+) -> dict[str, Any]:
+    """Ours with its plan, and each peer that runs, on one model, the batch whole; shown as they come."""
     samples, variant = samples_of(work, cluster), Variant(compiled, work.batch)
-    found = {"bloomery": ours(work, variant, cluster)}
+    outcomes = {"bloomery": ours(work, variant, cluster)}
     plan = json.loads((work.scratch / variant.name / "plan.json").read_text())["estimate"]
-    if work.model.moe is None and work.dtype != "float8":
-        found |= {name: peer(work, python, script, variant, samples) for name, (python, script) in peers.items()}
+    known = data_sheet_peak(device, work.dtype)
+    peak = known or plan["peak_flops_per_s"]
+    emulated = ", emulated" if work.emulated and work.dtype == "float8" else ""
+    print(f"\n{name} {work.dtype}{emulated}: predicted step {plan['step_time_s']:.4f} s; MFU by {plan['convention']}")
+    print(f"  peak {peak / 1e12:.3g} TFLOP/s ({'data sheet' if known else 'best measured product'}) of {device}")
+    show("bloomery", outcomes["bloomery"], plan["model_flops"] / peak)
+    for peers_name, (python, script) in peers.items() if work.model.moe is None and work.dtype != "float8" else ():
+        try:
+            outcomes[peers_name] = peer(work, python, script, variant, samples)
+        except SystemExit as error:
+            print(f"  {peers_name:12} failed: {error}")
+        else:
+            show(peers_name, outcomes[peers_name], plan["model_flops"] / peak)
+    if len(outcomes) > 1:
+        best = min(one.step_s for other, one in outcomes.items() if other != "bloomery")
+        print(f"  ours over the best peer: {best / outcomes['bloomery'].step_s:.3f} x")
+    if work.profile:
+        print(kernels.table(work.scratch / variant.name))
     return {
         "model_flops": plan["model_flops"],
         "convention": plan["convention"],
         "predicted_step_s": plan["step_time_s"],
         "planned_peak_flops_per_s": plan["peak_flops_per_s"],
-        "systems": {name: vars(one) for name, one in found.items()},
+        "systems": {system: vars(one) for system, one in outcomes.items()},
     }
 
 
@@ -81,13 +99,10 @@ def data_sheet_peak(name: str, dtype: str) -> float | None:
     return next((peak for part, peak in DENSE_FLOPS.get(dtype, {}).items() if part in name), None)
 
 
-def show(name: str, dtype: str, row: dict[str, Any], peak: float) -> None:
-    """One model's table."""
-    print(f"\n{name} {dtype}: predicted step {row['predicted_step_s']:.4f} s; MFU by {row['convention']}")
-    for system, one in row["systems"].items():
-        outcome = Outcome(**one)
-        mfu = row["model_flops"] / outcome.step_s / peak
-        print(f"  {system:12} {outcome.step_s:9.4f} s  MFU {mfu:6.1%}  {outcome.peak_bytes / 2**30:6.2f} GiB")
+def show(system: str, outcome: Outcome, least_s: float) -> None:
+    """One line of a model's table; `least_s`: of a step at the peak."""
+    mfu, memory = least_s / outcome.step_s, outcome.peak_bytes / 2**30
+    print(f"  {system:12} {outcome.step_s:9.4f} s  MFU {mfu:6.1%}  {memory:6.2f} GiB", flush=True)
 
 
 def dtypes_of(options: argparse.Namespace) -> list[str]:
@@ -121,13 +136,7 @@ def measure_all(options: argparse.Namespace, device: str, cluster: Path) -> dict
                     emulated=options.tiny, profile=options.profile,
                 )  # fmt: skip
                 compiled = not options.eager and model.moe is None
-                row = rows[f"{name} {dtype}"] = measured(work, cluster, peers, compiled)
-                if options.profile:
-                    print(kernels.table(work.scratch / Variant(compiled, batch).name))
-            peak = data_sheet_peak(device, dtype) or row["planned_peak_flops_per_s"]
-            source = "data sheet" if data_sheet_peak(device, dtype) else "best measured product"
-            show(name, f"{dtype}, emulated" if work.emulated and dtype == "float8" else dtype, row, peak)
-            print(f"  peak {peak / 1e12:.3g} TFLOP/s ({source}) of {device}")
+                rows[f"{name} {dtype}"] = measured(name, work, device, cluster, peers, compiled)
     return rows
 
 
