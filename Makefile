@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 # Tests that wait for one process fill the second core with those of another file.
 TOGETHER := -n 2 --dist loadfile
 
-.PHONY: help setup demo test check unit distributed e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-tp bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
+.PHONY: help setup demo test check unit distributed gpu e2e chaos soak slurm network format clean bench-prediction bench-checkpoint bench-train bench-tp bench-gpu bench-planner bench-search bench-time-to-loss bench-network calibrate loop
 
 help: ## this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -30,6 +30,9 @@ unit: setup ## tests of single rooms
 
 distributed: setup ## exactness of every parallel layout against one process, in float64
 	$(BIN)/pytest tests/distributed -q $(TOGETHER)
+
+gpu: setup ## what one GPU computes beside what a CPU does (skipped where there is none)
+	$(BIN)/pytest tests/gpu tests/unit/parallel/test_float8.py -q
 
 e2e: setup ## whole commands as a user runs them
 	$(BIN)/pytest tests/e2e -q

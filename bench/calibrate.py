@@ -26,7 +26,6 @@ from bloomery.planner.validate import APART, validate
 from bloomery.spec.calibration import Calibration, calibration, calibration_yaml
 from bloomery.spec.files import write_atomically
 
-HEADER = "# Fitted by bench/calibrate.py (see docs/accuracy.md). Names and units: spec/calibration.py.\n"
 
 
 def measured(paths: list[Path]) -> list[Published]:
@@ -92,7 +91,7 @@ def main() -> None:
     table = table.model_copy(update=told)
     print(f"fit: {time.monotonic() - started:.0f} s")
     say("after", options.runs, table)
-    write_atomically(options.out, HEADER + calibration_yaml(table))
+    write_atomically(options.out, calibration_yaml(table))
 
 
 if __name__ == "__main__":

@@ -261,6 +261,11 @@ BFLOAT16 = [
         "cp=2,micro_batch=2,cp_method=ring",
         "cp=2,micro_batch=2,cp_method=all_gather",
     )
+] + [
+    Case("gpt", "tp=2,sp=true,micro_batch=2", dtype="bfloat16"),
+    Case("tied-gpt", "pp=2,dp=2,micro_batch=2", dtype="bfloat16"),
+    Case("qk-norm", "cp=2,tp=2,micro_batch=4", dtype="bfloat16"),
+    Case("latent", "cp=2,tp=2,sp=true,micro_batch=4", dtype="bfloat16"),
 ]
 BALANCED = [
     Case("mixtral", "tp=2,dp=2,ep=2,micro_batch=2,recompute=full", balanced=True),

@@ -25,25 +25,26 @@ CASES = [
 ]
 
 
-def same(found: dict[str, Any], expected: dict[str, Any], rtol: float) -> None:
-    """Losses, norms, held-out losses and final parameters."""
+def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Losses, norms, held-out losses and final parameters. Sums are in another order, and AdamW's first steps go by the
+    sign of gradients that are almost nothing: hence more room for a parameter."""
     for key in ("losses", "norms", "held_out"):
-        np.testing.assert_allclose(found[key], expected[key], rtol=rtol, err_msg=key)
+        np.testing.assert_allclose(found[key], expected[key], rtol=1e-9, err_msg=key)
     for one, other in zip(found["shards"], expected["shards"], strict=True):
         assert one["name"] == other["name"]
-        np.testing.assert_allclose(one["value"], other["value"], rtol=rtol, atol=1e-12, err_msg=one["name"])
+        np.testing.assert_allclose(one["value"], other["value"], rtol=1e-8, atol=1e-11, err_msg=one["name"])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_gpu_equals_a_cpu(case: Case) -> None:
-    same(train_case(case, 0, None, device="cuda"), train_case(case, 0, None), 1e-9)
+    same(train_case(case, 0, None, device="cuda"), train_case(case, 0, None))
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt", "latent"])
 def test_compiled_layers_compute_the_same(model: str) -> None:
     case = Case(model, "micro_batch=4")
     found = train_case(case, 0, None, device="cuda", compiled=True)
-    same(found, train_case(case, 0, None, device="cuda"), 1e-9)
+    same(found, train_case(case, 0, None, device="cuda"))
 
 
 @pytest.mark.parametrize("model", ["llama", "gpt", "mixtral", "latent"])

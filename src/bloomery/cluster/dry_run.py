@@ -177,7 +177,6 @@ def planned_messages(case: Case, pipeline_rank: int) -> Counter[Message]:
         stream_bytes=precision.stream,
         parameter_bytes=precision.parameter,
         gradient_bytes=precision.gradient,
-        block_bytes=precision.compute,
         optimizer=case.optimizer,
     )
     counted = Counter[Message]()

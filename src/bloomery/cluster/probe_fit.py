@@ -145,7 +145,7 @@ def _machine(accelerator: Accelerator) -> Cluster:
 
 def optimizer_rate(seconds: Sequence[float], model: Model) -> float:
     """Bytes/s of a model's optimizer step in float32, the bytes as the performance model counts them."""
-    width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, compute=4, operand=4)
+    width = Precision(parameter=4, gradient=4, optimizer=8, stream=4, operand=4)
     return parameter_count(model) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 

@@ -45,9 +45,9 @@ def compile_stage(stage: Transformer, device: torch.device) -> None:
     Shapes are fixed: a batch of another shape compiles again.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE.expanduser()))
-    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made. Not by the
-        # variable: it was read when something first imported the compiler.
+    if device.type == "cpu" and "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        # A pool of compiler processes, each with a copy of torch, gains nothing where one program is made (a GPU's
+        # kernels are dozens). Not by the variable: it was read when something first imported the compiler.
         from torch._inductor import config
 
         config.compile_threads = 1

@@ -92,8 +92,9 @@ def product(a_ij: Tensor, b_kj: Tensor, recipe: Recipe, *, of_gradient: bool = F
     """
     wide_range = of_gradient and recipe == "tensorwise"
     (a, a_unit), (b, b_unit) = cast(a_ij, E5M2 if wide_range else E4M3, recipe), cast(b_kj, E4M3, recipe)
-    if recipe == "rowwise" and not fast:
-        # CUTLASS's kernel for rows is slow with exact sums; cuBLAS's has one unit, and powers of two multiply exactly.
+    if recipe == "rowwise" and not (fast and a.is_cuda):
+        # CUTLASS's kernel for rows is slow with exact sums, PyTorch 2.11 has none for CPUs; cuBLAS's and oneDNN's have
+        # one unit, and powers of two multiply exactly.
         one = torch.ones((), device=a.device)
         y_ik = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
         return (y_ik * a_unit * b_unit.t()).to(torch.bfloat16)

@@ -31,22 +31,22 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     model, lay, stack, precision = case.model, case.lay, case.stack, case.precision
     inside = case.tokens / lay.tp
     outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
-    attention = _attention_widths(case) * precision.compute
+    attention = _attention_widths(case) * precision.stream
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.compute
-    feed_forward = stack.saved_widths(model) * inside * width * precision.compute
+        outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.stream
+    feed_forward = stack.saved_widths(model) * inside * width * precision.stream
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
-        whole = linear + max(4, precision.compute) * model.heads * inside
+        whole = linear + max(4, precision.stream) * model.heads * inside
         if stack.selective_share is not None:
             return whole, stack.selective_share * whole
         # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
         outputs = operators - _selective_outer_bytes(case)
         widths = stack.saved_widths(model) - (2 if model.gated else 1)
-        return whole, stack.kept * (outputs + widths * inside * width * precision.compute)
-    each = 2 * precision.compute + (1 if stack.dropout else 0)
+        return whole, stack.kept * (outputs + widths * inside * width * precision.stream)
+    each = 2 * precision.stream + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
 
@@ -75,7 +75,7 @@ def _surplus_bytes(case: Case) -> Any:
         return 0.0
     copies = 2 * _routed_tokens(case) * case.model.hidden
     inside = case.stack.saved_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
-    whole = case.stack.kept * moe.top_k * (copies + inside) * case.precision.compute
+    whole = case.stack.kept * moe.top_k * (copies + inside) * case.precision.stream
     return (case.expert_imbalance - 1.0) * whole
 
 
@@ -86,7 +86,7 @@ def _attention_widths(case: Case) -> Any:
     beside its input.
     """
     model, mla, inside, eager = case.model, case.model.mla, case.tokens / case.lay.tp, case.stack.eager
-    figure = max(4, case.precision.compute) / case.precision.compute
+    figure = max(4, case.precision.stream) / case.precision.stream
     if mla is not None:
         query, key_value = mla.q_lora_rank, mla.kv_lora_rank
         figures = figure * ((1 if query else 0) + 1) if eager else 0
@@ -103,7 +103,7 @@ def _outer_bytes(case: Case) -> Any:
     parallelism."""
     precision = case.precision
     masks = 2 if case.stack.dropout else 0
-    return case.stream_tokens * case.model.hidden * (2 * precision.stream + 2 * precision.compute + masks)
+    return case.stream_tokens * case.model.hidden * (2 * precision.stream + 2 * precision.stream + masks)
 
 
 def _eager_outer_bytes(case: Case) -> Any:
@@ -117,23 +117,23 @@ def _eager_outer_bytes(case: Case) -> Any:
     norms = 2 * case.stream_tokens * (h * precision.stream + figures)
     if model.moe is not None:
         return norms + case.tokens * _eager_mixture_inputs(case, model.moe)
-    return norms + 2 * case.tokens * h * precision.compute
+    return norms + 2 * case.tokens * h * precision.stream
 
 
 def _selective_outer_bytes(case: Case) -> Any:
     """What our engine keeps of that when norms' outputs are made again: their inputs; of a mixture the router's scores,
     and its input where that is a copy in a wider format."""
-    model, compute = case.model, case.precision.compute
+    model, width = case.model, case.precision.stream
     kept = 2 * case.stream_tokens * model.hidden * case.precision.stream
     if model.moe is None:
         return kept
-    copy = model.hidden * 4 if compute < 4 else 0
+    copy = model.hidden * 4 if width < 4 else 0
     return kept + case.tokens * (copy + _routing_bytes(case, model.moe))
 
 
 def _routing_bytes(case: Case, moe: MixtureOfExperts) -> Any:
     """Bytes a token of a router's scores, of the experts of a token and of both orders of the copies."""
-    wide = max(4, case.precision.compute)
+    wide = max(4, case.precision.stream)
     return moe.experts * wide + moe.top_k * (3 * 8 + 2 * wide)
 
 
@@ -143,10 +143,10 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts) -> Any:
     The router reads its input in float32 at least, and keeps its scores; indices are 64-bit: the experts of a token
     and both orders of the copies.
     """
-    h, compute = case.model.hidden, case.precision.compute
-    wide = max(4, compute)
-    shared = int(compute < wide and moe.shared_experts > 0)
-    return (1 + shared) * h * compute + h * wide + _routing_bytes(case, moe)
+    h, width = case.model.hidden, case.precision.stream
+    wide = max(4, width)
+    shared = int(width < wide and moe.shared_experts > 0)
+    return (1 + shared) * h * width + h * wide + _routing_bytes(case, moe)
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Activations:
 
 def end_bytes(case: Case) -> Any:
     """The last norm's input and output."""
-    return case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.compute)
+    return case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.stream)
 
 
 def activation_bytes(case: Case, ranks: Ranks) -> Any:

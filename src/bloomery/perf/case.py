@@ -305,7 +305,6 @@ class Case:
             ranks.index,
             seq_len=self.seq_len,
             stream_bytes=precision.stream,
-            block_bytes=precision.compute,
             parameter_bytes=precision.parameter,
             gradient_bytes=precision.gradient,
             optimizer=self.optimizer,

@@ -126,7 +126,7 @@ def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:
 
 def _linear(case: Case, tokens: Any, n_in: Any, n_out: Any, batch: Any = 1, *, wide: bool = False) -> tuple[Any, Any]:
     """`wide`: in the format of attention, where products are narrower."""
-    dtype, width = (case.wide_dtype, case.precision.compute) if wide else (case.dtype, case.precision.operand)
+    dtype, width = (case.wide_dtype, case.precision.stream) if wide else (case.dtype, case.precision.operand)
     return linear_s(case.accelerator, dtype, tokens, n_in, n_out, element_bytes=width, batch=batch)
 
 
@@ -211,7 +211,7 @@ def _attention(case: Case) -> tuple[Any, Any]:
         case.seq_len,
         (model.head_dim, model.value_head_dim),
         model.heads * lay.micro_batch / (lay.tp * lay.cp),
-        element_bytes=case.precision.compute,
+        element_bytes=case.precision.stream,
         softmax_passes=(stack.traffic * stack.softmax.forward, stack.traffic * stack.softmax.backward),
     )
 
@@ -221,12 +221,12 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     model, stack, precision = case.model, case.stack, case.precision
     stream = case.stream_tokens * model.hidden * precision.stream
     whole = case.tokens * model.hidden * precision.stream
-    inside = case.tokens * precision.compute / case.lay.tp
+    inside = case.tokens * precision.stream / case.lay.tp
     width = model.ffn_hidden
     copies: Any = 0.0
     if moe and model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        copies = stack.expert_factor * model.moe.top_k * case.tokens * model.hidden * precision.compute
+        copies = stack.expert_factor * model.moe.top_k * case.tokens * model.hidden * precision.stream
     heads = model.heads + (1 if model.mla else model.kv_heads)
     turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)
@@ -250,7 +250,7 @@ def _outputs_again(case: Case, moe: bool) -> Any:
     if moe and model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
     norms = 2 * stack.norm(model).forward * case.stream_tokens * model.hidden * case.precision.stream
-    inside = stack.activation(model).forward * width * case.tokens * case.precision.compute / case.lay.tp
+    inside = stack.activation(model).forward * width * case.tokens * case.precision.stream / case.lay.tp
     return memory_s(case.accelerator, stack.traffic * (norms + inside))
 
 
@@ -258,9 +258,9 @@ def _inner_norm_bytes(case: Case) -> Any:
     """What the norms inside attention go over once: queries and keys, or the latents, whole on every rank."""
     model, precision = case.model, case.precision
     if model.mla is not None:
-        return case.tokens * precision.compute * (model.mla.q_lora_rank + model.mla.kv_lora_rank)
+        return case.tokens * precision.stream * (model.mla.q_lora_rank + model.mla.kv_lora_rank)
     normed = model.query_width + model.kv_width if model.qk_norm else 0
-    return case.tokens * precision.compute / case.lay.tp * normed
+    return case.tokens * precision.stream / case.lay.tp * normed
 
 
 def _cast_bytes(case: Case) -> Any:
@@ -279,9 +279,9 @@ def _accumulation(case: Case, held: Held) -> Any:
 def _casts(case: Case, held: Held) -> Any:
     """Autocast's copies of the weights."""
     precision = case.precision
-    if precision.compute >= precision.parameter:
+    if precision.stream >= precision.parameter:
         return 0.0
-    return memory_s(case.accelerator, _elements(case, held) * 2 * (precision.parameter + precision.compute))
+    return memory_s(case.accelerator, _elements(case, held) * 2 * (precision.parameter + precision.stream))
 
 
 def _joined(case: Case, held: Held) -> Any:
@@ -310,7 +310,7 @@ def _embedding(case: Case) -> Work:
 
 def _head(case: Case) -> Work:
     """Last norm, projection to the vocabulary, softmax and cross entropy (in float32 at least)."""
-    model, stack, tp, width = case.model, case.stack, case.lay.tp, case.precision.compute
+    model, stack, tp, width = case.model, case.stack, case.lay.tp, case.precision.stream
     product = linear_s(
         case.accelerator, case.wide_dtype, case.tokens, model.hidden, model.vocab / tp, element_bytes=width
     )
@@ -319,7 +319,7 @@ def _head(case: Case) -> Work:
         # The engine makes the gradients of the loss with the loss, chunk by chunk.
         forward, backward = forward + backward, 0.0 * backward
     stream = case.stream_tokens * model.hidden * case.precision.stream
-    logits = case.tokens * model.vocab / tp * max(4, case.precision.compute)
+    logits = case.tokens * model.vocab / tp * max(4, case.precision.stream)
     norm = stack.norm(model)
     large = np.where(logits > LARGE_TENSOR_BYTES, 1.0, 0.0)
     passes = stack.logits.forward + large * stack.large_logits.forward

@@ -140,10 +140,10 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     if case.stack.eager:
         # FSDP reduces after the last micro-batch: whole gradients until then.
         sharded = sharded & (case.micro_batches == 1)
-        if precision.compute < precision.parameter:
+        if precision.stream < precision.parameter:
             # Autocast keeps narrow copies of the weights through a step; those in float8 are cast at each product.
-            copied = experts if precision.operand < precision.compute else dense + experts
-            buffers = buffers + precision.compute * copied
+            copied = experts if precision.operand < precision.stream else dense + experts
+            buffers = buffers + precision.stream * copied
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
@@ -183,8 +183,8 @@ def _backward_working_bytes(case: Case) -> Any:
     copies = 0
     if (moe := model.moe) is not None:
         width, copies = (moe.top_k * case.lay.ep / moe.experts + moe.shared_experts) * moe.expert_ffn_hidden, moe.top_k
-    inside = (2 if model.gated else 1) * width / case.lay.tp * precision.compute
-    stream = np.where(case.lay.pp > 1, 2, 1) * precision.stream + 2 * copies * precision.compute
+    inside = (2 if model.gated else 1) * width / case.lay.tp * precision.stream
+    stream = np.where(case.lay.pp > 1, 2, 1) * precision.stream + 2 * copies * precision.stream
     return case.tokens * (inside + stream * model.hidden)
 
 
@@ -192,8 +192,8 @@ def _logits_of_a_chunk(case: Case) -> Any:
     """What our engine's loss works on: logits of some rows (all of them where the vocabulary is cut) in float32 at
     least, a narrow copy for the products, and the head's gradient; later, without logits, this one and the scaled."""
     rows = np.where(case.lay.tp > 1, case.tokens, np.minimum(case.tokens, loss_rows(case.accelerator.kind)))
-    compute = case.precision.compute
-    each = max(4, compute) + (compute if compute < 4 else 0)
+    width = case.precision.stream
+    each = max(4, width) + (width if width < 4 else 0)
     vocab = case.model.vocab / case.lay.tp
     gradient = case.model.hidden * case.precision.gradient
     return vocab * (np.maximum(rows * each, gradient) + gradient)

@@ -74,10 +74,10 @@ PARTS = {"layer": LAYER, "embedding": EMBEDDING, "head": HEAD}
 
 def _part(case: Case, name: str) -> Inner:
     """Tensor-parallel messages of one layer or one end."""
-    widths = {"stream_bytes": case.precision.stream, "block_bytes": case.precision.compute}
+    width = case.precision.stream
     rows = case.once(
         f"messages of {name}, gathered again {case.stack.selective_share is None}",
-        lambda: tensor_collectives(case.model, case.sent, PARTS[name], seq_len=case.seq_len, **widths),
+        lambda: tensor_collectives(case.model, case.sent, PARTS[name], seq_len=case.seq_len, stream_bytes=width),
     )
     return _tensor(case, rows)
 
@@ -114,7 +114,7 @@ def _context_s(case: Case) -> Inner:
     rows = case.once(
         "messages of context parallelism",
         lambda: context_collectives(
-            case.model, case.lay, LAYER, seq_len=case.seq_len, block_bytes=case.precision.compute
+            case.model, case.lay, LAYER, seq_len=case.seq_len, stream_bytes=case.precision.stream
         ),
     )
     group, seconds = group_of(case.lay, "cp"), {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
@@ -138,7 +138,7 @@ def _experts_s(case: Case) -> Inner:
     rows = case.once(
         "messages of experts",
         lambda: expert_collectives(
-            case.model, case.lay, MOE_LAYER, seq_len=case.seq_len, block_bytes=case.precision.compute
+            case.model, case.lay, MOE_LAYER, seq_len=case.seq_len, stream_bytes=case.precision.stream
         ),
     )
     whole = case.stack.eager | (case.lay.sequence_parallel == 0)

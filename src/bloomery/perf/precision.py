@@ -21,16 +21,15 @@ _WIDTH: dict[str, int] = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, 
 class Precision:
     """Bytes per element.
 
-    `stream`: the residual stream and what stages send; `compute`: what enters and leaves a block and is kept for
-    backward; `operand`: operands of matrix products; `norm`: gradients and master weights as the optimizer reads them.
-    `averages_per_step`: updates of a running average of the weights, which is kept beside the optimizer's state.
+    `stream`: the residual stream, what stages send, what enters and leaves a block and is kept for backward; `operand`:
+    operands of matrix products; `norm`: gradients and master weights as the optimizer reads them. `averages_per_step`:
+    updates of a running average of the weights, which is kept beside the optimizer's state.
     """
 
     parameter: int
     gradient: int
     optimizer: int
     stream: int
-    compute: int
     operand: int
     norm: int = 4
     averages_per_step: float = 0.0
@@ -64,9 +63,9 @@ def precision_of(accelerator: Accelerator, dtype: Dtype) -> Precision:
     if dtype not in _WIDTH:
         raise InputError("not a number format", where="dtype", found=dtype, accepted=_WIDTH)
     if dtype == "float64":
-        return Precision(parameter=8, gradient=8, optimizer=16, stream=8, compute=8, operand=8, norm=8)
+        return Precision(parameter=8, gradient=8, optimizer=16, stream=8, operand=8, norm=8)
     operand = _WIDTH[dtype]
     if accelerator.kind == "cpu" or dtype in ("float32", "tf32"):
         narrow = max(2, operand)
-        return Precision(parameter=4, gradient=4, optimizer=8, stream=narrow, compute=narrow, operand=operand)
-    return Precision(parameter=2, gradient=4, optimizer=12, stream=2, compute=2, operand=operand)
+        return Precision(parameter=4, gradient=4, optimizer=8, stream=narrow, operand=operand)
+    return Precision(parameter=2, gradient=4, optimizer=12, stream=2, operand=operand)

@@ -139,10 +139,13 @@ def read_calibration(path: Path) -> Calibration:
     return Calibration.checked(read_yaml(path), where=path.name)
 
 
+HEADER = "# Fitted by bench/calibrate.py (see docs/accuracy.md). Names and units: spec/calibration.py.\n"
+
+
 def calibration_yaml(table: Calibration) -> str:
     """The file `read_calibration` reads back, numbers rounded to three digits."""
     values = table.model_dump(exclude_defaults=True)
     tables = [*values.get("architectures", {}).values(), *values.get("stacks", {}).values(), values.get("usual", {})]
     for fields in tables:
         fields.update({name: float(f"{value:.3g}") for name, value in fields.items()})
-    return to_yaml(values)
+    return HEADER + to_yaml(values)

@@ -21,7 +21,7 @@ COUNT_BYTES = 8
 """Tokens are counted in 64-bit integers."""
 
 
-def dispatch_rows(model: Model, lay: LayoutBatch, moe_layers: Any, *, seq_len: int, block_bytes: int) -> Iterator[Row]:
+def dispatch_rows(model: Model, lay: LayoutBatch, moe_layers: Any, *, seq_len: int, stream_bytes: int) -> Iterator[Row]:
     """Expert parallelism in one micro-batch: sizes first, then the copies there and back, and their gradients. Where
     the router's loss is of whole sequences, context-parallel ranks add up how many tokens of each every expert gets."""
     if model.moe is None:
@@ -33,7 +33,7 @@ def dispatch_rows(model: Model, lay: LayoutBatch, moe_layers: Any, *, seq_len: i
     times = (lay.ep > 1) * moe_layers
     again = times * (lay.recompute == 2)
     sizes = COUNT_BYTES * model.moe.experts
-    copies = lay.micro_batch * seq_len // lay.cp * model.moe.top_k * model.hidden * block_bytes
+    copies = lay.micro_batch * seq_len // lay.cp * model.moe.top_k * model.hidden * stream_bytes
     for site, each in (("experts.sizes", sizes), ("experts.dispatch", copies), ("experts.combine", copies)):
         yield site, "ep", "all_to_all", "forward", times, each
         yield site, "ep", "all_to_all", "recompute", again, each

@@ -96,18 +96,15 @@ def collectives(
     stream_bytes: int,
     parameter_bytes: int,
     gradient_bytes: int,
-    block_bytes: int | None = None,
     optimizer: str = "adamw",
 ) -> list[Collective]:
     """Every message of one rank in one optimizer step; what happens under none of the layouts is left out.
 
-    Bytes per element: `stream_bytes` of the residual stream (between stages, out of the embedding), `block_bytes` of
-    what enters and leaves attention, feed-forward and head (default: the stream's; 2 under bfloat16 autocast, whose
-    stream stays float32), `parameter_bytes` and `gradient_bytes` of what data parallelism gathers and reduces.
+    Bytes per element: `stream_bytes` of the residual stream and what enters and leaves blocks, `parameter_bytes` and
+    `gradient_bytes` of what data parallelism gathers and reduces.
     """
     widths = {
         "stream_bytes": stream_bytes,
-        "block_bytes": stream_bytes if block_bytes is None else block_bytes,
         "parameter_bytes": parameter_bytes,
         "gradient_bytes": gradient_bytes,
     }
@@ -125,7 +122,6 @@ def stage_collectives(
     *,
     seq_len: int,
     stream_bytes: int,
-    block_bytes: int,
     parameter_bytes: int,
     gradient_bytes: int,
     optimizer: str = "adamw",
@@ -133,11 +129,9 @@ def stage_collectives(
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
     inner = list[Collective]()
     for own, part in by_recompute(lay, shape):
-        inner += tensor_collectives(
-            model, own, part, seq_len=seq_len, stream_bytes=stream_bytes, block_bytes=block_bytes
-        )
-        inner += context_collectives(model, own, part, seq_len=seq_len, block_bytes=block_bytes)
-        inner += expert_collectives(model, own, part, seq_len=seq_len, block_bytes=block_bytes)
+        inner += tensor_collectives(model, own, part, seq_len=seq_len, stream_bytes=stream_bytes)
+        inner += context_collectives(model, own, part, seq_len=seq_len, stream_bytes=stream_bytes)
+        inner += expert_collectives(model, own, part, seq_len=seq_len, stream_bytes=stream_bytes)
     return [
         *inner,
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
@@ -150,7 +144,7 @@ def stage_collectives(
 
 
 def tensor_collectives(
-    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int, block_bytes: int
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
     """Tensor parallelism in one micro-batch.
 
@@ -159,8 +153,7 @@ def tensor_collectives(
     """
     rows = Rows("micro_batch")
     tokens = lay.micro_batch * seq_len // lay.cp
-    payload = tokens * model.hidden * block_bytes
-    stream = tokens * model.hidden * stream_bytes
+    payload = tokens * model.hidden * stream_bytes
     plain = (lay.tp > 1) & (lay.sequence_parallel == 0)
     sequence = (lay.tp > 1) & (lay.sequence_parallel == 1)
     again, gathered_again = lay.recompute == 2, lay.recompute >= 1
@@ -177,9 +170,9 @@ def tensor_collectives(
         rows.add(f"{block}.out", "tp", "reduce_scatter", "recompute", sequence * layers * again_out, payload)
         rows.add(f"{block}.out", "tp", "all_gather", "backward", sequence * layers, payload)
         rows.add(f"{block}.in", "tp", "reduce_scatter", "backward", sequence * layers, payload)
-    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first, stream)
-    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first, stream)
-    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first, stream)
+    rows.add("embedding.out", "tp", "all_reduce", "forward", plain * shape.first, payload)
+    rows.add("embedding.out", "tp", "reduce_scatter", "forward", sequence * shape.first, payload)
+    rows.add("embedding.out", "tp", "all_gather", "backward", sequence * shape.first, payload)
     rows.add("head.in", "tp", "all_reduce", "backward", plain * shape.last, payload)
     rows.add("head.in", "tp", "all_gather", "forward", sequence * shape.last, payload)
     rows.add("head.in", "tp", "reduce_scatter", "backward", sequence * shape.last, payload)
@@ -190,7 +183,7 @@ def tensor_collectives(
 
 
 def context_collectives(
-    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
     """Context parallelism in one micro-batch: keys and values of a layer in one message.
 
@@ -198,7 +191,7 @@ def context_collectives(
     their gradients. All-gather: gathered at once, backward again, and the gradients reduce-scattered.
     """
     rows = Rows("micro_batch")
-    block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * block_bytes
+    block = lay.micro_batch * seq_len // lay.cp * (2 * model.kv_width // lay.tp) * stream_bytes
     hops = (lay.cp - 1) * (lay.cp_method == CP_METHODS.index("ring")) * shape.layers
     again = lay.recompute == 2
     site, gradients = "attention.keys_values", "attention.keys_values_gradients"
@@ -218,12 +211,12 @@ def context_collectives(
 
 
 def expert_collectives(
-    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, block_bytes: int
+    model: Model, lay: LayoutBatch, shape: StageShape, *, seq_len: int, stream_bytes: int
 ) -> list[Collective]:
     """Expert parallelism in one micro-batch. Under tensor parallelism every rank sends all tokens: its part of each
     expert's width needs them whole."""
     rows = Rows("micro_batch")
-    for row in dispatch_rows(model, lay, shape.moe_layers, seq_len=seq_len, block_bytes=block_bytes):
+    for row in dispatch_rows(model, lay, shape.moe_layers, seq_len=seq_len, stream_bytes=stream_bytes):
         rows.add(*row)
     return rows.rows
 
