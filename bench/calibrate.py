@@ -27,7 +27,6 @@ from bloomery.spec.calibration import Calibration, calibration, calibration_yaml
 from bloomery.spec.files import write_atomically
 
 
-
 def measured(paths: list[Path]) -> list[Published]:
     """Every run of the files that can be modelled, was measured and is not flagged."""
     found = [(row, run) for path in paths for row, run in usable(read_rows(path)) if isinstance(run, Published)]
