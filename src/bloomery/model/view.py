@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo as untraced  # torch.compiler.disable
 from torch.nn import functional as F
 
 from bloomery.model.rotary import rotate
+from bloomery.model.tiles import attend_in_tiles, has_tiles
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: fl
     queries, keys = q_bhsk.shape[2], k_bhsk.shape[2]
     grouped = q_bhsk.shape[1] != k_bhsk.shape[1]
     causal = view.plain and queries == keys
+    if causal and q_bhsk.shape[-1] == v_bhsk.shape[-1] and has_tiles(q_bhsk):
+        return attend_in_tiles(q_bhsk, k_bhsk, v_bhsk, scale)
     mask = None
     if not causal and not (view.plain and queries == 1):
         # More keys than queries: the earlier ones come from a cache.

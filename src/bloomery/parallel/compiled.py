@@ -1,6 +1,6 @@
 """Layers compiled one by one by `torch.compile`: all layers of a stage are one program, compiled once.
 
-So is, on a GPU, what the head does with the logits of a chunk: a dozen passes over the largest tensor there is.
+So is what the head does with the logits of a chunk: a dozen passes over the largest tensor there is.
 
 Messages stay outside (`collectives.enter_block` and `leave_block`, and attention over the keys of several ranks, are
 never traced; nor is a loss over a cut vocabulary), so what is sent and booked is what the uncompiled engine sends and
@@ -40,7 +40,7 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def compile_stage(stage: Transformer, device: torch.device) -> None:
-    """Replace each layer's forward by its compiled self, and on a GPU the loss of a chunk of logits.
+    """Replace each layer's forward by its compiled self, and the loss of a chunk of logits.
 
     Shapes are fixed: a batch of another shape compiles again.
     """
@@ -53,7 +53,7 @@ def compile_stage(stage: Transformer, device: torch.device) -> None:
         config.compile_threads = 1
     for layer in stage.blocks():
         layer.forward = torch.compile(layer.forward, dynamic=False)  # type: ignore[method-assign]
-    if stage.head is not None and stage.head.axis is None and device.type != "cpu":
+    if stage.head is not None and stage.head.axis is None:
         stage.head.chunk_loss = torch.compile(stage.head.chunk_loss, dynamic=False)
 
 
