@@ -86,17 +86,28 @@ class MeasuredStage(PipelineStage):
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """The receives of one micro-batch's gradients, into memory taken now."""
-        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        """The receives of one micro-batch's gradients, into memory taken now; none in an evaluation."""
+        if self.has_backward:
+            _allocate(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._without_memory():
-            super()._setup_forward_recv_info(num_microbatches, has_backward)
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        # PyTorch 2.11 asks for gradients once, of the buffers that it prepares; these here are new with every message.
+        for info in self.args_recv_info[fwd_chunk_id]:
+            info.buffer.requires_grad_(self.has_backward and torch.is_grad_enabled())
+        return super()._retrieve_recv_activations(fwd_chunk_id)
 
-    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_memory():
-            super()._setup_backward_recv_info(num_microbatches)
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # PyTorch 2.11 greets every neighbour; the one of a V schedule is the rank itself, to which Gloo has no way.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
