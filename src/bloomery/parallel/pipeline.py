@@ -101,7 +101,8 @@ class MeasuredStage(PipelineStage):
 
     def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
         # PyTorch 2.11 asks for gradients once, of the buffers that it prepares; these here are new with every message.
-        for info in self.args_recv_info[fwd_chunk_id]:
+        infos: Sequence[Any] = self.args_recv_info[fwd_chunk_id]
+        for info in infos:
             info.buffer.requires_grad_(self.has_backward and torch.is_grad_enabled())
         return super()._retrieve_recv_activations(fwd_chunk_id)
 
