@@ -7,7 +7,8 @@ leave in bfloat16. The input is kept for the backward pass in bfloat16, as block
 The recipes are torchao's (`torchao.float8`, 0.18), without the dependency: its module adds the bias before a row-cut
 projection could send its partial sums, follows CUDA's autocast alone, and is tied to one release of PyTorch. Scales are
 powers of two in both recipes (torchao: in `rowwise`): scaling is then exact, and nothing can round beyond the range, so
-that values need no clamp. PyTorch has the product for CPUs too, so what tests run is what GPUs run, only slower.
+that values need no clamp. PyTorch has the product for CPUs too, so what tests run is what GPUs run, only slower (and
+`rowwise` with its factors after the product).
 
 Shape suffixes: n tokens, i k sides of a product that stay, j the side that is summed.
 """
@@ -102,8 +103,9 @@ def product(a_ij: Tensor, b_kj: Tensor, recipe: Recipe, *, of_gradient: bool = F
     """
     wide_range = of_gradient and recipe == "tensorwise"
     (a, a_unit), (b, b_unit) = cast(a_ij, E5M2 if wide_range else E4M3, recipe), cast(b_kj, E4M3, recipe)
-    if recipe == "rowwise" and not fast:
-        # CUTLASS's kernel for rows is slow with exact sums; cuBLAS's has one unit, and powers of two multiply exactly.
+    if recipe == "rowwise" and not (fast and a.is_cuda):
+        # CUTLASS's kernel for rows is slow with exact sums, and on CPUs PyTorch 2.11 has none; the others have
+        # one unit, and powers of two multiply exactly.
         one = torch.ones((), device=a.device)
         y_ik = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
         return (y_ik * a_unit * b_unit.t()).to(torch.bfloat16)
