@@ -103,7 +103,8 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     figure = max(4, compute)
     norms = 2 * outside * (stream * model.hidden + (figure if model.norm == "rmsnorm" else 2 * stream))
     inputs = 2 * tokens * model.hidden * compute
-    attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + max(4, compute) * model.heads)
+    log_sum_exp = log_sum_exp_bytes(torch.float64 if dtype == "float64" else torch.float32)
+    attention = tokens / tp * (2 * (model.query_width + model.kv_width) * compute + log_sum_exp * model.heads)
     if model.qk_norm:
         # Each head's norm keeps its input and a statistic.
         attention += tokens / tp * (model.heads + model.kv_heads) * (model.head_dim * compute + figure)
@@ -117,6 +118,13 @@ def kept_bytes(model: Model, layout: Layout, seq_len: int, dtype: str) -> float:
     if layout.recompute == "selective":
         return 2 * outside * stream * model.hidden + attention + feed_forward / 2
     return norms + inputs + attention + feed_forward
+
+
+def log_sum_exp_bytes(dtype: torch.dtype) -> int:
+    """Bytes of a log-sum-exp where nothing is computed: PyTorch 2.11 tells fake tensors 4, and real ones take 8."""
+    heads_bhsk = torch.empty(1, 1, 1, 8, dtype=dtype, device="meta")
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return int(kernel(heads_bhsk, heads_bhsk, heads_bhsk)[1].itemsize)
 
 
 def without_activations(one: RankClass) -> dict[str, bool]:

@@ -167,10 +167,10 @@ class Engine:
         """This rank's tokens and targets of its data-parallel rank's sequences; documents are told of whole ones."""
         if batch.prefix_b is None and self.model.mask == "prefix":
             raise InputError("a prefix model needs to know where prefixes end", where="batch.prefix_b")
-        if self.context is None:
-            return batch
-        tokens_bs, targets_bs = self.context.own(batch.tokens_bs), self.context.own(batch.targets_bs)
-        return replace(batch, tokens_bs=tokens_bs, targets_bs=targets_bs)
+        if (context := self.context) is not None:
+            return replace(batch, tokens_bs=context.own(batch.tokens_bs), targets_bs=context.own(batch.targets_bs))
+        # PyTorch 2.11 checks how a pipeline's input lies in memory: tokens of sequences cut short do not lie as said.
+        return replace(batch, tokens_bs=batch.tokens_bs.contiguous())
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Run every micro-batch of this data-parallel rank; gradients accumulate.

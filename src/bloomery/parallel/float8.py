@@ -7,7 +7,8 @@ leave in bfloat16. The input is kept for the backward pass in bfloat16, as block
 The recipes are torchao's (`torchao.float8`, 0.18), without the dependency: its module adds the bias before a row-cut
 projection could send its partial sums, follows CUDA's autocast alone, and is tied to one release of PyTorch. Scales are
 powers of two in both recipes (torchao: in `rowwise`): scaling is then exact, and nothing can round beyond the range, so
-that values need no clamp. PyTorch has the product for CPUs too, so what tests run is what GPUs run, only slower.
+that values need no clamp. PyTorch has the product for CPUs too, so what tests run is what GPUs run, only slower (and
+`rowwise` with its factors after the product).
 
 Shape suffixes: n tokens, i k sides of a product that stay, j the side that is summed.
 """

@@ -220,7 +220,9 @@ def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
         split = (layout.shards // layout.cp, layout.cp)
         context_mesh = device_mesh["dp"]._unflatten(0, split, ("batch", "cp"))["cp"]
     if layout.ep > 1:
-        expert_mesh = device_mesh._unflatten("dp", (layout.shards // layout.ep, layout.ep), ("edp", "ep"))
+        # By number: PyTorch 2.11 refuses every name that there is.
+        split = (layout.shards // layout.ep, layout.ep)
+        expert_mesh = device_mesh._unflatten(list(axes).index("dp"), split, ("edp", "ep"))
     return Mesh(layout, device, rank, device_mesh, context_mesh, expert_mesh, _ends(layout, rank, device_mesh))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributed.pipelining import (
     PipelineStage,
     Schedule1F1B,
@@ -41,11 +42,13 @@ class MeasuredStage(PipelineStage):
     What is received lives from its message to the end of its backward pass. PyTorch's own stage has a buffer for every
     micro-batch of a step from the start and for good: hundreds of them where a few are in flight.
 
-    `splits`: whether the gradients of the weights wait for their own turn where the schedule has one.
+    `splits`: whether the gradients of the weights wait for their own turn where the schedule has one. `graphs`: of the
+    micro-batches that wait for it.
     """
 
     measure: Measure
     splits: bool
+    graphs: dict[int, list[GradientEdge]]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """One micro-batch forward."""
@@ -59,8 +62,12 @@ class MeasuredStage(PipelineStage):
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         """One micro-batch backward; without `full_backward` only towards the input, if it `splits`."""
+        split = self.splits and not full_backward
+        if split and self.has_backward:
+            # PyTorch lets go of the outputs' graph here, and 2.11 would lose the functions of ours whose weights wait.
+            self.graphs[bwd_chunk_id] = [get_gradient_edge(output) for output in self.fwd_cache[bwd_chunk_id][0]]
         with self.measure("compute"):
-            super().backward_one_chunk(bwd_chunk_id, loss, full_backward or not self.splits, last_backward)
+            super().backward_one_chunk(bwd_chunk_id, loss, not split, last_backward)
         if self.has_backward:
             _empty(self.args_recv_info[bwd_chunk_id])
             _empty(self.grad_recv_info[bwd_chunk_id])
@@ -70,6 +77,7 @@ class MeasuredStage(PipelineStage):
         if self.splits:
             with self.measure("compute"):
                 super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+            self.graphs.pop(bwd_chunk_id, None)
 
     def get_local_bwd_output(self, mb_index: int) -> Any:
         """The gradient for the stage before on the same rank; none in an evaluation, where PyTorch's would raise."""
@@ -86,17 +94,29 @@ class MeasuredStage(PipelineStage):
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """The receives of one micro-batch's gradients, into memory taken now."""
-        _allocate(self.grad_recv_info.get(bwd_chunk_id, ()), self.device)
+        """The receives of one micro-batch's gradients, into memory taken now; none in an evaluation."""
+        if self.has_backward:
+            _allocate(self.grad_recv_info[bwd_chunk_id], self.device)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
-    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._without_memory():
-            super()._setup_forward_recv_info(num_microbatches, has_backward)
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        # PyTorch 2.11 asks for gradients once, of the buffers that it prepares; these here are new with every message.
+        infos: Sequence[Any] = self.args_recv_info[fwd_chunk_id]
+        for info in infos:
+            info.buffer.requires_grad_(self.has_backward and torch.is_grad_enabled())
+        return super()._retrieve_recv_activations(fwd_chunk_id)
 
-    def _setup_backward_recv_info(self, num_microbatches: int) -> None:
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_memory():
-            super()._setup_backward_recv_info(num_microbatches)
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_memory():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        # PyTorch 2.11 greets every neighbour; the one of a V schedule is the rank itself, to which Gloo has no way.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     @contextmanager
     def _without_memory(self) -> Iterator[None]:
@@ -170,7 +190,7 @@ def build_schedule(
             output_args=loss_sum if index == n_stages - 1 else stream,
             group=mesh.group("pp"),
         )
-        stage.measure, stage.splits = measure, layout.splits_backward(index)
+        stage.measure, stage.splits, stage.graphs = measure, layout.splits_backward(index), {}
         measured.append(stage)
     return schedule_over(layout, measured, micro_batches, loss)
 

@@ -35,9 +35,10 @@ def test_output_and_gradients_are_those_of_exact_arithmetic(heads: int, groups: 
     found = attend_in_tiles(*narrow, scale=0.25)
     exact = F.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True, scale=0.25)
     assert error(found.detach(), exact.detach()) < ERROR
-    pairs = zip(torch.autograd.grad(found, narrow, gradient), torch.autograd.grad(exact, wide, gradient.double()))
+    ours = torch.autograd.grad(found, narrow, gradient)
+    theirs = torch.autograd.grad(exact, wide, gradient.double())
     if seq > 1:  # one key: nothing reaches queries and keys
-        assert max(error(ours, theirs) for ours, theirs in pairs) < ERROR
+        assert max(error(one, other) for one, other in zip(ours, theirs, strict=True)) < ERROR
 
 
 def test_what_comes_later_changes_no_bit_of_what_was_before() -> None:
