@@ -89,6 +89,10 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
     return layout
 
 
+NARROW = ("bfloat16", "float8")
+"""Formats of `train.dtype` whose stream has 16 bit."""
+
+
 def _dtype(run: Run, layout: Layout) -> Dtype:
     """The number format of the run. Raises InputError where the accelerator or the layout does not have it."""
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
@@ -121,7 +125,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         batch,
         pipeline_rank=0,
         **settings,
-        stream_bytes=2 if dtype in ("bfloat16", "float8") else wide,
+        stream_bytes=2 if dtype in NARROW else wide,
         parameter_bytes=wide,
         gradient_bytes=wide,
         optimizer=optimizer,
@@ -317,7 +321,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
         dtype=dtype,
         device=run.cluster.accelerator.kind,
         float8=train.float8,
-        compiled=_compiled(run, layout, expected["step_time_s"]),
+        compiled=_compiled(run, layout, dtype, expected["step_time_s"]),
         seed=train.seed,
         seq_len=train.seq_len,
         global_batch=train.global_batch,
@@ -344,7 +348,7 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
     )
 
 
-def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
+def _compiled(run: Run, layout: Layout, dtype: str, step_time_s: float) -> bool:
     """Whether layers are compiled. Raises InputError where that is asked for and the layout does not allow it."""
     wanted, steps = run.train.compile, run.train.n_steps
     selective = "selective" in layout.recomputes
@@ -360,7 +364,9 @@ def _compiled(run: Run, layout: Layout, step_time_s: float) -> bool:
         return wanted
     # Messages break a layer into a dozen programs: what is then saved has not been measured.
     alone = layout.tp * layout.cp == 1 and run.model.moe is None
-    return alone and not selective and layout.offload == "none" and compilation_pays(step_time_s, steps)
+    if not alone or selective or layout.offload != "none":
+        return False
+    return compilation_pays(step_time_s, steps, narrow=dtype in NARROW)
 
 
 def _clear(folder: Path) -> None:
