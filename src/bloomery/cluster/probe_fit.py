@@ -100,8 +100,9 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
                     / _of_a_layer(predicted(machine.accelerator, references, dtype), kind, deeper)
                 )
                 for dtype, models in measured.items()
+                if all(model[kind] for model in models)  # a profile that tells nothing of a kind turns nothing
             ]
-            factors[kind] = exp(mean(slower) if kind == "host" else -mean(slower))
+            factors[kind] = exp((1 if kind == "host" else -1) * mean(slower or [0.0]))
         machine = turned(machine, factors)
     return machine.accelerator
 

@@ -19,6 +19,8 @@ MARK = "bloomery:"
 KINDS = ("gemm", "attention", "memory", "host")
 GEMM = re.compile(r"aten::(mm|addmm|addmm_|bmm|baddbmm|_grouped_mm|_scaled_mm|mkldnn\w*|_int_mm)$")
 ATTENTION = re.compile(r"aten::\w*(flash|efficient|cudnn)_attention")
+TILES = re.compile(r"_Tiles(Backward)?$")
+"""Attention by plain operators, `model.tiles`: what works inside is attention's."""
 HOST = re.compile(
     r"aten::(empty\w*|new_empty\w*|as_strided\w*|view\w*|_unsafe_view|reshape|_reshape_alias|t|transpose|permute|detach"
     r"|expand\w*|slice\w*|select|narrow|split\w*|chunk|unbind|unsqueeze|squeeze|alias|resolve_\w+|to|_to_copy|clone"
@@ -77,11 +79,12 @@ def kinds(spans: Sequence[Span], thread: int) -> Kinds:
     compute, launches = dict.fromkeys(KINDS, 0.0), 0
     messages = sorted((span for span in spans if span.name.startswith(TALK)), key=lambda span: span.begin)
     marks = _Marks()
-    for span, own, bucket in _own_times(mine):
+    for span, own, bucket, tiles in _own_times(mine):
         marks.add(span, bucket)
         if bucket != "compute" or span.name.startswith(TALK):
             continue
         kind = kind_of(span.name)
+        kind = "attention" if tiles and kind != "host" else kind
         compute[kind] += own
         launches += kind != "host"
     total: dict[str, list[tuple[float, float]]] = {}
@@ -109,17 +112,18 @@ class _Marks:
         return max(around, key=lambda span: span.begin).name if around else ""
 
 
-def _own_times(ordered: Sequence[Span]) -> list[tuple[Span, float, str]]:
-    """(span, its time without the spans inside it, its bucket) of one thread's spans in order of their begin."""
+def _own_times(ordered: Sequence[Span]) -> list[tuple[Span, float, str, bool]]:
+    """(span, its time without the spans inside it, its bucket, whether it is inside `TILES`) of one thread's spans in
+    order of their begin."""
     found: list[list[Any]] = []
     stack: list[int] = []
     for span in ordered:
         while stack and found[stack[-1]][0].end <= span.begin:
             stack.pop()
-        outer = found[stack[-1]][2] if stack else ""
+        outer, tiles = found[stack[-1]][2:] if stack else ("", False)
         bucket = span.name.removeprefix(MARK) if span.name.startswith(MARK) else outer
         if stack:
             found[stack[-1]][1] -= span.end - span.begin
-        found.append([span, span.end - span.begin, bucket])
+        found.append([span, span.end - span.begin, bucket, tiles or bool(TILES.match(span.name))])
         stack.append(len(found) - 1)
-    return [(span, max(own, 0.0), bucket) for span, own, bucket in found]
+    return [(span, max(own, 0.0), *rest) for span, own, *rest in found]

@@ -35,6 +35,22 @@ def test_compute_is_told_by_kind_and_adds_up_to_its_bucket() -> None:
     assert found.launches == 3
 
 
+def test_products_inside_attention_by_tiles_are_attentions() -> None:
+    tiles = [
+        Span("bloomery:compute", PYTHON, 0, 100),
+        Span("_Tiles", PYTHON, 10, 40),
+        Span("aten::bmm", PYTHON, 12, 20),
+        Span("aten::empty", PYTHON, 20, 21),
+        Span("aten::_softmax", PYTHON, 22, 30),
+        Span("aten::bmm", PYTHON, 50, 60),
+        Span("_TilesBackward", PYTHON, 60, 90),
+        Span("aten::matmul", PYTHON, 61, 80),
+        Span("aten::bmm", PYTHON, 62, 78),
+    ]
+    found = kinds(tiles, PYTHON).compute
+    assert found == {"gemm": 10, "attention": 8 + 8 + 16, "memory": 0, "host": 100 - 10 - 32}
+
+
 def test_a_message_is_under_way_for_the_bucket_that_sent_it_even_where_it_outlives_it() -> None:
     ring = [
         Span("bloomery:cp_comm", PYTHON, 0, 1),
