@@ -47,7 +47,7 @@ def test_compiled_layers_compute_the_same(model: str) -> None:
     same(found, train_case(case, 0, None, device="cuda"))
 
 
-@pytest.mark.parametrize("model", ["llama", "gpt", "mixtral", "latent"])
+@pytest.mark.parametrize("model", ["llama", "gpt", "qk-norm", "mixtral", "latent"])
 def test_bfloat16_stays_near_float32(model: str) -> None:
     case = Case(model, "micro_batch=4", dtype="bfloat16")
     narrow, wide = (train_case(one, 0, None, device="cuda") for one in (case, replace(case, dtype="float32")))

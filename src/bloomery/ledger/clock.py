@@ -108,9 +108,10 @@ class Clock:
             self._entered(self._stack[-1])
 
     def catch_up(self, name: str) -> None:
-        """Book to `name` what the device still has to do of what it was given; nothing where there is none."""
+        """Wait for what the device still has to do of what it was given, of it the last `name`'s: before the host would
+        wait in a bucket that is nobody's of them. Nothing where there is no device."""
         if self.device is not None:
-            with self.bucket(name), self.waiting(DEVICE):
+            with self.bucket(name), self.reading(name):
                 self.device.wait()
 
     def handed_over(self, name: str | None) -> None:
@@ -121,10 +122,13 @@ class Clock:
     @contextmanager
     def reading(self, name: str) -> Iterator[None]:
         """Inside, the host reads what the device, after all else, computes for `name`. Then what it has booked to the
-        buckets named since the last reading is theirs by what the device took for each."""
+        buckets named since the last reading is theirs by what the device took for each; of `OUTSIDE`, where the host
+        does other things too, only what it booked inside."""
         if self.device is None:
             yield
             return
+        self._charge()
+        apart = self._seconds.get(OUTSIDE, 0.0)
         with self.waiting(DEVICE):
             yield
         self.handed_over(name)
@@ -135,8 +139,11 @@ class Clock:
         self._marks = self._marks[-1:]
         self._charge()
         whole, host = sum(took.values()), sum(self._seconds.get(named, 0.0) for named in took)
+        apart = apart if OUTSIDE in took else 0.0
         if whole > 0:
-            self._seconds |= {named: host * seconds / whole for named, seconds in took.items()}
+            self._seconds |= {named: (host - apart) * seconds / whole for named, seconds in took.items()}
+        if apart:
+            self._seconds[OUTSIDE] += apart if whole > 0 else 0.0
 
     def lap(self) -> dict[str, float]:
         """Seconds by bucket since the last lap; they sum to the wall time between."""

@@ -13,7 +13,8 @@ from bloomery.spec.model import Model
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)^2 (So et al. 2021, arXiv 2109.08668)."""
-    return F.relu(x).square()
+    x = F.relu(x)
+    return x * x  # not a power: autocast of GPUs widens those
 
 
 def swiglu(gate_bsf: Tensor, up_bsf: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def chunk_loss(
             weight_c = weight_c * (1 + 2 * z_loss * (total_c.log() + largest_c))
         logits_cv.mul_(weight_c[:, None])
         logits_cv.scatter_add_(1, index_c1, -(mine_c & kept_c).to(logits_cv.dtype)[:, None])
-    return loss, logits_cv.to(dtype)
+    return loss, logits_cv.to(dtype) if training else logits_cv
 
 
 ChunkLoss = Callable[[Tensor, Tensor, VocabularyAxis | None, float, bool], tuple[Tensor, Tensor]]

@@ -54,7 +54,7 @@ def _drawn(model: Model, parameter: Parameter, name: str, seed: int, dtype: torc
     deviation = STANDARD_DEVIATION / (2 * model.layers) ** 0.5 if writes_residual else STANDARD_DEVIATION
     if unit and parameter.name == "embedding.weight":
         deviation = 1.0
-    return (torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * deviation).to(dtype)
+    return torch.randn(parameter.shape, generator=generator, dtype=torch.float32).mul_(deviation).to(dtype)
 
 
 def rectangle(whole: Tensor, shard: Shard) -> Tensor:

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,8 @@ from bloomery.spec.model import Model
 from bloomery.spec.parameters import Parameter, all_parameters, owning_name
 from bloomery.spec.stabilisers import Stabilisers
 
-DRAWN_AT_ONCE = 4
-"""Initial tensors: each is whole for a moment, whatever a rank has of it."""
+DRAWN_AT_ONCE, LARGE = 4, 1 << 26
+"""Initial tensors drawn together, none of more elements than `LARGE`: each is whole for a moment."""
 
 
 def lay_out(
@@ -145,10 +146,12 @@ class InitialValues:
 
     def _values(self, names: Iterable[str]) -> dict[str, Tensor]:
         """This rank's parts of some initial tensors: random numbers of one come from one thread, of several at once."""
+        small = [name for name in names if prod(self.table[name].shape) <= LARGE]
         if isinstance(torch.empty(0), FakeTensor):  # as long as this thread pretends; others would take memory
-            return {name: self._value(name) for name in names}
+            small = []
         with ThreadPoolExecutor(DRAWN_AT_ONCE) as pool:
-            return dict(zip(names, pool.map(self._value, names), strict=True))
+            found = dict(zip(small, pool.map(self._value, small), strict=True))
+        return found | {name: self._value(name) for name in names if name not in found}
 
     def _value(self, name: str) -> Tensor:
         """This rank's part of one initial tensor, where it is to be."""

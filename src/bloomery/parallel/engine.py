@@ -370,7 +370,7 @@ def build(
     stabilisers: Stabilisers = UNTOUCHED,
     float8: Float8 = DEFAULT,
 ) -> Engine:
-    """Lay `model` over `mesh`; `compiled`: its layers by torch.compile, at their first use.
+    """Lay `model` over `mesh`; `compiled`: its layers and loss by torch.compile, at their first use.
 
     Raises InputError for what the engine cannot run, before any memory is taken.
     """

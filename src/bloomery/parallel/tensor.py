@@ -50,7 +50,7 @@ class VocabularyEmbedding(nn.Module):
         local_bs = tokens_bs - self.axis.rank * rows
         mine_bs1 = ((local_bs >= 0) & (local_bs < rows)).unsqueeze(-1)
         x_bsd = F.embedding(local_bs.clamp(0, rows - 1), self.weight) * mine_bs1
-        # All but one of the ranks send zeros: nothing is lost to the narrow format.
+        # All but one of the ranks send zeros: the sum is the one row, rounded once.
         return leave_block(narrowed(x_bsd), self.axis)
 
 

@@ -103,7 +103,7 @@ def _outer_bytes(case: Case) -> Any:
     parallelism."""
     precision = case.precision
     masks = 2 if case.stack.dropout else 0
-    return case.stream_tokens * case.model.hidden * (2 * precision.stream + 2 * precision.stream + masks)
+    return case.stream_tokens * case.model.hidden * (4 * precision.stream + masks)
 
 
 def _eager_outer_bytes(case: Case) -> Any:
@@ -198,7 +198,7 @@ class Activations:
 
 def end_bytes(case: Case) -> Any:
     """The last norm's input and output."""
-    return case.stream_tokens * case.model.hidden * (case.precision.stream + case.precision.stream)
+    return case.stream_tokens * case.model.hidden * 2 * case.precision.stream
 
 
 def activation_bytes(case: Case, ranks: Ranks) -> Any:

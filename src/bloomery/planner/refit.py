@@ -8,7 +8,8 @@ would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts 
 
 The runs together never become worse: neither their median error nor their mean nor the largest may grow, and one of
 them must fall. A fit that breaks this is taken back towards the old file until it does not (`STEPS_BACK`); where even
-the smallest step is too far, the file stands. A single run may become worse: one that was right by two errors has to,
+the smallest step is too far, runs that came out worse than the worst before weigh more in another fit (`FITS`), and at
+last the file stands. A single run may become worse: one that was right by two errors has to,
 when the first of them goes.
 
 The interval comes from each run's error without it, by the fit's own leverage.
@@ -17,7 +18,7 @@ The interval comes from each run's error without it, by the fit's own leverage.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +39,9 @@ PART_NOISE = 0.015
 """Spread of one part's error, as a share of the step."""
 STEP = 1e-3
 STEPS_BACK = (1.0, 0.75, 0.5, 0.25, 0.1)
+FITS = 4
+HEAVIER = 3.0
+"""The weight of a run that stood in the way of a fit, in the next one over that in this one."""
 TOLERANCE = 1e-9
 """Rounding. More would add up: every calibration starts from what the last one left."""
 LEAST_TURN = 0.005
@@ -130,6 +134,8 @@ def _parts(case: Case, components: dict[str, np.ndarray]) -> dict[str, np.ndarra
 class _Problem:
     runs: Runs
     cluster: Cluster
+    weights: np.ndarray
+    """Of the runs' steps, (n,)."""
 
     @cached_property
     def knobs(self) -> tuple[Knob, ...]:
@@ -145,7 +151,7 @@ class _Problem:
     def residuals(self, x: np.ndarray) -> np.ndarray:
         """Of steps (n,), of parts, of knobs."""
         predicted = self.runs.predict(self.at(x))
-        steps = np.log(predicted.step_s / self.runs.measured_s) / self.runs.noise
+        steps = self.weights * np.log(predicted.step_s / self.runs.measured_s) / self.runs.noise
         return np.concatenate([steps, self._part_errors(predicted), x])
 
     def _part_errors(self, predicted: Predicted) -> np.ndarray:
@@ -212,18 +218,28 @@ class Refit:
 
 def refit(runs: Sequence[Measured], cluster: Cluster, *, rounds: int = 16) -> Refit:
     """The cluster that agrees best with `runs` without making them worse."""
-    from scipy.optimize import least_squares
-
-    problem = _Problem(Runs(tuple(runs)), cluster)
+    problem = _Problem(Runs(tuple(runs)), cluster, np.ones(len(runs)))
     before = problem.runs.errors(problem.runs.predict(cluster))
-    start = np.zeros(len(problem.knobs))
-    fitted = least_squares(problem.residuals, start, problem.jacobian, loss="soft_l1", ftol=1e-3, max_nfev=rounds)
-    kept, after = _furthest(problem, fitted.x, before)
-    x = kept * fitted.x
+    for _ in range(FITS):
+        fitted = _fit(problem, rounds)
+        kept, after = _furthest(problem, fitted, before)
+        worse = np.abs(problem.runs.errors(problem.runs.predict(problem.at(fitted)))) > np.abs(before).max()
+        if kept or not worse.any():
+            break
+        problem = replace(problem, weights=np.where(worse, HEAVIER, 1.0) * problem.weights)
+    x = kept * fitted
     leverage = _leverage(problem.jacobian(x), len(runs))
     interval = _interval(-np.log1p(after) / (1 - leverage))
     found = problem.at(x).model_copy(update={"interval": interval or cluster.interval})
     return Refit(found, tuple(runs), kept, problem.factors(x), before, after, interval)
+
+
+def _fit(problem: _Problem, rounds: int) -> np.ndarray:
+    """Where the residuals are least, as distances of the knobs in spreads."""
+    from scipy.optimize import least_squares
+
+    start, how = np.zeros(len(problem.knobs)), {"loss": "soft_l1", "ftol": 1e-3, "max_nfev": rounds}
+    return np.asarray(least_squares(problem.residuals, start, problem.jacobian, **how).x)
 
 
 def _furthest(problem: _Problem, x: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:

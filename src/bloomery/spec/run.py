@@ -117,7 +117,7 @@ class Train(Noun):
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float8"] = "auto"
     float8: Float8 = Float8()
     compile: bool | Literal["auto"] = Field(
-        default="auto", description="layers by torch.compile; auto: where the run is long enough to pay for it"
+        default="auto", description="layers and loss by torch.compile; auto: where the run is long enough to pay for it"
     )
     optimizer: Optimizer = Optimizer()
     averaging: Averaging = Averaging()

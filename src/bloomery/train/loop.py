@@ -70,7 +70,6 @@ def _step(session: Session, step: int) -> int:
         batch = session.batches.get(step)
     phase = job.course.at(step)
     engine.expect(phase.global_batch, phase.seq_len)
-    clock.handed_over(None)
     loss_part = computed(session, step, batch)
     clock.handed_over(None)  # a recomputed micro-batch
     engine.reduce_gradients()
@@ -91,22 +90,21 @@ def _step(session: Session, step: int) -> int:
             engine.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
-            clock.handed_over("optimizer")
     done = settle(session, step, judgement, statistics, loss_part)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()
         if done > step:
             session.optimizers.average.update(done)
+        clock.handed_over("optimizer")
     session.sample.after(step + 1, session.recorder, clock)
     if session.profile.ends_after(step + 1):  # a step that enters this bucket is not like the others
         with clock.bucket("profile"):
             session.recorder.event("profiled", **(session.profile.close(step + 1) or {}))
-    if done % job.checkpoint_every == 0 and step < done < job.steps:
-        save(session, done)
-    if job.memory_every and done % job.memory_every == 0 and step < done < job.steps:
-        keep_in_memory(session, done)
-    if job.evaluate_every and done % job.evaluate_every == 0 and step < done < job.steps:
-        evaluate(session, done)
+    pauses = ((job.checkpoint_every, save), (job.memory_every, keep_in_memory), (job.evaluate_every, evaluate))
+    for every, pause in pauses if step < done < job.steps else ():
+        if every and done % every == 0:
+            clock.catch_up("optimizer")
+            pause(session, done)
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
     session.recorder.lap(step + 1, clock.lap(), session.writer.account())

@@ -81,6 +81,7 @@ def _checked(session: Session, step: int, batch: Batch) -> tuple[Tensor, Verdict
 
     engine.after_first_backward = first_gone_back
     loss_part = _forward_backward(session, batch)
+    session.clock.catch_up("compute")
     engine.after_first_backward = None
     with session.clock.bucket("recheck"):
         neighbour = session.batches.first_of(step, (mesh.dp_rank + 1) % engine.layout.dp, engine.layout.micro_batch)
@@ -93,6 +94,7 @@ def _checked(session: Session, step: int, batch: Batch) -> tuple[Tensor, Verdict
 
 
 def _forward_backward(session: Session, batch: Batch) -> Tensor:
+    session.clock.handed_over(None)
     loss_part = session.engine.forward_backward(batch)
     session.clock.handed_over("compute")
     return loss_part

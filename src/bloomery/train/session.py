@@ -217,6 +217,7 @@ def _check_replicas(session: Session, step: int) -> None:
 
 def save_now(session: Session, step: int) -> None:
     """Save and wait until it is on disk; a failure is tried again. Raises BloomeryError when that does not help."""
+    session.clock.catch_up("optimizer")
     while True:
         save(session, step)
         with session.clock.bucket("checkpoint"):

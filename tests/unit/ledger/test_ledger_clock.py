@@ -122,7 +122,7 @@ class Queue:
 
 def test_what_the_host_waited_for_is_shared_out_by_what_the_device_took() -> None:
     entered = list[str]()
-    clock = Clock(iter([0.0, 1.0, 2.0, 3.0, 11.0, 12.0, 13.0]).__next__, entered=entered.append)
+    clock = Clock(iter([0.0, 1.0, 2.0, 3.0, 3.0, 11.0, 12.0, 13.0]).__next__, entered=entered.append)
     # The update before ends at 4, this compute at 8, the numbers that are read at 9; between 4 and 5 was nobody's.
     clock.device = Queue(0.0, 4.0, 5.0, 8.0, 9.0)
     clock.handed_over(None)
@@ -146,3 +146,25 @@ def test_where_the_host_does_the_work_nothing_is_shared_out() -> None:
         pass
     assert clock.lap() == {"other": 1.0}
     assert not entered
+
+
+def test_of_what_no_bucket_claims_only_the_wait_is_shared_out() -> None:
+    # Three seconds of other things, one of handing over, six in the message that is read.
+    clock = Clock(iter([0.0, 3.0, 4.0, 4.0, 10.0, 10.0]).__next__)
+    clock.device = Queue(0.0, 4.0, 5.0)
+    clock.handed_over(None)
+    with clock.bucket("compute"):
+        clock.handed_over("compute")
+    with clock.reading("other"):
+        pass
+    assert clock.lap() == pytest.approx({"other": 3.0 + 7.0 / 5, "compute": 7.0 * 4 / 5})
+
+
+def test_waiting_for_the_device_tells_whose_work_it_was() -> None:
+    clock = Clock(iter([0.0, 0.0, 0.0, 8.0, 8.0, 8.0]).__next__)
+    clock.device = Queue(0.0, 6.0, 7.5, 8.0)
+    clock.handed_over(None)
+    clock.handed_over("optimizer")
+    clock.handed_over("compute")
+    clock.catch_up("compute")
+    assert clock.lap() == pytest.approx({"other": 0.0, "optimizer": 6.0, "compute": 2.0})

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bloomery.ledger.history import remember, remembered, with_earlier
+from bloomery.planner import refit as planner_refit
 from bloomery.planner.knobs import KNOBS, turned
 from bloomery.planner.refit import Runs, refit
 from bloomery.spec.catalog import cluster
@@ -96,6 +97,22 @@ def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others
     found = refit([*good, *odd], machine)
     for of in (np.median, np.mean, np.max):
         assert of(np.abs(found.after)) <= of(np.abs(found.before)) + 1e-9
+
+
+def test_a_run_that_stands_in_the_way_of_all_others_weighs_more_until_they_get_better_without_it(
+    machine: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = ran_on(turned(machine, {"gemm": 0.8, "memory": 0.8, "host": 1.3, "optimizer": 0.8}))
+    alone = Runs((run(LAYOUTS[0]),)).predict(machine)
+    runs[0] = run(LAYOUTS[0], float(alone.step_s[0]) / 1.5, allocated_bytes=1e9)
+    found = refit(runs, machine)
+    before, after = np.abs(found.before), np.abs(found.after)
+    assert before.argmax() == 0
+    assert found.kept > 0
+    assert after.max() <= before.max() + 1e-9
+    assert np.median(after) < 0.8 * np.median(before)
+    monkeypatch.setattr(planner_refit, "FITS", 1)
+    assert refit(runs, machine).kept == 0
 
 
 def test_one_disturbed_run_does_not_move_the_fit(machine: Cluster) -> None:
