@@ -31,7 +31,7 @@ from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import Job, read_job
+from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.reliability import Supervision
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
@@ -246,11 +246,12 @@ class World:
 
     def _settled(self, place: int) -> Outcome:
         """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
-        culprit."""
+        culprit, else one that ended by its own words: others only lost their connection to it."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
         killed = [other for other, code in enumerate(codes) if code is not None and code < 0]
-        place = killed[0] if killed else place
+        worded = [other for other, code in enumerate(codes) if code not in (None, 0, 1, STOPPED_BY_SIGNAL)]
+        place = [*killed, *worded, place][0]
         code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         beats, noticed = self.beats(), self._noticed or time.monotonic()

@@ -14,6 +14,7 @@ import pytest
 
 from bloomery.cluster import world as worlds
 from bloomery.cluster.world import Share, World, _environment, forking, imported_for
+from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
@@ -118,3 +119,26 @@ def test_messages_between_hosts_take_the_interface_that_hosts_meet_at(
     assert (told["GLOO_SOCKET_IFNAME"], told["NCCL_SOCKET_IFNAME"]) == ("ib0", "=ib0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth")  # a site's own choice
     assert _environment(0, several, tmp_path)["NCCL_SOCKET_IFNAME"] == "eth"
+
+
+@pytest.mark.parametrize(
+    ("codes", "rank", "code", "cause"),
+    [
+        ((1, 2, 1), 1, 2, "exit code 2"),  # what it said counts, not that the others lost it
+        ((1, 4, -9), 2, 1, "killed by SIGKILL"),
+        ((1, None, 0), 0, 1, "exit code 1"),
+        ((1, 75, 1), 0, 1, "exit code 1"),  # saved and stopped: no failure
+        ((5, 5, 5), 0, 5, "exit code 5"),
+    ],
+)
+def test_who_ended_first_of_ranks_that_end_together(
+    codes: tuple[int | None, ...], rank: int, code: int, cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worlds.time, "sleep", lambda _: None)
+    monkeypatch.setattr(World, "beats", lambda _: [Beat(1, 0.0)] * len(codes))
+    world = World.__new__(World)
+    world.share, world._noticed = Share(range(3), 3), None
+    world.processes = [SimpleNamespace(exitcode=one) for one in codes]  # type: ignore[misc]
+    found = world.ended()
+    assert found is not None
+    assert (found.rank, found.code, found.cause) == (rank, code, cause)
