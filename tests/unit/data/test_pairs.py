@@ -52,7 +52,9 @@ def test_a_text_without_python_has_pairs_and_they_are_called_what_they_are(tmp_p
     report = build(Data(text=(str(tmp_path),), vocab=300, min_characters=10), tmp_path / "out", seq_len=64)
     assert report.pairs_kind == "continuations"
     assert report.pairs == report.documents_train
-    (tmp_path / "code.py").write_text('def area(a, b):\n    """Return the area of a rectangle, a by b."""\n' * 3)
+    for name in ("area", "size", "space"):  # one document may be held out, by its name: not all of these
+        code = f'def {name}(a, b):\n    """Return the area of a rectangle, a by b."""\n'
+        (tmp_path / f"{name}.py").write_text(code * 3)
     with_code = Data(text=(str(tmp_path),), vocab=300, min_characters=10, holdout=0.001)
     assert build(with_code, tmp_path / "out").pairs_kind == "docstrings"
 
