@@ -138,12 +138,10 @@ class Clock:
                 took[named] = took.get(named, 0.0) + self.device.seconds(earlier, later)
         self._marks = self._marks[-1:]
         self._charge()
-        whole, host = sum(took.values()), sum(self._seconds.get(named, 0.0) for named in took)
-        apart = apart if OUTSIDE in took else 0.0
+        whole, kept = sum(took.values()), {OUTSIDE: apart} if OUTSIDE in took else {}
         if whole > 0:
-            self._seconds |= {named: (host - apart) * seconds / whole for named, seconds in took.items()}
-        if apart:
-            self._seconds[OUTSIDE] += apart if whole > 0 else 0.0
+            shared = sum(self._seconds.get(named, 0.0) - kept.get(named, 0.0) for named in took)
+            self._seconds |= {named: shared * took[named] / whole + kept.get(named, 0.0) for named in took}
 
     def lap(self) -> dict[str, float]:
         """Seconds by bucket since the last lap; they sum to the wall time between."""
