@@ -2,7 +2,7 @@
 
 Scores of a tile stay in the caches and keys behind it are left out; the backward pass makes them again, so that only
 queries, keys and values are kept. PyTorch's fused kernel for CPUs converts every block to float32 and back: up to 512
-keys it takes 1.2 to 1.8 times as long (bench/NOTES.md). Scores are rounded to bfloat16 before their softmax, as
+keys it takes 1.3 to 1.8 times as long (bench/NOTES.md). Scores are rounded to bfloat16 before their softmax, as
 wherever attention is not fused: the result is off by 0.3 % where the fused kernel's is by 0.2 %.
 
 Shape suffixes: b batch, g key heads, r query heads of each, s sequence, t queries of a tile, e keys they may read, k
