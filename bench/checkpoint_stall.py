@@ -93,7 +93,7 @@ class Rank:
         loss = self.engine.forward_backward(self.batch)
         self.engine.reduce_gradients()
         statistics = self.engine.statistics(loss, votes or NO_VOTES)
-        self.engine.clip(1.0, statistics.grad_norm)
+        self.optimizers.clip(1.0, statistics.grad_norm)
         self.engine.update(self.optimizers)
         self.optimizers.zero_grad()
         return statistics.votes

@@ -33,6 +33,8 @@ from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import Mesh, pretend
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+from bloomery.train.optimizers import build_optimizers
 
 WIDTH, HEADS, FFN, VOCAB, BATCH, SEQ_LEN = 64, 4, 192, 256, 1, 32
 SHALLOW, DEEP = 1, 9
@@ -142,7 +144,7 @@ def ours(layers: int, mesh: Mesh) -> Step:
         model, LAYOUT, mesh, seq_len=SEQ_LEN, global_batch=BATCH, dtype="float32", seed=0,
         measure=lambda _: nullcontext(),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(engine.parameters().values(), lr=1e-4, fused=True)
+    optimizer = build_optimizers(engine, Optimizer(lr=1e-4))
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN))
     batch = Batch(tokens, tokens, tokens.numel())
 
@@ -150,7 +152,7 @@ def ours(layers: int, mesh: Mesh) -> Step:
         loss = engine.forward_backward(batch)
         engine.reduce_gradients()
         norm = engine.statistics(loss).grad_norm
-        engine.clip(1.0, norm)
+        optimizer.clip(1.0, norm)
         engine.update(optimizer)
         optimizer.zero_grad()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 SHOWN = 25
 NAME_WIDTH = 70
+PAUSES = 10
 
 
 def of_device(events: Iterable[dict[str, Any]]) -> list[tuple[float, float, str]]:
@@ -23,13 +24,15 @@ def of_device(events: Iterable[dict[str, Any]]) -> list[tuple[float, float, str]
     return sorted((e["ts"], e["dur"], e["name"]) for e in events if e.get("cat") in kinds)
 
 
-def idle_us(work: list[tuple[float, float, str]]) -> float:
-    """Microseconds between the first and the last in which nothing ran."""
-    idle, until = 0.0, work[0][0]
-    for start, duration, _ in work:
-        idle += max(0.0, start - until)
-        until = max(until, start + duration)
-    return idle
+def pauses(work: list[tuple[float, float, str]]) -> list[tuple[float, str, str]]:
+    """(microseconds, kernel before, kernel after) in which nothing ran, longest first."""
+    found, until, last = [], work[0][0], ""
+    for start, duration, name in work:
+        if start > until:
+            found.append((start - until, last, name))
+        if start + duration > until:
+            until, last = start + duration, name
+    return sorted(found, reverse=True)
 
 
 def table(folder: Path) -> str:
@@ -46,10 +49,15 @@ def table(folder: Path) -> str:
         seconds[name] += duration / 1e3 / steps
         calls[name] += 1
     whole = (work[-1][0] + work[-1][1] - work[0][0]) / 1e3 / steps
-    lines = [f"a step: {whole:.2f} ms, of which nothing runs for {idle_us(work) / 1e3 / steps:.2f} ms"]
+    idle = sum(pause for pause, _, _ in pauses(work)) / 1e3 / steps
+    lines = [f"a step: {whole:.2f} ms, of which nothing runs for {idle:.2f} ms"]
     lines += [
         f"{spent:9.3f} ms {spent / whole:6.1%} {calls[name] / steps:6.0f} x  {name[:NAME_WIDTH]}"
         for name, spent in seconds.most_common(SHOWN)
+    ]
+    lines += [
+        f"{pause / 1e3:9.3f} ms nothing between {before[: NAME_WIDTH // 2]} and {after[: NAME_WIDTH // 2]}"
+        for pause, before, after in pauses(work)[:PAUSES]
     ]
     return "\n".join(lines)
 

@@ -183,7 +183,7 @@ def train_case(
                 engine.reduce_gradients()
                 statistics = engine.statistics(part)
                 limits = [0.2] * len(GROUPS) if case.stable else [math.inf] * len(GROUPS)
-                engine.clip(1.0, clip_groups(engine, statistics.groups, limits))
+                optimizer.clip(1.0, clip_groups(engine, statistics.groups, limits))
                 engine.update(optimizer)
                 optimizer.zero_grad()
             executed += messages

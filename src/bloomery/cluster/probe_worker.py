@@ -33,6 +33,8 @@ from bloomery.parallel.engine import build
 from bloomery.parallel.formats import has_float8_units
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profiled_step import kinds_of
 
 REFERENCE_WARM_UP = 2
@@ -73,7 +75,7 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
         seed=0,
         measure=lambda _: nullcontext(),
     )
-    optimizer = torch.optim.AdamW(engine.parameters().values(), lr=1e-4, fused=True)
+    optimizer = build_optimizers(engine, Optimizer(lr=1e-4))
     tokens = torch.randint(0, model.vocab, (how.batch, how.seq_len), device=device)
     batch = Batch(tokens, tokens, tokens.numel())
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
@@ -83,7 +85,7 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
         loss = engine.forward_backward(batch)
         between = now(device)
         norm = engine.statistics(loss).grad_norm
-        engine.clip(norm / 2, norm)
+        optimizer.clip(norm / 2, norm)
         engine.update(optimizer)
         optimizer.zero_grad()
         found["compute"].append(between - started)

@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor, cat, nn
 
 from bloomery.model.norm import RMSNorm
+from bloomery.model.projection import Linear, project
 from bloomery.model.view import View, attend
 from bloomery.spec.model import Model
 
@@ -46,18 +47,20 @@ class Attention(nn.Module):
         super().__init__()
         bias = model.bias or model.qkv_bias
         self.head_dim, self.qk_norm = model.head_dim, model.qk_norm
-        self.q = nn.Linear(model.hidden, model.query_width, bias=bias)
-        self.k = nn.Linear(model.hidden, model.kv_width, bias=bias)
-        self.v = nn.Linear(model.hidden, model.kv_width, bias=bias)
+        self.q = Linear(model.hidden, model.query_width, bias=bias)
+        self.k = Linear(model.hidden, model.kv_width, bias=bias)
+        self.v = Linear(model.hidden, model.kv_width, bias=bias)
         if model.qk_norm:
             self.q_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
             self.k_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
-        self.o: nn.Module = nn.Linear(model.query_width, model.hidden, bias=model.bias)
+        self.o: nn.Module = Linear(model.query_width, model.hidden, bias=model.bias)
         self.attend: Attend = attend
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden). With `past`, keys and values of earlier positions are read too and these join."""
-        q_bshk, k_bshk, v_bshk = (p(x_bsd).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        # Values apart: they are kept as they come, and as a part of what queries and keys come in would keep that too.
+        projected = *project(x_bsd, self.q, self.k), self.v(x_bsd)
+        q_bshk, k_bshk, v_bshk = (x_bsk.unflatten(-1, (-1, self.head_dim)) for x_bsk in projected)
         if self.qk_norm:
             # Before heads change places with positions: a norm of the view would keep a copy of it besides.
             q_bshk, k_bshk = self.q_norm(q_bshk), self.k_norm(k_bshk)

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bloomery.model.projection import Linear, project
 from bloomery.spec.model import Model
 
 
@@ -40,13 +41,13 @@ class FeedForward(nn.Module):
     def __init__(self, model: Model, width: int) -> None:
         super().__init__()
         if model.gated:
-            self.gate = nn.Linear(model.hidden, width, bias=model.bias)
-        self.up = nn.Linear(model.hidden, width, bias=model.bias)
-        self.down: nn.Module = nn.Linear(width, model.hidden, bias=model.bias)
+            self.gate = Linear(model.hidden, width, bias=model.bias)
+        self.up = Linear(model.hidden, width, bias=model.bias)
+        self.down: nn.Module = Linear(width, model.hidden, bias=model.bias)
         self.gated = model.gated
         self.activate = ACTIVATIONS[model.activation]
 
     def forward(self, x_bsd: Tensor) -> Tensor:
         """x: (batch, seq, hidden)."""
-        inputs = (self.gate(x_bsd), self.up(x_bsd)) if self.gated else (self.up(x_bsd),)
+        inputs = project(x_bsd, self.gate, self.up) if self.gated else (self.up(x_bsd),)
         return self.down(self.activate(*inputs))

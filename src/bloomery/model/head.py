@@ -153,8 +153,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(sum_vd: Tensor, gradient_cv: Tensor, x_cd: Tensor) -> None:
-    """sum += gradient^T x, in place where the number formats agree."""
+    """sum += gradient^T x, in place where the number formats agree or the device adds up in the wider one."""
     if sum_vd.dtype == x_cd.dtype:
         sum_vd.addmm_(gradient_cv.t(), x_cd)
+    elif sum_vd.is_cuda and sum_vd.dtype == torch.float32:
+        torch.addmm(sum_vd, gradient_cv.t(), x_cd, out_dtype=torch.float32, out=sum_vd)
     else:
         sum_vd += gradient_cv.t() @ x_cd

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from bloomery.model.attention import Attend, KeyValues
 from bloomery.model.norm import RMSNorm
+from bloomery.model.projection import Linear
 from bloomery.model.view import View, attend
 from bloomery.spec.attention import YarnScaling
 from bloomery.spec.model import Model
@@ -32,16 +33,16 @@ class LatentAttention(nn.Module):
         sharper = model.rope_scaling.score_factor if isinstance(model.rope_scaling, YarnScaling) else 1.0
         self.scale = mla.head_dim**-0.5 * sharper
         if mla.q_lora_rank:
-            self.q_a = nn.Linear(model.hidden, mla.q_lora_rank, bias=False)
+            self.q_a = Linear(model.hidden, mla.q_lora_rank, bias=False)
             self.q_a_norm = RMSNorm(mla.q_lora_rank, eps=model.norm_eps)
-            self.q_b = nn.Linear(mla.q_lora_rank, model.query_width, bias=False)
+            self.q_b = Linear(mla.q_lora_rank, model.query_width, bias=False)
         else:
-            self.q = nn.Linear(model.hidden, model.query_width, bias=False)
+            self.q = Linear(model.hidden, model.query_width, bias=False)
         self.through_latent = bool(mla.q_lora_rank)
-        self.kv_a = nn.Linear(model.hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
+        self.kv_a = Linear(model.hidden, mla.kv_lora_rank + mla.qk_rope_head_dim, bias=False)
         self.kv_a_norm = RMSNorm(mla.kv_lora_rank, eps=model.norm_eps)
-        self.kv_b = nn.Linear(mla.kv_lora_rank, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
-        self.o: nn.Module = nn.Linear(model.output_width, model.hidden, bias=False)
+        self.kv_b = Linear(mla.kv_lora_rank, model.heads * (mla.qk_nope_head_dim + mla.v_head_dim), bias=False)
+        self.o: nn.Module = Linear(model.output_width, model.hidden, bias=False)
         self.attend: Attend = attend
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:

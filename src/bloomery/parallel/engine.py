@@ -293,12 +293,6 @@ class Engine:
         ends = 2 if self._tied_apart and name == "embedding.weight" else 1
         return ends * tp * (layout.data_ranks if layout.zero_stage == 0 else layout.dp_replicas)
 
-    def clip(self, max_norm: float, grad_norm: float) -> None:
-        """Scale all gradients so that their global norm is at most `max_norm` (Pascanu et al. 2013)."""
-        factor = max_norm / (grad_norm + 1e-6)
-        if factor < 1:
-            torch._foreach_mul_([local_part(p.grad) for p in self.updated().values() if p.grad is not None], factor)
-
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """Summed loss and count of targets over the world. The local batch must be that of training.

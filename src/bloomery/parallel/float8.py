@@ -15,13 +15,13 @@ Shape suffixes: n tokens, i k sides of a product that stay, j the side that is s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bloomery.model.projection import Linear
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.tensor import RowLinear
 from bloomery.spec.float8 import Recipe, in_float8
@@ -41,19 +41,14 @@ def multiply_in_float8(stage: Transformer, recipe: Recipe) -> None:
     multiply = partial(float8_linear, recipe=recipe)
     for layer in stage.blocks():
         for module in layer.modules():
-            if isinstance(module, RowLinear) and in_float8(module.weight.shape):
+            if isinstance(module, (RowLinear, Linear)) and in_float8(module.weight.shape):
                 module.multiply = multiply
-            elif isinstance(module, nn.Linear) and in_float8(module.weight.shape):
-                module.forward = partial(_forward, module, multiply)  # type: ignore[method-assign]
 
 
-def _forward(linear: nn.Linear, multiply: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    y = multiply(x, linear.weight)
-    return y if linear.bias is None else y + linear.bias.to(y.dtype)
-
-
-def float8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
-    """x weight^T in autocast's format. x: (..., in), weight: (out, in); all sides multiples of 16."""
+def float8_linear(x: Tensor, *weights: Tensor, recipe: Recipe) -> Tensor:
+    """x [W1; W2; ...]^T in autocast's format. x: (..., in), each weight: (out, in); all sides multiples of 16. Several
+    have one range in the recipe that knows one a tensor."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     # The view gives the weight a node that `_wanted` can ask about; of leaves autograd does not say.
     y: Tensor = _Linear.apply(x, weight.view_as(weight), recipe)
     return y

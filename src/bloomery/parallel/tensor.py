@@ -6,7 +6,6 @@ Row-cut projections (o, down) and the vocabulary-cut embedding are replaced, for
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.nn import functional as F
 
 from bloomery.model.mixture import Mixture
 from bloomery.model.narrow import narrowed
+from bloomery.model.projection import Multiply, multiply
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.collectives import TensorAxis, enter_block, leave_block
 from bloomery.parallel.recompute import made_again
@@ -29,7 +29,7 @@ class RowLinear(nn.Module):
         super().__init__()
         self.weight, self.axis = plain.get_parameter("weight"), axis
         self.register_parameter("bias", dict(plain.named_parameters()).get("bias"))
-        self.multiply: Callable[[Tensor, Tensor], Tensor] = F.linear
+        self.multiply: Multiply = multiply
 
     def forward(self, x_bsf: Tensor) -> Tensor:
         """x: (batch, seq, width / tp) to (batch, seq or seq / tp, hidden)."""

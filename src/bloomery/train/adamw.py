@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bloomery.parallel.local import local_part
+from bloomery.train import one_pass
 
 
 @dataclass
@@ -42,14 +43,14 @@ class Part(ABC):
         }
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Move every parameter that has a gradient."""
+    def step(self, scale: float = 1.0) -> None:
+        """Move every parameter that has a gradient, by `scale` times it."""
         self.updates += 1
         for group in self.groups:
-            self.move(group)
+            self.move(group, scale)
 
     @abstractmethod
-    def move(self, group: Group) -> None:
+    def move(self, group: Group, scale: float) -> None:
         """Move those of one group."""
 
     def zero_grad(self) -> None:
@@ -65,9 +66,16 @@ class Part(ABC):
                 moment.zero_()
 
 
+def scaled(gradients: list[Tensor], scale: float) -> list[Tensor]:
+    """The gradients times `scale`, in their own memory."""
+    if scale != 1:
+        torch._foreach_mul_(gradients, scale)
+    return gradients
+
+
 class AdamW(Part):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101): one operator a group, the one that
-    `torch.optim.AdamW(fused=True)` calls."""
+    `torch.optim.AdamW(fused=True)` calls. On GPUs large tensors take a compiled pass instead (`one_pass`)."""
 
     moments = ("exp_avg", "exp_avg_sq")
 
@@ -75,21 +83,27 @@ class AdamW(Part):
         super().__init__(groups)
         self.betas, self.eps = betas, eps
 
-    def move(self, group: Group) -> None:
+    def move(self, group: Group, scale: float) -> None:
         """One step of a group."""
         moved = [parameter for parameter in group.parameters if parameter.grad is not None]
-        if not moved:
+        large = [parameter for parameter in moved if one_pass.pays(local_part(parameter))]
+        if large:
+            one_pass.move(
+                [self._of(parameter) for parameter in large], group, self.betas, self.eps, self.updates, scale
+            )
+        rest = [self._of(parameter) for parameter in moved if parameter not in set(large)]
+        if not rest:
             return
-        gradients = [local_part(parameter.grad) for parameter in moved if parameter.grad is not None]
+        weights, gradients, first, second = map(list, zip(*rest, strict=True))
         # The operator reads the number of the step where the parameters are.
-        number = torch.full((), self.updates, dtype=torch.float32, device=gradients[0].device)
+        number = torch.full((), self.updates, dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(
-            [local_part(parameter) for parameter in moved],
-            gradients,
-            [self.state[parameter]["exp_avg"] for parameter in moved],
-            [self.state[parameter]["exp_avg_sq"] for parameter in moved],
+            weights,
+            scaled(gradients, scale),
+            first,
+            second,
             [],
-            [number] * len(moved),
+            [number] * len(rest),
             lr=group.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -98,3 +112,9 @@ class AdamW(Part):
             amsgrad=False,
             maximize=False,
         )
+
+    def _of(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A parameter, its gradient and both moments, as plain tensors."""
+        assert parameter.grad is not None
+        moments = self.state[parameter]
+        return local_part(parameter), local_part(parameter.grad), moments["exp_avg"], moments["exp_avg_sq"]

@@ -87,7 +87,7 @@ def _step(session: Session, step: int) -> int:
             norm = statistics.grad_norm
             if job.stabilisers.adaptive_clip:
                 norm = clip_groups(engine, statistics.groups, limits)
-            engine.clip(min(job.optimizer.clip, judgement.limit), norm)
+            session.optimizers.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
     done = settle(session, step, judgement, statistics, loss_part)

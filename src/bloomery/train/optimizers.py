@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from bloomery.model.init import rectangle
 from bloomery.parallel.engine import Engine, LocalShard
+from bloomery.parallel.local import local_part
 from bloomery.parallel.whole_matrices import gather_whole, matrix_units
 from bloomery.spec.commit import AVERAGE
 from bloomery.spec.parameters import Parameter, is_hidden_matrix
 from bloomery.spec.run import Averaging, Optimizer
-from bloomery.train.adamw import AdamW, Group, Part
+from bloomery.train.adamw import AdamW, Group, Part, scaled
 from bloomery.train.averaging import Average
 
 ADAMW_RMS = 0.2
@@ -74,8 +75,9 @@ class Muon(Part):
         factor = lr_factor(settings, engine.table[self.batches[0][0][0].shard.name], engine.model.hidden)
         super().__init__([Group(matrices, settings.weight_decay, factor)])
 
-    def move(self, group: Group) -> None:
+    def move(self, group: Group, scale: float) -> None:
         """Move every matrix: gather a layer's, orthogonalise those of some layers at once, keep this rank's part."""
+        scaled([local_part(found.grad) for found in group.parameters if found.grad is not None], scale)
         for units in self.batches:
             wholes = [
                 whole
@@ -131,7 +133,7 @@ class Optimizers:
     """The optimizers that together own every parameter, stepped as one, and the average of what they make."""
 
     def __init__(self, parts: Sequence[Part], average: Average) -> None:
-        self.parts, self.average = tuple(parts), average
+        self.parts, self.average, self._scale = tuple(parts), average, 1.0
         self._owner = {parameter: part for part in self.parts for parameter in part.state}
 
     @property
@@ -150,10 +152,16 @@ class Optimizers:
             for group in part.groups:
                 group.lr = rate * group.lr_factor
 
+    def clip(self, max_norm: float, grad_norm: float) -> None:
+        """The next step takes gradients of the global norm `grad_norm` as if theirs was at most `max_norm` (Pascanu et
+        al. 2013)."""
+        self._scale = min(1.0, max_norm / (grad_norm + 1e-6))
+
     def step(self) -> None:
         """Move every parameter."""
         for part in self.parts:
-            part.step()
+            part.step(self._scale)
+        self._scale = 1.0
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

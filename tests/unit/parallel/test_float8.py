@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bloomery.model.projection import multiply
 from bloomery.model.transformer import Transformer
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import Engine, build
@@ -46,7 +47,7 @@ def linear(device: str, recipe: Recipe) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(4, 16, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(48, 128, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.bfloat16):
-        return x, weight, float8_linear(x * 1, weight, recipe)
+        return x, weight, float8_linear(x * 1, weight, recipe=recipe)
 
 
 @devices
@@ -178,7 +179,7 @@ def test_what_does_not_divide_and_routed_experts_stay_in_bfloat16() -> None:
         stage = Transformer(model)
         multiply_in_float8(stage, "tensorwise")
         (layer, _) = stage.blocks()
-        assert sum("forward" in vars(module) for module in layer.modules()) == n_multiplied
+        assert sum(getattr(module, "multiply", multiply) is not multiply for module in layer.modules()) == n_multiplied
 
 
 def test_it_is_refused_where_there_are_no_units() -> None:

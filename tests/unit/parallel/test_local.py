@@ -28,7 +28,7 @@ tokens = torch.zeros(2, 8, dtype=torch.int64)
 for name in ("adamw", "muon"):
     optimizers = build_optimizers(engine, Optimizer(name=name))
     loss = engine.forward_backward(Batch(tokens, tokens, 16))
-    engine.clip(1.0, engine.statistics(loss).grad_norm)
+    optimizers.clip(1.0, engine.statistics(loss).grad_norm)
     engine.update(optimizers)
     optimizers.zero_grad()
 large = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.pipelining", "sympy")

@@ -1,0 +1,92 @@
+"""Projections: `Linear`, and several of one input as one product.
+
+An uncompiled layer makes one product a projection, by PyTorch's own operator. A compiled one under autocast copies each
+weight into the narrow format anyway: projections of one input then lie one after the other in one copy and are one
+product (a GPU is 3 to 5 % faster at it, and their input's gradient needs no adding up), and the gradient of a weight
+leaves its product in the weight's own format where the device can: it is not rounded, nor converted, in between.
+
+Shape suffixes: n tokens, i inputs, o outputs of all the projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bloomery.model.narrow import narrowed
+
+Multiply = Callable[..., Tensor]
+"""(x, weights...) to x [W1; W2; ...]^T: x (..., in), each weight (its outputs, in)."""
+
+
+def multiply(x: Tensor, *weights: Tensor) -> Tensor:
+    """x [W1; W2; ...]^T, (..., outputs of all), in autocast's format where that is on."""
+    if joins(x):
+        y: Tensor = _NarrowProduct.apply(narrowed(x), *weights)
+        return y
+    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+
+
+def joins(x: Tensor) -> bool:
+    """Whether weights are copied for a product at this place, so that several cost no more than each alone."""
+    return torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)
+
+
+class Linear(nn.Linear):
+    """x W^T + bias. `multiply` may be replaced from outside."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias=bias)
+        self.multiply: Multiply = multiply
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in) to (..., out)."""
+        if self.multiply is multiply and not joins(x):
+            return F.linear(x, self.weight, self.bias)
+        return self.biased(self.multiply(x, self.weight))
+
+    def biased(self, y: Tensor) -> Tensor:
+        """With the bias, in the format of y."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
+    """What several projections make of one input."""
+    if not joins(x) or any(linear.multiply is not linears[0].multiply for linear in linears):
+        return tuple(linear(x) for linear in linears)
+    y = linears[0].multiply(x, *(linear.weight for linear in linears))
+    parts = y.split([len(linear.weight) for linear in linears], dim=-1)
+    return tuple(linear.biased(part) for linear, part in zip(linears, parts, strict=True))
+
+
+class _NarrowProduct(torch.autograd.Function):
+    """Traced by the compiler alone, which chooses what of the narrow weights it keeps for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        return F.linear(x, _narrow_rows(weights, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        gradient_no, x_ni = gradient.flatten(0, -2), x.flatten(0, -2)
+        x_gradient = gradient @ _narrow_rows(weights, x.dtype) if ctx.needs_input_grad[0] else None
+        rows = [len(weight) for weight in weights]
+        return x_gradient, *product_in(weights[0].dtype, gradient_no.t(), x_ni).split(rows)
+
+
+def _narrow_rows(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:
+    narrow = [weight.to(dtype) for weight in weights]
+    return narrow[0] if len(narrow) == 1 else torch.cat(narrow)
+
+
+def product_in(dtype: torch.dtype, a: Tensor, b: Tensor) -> Tensor:
+    """a b in a number format of its own; GPUs add up in float32 and need not round to that of a and b first."""
+    if dtype == torch.float32 and a.is_cuda and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
