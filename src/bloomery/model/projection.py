@@ -19,16 +19,16 @@ from torch.nn import functional as F
 
 from bloomery.model.narrow import narrowed
 
-Multiply = Callable[..., Tensor]
-"""(x, weights...) to x [W1; W2; ...]^T: x (..., in), each weight (its outputs, in)."""
+Multiply = Callable[..., tuple[Tensor, ...]]
+"""(x, weights...) to (x W1^T, x W2^T, ...): x (..., in), each weight (its outputs, in)."""
 
 
-def multiply(x: Tensor, *weights: Tensor) -> Tensor:
-    """x [W1; W2; ...]^T, (..., outputs of all), in autocast's format where that is on."""
+def multiply(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x W^T of each weight, in autocast's format where that is on."""
     if joins(x):
-        y: Tensor = _NarrowProduct.apply(narrowed(x), *weights)
+        y: tuple[Tensor, ...] = _NarrowProduct.apply(narrowed(x), *weights)
         return y
-    return F.linear(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+    return tuple(F.linear(x, weight) for weight in weights)
 
 
 def joins(x: Tensor) -> bool:
@@ -47,7 +47,8 @@ class Linear(nn.Linear):
         """x: (..., in) to (..., out)."""
         if self.multiply is multiply and not joins(x):
             return F.linear(x, self.weight, self.bias)
-        return self.biased(self.multiply(x, self.weight))
+        (y,) = self.multiply(x, self.weight)
+        return self.biased(y)
 
     def biased(self, y: Tensor) -> Tensor:
         """With the bias, in the format of y."""
@@ -58,8 +59,7 @@ def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """What several projections make of one input."""
     if not joins(x) or any(linear.multiply is not linears[0].multiply for linear in linears):
         return tuple(linear(x) for linear in linears)
-    y = linears[0].multiply(x, *(linear.weight for linear in linears))
-    parts = y.split([len(linear.weight) for linear in linears], dim=-1)
+    parts = linears[0].multiply(x, *(linear.weight for linear in linears))
     return tuple(linear.biased(part) for linear, part in zip(linears, parts, strict=True))
 
 
@@ -67,17 +67,22 @@ class _NarrowProduct(torch.autograd.Function):
     """Traced by the compiler alone, which chooses what of the narrow weights it keeps for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *weights)
-        return F.linear(x, _narrow_rows(weights, x.dtype))
+        y = F.linear(x, _narrow_rows(weights, x.dtype))
+        return y.split([len(weight) for weight in weights], dim=-1)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        gradient_no, x_ni = gradient.flatten(0, -2), x.flatten(0, -2)
-        x_gradient = gradient @ _narrow_rows(weights, x.dtype) if ctx.needs_input_grad[0] else None
-        rows = [len(weight) for weight in weights]
-        return x_gradient, *product_in(weights[0].dtype, gradient_no.t(), x_ni).split(rows)
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            # Before the weights' products, which want each part by itself: the compiler then writes the parts where
+            # they lie together. With the whole alone in view it makes each element of it by the rules of all parts.
+            whole = gradients[0] if len(gradients) == 1 else torch.cat(gradients, dim=-1)
+            x_gradient = whole @ _narrow_rows(weights, x.dtype)
+        x_ni, each_no = x.flatten(0, -2), [gradient.flatten(0, -2) for gradient in gradients]
+        return x_gradient, *(product_in(weights[0].dtype, gradient_no.t(), x_ni) for gradient_no in each_no)
 
 
 def _narrow_rows(weights: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> Tensor:

@@ -45,13 +45,10 @@ def multiply_in_float8(stage: Transformer, recipe: Recipe) -> None:
                 module.multiply = multiply
 
 
-def float8_linear(x: Tensor, *weights: Tensor, recipe: Recipe) -> Tensor:
-    """x [W1; W2; ...]^T in autocast's format. x: (..., in), each weight: (out, in); all sides multiples of 16. Several
-    have one range in the recipe that knows one a tensor."""
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+def float8_linear(x: Tensor, *weights: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
+    """x W^T of each weight in autocast's format. x: (..., in), weight: (out, in); all sides multiples of 16."""
     # The view gives the weight a node that `_wanted` can ask about; of leaves autograd does not say.
-    y: Tensor = _Linear.apply(x, weight.view_as(weight), recipe)
-    return y
+    return tuple(_Linear.apply(x, weight.view_as(weight), recipe) for weight in weights)
 
 
 class _Linear(torch.autograd.Function):

@@ -6,7 +6,8 @@ before it reads and writes all gradients once more (measured on an H200: bench/N
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -21,6 +22,9 @@ LARGE = 1 << 18
 """Elements from which a launch of its own is not felt."""
 TOGETHER = 16
 """Elements in a row of the view that is compiled: numbers of rows vary, loads and stores are of whole vectors."""
+
+AT_ONCE = 8
+"""Tensors of one size in one call, which takes the host longer than the device takes for one of them."""
 
 Of = tuple[Tensor, Tensor, Tensor, Tensor]
 """A weight, its gradient and both moments."""
@@ -51,22 +55,30 @@ def move(
             (1 - betas[1] ** number) ** -0.5,
         )
     ]
-    compiled = _compiled()
+    same = defaultdict[int, list[Of]](list)
     for one in tensors:
-        compiled(*(tensor.detach().reshape(-1, TOGETHER) for tensor in one), *settings, *betas, eps)
+        same[one[0].numel()].append(one)
+    for alike in same.values():
+        for calls in batched_by(alike, AT_ONCE):
+            together = [[tensor.detach().reshape(-1, TOGETHER) for tensor in one] for one in calls]
+            _compiled()(together, *settings, *betas, eps)
+
+
+def batched_by(tensors: Sequence[Of], count: int) -> Iterator[Sequence[Of]]:
+    """So many at a time, what is left one by one: two programs, whatever a model has."""
+    whole = len(tensors) // count * count
+    yield from (tensors[first : first + count] for first in range(0, whole, count))
+    yield from ([one] for one in tensors[whole:])
 
 
 @cache
 def _compiled() -> Callable[..., None]:
-    # Sides of 1 or more than one group's settings compile anew; numbers of rows do not.
+    # Other constants or another number of tensors compile anew; other numbers of rows do not.
     return torch.compile(moved, dynamic=True)
 
 
 def moved(
-    weight: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
+    tensors: Sequence[Sequence[Tensor]],
     scale: Tensor,
     decay: Tensor,
     rate: Tensor,
@@ -75,9 +87,10 @@ def moved(
     beta2: float,
     eps: float,
 ) -> None:
-    """One step in place (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2); tensors of one shape, four scalars
-    and three constants."""
-    gradient = gradient * scale
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    weight.mul_(decay).sub_(rate * first / (second.sqrt() * unbias + eps))
+    """One step in place (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) of tensors as in `Of`, all of one
+    shape, by four scalars on their device and three constants."""
+    for weight, gradient, first, second in tensors:
+        gradient = gradient * scale
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        weight.mul_(decay).sub_(rate * first / (second.sqrt() * unbias + eps))
