@@ -72,13 +72,16 @@ class Batches:
         self._ahead: tuple[list[int], Future[Batch]] | None = None
 
     def get(self, step: int) -> Batch:
-        """The batch of `step`; starts on the next."""
+        """The batch of `step`: what was begun, or made now."""
         wanted, ahead = self.samples(step), self._ahead
         future = ahead[1] if ahead and ahead[0] == wanted else self._pool.submit(self._prepare, step, wanted)
-        result = future.result()
-        following = self.samples(step + 1)
-        self._ahead = (following, self._pool.submit(self._prepare, step + 1, following))
-        return result
+        return future.result()
+
+    def begin(self, step: int) -> None:
+        """Start on the batch of `step`, in a thread. Python's threads wait for each other: not where a device waits for
+        what this one hands over."""
+        wanted = self.samples(step)
+        self._ahead = (wanted, self._pool.submit(self._prepare, step, wanted))
 
     def first_sample(self, step: int) -> int:
         """The global index that step `step` begins at: the data cursor before it."""

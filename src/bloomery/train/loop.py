@@ -68,12 +68,18 @@ def _step(session: Session, step: int) -> int:
     session.sample.before(step + 1, session.recorder.peak_bytes(), clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
+        if clock.device is None:
+            session.batches.begin(step + 1)
     phase = job.course.at(step)
     engine.expect(phase.global_batch, phase.seq_len)
     loss_part = computed(session, step, batch)
     clock.handed_over(None)  # a recomputed micro-batch
     engine.reduce_gradients()
     clock.handed_over("dp_comm" if job.layout.data_ranks > 1 else "compute")
+    if clock.device is not None:
+        with clock.bucket("compute"):  # the device is at it, and the host has time
+            session.recorder.catch_up()
+            session.batches.begin(step + 1)
     with clock.bucket("optimizer"):
         votes = session.writer.vote(session.stop_requested)._replace(copy_failed=int(session.memory.error != ""))
         with clock.reading("other" if job.layout.world_size > 1 else "optimizer"):
@@ -192,7 +198,9 @@ def _heldout(session: Session, batches: Batches, heldout: TokenDataset) -> dict[
     total, count = 0.0, 0
     for number in range(rounds):
         with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
-            loss, n = session.engine.evaluate(batches.get(number))
+            batch = batches.get(number)
+            batches.begin(number + 1)
+            loss, n = session.engine.evaluate(batch)
         total, count = total + loss, count + n
     mean = total / count
     bits = mean / math.log(2) * heldout.n_tokens / heldout.text_bytes

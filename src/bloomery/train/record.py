@@ -6,9 +6,10 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -27,7 +28,11 @@ from bloomery.train.peers import watch_of
 
 
 class Recorder:
-    """Rank 0 writes metrics and draws the line; every rank appends its own ledger lines."""
+    """Rank 0 writes metrics and draws the line; every rank appends its own ledger lines.
+
+    Beside a device, what a step leaves is written at `catch_up`, while the next one computes: at the end of a step the
+    device waits for what the host hands over.
+    """
 
     def __init__(self, job: Job, folder: Path, mesh: Mesh, fence: int) -> None:
         self.job, self.mesh, self.fence = job, mesh, fence
@@ -41,6 +46,7 @@ class Recorder:
         self._base_bytes = psutil.Process().memory_info().rss
         self._outside_bytes = 0
         self._last = time.perf_counter()
+        self._unwritten = list[Callable[[], None]]()
 
     def resumed(self, step: int, source: str) -> None:
         """The run goes on from a state found in `source`: memory or disk."""
@@ -52,6 +58,9 @@ class Recorder:
             return
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
+        self._later(partial(self._step, done, statistics, rate, verdict, seconds))
+
+    def _step(self, done: int, statistics: StepStatistics, rate: float, verdict: str, seconds: float) -> None:
         course, flops = self.job.course, self.job.flops_of(done - 1)
         per_step = course.at(done - 1).tokens
         mfu = None
@@ -98,6 +107,20 @@ class Recorder:
 
         `beside`: what went on beside them, as `Writer.account` has it.
         """
+        self._later(partial(self._lap, step, buckets, beside), at_once=step < 0)
+
+    def _later(self, write: Callable[[], None], *, at_once: bool = False) -> None:
+        self._unwritten.append(write)
+        if at_once or self.mesh.device.type == "cpu":
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Write what steps have left."""
+        unwritten, self._unwritten = self._unwritten, []
+        for write in unwritten:
+            write()
+
+    def _lap(self, step: int, buckets: dict[str, float], beside: Mapping[str, float]) -> None:
         if step > 0 and step - 1 == self.job.course.at(step - 1).first_step:
             self._slow_steps = SlowSteps()
         slow = self._slow_steps.judge(buckets) if step > 0 else None
@@ -147,6 +170,7 @@ class Recorder:
 
     def close(self) -> None:
         """Flush everything."""
+        self.catch_up()
         self._line.close()
         self._trackers.close()
         for sink in (self._metrics, self._ledger, self._events):

@@ -42,8 +42,11 @@ def test_on_a_gpu_all_that_is_gone_counts_as_the_prediction_counts_it(
     recorder.lap(-1, {"startup": 1.0})
     gpu.free, gpu.most = 72 * GIB, 6 * GIB  # a communicator more, and the first step's activations
     recorder.lap(1, {"compute": 1.0})
+    assert len(read_lines(tmp_path / "ledger.jsonl")) == 1  # the device waits for what the host hands over
+    recorder.catch_up()
     gpu.free, gpu.reserved = 76 * GIB, 1 * GIB  # what is given back was there
     recorder.lap(2, {"compute": 1.0})
+    recorder.catch_up()
     assert [line["peak_memory_bytes"] // GIB for line in read_lines(tmp_path / "ledger.jsonl")] == [5 + 3, 6 + 4, 6 + 4]
     assert recorder.peak_bytes() == 10 * GIB
     recorder.close()
