@@ -11,7 +11,6 @@ import torch
 from ranks import MODELS, Case, train_case
 from torch import nn
 
-from bloomery.train import one_pass
 from bloomery.train.adamw import AdamW, Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -66,19 +65,14 @@ def test_compiled_bfloat16_stays_near_float32(model: str) -> None:
     np.testing.assert_allclose(narrow["losses"], wide["losses"], rtol=0.02)
 
 
-def test_large_tensors_move_as_pytorchs_own_in_one_pass() -> None:
+def test_clipped_gradients_move_parameters_as_scaled_ones() -> None:
     torch.manual_seed(0)
-    shapes = [(512, 1024)] * 9 + [(1000, 768), (16, 48)]
-    ours, theirs = ([nn.Parameter(tensor.clone()) for tensor in map(torch.ones, shapes)] for _ in range(2))
-    ours, theirs = ([nn.Parameter(one.detach().cuda()) for one in some] for some in (ours, theirs))
-    assert sum(map(one_pass.pays, ours)) == 10
+    ours, theirs = ([nn.Parameter(torch.ones(512, 1024, device="cuda"))] for _ in range(2))
     optimizer = AdamW([Group(ours, weight_decay=0.1, lr=0.01)], (0.9, 0.95), 1e-8)
     other = torch.optim.AdamW(theirs, lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
     for scale in (1.0, 0.25, 0.5):
-        for mine, its in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            its.grad = mine.grad * scale
+        ours[0].grad = torch.randn_like(ours[0])
+        theirs[0].grad = ours[0].grad * scale
         optimizer.step(scale)
         other.step()
-    for mine, its in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)

@@ -2,8 +2,8 @@
 
 An uncompiled layer makes one product a projection, by PyTorch's own operator. A compiled one under autocast copies each
 weight into the narrow format anyway: projections of one input then lie one after the other in one copy and are one
-product (a GPU is 5 % faster at it), and the gradient of a weight leaves its product in the weight's own format where the
-device can: it is neither rounded nor converted in between.
+product (a GPU is 5 % faster at it), and the gradient of a weight leaves its product in the weight's own format where
+the device can: it is neither rounded nor converted in between.
 
 Shape suffixes: n tokens, i inputs, o outputs of all the projections.
 """

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bloomery.parallel.local import local_part
-from bloomery.train import one_pass
 
 
 @dataclass
@@ -75,7 +74,7 @@ def scaled(gradients: list[Tensor], scale: float) -> list[Tensor]:
 
 class AdamW(Part):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101): one operator a group, the one that
-    `torch.optim.AdamW(fused=True)` calls. On GPUs large tensors take a compiled pass instead (`one_pass`)."""
+    `torch.optim.AdamW(fused=True)` calls."""
 
     moments = ("exp_avg", "exp_avg_sq")
 
@@ -86,24 +85,25 @@ class AdamW(Part):
     def move(self, group: Group, scale: float) -> None:
         """One step of a group."""
         moved = [parameter for parameter in group.parameters if parameter.grad is not None]
-        large = [parameter for parameter in moved if one_pass.pays(local_part(parameter))]
-        if large:
-            one_pass.move(
-                [self._of(parameter) for parameter in large], group, self.betas, self.eps, self.updates, scale
-            )
-        rest = [self._of(parameter) for parameter in moved if parameter not in set(large)]
-        if not rest:
+        if not moved:
             return
-        weights, gradients, first, second = map(list, zip(*rest, strict=True))
+        weights = [local_part(parameter) for parameter in moved]
+        gradients = [local_part(parameter.grad) for parameter in moved if parameter.grad is not None]
+        divisor = None
+        if scale != 1 and all(gradient.dtype == torch.float32 for gradient in gradients):
+            # In the operator's own pass over memory; it reads a float32, which would not do for wider gradients.
+            divisor = torch.full((), 1 / scale, device=weights[0].device)
+        else:
+            scaled(gradients, scale)
         # The operator reads the number of the step where the parameters are.
         number = torch.full((), self.updates, dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(
             weights,
-            scaled(gradients, scale),
-            first,
-            second,
+            gradients,
+            [self.state[parameter]["exp_avg"] for parameter in moved],
+            [self.state[parameter]["exp_avg_sq"] for parameter in moved],
             [],
-            [number] * len(rest),
+            [number] * len(moved),
             lr=group.lr,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -111,10 +111,5 @@ class AdamW(Part):
             eps=self.eps,
             amsgrad=False,
             maximize=False,
+            grad_scale=divisor,
         )
-
-    def _of(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A parameter, its gradient and both moments, as plain tensors."""
-        assert parameter.grad is not None
-        moments = self.state[parameter]
-        return local_part(parameter), local_part(parameter.grad), moments["exp_avg"], moments["exp_avg_sq"]

@@ -65,7 +65,7 @@ def _step(session: Session, step: int) -> int:
     """One optimizer step. Returns the number of the next one: `step` + 1, or an earlier one after a rewind."""
     job, engine, clock = session.job, session.engine, session.clock
     session.profile.before(step + 1)
-    session.sample.before(step + 1, session.recorder.peak_bytes(), clock, engine, session.optimizers)
+    session.sample.before(step + 1, session.recorder, clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
         if clock.device is None:

@@ -41,12 +41,12 @@ class ProfiledStep:
         self._step = PROFILED_STEP if wanted and not self._path.exists() else None
         self._profile: Any = None
 
-    def before(self, step: int, peak_bytes: int, clock: Clock, engine: Engine, optimizers: Optimizers) -> None:
-        """About to run `step` (counted from 1); `peak_bytes`: the most this process took until now."""
+    def before(self, step: int, recorder: Recorder, clock: Clock, engine: Engine, optimizers: Optimizers) -> None:
+        """About to run `step` (counted from 1)."""
         if step != self._step:
             return
         with clock.bucket("profile"):
-            self._peak_bytes, self._held = peak_bytes, held_bytes(engine, optimizers)
+            self._peak_bytes, self._held = recorder.peak_bytes(), held_bytes(engine, optimizers)
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
         clock.mark = lambda bucket: record_function(MARK + bucket)

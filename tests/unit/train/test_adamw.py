@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from bloomery.train import one_pass
 from bloomery.train.adamw import AdamW, Group
 
 BETAS, EPS = (0.9, 0.95), 1e-8
@@ -54,35 +53,15 @@ def test_what_has_no_gradient_stays_and_moments_begin_again_when_forgotten() -> 
     assert not any(moment.any() for moment in optimizer.state[first].values())
 
 
-def large_ones(dtype: torch.dtype) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(rows, 16, generator=generator, dtype=dtype)) for rows in (8,) * 9 + (24,)]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_pass_over_memory_clips_and_moves_as_pytorchs_own(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
-    if not compiled:
-        monkeypatch.setattr(one_pass, "_compiled", lambda: one_pass.moved)
-    monkeypatch.setattr(one_pass, "pays", lambda weight: weight.dim() == 2)
-    ours, theirs = large_ones(torch.float64), large_ones(torch.float64)
-    one = AdamW([Group(ours, weight_decay=0.1, lr=0.01)], BETAS, EPS)
-    other = torch.optim.AdamW(theirs, lr=0.01, betas=BETAS, eps=EPS, weight_decay=0.1)
-    for scale in (1.0, 0.25, 0.5):
-        for mine, its in zip(ours, theirs, strict=True):
-            mine.grad = torch.randn_like(mine)
-            its.grad = mine.grad * scale
-        one.step(scale)
-        other.step()
-    for mine, its in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, its, rtol=1e-13, atol=1e-13)
-
-
-def test_gradients_are_scaled_for_the_operator_too() -> None:
-    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_are_taken_times_a_factor(dtype: torch.dtype) -> None:
+    ours, theirs = parameters(dtype), parameters(dtype)
     one, other = (AdamW([Group(found, lr=0.01)], BETAS, EPS) for found in (ours, theirs))
+    torch.manual_seed(0)
     for mine, its in zip(ours, theirs, strict=True):
         mine.grad = torch.randn_like(mine)
-        its.grad = mine.grad * 0.25
-    one.step(0.25)
+        its.grad = mine.grad * 0.3
+    one.step(0.3)
     other.step()
-    assert all(torch.equal(mine, its) for mine, its in zip(ours, theirs, strict=True))
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
