@@ -99,9 +99,9 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of cross entropies in nats of `x @ weight^T` over targets >= 0, a scalar; float32 accumulation at least.
 
-    Products are made in the number format of x, the weight's gradient is added up in float32 at least and rounded to the
-    weight's format only where autograd wants that (`Tensor.grad_dtype`). The gradient is that
-    of the cross entropy and `z_loss` times the squared logarithm of the softmax's sum, which the value does not show.
+    Products are made in the number format of x. The weight's gradient is added up in float32 at least; autograd rounds
+    it to the weight's format unless told otherwise (`Tensor.grad_dtype`). It is that of the cross entropy and `z_loss`
+    times the squared logarithm of the softmax's sum, which the value does not show.
     """
     return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, z_loss, chunk, torch.is_grad_enabled())
 

@@ -1,7 +1,7 @@
 """ZeRO 2 and 3 by FSDP2, inside each replica where there are several; as in `data_parallel`, gradients are summed.
 
-Under autocast parameters are gathered in its format: half of the bytes, and what autocast would have made of whole ones.
-Shards, gradients as they are added up and their sum over ranks stay float32, and so does what is read in float32
+Under autocast parameters are gathered in its format: half of the bytes, and what autocast would make of whole ones.
+Shards, gradients as they are added up and their sums over ranks stay float32, and so does what is read in float32
 anyway (`Parameter.wide`), which travels in the same messages.
 
 Imported only where a layout asks for it: FSDP2 and its DTensor take 70 MB and a second and a half.
@@ -112,11 +112,11 @@ def _keep_wide(stage: Transformer, table: Mapping[str, Parameter]) -> None:
     """
     named = {parameter: owning_name(stage.model, name) for name, parameter in stage.named_parameters()}
     for unit in stage.modules():
+        for parameter in _parameters_of(unit):
+            if table[named[parameter.sharded_param]].wide:
+                parameter.init_dtype_attrs = partial(_as_it_is, parameter.init_dtype_attrs)
         if isinstance(unit, FSDPModule):
-            for parameter in _parameters_of(unit):
-                if table[named[parameter.sharded_param]].wide:
-                    parameter.init_dtype_attrs = partial(_as_it_is, parameter.init_dtype_attrs)
-            _Widen(unit)
+            unit.register_forward_pre_hook(_add_up_wide)
 
 
 def _as_it_is(decide: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy) -> None:
@@ -124,22 +124,15 @@ def _as_it_is(decide: Callable[[MixedPrecisionPolicy], None], policy: MixedPreci
     decide(replace(policy, param_dtype=None))
 
 
-class _Widen:
-    """Waits for a unit's first forward pass, which makes the parameters that it computes with, for good."""
-
-    def __init__(self, unit: FSDPModule) -> None:
-        assert isinstance(unit, nn.Module)
-        self.handle = unit.register_forward_pre_hook(self)
-
-    def __call__(self, unit: FSDPModule, _: Any) -> None:
-        self.handle.remove()
-        for parameter in _parameters_of(unit):
-            parameter._unsharded_param.grad_dtype = torch.float32
+def _add_up_wide(unit: nn.Module, _: Any) -> None:
+    """Before a unit's forward pass, when FSDP has made what it computes with (the first time, for good)."""
+    for parameter in _parameters_of(unit):
+        parameter._unsharded_param.grad_dtype = torch.float32
 
 
-def _parameters_of(unit: FSDPModule) -> list[Any]:
-    """FSDP's own view of the parameters that a unit gathers."""
-    group = unit._get_fsdp_state()._fsdp_param_group
+def _parameters_of(module: nn.Module) -> list[Any]:
+    """FSDP's own view of the parameters that a module gathers, if it is a unit."""
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
     return [] if group is None else group.fsdp_params
 
 
@@ -196,7 +189,7 @@ def whole_gradient_bytes(stages: Sequence[Transformer]) -> int:
     two stages share is counted once."""
     gradients: list[Tensor | None] = []
     for module in (module for stage in stages if isinstance(stage, FSDPModule) for module in stage.modules()):
-        for parameter in _parameters_of(module) if isinstance(module, FSDPModule) else []:
+        for parameter in _parameters_of(module):
             gradients.append(parameter.unsharded_accumulated_grad)
             gradients.append(parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None)
     plain = {parameter for stage in stages if not isinstance(stage, FSDPModule) for parameter in stage.parameters()}
