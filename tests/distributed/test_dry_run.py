@@ -141,9 +141,9 @@ def test_a_small_layout_holds_computes_and_sends_what_is_predicted(case: Case) -
         assert one.account.receive_buffers_bytes == 0
         if case.dtype == "bfloat16":
             held = stage_parameters(model, layout, one.account.pipeline_rank)
-            # The head's copy ends with the loss.
+            # The head's copy ends with the loss; what ZeRO gathers is narrow.
             matrices = sum(p.size // layout.tp for p in held if p.kind == "matrix" and p.name != "head.weight")
-            assert one.account.weight_copies_bytes == 2 * matrices
+            assert one.account.weight_copies_bytes == (0 if layout.zero_stage >= 2 else 2 * matrices)
         if case.dtype == "float8":
             assert one.account.weight_copies_bytes == 0
         agrees = without_activations(one)

@@ -263,6 +263,10 @@ BFLOAT16 = [
     )
 ] + [
     Case("gpt", "tp=2,sp=true,micro_batch=2", dtype="bfloat16"),
+    Case("gpt", "pp=2,dp=2,zero=2,vpp=2,micro_batch=1", dtype="bfloat16"),
+    Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2", dtype="bfloat16"),
+    Case("deepseek", "dp=4,replicas=2,zero=2,micro_batch=2", dtype="bfloat16"),
+    Case("llama", "dp=2,zero=3,micro_batch=2", dtype="bfloat16", optimizer="muon"),
     Case("tied-gpt", "pp=2,dp=2,micro_batch=2", dtype="bfloat16"),
     Case("qk-norm", "cp=2,tp=2,micro_batch=4", dtype="bfloat16"),
     Case("latent", "cp=2,tp=2,sp=true,micro_batch=4", dtype="bfloat16"),

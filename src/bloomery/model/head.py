@@ -99,8 +99,9 @@ def summed_cross_entropy(
 ) -> Tensor:
     """Sum of cross entropies in nats of `x @ weight^T` over targets >= 0, a scalar; float32 accumulation at least.
 
-    Products are made in the number format of x, the weight's gradient is added up in the weight's. The gradient is that
-    of the cross entropy and `z_loss` times the squared logarithm of the softmax's sum, which the value does not show.
+    Products are made in the number format of x. The weight's gradient is added up in float32 at least; autograd rounds
+    it to the weight's format unless told otherwise (`Tensor.grad_dtype`). It is that of the cross entropy and `z_loss`
+    times the squared logarithm of the softmax's sum, which the value does not show.
     """
     return _SummedCrossEntropy.apply(x_nd, weight_vd, targets_n, axis, z_loss, chunk, torch.is_grad_enabled())
 
@@ -129,7 +130,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = x_nd.new_zeros((), dtype=torch.promote_types(x_nd.dtype, torch.float32))
         learns = training and ctx.needs_input_grad[1]
         x_gradient_nd = torch.empty_like(x_nd) if training else None
-        weight_gradient_vd = torch.zeros_like(weight_vd) if learns else None
+        wide = torch.promote_types(weight_vd.dtype, torch.float32)
+        weight_gradient_vd = torch.zeros_like(weight_vd, dtype=wide) if learns else None
         for start in range(0, n, rows):
             chunk = slice(start, start + rows)
             x_cd = x_nd[chunk]

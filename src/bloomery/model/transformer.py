@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bloomery.model.attention import Attention, KeyValues
+from bloomery.model.embedding import Embedding
 from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
 from bloomery.model.mixture import feed_forward
@@ -67,13 +68,13 @@ class Transformer(nn.Module):
         self.positions: Callable[[int, torch.device], Tensor] = in_order
         self.sequence_cut = self.context_cut = 1
         self.embedding_gradient = 1.0
-        self.embedding: nn.Module | None = nn.Embedding(model.vocab, model.hidden) if first else None
+        self.embedding: nn.Module | None = Embedding(model.vocab, model.hidden) if first else None
         learned = first and model.position == "learned"
-        self.position: nn.Module | None = nn.Embedding(model.max_seq_len, model.hidden) if learned else None
+        self.position: nn.Module | None = Embedding(model.max_seq_len, model.hidden) if learned else None
         self.layers = nn.ModuleDict({str(layer): Layer(model, layer) for layer in layers})
         self.norm = norm(model) if last else None
         self.head = Head(model.hidden, model.vocab) if last else None
-        if self.head is not None and isinstance(self.embedding, nn.Embedding) and model.tie_embeddings:
+        if self.head is not None and isinstance(self.embedding, Embedding) and model.tie_embeddings:
             self.head.weight = self.embedding.get_parameter("weight")
 
     def forward(

@@ -58,9 +58,10 @@ def lay_out(
     seed: int,
     measure: Measure,
     compiled: bool,
+    narrow: torch.dtype | None,
     float8: Float8 | None,
 ) -> tuple[dict[int, Transformer], dict[str, Parameter]]:
-    """This rank's stages by index, ready to compute, and the parameter table by name."""
+    """This rank's stages by index, ready to compute, and the parameter table by name. `narrow`: autocast's format."""
     layout = mesh.layout
     table = {parameter.name: parameter for parameter in all_parameters(model)}
     stages: dict[int, Transformer] = {}
@@ -93,7 +94,7 @@ def lay_out(
         if layout.data_ranks > 1 and layout.zero_stage >= 2:
             from bloomery.parallel.fully_sharded import shard_over_data
 
-            shard_over_data(stage, mesh, measure, initial.fill)
+            shard_over_data(stage, mesh, measure, initial.fill, table, narrow)
         else:
             initial.fill(stage)
         stages[index] = stage

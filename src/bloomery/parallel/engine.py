@@ -378,7 +378,7 @@ def build(
         context = ContextAxis(mesh.group("cp"), layout.cp, mesh.cp_rank, layout.cp_method, measure)
     stages, table = lay_out(
         model, mesh, axis, context, dtype=PARAMETERS[dtype], seed=seed, measure=measure, compiled=compiled,
-        float8=float8 if dtype == "float8" else None,
+        float8=float8 if dtype == "float8" else None, narrow=AUTOCAST.get(dtype),
     )  # fmt: skip
     stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)

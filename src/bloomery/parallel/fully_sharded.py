@@ -1,11 +1,16 @@
 """ZeRO 2 and 3 by FSDP2, inside each replica where there are several; as in `data_parallel`, gradients are summed.
 
+Under autocast parameters are gathered in its format: half of the bytes, and what autocast would make of whole ones.
+Shards, gradients as they are added up and their sums over ranks stay float32, and so does what is read in float32
+anyway (`Parameter.wide`), which travels in the same messages.
+
 Imported only where a layout asks for it: FSDP2 and its DTensor take 70 MB and a second and a half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 from torch.distributed.tensor import Shard
 
@@ -22,6 +27,7 @@ from bloomery.model.transformer import Layer, Transformer
 from bloomery.parallel.collectives import Measure
 from bloomery.parallel.expert import expert_parameters
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.parameters import Parameter, owning_name
 
 
 class _Buffers:
@@ -61,19 +67,29 @@ Fill = Callable[[nn.Module, str], None]
 """Puts values into the parameters without memory of a stage's module of that name."""
 
 
-def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure, fill: Fill) -> None:
+def shard_over_data(
+    stage: Transformer,
+    mesh: Mesh,
+    measure: Measure,
+    fill: Fill,
+    table: Mapping[str, Parameter],
+    narrow: torch.dtype | None,
+) -> None:
     """Fill and wrap each layer, then what lies outside the layers; ZeRO 3 frees a layer's parameters after its forward.
 
-    With replicas each rank's cut gradients are also summed over them, booked like the rest: on a two-dimensional mesh
-    FSDP would send that message itself, unbooked.
+    `narrow`: autocast's format, in which parameters are gathered. With replicas each rank's cut gradients are also
+    summed over them, booked like the rest: on a two-dimensional mesh FSDP would send that message itself, unbooked.
     """
     assert mesh.device_mesh is not None
     axis, alone = mesh.device_mesh["dp"], set[nn.Parameter]()
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if narrow is not None:
+        policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for name, layer in zip(stage.layers, stage.blocks(), strict=True):
         fill(layer, f"layers.{name}")
-        alone |= _shard_layer(layer, mesh, axis)
+        alone |= _shard_layer(layer, mesh, axis, policy)
     fill(stage, "")
-    fully_shard(stage, mesh=axis, reshard_after_forward=False, ignored_params=alone)
+    fully_shard(stage, mesh=axis, reshard_after_forward=False, mp_policy=policy, ignored_params=alone)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -83,9 +99,44 @@ def shard_over_data(stage: Transformer, mesh: Mesh, measure: Measure, fill: Fill
             if mesh.device.type == "cpu":
                 module.set_custom_all_gather(MeasuredAllGather(measure))
                 module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
+    if narrow is not None:
+        _keep_wide(stage, table)
 
 
-def _shard_layer(layer: Layer, mesh: Mesh, axis: DeviceMesh) -> set[nn.Parameter]:
+def _keep_wide(stage: Transformer, table: Mapping[str, Parameter]) -> None:
+    """Gather as they are the parameters that are read in float32; add up the gradients of all in float32.
+
+    FSDP takes one policy a unit and asks it of each parameter; its messages carry several formats (as bytes). Gradients
+    of a narrow parameter would be rounded to its format, and added up in it where a schedule goes back for weights
+    apart: `Tensor.grad_dtype` is autograd's own way to a wider one.
+    """
+    named = {parameter: owning_name(stage.model, name) for name, parameter in stage.named_parameters()}
+    for unit in stage.modules():
+        for parameter in _parameters_of(unit):
+            if table[named[parameter.sharded_param]].wide:
+                parameter.init_dtype_attrs = partial(_as_it_is, parameter.init_dtype_attrs)
+        if isinstance(unit, FSDPModule):
+            unit.register_forward_pre_hook(_add_up_wide)
+
+
+def _as_it_is(decide: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy) -> None:
+    """Let a parameter decide as if the unit's policy were to gather what it holds."""
+    decide(replace(policy, param_dtype=None))
+
+
+def _add_up_wide(unit: nn.Module, _: Any) -> None:
+    """Before a unit's forward pass, when FSDP has made what it computes with (the first time, for good)."""
+    for parameter in _parameters_of(unit):
+        parameter._unsharded_param.grad_dtype = torch.float32
+
+
+def _parameters_of(module: nn.Module) -> list[Any]:
+    """FSDP's own view of the parameters that a module gathers, if it is a unit."""
+    group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+    return [] if group is None else group.fsdp_params
+
+
+def _shard_layer(layer: Layer, mesh: Mesh, axis: DeviceMesh, policy: MixedPrecisionPolicy) -> set[nn.Parameter]:
     """Wrap a layer; returns what of it is left alone. What was whole is held by nobody afterwards.
 
     Experts are cut in dimension 1, their rows. Where they lie on several ranks they are wrapped by themselves, over the
@@ -96,7 +147,8 @@ def _shard_layer(layer: Layer, mesh: Mesh, axis: DeviceMesh) -> set[nn.Parameter
     def cut(parameter: nn.Parameter) -> Shard | None:
         return Shard(1) if parameter in experts else None
 
-    wrap = partial(fully_shard, reshard_after_forward=mesh.layout.zero_stage == 3, shard_placement_fn=cut)
+    freed = mesh.layout.zero_stage == 3
+    wrap = partial(fully_shard, reshard_after_forward=freed, shard_placement_fn=cut, mp_policy=policy)
     if mesh.expert_mesh is not None and mesh.layout.shards == mesh.layout.ep:
         alone = experts
     elif mesh.expert_mesh is not None and isinstance(layer.ffn, Mixture):
@@ -137,8 +189,7 @@ def whole_gradient_bytes(stages: Sequence[Transformer]) -> int:
     two stages share is counted once."""
     gradients: list[Tensor | None] = []
     for module in (module for stage in stages if isinstance(stage, FSDPModule) for module in stage.modules()):
-        group = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        for parameter in group.fsdp_params if group is not None else []:
+        for parameter in _parameters_of(module):
             gradients.append(parameter.unsharded_accumulated_grad)
             gradients.append(parameter._unsharded_param.grad if hasattr(parameter, "_unsharded_param") else None)
     plain = {parameter for stage in stages if not isinstance(stage, FSDPModule) for parameter in stage.parameters()}

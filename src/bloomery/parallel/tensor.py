@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bloomery.model.embedding import looked_up
 from bloomery.model.mixture import Mixture
 from bloomery.model.narrow import narrowed
 from bloomery.model.projection import Multiply, multiply
@@ -50,7 +51,7 @@ class VocabularyEmbedding(nn.Module):
         rows = self.weight.shape[0]
         local_bs = tokens_bs - self.axis.rank * rows
         mine_bs1 = ((local_bs >= 0) & (local_bs < rows)).unsqueeze(-1)
-        x_bsd = F.embedding(local_bs.clamp(0, rows - 1), self.weight) * mine_bs1
+        x_bsd = looked_up(local_bs.clamp(0, rows - 1), self.weight) * mine_bs1
         # All but one of the ranks send zeros: the sum is the one row, rounded once.
         return leave_block(narrowed(x_bsd), self.axis)
 
@@ -64,7 +65,7 @@ class SequencePosition(nn.Module):
 
     def forward(self, positions_s: Tensor) -> Tensor:
         """positions: (seq,) to (seq / tp, hidden)."""
-        return F.embedding(positions_s.chunk(self.axis.size)[self.axis.rank], self.weight)
+        return looked_up(positions_s.chunk(self.axis.size)[self.axis.rank], self.weight)
 
 
 def apply_tensor_parallel(stage: Transformer, axis: TensorAxis, *, keep_inputs: bool = True) -> None:

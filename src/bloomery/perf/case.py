@@ -34,7 +34,7 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute", "offload")
+PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute", "offload", "gathers")
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
@@ -160,6 +160,9 @@ class Case:
         if name == "norms_sharded" and not self._partial:
             # Without sequence parallelism nothing is summed, however it is cut.
             return self.once(name, lambda: Codes.of(self.lay.norms_sharded & (self.lay.sequence_parallel == 1)))
+        if name == "gathers" and self.precision.stream >= self.precision.parameter:
+            # Only casts to a narrower format depend on it.
+            return self.once("codes of gathers", lambda: Codes.of(np.zeros(len(self.lay), dtype=np.int64)))
         of = self if name == "micro_batches" else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
 

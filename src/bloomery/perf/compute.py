@@ -277,11 +277,17 @@ def _accumulation(case: Case, held: Held) -> Any:
 
 
 def _casts(case: Case, held: Held) -> Any:
-    """Autocast's copies of the weights."""
+    """Autocast's copies of the weights, unless they are gathered narrow, and their gradients back to wide ones. (Of
+    experts that ZeRO leaves whole the copies are not counted.)"""
+    return cast_s(case, np.where(case.lay.gathers, 1, 2) * _elements(case, held))
+
+
+def cast_s(case: Case, elements: Any) -> Any:
+    """Seconds in which weights become narrower for arithmetic, or their gradients wide; 0 where they are as narrow."""
     precision = case.precision
-    if precision.stream >= precision.parameter:
+    if precision.gathered == precision.parameter:
         return 0.0
-    return memory_s(case.accelerator, _elements(case, held) * 2 * (precision.parameter + precision.stream))
+    return memory_s(case.accelerator, elements * (precision.parameter + precision.gathered))
 
 
 def _joined(case: Case, held: Held) -> Any:

@@ -123,26 +123,30 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     """Parameters, gradients, optimizer state and the buffers of gathered parameters.
 
     ZeRO 2 here is FSDP that keeps gathered parameters until the step's end; ZeRO 3 gathers two layers at a time and
-    what a stage holds outside its layers.
+    what a stage holds outside its layers. Our engine leaves experts whole that no other rank of a replica has.
     """
     lay, precision = case.lay, case.precision
     dense, experts = parameters_on(case, ranks)
-    gathered = precision.parameter * (dense + experts)
+    whole = precision.parameter * (dense + experts)
     layer = np.where(ranks.moe_layers > 0, case.moe_layer.dense(lay) + case.moe_layer.experts(lay), 0.0)
     layer = np.maximum(layer, np.where(ranks.dense_layers > 0, case.dense_layer.dense(lay), 0.0))
     ends = ranks.first * case.embedding.dense(lay) + ranks.last * case.lone_head.dense(lay)
     # Besides the gathered weights, the gradient of the layer under reduction is whole.
-    window = 2 * layer * precision.parameter + layer * precision.gradient + ends * precision.parameter
+    window = (2 * layer + ends) * precision.gathered + layer * precision.gradient
     # Megatron's and DeepSpeed's ZeRO 2 keep 16-bit weights whole anyway; FSDP keeps its shards beside the whole.
     shards = precision.parameter * _cut(case, dense, experts, lay.zero_stage >= 2)
     sharded = lay.zero_stage >= 2
+    gathered = precision.gathered * (dense + experts)
     buffers = np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0)
     if case.stack.eager:
         # FSDP reduces after the last micro-batch: whole gradients until then.
         sharded = sharded & (case.micro_batches == 1)
         if precision.stream < precision.parameter:
-            # Autocast keeps narrow copies of the weights through a step; those in float8 are cast at each product.
+            # Autocast keeps narrow copies of the weights through a step. Those in float8 are cast at each product;
+            # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).
             copied = experts if precision.operand < precision.stream else dense + experts
+            alone = (lay.zero_stage == 3) & (lay.ep > 1) & (lay.shards == lay.ep)
+            copied = np.where(lay.zero_stage >= 2, experts * alone, copied)
             buffers = buffers + precision.stream * copied
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
@@ -155,7 +159,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         experts = ranks.moe_layers * last.experts(lay)
         states = states - precision.norm * _cut(case, matrices, experts, lay.zero_stage >= 1)
     return {
-        "parameters": np.where(lay.zero_stage >= 2, shards, gathered),
+        "parameters": np.where(lay.zero_stage >= 2, shards, whole),
         "gradients": precision.gradient * _cut(case, dense, experts, sharded),
         "optimizer": states,
         "buffers": buffers,

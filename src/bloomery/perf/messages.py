@@ -179,6 +179,7 @@ def data_messages(case: Case) -> Data:
     ranks, widths = (
         case.kinds,
         {
+            "stream_bytes": case.precision.stream,
             "parameter_bytes": case.precision.parameter,
             "gradient_bytes": case.precision.gradient,
         },

@@ -35,6 +35,12 @@ class Precision:
     averages_per_step: float = 0.0
 
     @property
+    def gathered(self) -> int:
+        """Of weights as ZeRO 2 and 3 gather them: in the format of arithmetic where that is narrower (what norms and
+        routers read in float32 is too little to be told apart here)."""
+        return min(self.parameter, self.stream)
+
+    @property
     def adam_bytes(self) -> float:
         """Bytes one AdamW update moves per parameter: read gradient, weight, two moments; write weight, two moments.
 

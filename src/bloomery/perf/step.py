@@ -12,7 +12,7 @@ import numpy as np
 
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.collectives import group_of
-from bloomery.perf.compute import Work, stage_work
+from bloomery.perf.compute import Work, cast_s, stage_work
 from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
@@ -165,8 +165,9 @@ SENDS = (*MESH, "outermost", "sequence_parallel", "micro_batch", "vpp", "v_shape
 class DataParallel(Table):
     """What follows the pipeline or runs beside it, in seconds, on each of `Case.kinds` (3, k) or as a whole (k,).
 
-    `bucket`: one layer's share of a rank's gradients; `hooks`, `hooks_each`: the host's part in cutting parameters and
-    gradients, a step and a micro-batch; `ends`: how many ranks drain before the first one.
+    `bucket`: one layer's share of a rank's gradients; `hooks`, `hooks_each`: what a rank does about parameters and
+    gradients that are cut, a step and a micro-batch: the host's part, and casts of its shards; `ends`: how many ranks
+    drain before the first one.
     """
 
     reduce: Any
@@ -186,15 +187,17 @@ class DataParallel(Table):
         kinds, accelerator = case.kinds, case.accelerator
         data, stage = data_messages(case), case.lay.zero_stage
         hook_s = case.stack.shard_kernels * accelerator.launch_s * kinds.layers.max(axis=0)
+        updated = updated_parameters(case, kinds).max(axis=0)
+        shard_s = cast_s(case, updated)
         return cls(
             reduce=data.reduce,
             gather=data.gather,
             gather_each=data.gather_each,
             bucket=1.0 / np.maximum(kinds.layers, 1),
-            hooks=hook_s * np.select([stage == 3, stage == 2], [1, 2], 0),
-            hooks_each=hook_s * np.where(stage == 3, 2, 0),
+            hooks=hook_s * np.select([stage == 3, stage == 2], [1, 2], 0) + shard_s * (stage == 2),
+            hooks_each=(hook_s + shard_s) * np.where(stage == 3, 2, 0),
             ends=ends_before_first(case).astype(np.float64),
-            optimizer=optimizer_s(case, updated_parameters(case, kinds).max(axis=0)) + muon_s(case).max(axis=0),
+            optimizer=optimizer_s(case, updated) + muon_s(case).max(axis=0),
             other=statistics_s(case) + case.stack.step_overhead_s,
             peak_flops_per_s=case.lay.world_size * accelerator.peak(case.dtype),
         )
@@ -325,7 +328,7 @@ class StepTimes:
 
 
 def _hooks_s(micro: MicroBatch, data: DataParallel) -> Any:
-    """Seconds of the host in cutting parameters and gradients, a step."""
+    """Seconds in which a rank sees to parameters and gradients that are cut, a step."""
     return data.hooks + micro.count * data.hooks_each
 
 

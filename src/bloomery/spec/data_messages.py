@@ -80,10 +80,12 @@ class _Unit:
         """On one rank, before ZeRO."""
         return sum(_local(part, tp) * there for part, there in self.parts) // self.share
 
-    def padded(self, tp: Any, first: Any) -> Any:
-        """The same, each tensor padded to rows for all ranks; `first`: where experts are cut in dimension 0, (n,)."""
+    def padded(self, tp: Any, first: Any, *, wide: bool = False) -> Any:
+        """The same, each tensor padded to rows for all ranks; `first`: where experts are cut in dimension 0, (n,);
+        `wide`: only of those (`Parameter.wide`)."""
         total: Any = 0
-        for part, there in self.parts:
+        for whole, there in self.parts:
+            part = [p for p in whole if p.wide] if wide else whole
             size = _padded(part, tp, self.ranks) // self.share
             if any(p.expert for p in part):
                 size = np.where(first, _padded_experts(part, tp, self.ranks, self.share), size)
@@ -117,7 +119,7 @@ def _units(model: Model, lay: LayoutBatch, shape: StageShape) -> Iterator[_Unit]
 
 
 def data_collectives(
-    model: Model, lay: LayoutBatch, shape: StageShape, *, parameter_bytes: int, gradient_bytes: int
+    model: Model, lay: LayoutBatch, shape: StageShape, *, stream_bytes: int, parameter_bytes: int, gradient_bytes: int
 ) -> list[Collective]:
     """Gradients and parameters over ranks that hold the same ones (dp x cp). Units: each layer, and what a stage holds
     outside its layers; experts on ep ranks by themselves, over the ranks that have the same.
@@ -125,7 +127,11 @@ def data_collectives(
     Replicated: one all-reduce a unit and step. ZeRO 1: gradients are reduce-scattered after the step's last micro-batch
     and updated parameters gathered. ZeRO 2: one gather and one reduce-scatter a step. ZeRO 3: gathers for each
     micro-batch's forward and backward. With replicas each rank's gradients are also summed over them (HSDP).
+
+    Both gather what they compute with: in the stream's format where that is narrower, but for what is `Parameter.wide`;
+    ZeRO 1 what the optimizer has updated.
     """
+    narrow_bytes = min(parameter_bytes, stream_bytes)
     rows, third = Rows(), Rows("micro_batch")
     cut, replicated = (lay.data_ranks > 1) & (lay.zero_stage >= 1), (lay.data_ranks > 1) & (lay.zero_stage == 0)
     across = cut & (lay.dp_replicas > 1)
@@ -140,8 +146,10 @@ def data_collectives(
             continue
         padded = unit.padded(lay.tp, lay.zero_stage == 1)
         # FSDP gathers what it wraps, buffers too; ZeRO 1 what optimizers move.
-        beside = _padded(unit.buffers, lay.tp, lay.shards) * (lay.zero_stage >= 2)
-        gathered, reduced = (padded + beside) * parameter_bytes, padded * gradient_bytes
+        wide, buffers = unit.padded(lay.tp, False, wide=True), _padded(unit.buffers, lay.tp, lay.shards)
+        as_computed = (padded - wide) * narrow_bytes + (wide + buffers) * parameter_bytes
+        gathered = np.where(lay.zero_stage >= 2, as_computed, padded * parameter_bytes)
+        reduced = padded * gradient_bytes
         rows.add(site, axis, "reduce_scatter", "backward", cut * held, reduced)
         rows.add(site, "replica", "all_reduce", "backward", across * held, reduced // unit.ranks)
         rows.add(site, axis, "all_gather", "step", cut * (lay.zero_stage == 1) * held, gathered)

@@ -281,6 +281,11 @@ class LayoutBatch:
         """Where ZeRO leaves each data-parallel rank its own rows of norms to sum over tensor-parallel ranks, (n,)."""
         return (self.tp > 1) & (self.zero_stage >= 2)
 
+    @cached_property
+    def gathers(self) -> np.ndarray:
+        """Where ZeRO cuts parameters, so that they are gathered to compute with, (n,)."""
+        return self.zero_stage >= 2
+
     def only(self, columns: Iterable[str], index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` as far as `columns` go: asking for another column is an AttributeError, so that what
         is computed from the rest cannot depend on it."""
@@ -289,9 +294,12 @@ class LayoutBatch:
         return part
 
     def having(self, **columns: np.ndarray | Splits) -> LayoutBatch:
-        """The same layouts with other values in some columns."""
+        """The same layouts with other values in some columns; what follows from others is known no longer, unless it is
+        all there is (`only`)."""
         part = object.__new__(LayoutBatch)
-        own = {f.name: vars(self)[f.name] for f in fields(self) if f.name in vars(self)}
+        names = {f.name for f in fields(self)}
+        bare = not names <= vars(self).keys()
+        own = {name: values for name, values in vars(self).items() if bare or name in names}
         part.__dict__.update(own | columns)
         return part
 

@@ -47,6 +47,13 @@ class Parameter:
         return 0 if self.expert else None
 
     @property
+    def wide(self) -> bool:
+        """Whether it is read in float32 where arithmetic is narrower: norms, routers and buffers, about a thousandth of
+        a model. ZeRO 2 and 3 gather it as it is and all else in arithmetic's format, so that no layout rounds what
+        another does not."""
+        return self.kind in ("norm", "buffer") or self.name.endswith(".router.weight")
+
+    @property
     def data_dim(self) -> int:
         """The dimension ZeRO 2 and 3 cut; ZeRO 1 cuts dimension 0."""
         return 1 if self.expert else 0

@@ -100,8 +100,9 @@ def collectives(
 ) -> list[Collective]:
     """Every message of one rank in one optimizer step; what happens under none of the layouts is left out.
 
-    Bytes per element: `stream_bytes` of the residual stream and what enters and leaves blocks, `parameter_bytes` and
-    `gradient_bytes` of what data parallelism gathers and reduces.
+    Bytes per element: `stream_bytes` of the residual stream and what enters and leaves blocks, `parameter_bytes` of
+    parameters as they are held (ZeRO 2 and 3 gather them in the narrower of both), `gradient_bytes` of what data
+    parallelism reduces.
     """
     widths = {
         "stream_bytes": stream_bytes,
@@ -127,6 +128,7 @@ def stage_collectives(
     optimizer: str = "adamw",
 ) -> list[Collective]:
     """The messages of a rank that holds `shape`, counted in a step or in a micro-batch."""
+    held = {"parameter_bytes": parameter_bytes, "gradient_bytes": gradient_bytes}
     inner = list[Collective]()
     for own, part in by_recompute(lay, shape):
         inner += tensor_collectives(model, own, part, seq_len=seq_len, stream_bytes=stream_bytes)
@@ -135,7 +137,7 @@ def stage_collectives(
     return [
         *inner,
         *pipeline_collectives(model, lay, pipeline_rank, seq_len=seq_len, stream_bytes=stream_bytes),
-        *data_collectives(model, lay, shape, parameter_bytes=parameter_bytes, gradient_bytes=gradient_bytes),
+        *data_collectives(model, lay, shape, stream_bytes=stream_bytes, **held),
         *norm_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *tied_collectives(model, lay, shape, gradient_bytes=gradient_bytes),
         *(matrix_collectives(model, lay, shape, parameter_bytes=parameter_bytes) if optimizer == "muon" else ()),

@@ -55,6 +55,20 @@ def test_bfloat16_products_are_reduced_and_added_up_in_float32(monkeypatch: pyte
     assert head.weight.grad is not None and head.weight.grad.dtype == torch.float32
 
 
+def test_chunks_add_up_in_float32_under_a_narrow_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "loss_rows", lambda device: 2)
+    generator = torch.Generator().manual_seed(0)
+    x_nd = torch.randn(2000, 5, generator=generator).to(torch.bfloat16)
+    targets_n = torch.randint(11, (2000,), generator=generator)
+    narrow_vd = torch.randn(11, 5, generator=generator).to(torch.bfloat16)
+    gradients = []
+    for weight_vd in (narrow_vd, narrow_vd.float()):
+        weight_vd.requires_grad_().grad_dtype = torch.float32
+        summed_cross_entropy(x_nd, weight_vd, targets_n).backward()
+        gradients.append(weight_vd.grad)
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
 def test_an_evaluation_makes_no_gradients() -> None:
     x_nd, weight_vd, targets_n = operands()
     with torch.no_grad(), torch.profiler.profile() as seen:
