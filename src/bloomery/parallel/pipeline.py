@@ -69,6 +69,9 @@ class MeasuredStage(PipelineStage):
         with self.measure("compute"):
             super().backward_one_chunk(bwd_chunk_id, loss, not split, last_backward)
         if self.has_backward:
+            if loss is not None:
+                # The schedule keeps every loss to the step's end, and its graph would keep what was received.
+                loss.detach_()
             _empty(self.args_recv_info[bwd_chunk_id])
             _empty(self.grad_recv_info[bwd_chunk_id])
 

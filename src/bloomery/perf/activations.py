@@ -152,8 +152,9 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts) -> Any:
 @dataclass(frozen=True)
 class Activations:
     """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
-    stage has `sent` (and, where its layers are offloaded, received) and keeps until its gradient comes, and a `fixed`
-    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
+    stage has `sent` (and, where its layers are offloaded, received) and keeps until its gradient comes, of what its
+    layers read alike (`shared`: our engine's rotary tables), and a `fixed` working set, of which `moving`: the
+    offloaded layer at work and the one that comes or goes.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
     in the host's memory while in flight; a CPU's is the same memory.
@@ -161,13 +162,14 @@ class Activations:
 
     layers: Any
     sent: Any
+    shared: Any
     fixed: Any
     moving: Any
 
     @property
     def each(self) -> Any:
         """Of one micro-batch in flight."""
-        return self.layers + self.sent
+        return self.layers + self.sent + self.shared
 
     @classmethod
     def of(cls, case: Case, ranks: Ranks) -> Activations:
@@ -193,7 +195,15 @@ class Activations:
         else:
             moving = zeros
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
-        return cls(layers, sent, again + moving + ends, moving)
+        shared = _rotary_tables_bytes(case) if case.stack.eager else zeros
+        return cls(layers, sent, shared, again + moving + ends, moving)
+
+
+def _rotary_tables_bytes(case: Case) -> Any:
+    """Cos and sin of the positions of one micro-batch on one context-parallel rank."""
+    model = case.model
+    width = model.rotary_width if model.position == "rope" else 0
+    return 2 * case.seq_len / case.lay.cp * width * case.precision.stream
 
 
 def end_bytes(case: Case) -> Any:

@@ -57,7 +57,7 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
-    kept, kept_of = case.over(*MICRO_BATCH)
+    kept, kept_of = case.over(*MICRO_BATCH, *(("zero_stage",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
     gradients = held.pop("gradients") + 0.0 * state.holders.layers
     states = sum(held.values())
@@ -128,8 +128,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     lay, precision = case.lay, case.precision
     dense, experts = parameters_on(case, ranks)
     whole = precision.parameter * (dense + experts)
-    layer = np.where(ranks.moe_layers > 0, case.moe_layer.dense(lay) + case.moe_layer.experts(lay), 0.0)
-    layer = np.maximum(layer, np.where(ranks.dense_layers > 0, case.dense_layer.dense(lay), 0.0))
+    layer = _largest_layer(case, ranks)
     ends = ranks.first * case.embedding.dense(lay) + ranks.last * case.lone_head.dense(lay)
     # Besides the gathered weights, the gradient of the layer under reduction is whole.
     window = (2 * layer + ends) * precision.gathered + layer * precision.gradient
@@ -170,11 +169,48 @@ def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
     if case.stack.eager:
         head = ranks.last * case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
-        back, loss = head + _backward_working_bytes(case), ranks.last * (_logits_of_a_chunk(case) + end_bytes(case))
-        # What is made again, if anything, is there when the loss and what it held are gone.
-        return np.maximum(loss - Activations.of(case, ranks).fixed, back)
+        back = head + _backward_working_bytes(case)
+        loss = ranks.last * (_logits_of_a_chunk(case) + end_bytes(case) + _read_by_the_head(case))
+        # What is made again, if anything, is there when the loss and what it held are gone; so is most of ZeRO 3's
+        # window.
+        later = Activations.of(case, ranks).fixed + (_opened_after_the_loss(case, ranks) if _window_opens(case) else 0)
+        return np.maximum(loss - later, back) + _sent_back(case, ranks)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
+
+
+def _read_by_the_head(case: Case) -> Any:
+    """The gradient of what our engine's head reads, which the loss makes in the forward pass, and under sequence
+    parallelism what it reads, gathered."""
+    whole = np.where(case.lay.sequence_parallel == 1, 2, 1) * case.tokens
+    return whole * case.model.hidden * case.precision.stream
+
+
+def _sent_back(case: Case, ranks: Ranks) -> Any:
+    """The gradient that a stage of our engine has sent to the one before: PyTorch's schedule holds it through the next
+    micro-batch. There is one as soon as fewer micro-batches are in flight than a step has."""
+    sends = ~ranks.first & (case.micro_batches > case.lay.pp - ranks.index)
+    return np.where(sends, case.stream_tokens * case.model.hidden * case.precision.stream, 0.0)
+
+
+def _window_opens(case: Case) -> bool:
+    """Whether some layouts have a window of ZeRO 3 in which gathered weights are as wide as their shards."""
+    zero = vars(case.lay).get("zero_stage")
+    return case.stack.eager and case.precision.stream == case.precision.parameter and bool(np.any(zero == 3))
+
+
+def _opened_after_the_loss(case: Case, ranks: Ranks) -> Any:
+    """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are given
+    back, only the buffer that brought them stays until the next comes; nothing is reduced."""
+    more = case.precision.parameter + case.precision.gradient
+    return np.where(case.lay.zero_stage == 3, _largest_layer(case, ranks) * more, 0.0)
+
+
+def _largest_layer(case: Case, ranks: Ranks) -> Any:
+    """Elements of the largest of a rank's layers, shape (n,)."""
+    routed = case.moe_layer.dense(case.lay) + case.moe_layer.experts(case.lay)
+    layer = np.where(ranks.moe_layers > 0, routed, 0.0)
+    return np.maximum(layer, np.where(ranks.dense_layers > 0, case.dense_layer.dense(case.lay), 0.0))
 
 
 def _backward_working_bytes(case: Case) -> Any:

@@ -8,7 +8,8 @@ step it slowed is left out of every average. On a GPU, where operators are not w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from bloomery.ledger.clock import Clock, unmarked
-from bloomery.ledger.kinds import MARK, Kinds, Span, kinds
+from bloomery.ledger.kinds import MARK, TALK, Kinds, Span, kinds
 from bloomery.ledger.reconcile import PROFILED_STEP
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.local import local_part
@@ -58,7 +59,7 @@ class ProfiledStep:
         clock.mark = unmarked
         with clock.bucket("profile"):
             self._profile.stop()
-            allocated = self._held + most_bytes(allocations(self._profile))
+            allocated = self._held + most_bytes(allocations(self._profile), messages(self._profile))
             account = {"step": step, **kinds_of(self._profile).to_json(NANOSECOND), "allocated_bytes": allocated}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(account, indent=1))
@@ -112,14 +113,42 @@ def allocations(profiled: Any) -> list[tuple[int, int, int]]:
     return sorted(found)
 
 
-def most_bytes(changes: Iterable[tuple[int, int, int]]) -> int:
-    """The most that was allocated at once, from `allocations`. What a thread without a profiler frees (the copies that
-    gloo's threads work on) is not said: it is gone by the time when its address is given out again."""
+def messages(profiled: Any) -> list[tuple[int, int]]:
+    """(begin, end) of every message under a profiler, in the order in which they began."""
+    spans = (event for event in _events(profiled) if event.name().startswith(TALK))
+    return sorted((event.start_ns(), event.start_ns() + event.duration_ns()) for event in spans)
+
+
+def most_bytes(changes: Sequence[tuple[int, int, int]], messages: Sequence[tuple[int, int]] = ()) -> int:
+    """The most that was allocated at once, from `allocations` and `messages` of a step that leaves nothing behind.
+
+    What a thread without a profiler frees is not said: gloo's threads hold what they send or receive, and where cores
+    are busy they let go of it last. It is gone when the first message after its making has ended.
+    """
     alive, now, most = dict[int, int](), 0, 0
-    for _, size, address in changes:
+    for _, size, address in sorted([*changes, *_untold(changes, messages)]):
         now -= alive.pop(address, 0)
         if size > 0:
             alive[address] = size
             now += size
         most = max(most, now)
     return most
+
+
+def _untold(
+    changes: Sequence[tuple[int, int, int]], messages: Sequence[tuple[int, int]]
+) -> Iterator[tuple[int, int, int]]:
+    """Frees, as in `changes`, of what none is said of; at latest when the address is given out again."""
+    made, begins = dict[int, tuple[int, int]](), [begin for begin, _ in messages]
+    left: list[tuple[int, int, int, float]] = []
+    for moment, size, address in changes:
+        before = made.pop(address, None)
+        if size > 0:
+            made[address] = moment, size
+            if before is not None:
+                left.append((*before, address, moment))
+    left += [(*before, address, float("inf")) for address, before in made.items()]
+    for moment, size, address, again in left:
+        place = bisect_left(begins, moment)
+        if place < len(messages) and messages[place][1] < again:
+            yield messages[place][1], -size, address

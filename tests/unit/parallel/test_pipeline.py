@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,3 +80,16 @@ def test_an_evaluation_takes_no_memory_for_gradients(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(PipelineStage, "get_bwd_recv_ops", lambda *_: [])
     assert stage.get_bwd_recv_ops(0) == []
     assert awaited.buffer.is_meta
+
+
+def test_a_loss_that_has_gone_back_keeps_nothing_of_its_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    received = SimpleNamespace(buffer=torch.ones(4, requires_grad=True))
+    stage = bare_stage(
+        args_recv_info={0: [received]}, grad_recv_info={0: []}, _has_backward=True, splits=False,
+        measure=lambda _: nullcontext(),
+    )  # fmt: skip
+    loss, kept = received.buffer.square().sum() / 2, weakref.ref(received.buffer)
+    monkeypatch.setattr(PipelineStage, "backward_one_chunk", lambda self, n, loss, *_: loss.backward())
+    stage.backward_one_chunk(0, loss)
+    assert kept() is None
+    assert float(loss) == 2.0

@@ -77,3 +77,11 @@ def test_what_a_thread_without_a_profiler_frees_is_gone_when_its_address_comes_a
     assert most_bytes([(0, 100, 1), (1, 100, 2), (2, -100, 2), (3, 50, 1)]) == 200
     assert most_bytes([(0, 100, 1), (1, 100, 1), (2, 100, 1)]) == 100
     assert most_bytes([(0, -100, 7), (1, 30, 1)]) == 30
+
+
+def test_what_a_message_was_made_of_is_gone_when_the_message_has_ended() -> None:
+    sent, later = (0, 100, 1), (20, 50, 2)
+    assert most_bytes([sent, later, (30, -50, 2)], [(5, 10)]) == 100
+    assert most_bytes([sent, later, (30, -50, 2)], [(5, 25)]) == 150
+    assert most_bytes([sent, (8, 70, 1), (9, 50, 2), (30, -70, 1), (30, -50, 2)], [(5, 25)]) == 120
+    assert most_bytes([sent, later, (30, -50, 2), (40, -100, 1)], [(5, 10)]) == 150  # said to be freed later
