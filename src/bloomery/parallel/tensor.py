@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bloomery.model.embedding import looked_up
 from bloomery.model.mixture import Mixture
