@@ -14,8 +14,10 @@ ALONE = Case("gpt", "micro_batch=4", dtype="float8")
 EXACT = Case("gpt", "micro_batch=4", dtype="float32")
 CASES = [
     Case("gpt", "tp=2,sp=true,micro_batch=4", dtype="float8"),
+    Case("gpt", "dp=2,zero=1,micro_batch=4", dtype="float8"),
     Case("gpt", "dp=2,zero=2,micro_batch=4", dtype="float8"),
 ]
+"""ZeRO 2 gathers weights in bfloat16, from which they are cast to float8."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,8 @@ def test_data_parallel_ranks_scale_their_own_micro_batches_as_one_process_does(f
     for rank in results(CASES[1], 2, folder):
         np.testing.assert_allclose(rank["losses"][0], alone["losses"][0], rtol=1e-6)
         np.testing.assert_allclose(rank["norms"][0], alone["norms"][0], rtol=1e-5)
+    for rank in results(CASES[2], 2, folder):
+        np.testing.assert_allclose(rank["losses"][0], alone["losses"][0], rtol=5e-4)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -48,9 +48,9 @@ class Parameter:
 
     @property
     def wide(self) -> bool:
-        """Whether it is read in float32 where arithmetic is narrower: norms, routers and buffers, about a thousandth of
-        a model. ZeRO 2 and 3 gather it as it is and all else in arithmetic's format, so that no layout rounds what
-        another does not."""
+        """Whether it may be read in float32 where arithmetic is narrower: norms, routers and buffers, about a
+        thousandth of a model. ZeRO 2 and 3 gather it as it is and all else in arithmetic's format, so that no layout
+        rounds what another does not."""
         return self.kind in ("norm", "buffer") or self.name.endswith(".router.weight")
 
     @property

@@ -85,6 +85,17 @@ def test_states_take_18_bytes_a_parameter_and_zero_cuts_them() -> None:
     assert found[2] == found[3] == pytest.approx(18 / 16 * n)
 
 
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2)])
+def test_our_engine_gathers_weights_in_the_format_of_its_arithmetic(dtype: str, each: int) -> None:
+    n, cluster = parameter_count(GPT3), catalog.cluster("this-machine")
+    for stage, copies in ((0, 2 if dtype == "bfloat16" else 0), (1, 2 if dtype == "bfloat16" else 0), (2, each)):
+        lay = LayoutBatch.of([Layout(dp=16, zero_stage=stage, micro_batch=1)])  # type: ignore[arg-type]
+        one = Case.of(GPT3, cluster, lay, global_batch=64, seq_len=S, dtype=dtype)  # type: ignore[arg-type]
+        found = memory_of(one, one.first)
+        assert found["buffers"][0] == pytest.approx(copies * n)  # under ZeRO 0 and 1 autocast's copies
+        assert found["gradients"][0] <= 4 * n
+
+
 def test_replicas_each_hold_the_whole_state() -> None:
     layouts = [Layout(dp=16, dp_replicas=2, zero_stage=3, micro_batch=1), Layout(dp=8, zero_stage=3, micro_batch=1)]
     found = [memory_of(one, one.first) for one in map(case, layouts)]
