@@ -42,7 +42,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def products(repeats: int) -> None:
     """The three products of a projection, by its rows; the weight's gradient in both formats."""
-    together = torch.compile(lambda g, x: torch.mm(g.t(), x, out_dtype=torch.float32))
+    together = torch.compile(lambda g, x: torch.mm(g.t(), x, out_dtype=torch.float32), dynamic=False)
     for name, rows, columns in (
         ("q", HIDDEN, HIDDEN), ("q, k, v together", 3 * HIDDEN, HIDDEN), ("gate", FFN, HIDDEN),
         ("gate, up together", 2 * FFN, HIDDEN), ("down", HIDDEN, FFN),

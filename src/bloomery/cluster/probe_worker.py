@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -62,8 +61,6 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
     the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
     device = place.device
-    if device.type != "cpu":
-        gc.collect()  # projections in float8 refer to themselves: the model before would still be there
     mesh = Mesh(how.layout, device, 0, None)
     engine = build(
         model,

@@ -6,7 +6,8 @@ compute, the gradients' reduction and the update (`Clock.handed_over`) share out
 A wait at each of them would leave the device idle while the host prepares what follows: 10 ms of a step of 260 on an
 H200 with 1.3 B parameters. An update ends after its step's lap, so a lap has that of the step before. What is not told
 apart: messages inside one of the three (tensor, context and expert parallelism's, FSDP's, the gather of ZeRO 1 after
-the update) and a pipeline's bubble. Only a profiler sees those.
+the update) and a pipeline's bubble. Only a profiler sees those. Records of a step are written while the next computes
+and are its compute; they show where they take longer.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Projections: `Linear`, and several of one input as one product.
+"""Projections: `Linear`, and some of one input as one product.
 
 An uncompiled layer makes one product a projection, by PyTorch's own operator. A compiled one under autocast copies each
-weight into the narrow format anyway: projections of one input then lie one after the other in one copy and are one
-product (a GPU is 5 % faster at it), and the gradient of a weight leaves its product in the weight's own format where
-the device can: it is neither rounded nor converted in between.
+float32 weight into the narrow format anyway: in the forward pass projections given together (queries and keys, gate and
+up) then lie one after the other in one copy and are one product (a GPU is 5 % faster at it), and the gradient of a
+weight leaves its product in float32 where the device can: it is neither rounded nor converted in between. Weights that
+FSDP has gathered in the narrow format are not copied, and read as they are.
 
-Shape suffixes: n tokens, i inputs, o outputs of all the projections.
+Shape suffixes: n tokens, i inputs, o outputs of one projection.
 """
 
 from __future__ import annotations
@@ -21,21 +22,23 @@ from torch.nn import functional as F
 
 from bloomery.model.narrow import narrowed
 
-Multiply = Callable[..., tuple[Tensor, ...]]
-"""(x, weights...) to (x W1^T, x W2^T, ...): x (..., in), each weight (its outputs, in)."""
+Multiply = Callable[[Tensor, Tensor], Tensor]
+"""(x, weight) to x W^T: (..., in), (out, in), (..., out)."""
 
 
-def multiply(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """x W^T of each weight, in autocast's format where that is on."""
-    if joins(x):
-        y: tuple[Tensor, ...] = _NarrowProduct.apply(narrowed(x), *weights)
-        return y
-    return tuple(F.linear(x, weight) for weight in weights)
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, in autocast's format where that is on."""
+    if not is_copied(weight, x.device.type):
+        return F.linear(x, weight)
+    (y,) = _NarrowProducts.apply(narrowed(x), weight)
+    return y
 
 
-def joins(x: Tensor) -> bool:
-    """Whether weights are copied for a product at this place, so that several cost no more than each alone."""
-    return torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)
+def is_copied(weight: Tensor, device: str) -> bool:
+    """Whether a product at this place reads a copy of the weight, so that several cost no more than each alone."""
+    if not (torch.compiler.is_compiling() and torch.is_autocast_enabled(device)):
+        return False
+    return weight.dtype != torch.get_autocast_dtype(device)
 
 
 class Linear(nn.Linear):
@@ -47,10 +50,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in) to (..., out)."""
-        if self.multiply is multiply and not joins(x):
+        if self.multiply is multiply and not is_copied(self.weight, x.device.type):
             return F.linear(x, self.weight, self.bias)
-        (y,) = self.multiply(x, self.weight)
-        return self.biased(y)
+        return self.biased(self.multiply(x, self.weight))
 
     def biased(self, y: Tensor) -> Tensor:
         """With the bias, in the format of y."""
@@ -59,14 +61,15 @@ class Linear(nn.Linear):
 
 def project(x: Tensor, *linears: Linear) -> tuple[Tensor, ...]:
     """What several projections make of one input."""
-    if not joins(x) or any(linear.multiply is not linears[0].multiply for linear in linears):
+    if not all(one.multiply is multiply and is_copied(one.weight, x.device.type) for one in linears):
         return tuple(linear(x) for linear in linears)
-    parts = linears[0].multiply(x, *(linear.weight for linear in linears))
-    return tuple(linear.biased(part) for linear, part in zip(linears, parts, strict=True))
+    products = _NarrowProducts.apply(narrowed(x), *(linear.weight for linear in linears))
+    return tuple(linear.biased(y) for linear, y in zip(linears, products, strict=True))
 
 
-class _NarrowProduct(torch.autograd.Function):
-    """Traced by the compiler alone, which chooses what of the narrow weights it keeps for the backward pass."""
+class _NarrowProducts(torch.autograd.Function):
+    """(x, weights...) to (x W1^T, x W2^T, ...). Traced by the compiler alone, which chooses what of the narrow weights
+    it keeps for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:

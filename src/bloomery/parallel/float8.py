@@ -45,10 +45,11 @@ def multiply_in_float8(stage: Transformer, recipe: Recipe) -> None:
                 module.multiply = multiply
 
 
-def float8_linear(x: Tensor, *weights: Tensor, recipe: Recipe) -> tuple[Tensor, ...]:
-    """x W^T of each weight in autocast's format. x: (..., in), weight: (out, in); all sides multiples of 16."""
+def float8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """x weight^T in autocast's format. x: (..., in), weight: (out, in); all sides multiples of 16."""
     # The view gives the weight a node that `_wanted` can ask about; of leaves autograd does not say.
-    return tuple(_Linear.apply(x, weight.view_as(weight), recipe) for weight in weights)
+    y: Tensor = _Linear.apply(x, weight.view_as(weight), recipe)
+    return y
 
 
 class _Linear(torch.autograd.Function):

@@ -33,8 +33,7 @@ class RowLinear(nn.Module):
 
     def forward(self, x_bsf: Tensor) -> Tensor:
         """x: (batch, seq, width / tp) to (batch, seq or seq / tp, hidden)."""
-        (y_bsf,) = self.multiply(x_bsf, self.weight)
-        y_bsd = leave_block(y_bsf, self.axis)
+        y_bsd = leave_block(self.multiply(x_bsf, self.weight), self.axis)
         return y_bsd if self.bias is None else y_bsd + self.bias.to(y_bsd.dtype)
 
 

@@ -52,8 +52,8 @@ class Precision:
 
     @property
     def clip_bytes(self) -> int:
-        """Bytes the gradient norm and clipping move per parameter: one read for the norm, as much again for scaling,
-        which reads and writes but only where the norm exceeds its limit; 8 for float32."""
+        """Bytes the gradient norm and clipping move per parameter: one read for the norm, as much again where the norm
+        exceeds its limit, for the update then writes back the gradients that it scales; 8 for float32."""
         return 2 * self.gradient
 
 

@@ -43,7 +43,7 @@ class Part(ABC):
 
     @torch.no_grad()
     def step(self, scale: float = 1.0) -> None:
-        """Move every parameter that has a gradient, by `scale` times it."""
+        """Move every parameter that has a gradient, as if gradients were `scale` times what they are."""
         self.updates += 1
         for group in self.groups:
             self.move(group, scale)
@@ -65,11 +65,10 @@ class Part(ABC):
                 moment.zero_()
 
 
-def scaled(gradients: list[Tensor], scale: float) -> list[Tensor]:
-    """The gradients times `scale`, in their own memory."""
-    if scale != 1:
+def scale_in_place(gradients: list[Tensor], scale: float) -> None:
+    """Gradients times `scale`, in their own memory."""
+    if gradients and scale != 1:
         torch._foreach_mul_(gradients, scale)
-    return gradients
 
 
 class AdamW(Part):
@@ -90,11 +89,11 @@ class AdamW(Part):
         weights = [local_part(parameter) for parameter in moved]
         gradients = [local_part(parameter.grad) for parameter in moved if parameter.grad is not None]
         divisor = None
-        if scale != 1 and all(gradient.dtype == torch.float32 for gradient in gradients):
+        if 0 < scale < 1 and all(gradient.dtype == torch.float32 for gradient in gradients):
             # In the operator's own pass over memory; it reads a float32, which would not do for wider gradients.
-            divisor = torch.full((), 1 / scale, device=weights[0].device)
+            divisor = torch.full((), 1 / scale, dtype=torch.float32, device=weights[0].device)
         else:
-            scaled(gradients, scale)
+            scale_in_place(gradients, scale)
         # The operator reads the number of the step where the parameters are.
         number = torch.full((), self.updates, dtype=torch.float32, device=weights[0].device)
         torch._fused_adamw_(

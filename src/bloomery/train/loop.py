@@ -52,6 +52,7 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
                 heartbeat.begin(step, anew=step == job.course.at(step).first_step)
             step = _step(session, step)
             if session.stopping and step < job.steps:
+                session.recorder.catch_up()
                 save_now(session, step)
                 session.recorder.lap(-2, clock.lap())
                 return STOPPED_BY_SIGNAL
@@ -114,6 +115,8 @@ def _step(session: Session, step: int) -> int:
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
     session.recorder.lap(step + 1, clock.lap(), session.writer.account())
+    if clock.device is None:
+        session.recorder.catch_up()
     return done
 
 
@@ -208,6 +211,7 @@ def _heldout(session: Session, batches: Batches, heldout: TokenDataset) -> dict[
 
 
 def _finish(session: Session) -> None:
+    session.recorder.catch_up()
     save_now(session, session.job.steps)
     if session.job.heldout:
         evaluate(session, session.job.steps)

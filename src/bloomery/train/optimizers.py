@@ -25,7 +25,7 @@ from bloomery.parallel.whole_matrices import gather_whole, matrix_units
 from bloomery.spec.commit import AVERAGE
 from bloomery.spec.parameters import Parameter, is_hidden_matrix
 from bloomery.spec.run import Averaging, Optimizer
-from bloomery.train.adamw import AdamW, Group, Part, scaled
+from bloomery.train.adamw import AdamW, Group, Part, scale_in_place
 from bloomery.train.averaging import Average
 
 ADAMW_RMS = 0.2
@@ -77,7 +77,7 @@ class Muon(Part):
 
     def move(self, group: Group, scale: float) -> None:
         """Move every matrix: gather a layer's, orthogonalise those of some layers at once, keep this rank's part."""
-        scaled([local_part(found.grad) for found in group.parameters if found.grad is not None], scale)
+        scale_in_place([local_part(found.grad) for found in group.parameters if found.grad is not None], scale)
         for units in self.batches:
             wholes = [
                 whole
@@ -86,12 +86,12 @@ class Muon(Part):
             ]
             items = [item for unit in units for item in unit]
             for item, whole in zip(items, _orthogonalised(wholes), strict=True):
-                weight, scale = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
+                weight, size = item.local(), ADAMW_RMS * max(whole.shape[-2:]) ** 0.5
                 weight.mul_(1 - group.lr * group.weight_decay)
                 # Of experts, `whole` begins with this rank's first.
                 first, *offsets = item.shard.offsets
                 mine = replace(item.shard, offsets=(first % len(whole), *offsets))
-                weight.add_(rectangle(whole, mine), alpha=-group.lr * scale)
+                weight.add_(rectangle(whole, mine), alpha=-group.lr * size)
 
     def _direction(self, item: LocalShard) -> Tensor:
         """This rank's rectangle of gradient and momentum as Nesterov mixes them; the momentum is brought up to date."""

@@ -30,8 +30,8 @@ from bloomery.train.peers import watch_of
 class Recorder:
     """Rank 0 writes metrics and draws the line; every rank appends its own ledger lines.
 
-    Beside a device, what a step leaves is written at `catch_up`, while the next one computes: at the end of a step the
-    device waits for what the host hands over.
+    What a step leaves is written at `catch_up`: beside a device that is while the next one computes, for at the end of
+    a step the device waits for what the host hands over.
     """
 
     def __init__(self, job: Job, folder: Path, mesh: Mesh, fence: int) -> None:
@@ -53,14 +53,16 @@ class Recorder:
         self.event("resumed", step=step, source=source)
 
     def step(self, done: int, statistics: StepStatistics, rate: float, verdict: str) -> None:
-        """One finished step: metrics line and live line."""
+        """One finished step: metrics line and live line, at the next `catch_up`."""
         if self._metrics is None:
             return
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self._later(partial(self._step, done, statistics, rate, verdict, seconds))
+        self._unwritten.append(partial(self._step, done, statistics, rate, verdict, seconds, self.peak_bytes()))
 
-    def _step(self, done: int, statistics: StepStatistics, rate: float, verdict: str, seconds: float) -> None:
+    def _step(
+        self, done: int, statistics: StepStatistics, rate: float, verdict: str, seconds: float, peak_bytes: int
+    ) -> None:
         course, flops = self.job.course, self.job.flops_of(done - 1)
         per_step = course.at(done - 1).tokens
         mfu = None
@@ -78,7 +80,7 @@ class Recorder:
             "tokens_per_s": per_step / seconds,
             "step_time_s": seconds,
             "mfu": mfu,
-            "memory_bytes": self.peak_bytes(),
+            "memory_bytes": peak_bytes,
             "verdict": verdict,
         }
         if self.job.model.moe is not None:
@@ -103,15 +105,15 @@ class Recorder:
             self._trackers.write(row)
 
     def lap(self, step: int, buckets: dict[str, float], beside: Mapping[str, float] = MappingProxyType({})) -> None:
-        """Append this rank's seconds since the last lap; a step that took much longer than usual says why.
+        """Append this rank's seconds since the last lap, at the next `catch_up` (where `step` is none, at once); a step
+        that took much longer than usual says why.
 
         `beside`: what went on beside them, as `Writer.account` has it.
         """
-        self._later(partial(self._lap, step, buckets, beside), at_once=step < 0)
-
-    def _later(self, write: Callable[[], None], *, at_once: bool = False) -> None:
-        self._unwritten.append(write)
-        if at_once or self.mesh.device.type == "cpu":
+        if self.mesh.device.type == "cuda":
+            self._outside_bytes = max(self._outside_bytes, outside_bytes(self.mesh.device))
+        self._unwritten.append(partial(self._lap, step, buckets, beside, self.peak_bytes()))
+        if step < 0:
             self.catch_up()
 
     def catch_up(self) -> None:
@@ -120,15 +122,13 @@ class Recorder:
         for write in unwritten:
             write()
 
-    def _lap(self, step: int, buckets: dict[str, float], beside: Mapping[str, float]) -> None:
+    def _lap(self, step: int, buckets: dict[str, float], beside: Mapping[str, float], peak_bytes: int) -> None:
         if step > 0 and step - 1 == self.job.course.at(step - 1).first_step:
             self._slow_steps = SlowSteps()
         slow = self._slow_steps.judge(buckets) if step > 0 else None
         if slow is not None:
             self.event("slow_step", step=step, **asdict(slow))
         wall = sum(buckets.values())
-        if self.mesh.device.type == "cuda":
-            self._outside_bytes = max(self._outside_bytes, outside_bytes(self.mesh.device))
         self._ledger.write(
             {
                 "rank": self.mesh.rank,
@@ -138,7 +138,7 @@ class Recorder:
                 "buckets": buckets,
                 **beside,
                 **({"host": platform.node()} if step == -1 else {}),
-                "peak_memory_bytes": self.peak_bytes(),
+                "peak_memory_bytes": peak_bytes,
             }
         )
 
@@ -170,12 +170,14 @@ class Recorder:
 
     def close(self) -> None:
         """Flush everything."""
-        self.catch_up()
-        self._line.close()
-        self._trackers.close()
-        for sink in (self._metrics, self._ledger, self._events):
-            if sink is not None:
-                sink.close()
+        try:
+            self.catch_up()
+        finally:
+            self._line.close()
+            self._trackers.close()
+            for sink in (self._metrics, self._ledger, self._events):
+                if sink is not None:
+                    sink.close()
 
 
 def outside_bytes(device: torch.device) -> int:

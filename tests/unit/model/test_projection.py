@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bloomery.model import projection
-from bloomery.model.projection import Linear, multiply, project
+from bloomery.model.projection import Linear, project
 
 WIDTHS = (48, 16)
 
@@ -28,30 +28,51 @@ def run(compiled: bool, bias: bool) -> tuple[list[Tensor], Tensor, list[Tensor],
     return [y.detach() for y in outputs], x.grad, weights, biases  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_compiled_layer_multiplies_once_and_finds_the_same(monkeypatch: pytest.MonkeyPatch, bias: bool) -> None:
-    products = []
-    multiply = projection._NarrowProduct.forward
+@pytest.fixture
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many weights each product read, as products are traced."""
+    products = list[int]()
+    forward = projection._NarrowProducts.forward
 
     def counted(ctx: object, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         products.append(len(weights))
-        return multiply(ctx, x, *weights)
+        return forward(ctx, x, *weights)
 
-    monkeypatch.setattr(projection._NarrowProduct, "forward", staticmethod(counted))
+    monkeypatch.setattr(projection._NarrowProducts, "forward", staticmethod(counted))
+    return products
+
+
+def traced(*linears: Linear) -> tuple[Tensor, ...]:
+    """`project` as a compiled layer under autocast has it."""
+    torch.compiler.reset()
+    work = torch.compile(project, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found: tuple[Tensor, ...] = work(torch.randn(2, 24, 32, dtype=torch.bfloat16, requires_grad=True), *linears)
+    return found
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compiled_layer_multiplies_once_and_finds_the_same(joined: list[int], bias: bool) -> None:
     apart, together = run(False, bias), run(True, bias)
-    assert products == [2]
+    assert joined == [2]
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
-    assert all(gradient.dtype == torch.float32 for gradient in together[2])
 
 
-def test_projections_that_multiply_otherwise_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "joins", lambda x: True)
+def test_projections_that_multiply_otherwise_stay_apart(joined: list[int]) -> None:
     linears = [Linear(32, width, bias=False) for width in WIDTHS]
-    called = []
-    linears[1].multiply = lambda x, *weights: called.append(len(weights)) or multiply(x, *weights)
-    project(torch.randn(2, 32), *linears)
-    assert called == [1]
+    linears[1].multiply = nn.functional.linear
+    traced(*linears)
+    assert joined == [1]
+
+
+def test_weights_that_are_narrow_already_are_read_and_kept_as_they_are(joined: list[int]) -> None:
+    linears = [Linear(32, width, bias=False).bfloat16() for width in WIDTHS]
+    kept = set[int]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.add(x.data_ptr()) or x, lambda x: x):
+        traced(*linears)
+    assert joined == []
+    assert {linear.weight.data_ptr() for linear in linears} <= kept
 
 
 def test_without_autocast_a_compiled_projection_is_the_plain_one() -> None:

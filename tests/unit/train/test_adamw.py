@@ -58,10 +58,13 @@ def test_gradients_are_taken_times_a_factor(dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
     one, other = (AdamW([Group(found, lr=0.01)], BETAS, EPS) for found in (ours, theirs))
     torch.manual_seed(0)
-    for mine, its in zip(ours, theirs, strict=True):
-        mine.grad = torch.randn_like(mine)
-        its.grad = mine.grad * 0.3
-    one.step(0.3)
-    other.step()
+    for scale in (0.3, 1.0, 0.01):
+        for mine, its in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn_like(mine)
+            its.grad = mine.grad * scale
+        one.step(scale)
+        other.step()
     for mine, its in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
+        for name in one.moments:
+            torch.testing.assert_close(one.state[mine][name], other.state[its][name], rtol=1e-5, atol=1e-7)

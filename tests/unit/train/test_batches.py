@@ -51,6 +51,23 @@ def test_the_samples_of_a_step_are_the_same_on_any_number_of_ranks(ranks: int) -
         share.close()
 
 
+def test_what_was_begun_is_taken_unless_other_samples_are_wanted_by_then() -> None:
+    course, made = Course.of((), global_batch=2, seq_len=4, steps=9), list[list[int]]()
+
+    class Counted(Numbered):
+        def batch(self, indices: np.ndarray) -> Samples:
+            made.append(indices.tolist())
+            return super().batch(indices)
+
+    batches = Batches(Counted(), Mesh(Layout(), torch.device("cpu"), 0, None), course)
+    batches.begin(1)
+    assert batches.get(1).tokens_bs[:, 0].tolist() == [2, 3] and made == [[2, 3]]
+    batches.begin(2)
+    batches.passed_over = [(4, 6)]
+    assert batches.get(2).tokens_bs[:, 0].tolist() == [6, 7] and made == [[2, 3], [4, 5], [6, 7]]
+    batches.close()
+
+
 SEQ_LEN, STEPS = 8, 9
 RAMP = (RampStage(tokens=16, global_batch=4, seq_len=4), RampStage(tokens=48, global_batch=6, seq_len=4))
 COURSE = Course.of(RAMP, global_batch=4, seq_len=SEQ_LEN, steps=STEPS)
