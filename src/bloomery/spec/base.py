@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -42,10 +42,10 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
         return InputError("unknown key", where=location, accepted=fields, nearest=nearest_match(path[-1], fields))
     if detail["type"] == "missing":
         return InputError("this key is required", where=location)
-    context = detail.get("ctx", {})
-    if detail["type"] == "literal_error":
-        expected = str(context.get("expected", ""))
-        words = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
+    words = _accepted_words(details)
+    if words:
+        if detail["loc"][-1] in _PLAIN_TYPES:  # again a member of a union, no key
+            location = location.removesuffix(f".{detail['loc'][-1]}")
         return InputError(
             "not an accepted value",
             where=location,
@@ -55,10 +55,44 @@ def _first_problem(cls: type[BaseModel], error: ValidationError, where: str) -> 
         )
     accepted = list[str]()
     if detail["type"] in ("model_type", "model_attributes_type"):
-        words = [str(item["ctx"]["expected"]).strip("'") for item in details if item["type"] == "literal_error"]
-        accepted = [*words, *_fields_at(cls, path)]
+        others = [item for item in details if item["type"] == "literal_error" and _beside(item, detail)]
+        accepted = [word for item in others for word in _literals(item)] + _fields_at(cls, path)
     found = None if isinstance(detail["input"], dict) else detail["input"]
     return InputError(in_plain_words(detail["msg"]), where=location, found=found, accepted=accepted)
+
+
+_PLAIN_TYPES: dict[Any, tuple[str, ...]] = {
+    "bool": ("true", "false"),
+    "int": ("a whole number",),
+    "float": ("a number",),
+    "str": ("text",),
+}
+"""Types as pydantic names them, and what a user may write."""
+
+
+def _accepted_words(details: Sequence[Any]) -> list[str]:
+    """What a literal, alone or in a union with plain types, accepts where the first problem is one; else nothing."""
+    first = details[0]
+    members = [item for item in details if _beside(item, first)] if _is_member(first) else [first]
+    words = [word for item in members if item["type"] == "literal_error" for word in _literals(item)]
+    plain = [word for item in members for word in _PLAIN_TYPES.get(item["loc"][-1], ())] if words else []
+    return [*words, *plain]
+
+
+def _is_member(item: Any) -> bool:
+    """Whether a problem's path ends with a member of a union of literals and plain types."""
+    name = item["loc"][-1] if item["loc"] else ""
+    return name in _PLAIN_TYPES or str(name).startswith("literal[")
+
+
+def _beside(item: Any, other: Any) -> bool:
+    """Whether a problem is of a literal or a plain type in the same union as another."""
+    return _is_member(item) and item["loc"][:-1] == other["loc"][:-1]
+
+
+def _literals(item: Any) -> list[str]:
+    expected = str(item["ctx"]["expected"])
+    return [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
 
 
 def _disguised_numbers(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -67,6 +67,21 @@ def test_a_wrong_choice_lists_the_choices(tmp_path: Path) -> None:
     assert "did you mean 'bfloat16'?" in message
 
 
+@pytest.mark.parametrize("value", ["maybe", "Auto", "3"])
+def test_a_choice_or_true_or_false_is_told_as_one_list(tmp_path: Path, value: str) -> None:
+    message = problem(tmp_path, VALID, f"train.compile={value}")
+    assert "run.yaml: train.compile: not an accepted value; found " in message
+    assert value in message
+    assert "; accepted: auto, true, false" in message
+    assert ("did you mean 'auto'?" in message) == (value == "Auto")
+
+
+def test_a_wrong_choice_elsewhere_is_no_choice_here(tmp_path: Path) -> None:
+    message = problem(tmp_path, VALID, "layout=5", "train.dtype=float33")
+    assert "run.yaml: layout: a mapping is expected; found 5; accepted: auto, cp," in message
+    assert "float64" not in message
+
+
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     assert "model.vocab: this key is required" in problem(tmp_path, VALID.replace("vocab: 512, ", ""))
 
