@@ -196,8 +196,8 @@ def _window_opens(case: Case) -> bool:
 
 
 def _opened_after_the_loss(case: Case, ranks: Ranks) -> Any:
-    """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are given
-    back, only the buffer that brought them stays until the next comes; nothing is reduced."""
+    """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are
+    given back, only the buffer that brought them stays until the next comes; nothing is reduced."""
     more = case.precision.parameter + case.precision.gradient
     return np.where(case.lay.zero_stage == 3, _largest_layer(case, ranks) * more, 0.0)
 
