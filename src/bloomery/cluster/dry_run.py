@@ -139,7 +139,7 @@ def compare(
     """
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
-    balanced = replace(stack_of(ours.accelerator), expert_imbalance=1.0)  # as experts are without data
+    balanced = replace(stack_of(ours.accelerator), expert_spread=0.0)  # as experts are without data
     case = Case.of(
         model, ours, LayoutBatch.of([layout]), global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=balanced,
         optimizer=optimizer,

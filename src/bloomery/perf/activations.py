@@ -7,6 +7,7 @@ any element width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -69,14 +70,30 @@ def _routed_tokens(case: Case) -> Any:
 
 
 def _surplus_bytes(case: Case) -> Any:
-    """What one layer keeps on the fullest rank (`Stack.expert_imbalance`) beyond what it keeps on average."""
+    """What one layer keeps on the fullest rank beyond what it keeps on average: of the copies that came to its experts,
+    the copies and what is inside. Those that a rank sends are as many as it has tokens."""
     moe = case.model.moe
     if moe is None:
         return 0.0
-    copies = 2 * _routed_tokens(case) * case.model.hidden
+    copies = _routed_tokens(case) * case.model.hidden
     inside = case.stack.saved_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
-    whole = case.stack.kept * moe.top_k * (copies + inside) * case.precision.stream
-    return (case.expert_imbalance - 1.0) * whole
+    return _surplus(case, moe) * case.stack.kept * moe.top_k * (copies + inside) * case.precision.stream
+
+
+def _surplus(case: Case, moe: MixtureOfExperts) -> Any:
+    """By what share the fullest expert-parallel rank's copies exceed the mean, (n,).
+
+    A token that draws k of e experts sends a rank with e / ep of them copies of relative variance
+    (ep - 1)(e - k) / (k (e - 1)). Were tokens independent, nothing would be left of that; a new router likes the same
+    experts for most of them, and `Stack.expert_spread` of its root stays. The fullest of ep ranks, whose deviations add
+    up to nothing, is above the mean by the largest of so many normal ones (Blom 1958) times sqrt(ep / (ep - 1)).
+    """
+    if not case.stack.expert_spread:
+        return 0.0
+    sizes, index = np.unique(case.lay.ep, return_inverse=True)
+    largest = [NormalDist().inv_cdf((ep - 0.375) / (ep + 0.25)) * ep**0.5 for ep in sizes.tolist()]
+    variance = max(moe.experts - moe.top_k, 0) / (moe.top_k * max(moe.experts - 1, 1))
+    return np.minimum(case.stack.expert_spread * variance**0.5 * np.array(largest), sizes - 1.0)[index]
 
 
 def _attention_widths(case: Case) -> Any:

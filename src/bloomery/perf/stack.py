@@ -20,8 +20,10 @@ stack departs from its precision's.
 
 `selective_share`: what selective recomputation repeats of a layer's forward pass beside unfused attention; None: the
 outputs of norms and activation functions, as our engine does (`parallel.recompute`).
-`expert_imbalance`: tokens of the fullest expert-parallel rank over the mean, which all ranks wait for and which it
-keeps; 1 is a router in perfect balance (a run's metrics report how far its router is from it).
+`expert_imbalance`: tokens of the fullest expert-parallel rank over the mean, which all ranks wait for; 1 is a router in
+perfect balance (a run's metrics report how far its router is from it). `expert_spread`: how alike a router's choices
+for different tokens are, by which what the fullest rank keeps follows from the number of ranks (`perf.activations`); 0
+is that balance.
 
 `expert_factor`: seconds of routed experts' products and of moving their tokens over the count (grouped products, their
 permutation). `attention_factor`: the stack's attention kernel over the accelerator's usual one. `inner_overlap`: the
@@ -93,6 +95,7 @@ class Stack:
     step_overhead_s: float
     serial_launch: bool
     expert_imbalance: float = 1.0
+    expert_spread: float = 0.0
     expert_factor: float = 1.0
     expert_overlap: float = 0.0
 
@@ -243,12 +246,14 @@ EAGER_CPU = Stack(
     saved_width=(2, 4),
     step_overhead_s=2e-3,
     expert_imbalance=1.25,
+    expert_spread=0.3,
     serial_launch=True,
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 
-`expert_imbalance`: the bytes that the fullest rank of three runs of `bench/loop.py` held, 8 experts over 2 or 4 ranks,
-in a router's first steps (1.05, 1.34 and 1.42 times the mean).
+`expert_imbalance`: of three runs of `bench/loop.py`, 8 experts over 2 or 4 ranks, in a router's first steps (1.05, 1.34
+and 1.42 times the mean, over all layers). `expert_spread`: the fifth step of both mixtures of `bench/loop.py` with six
+seeds, their experts dealt out over 2, 4 and 8 ranks (0.35, 0.28 and 0.27; single seeds 0.1 to 0.7).
 """
 
 
