@@ -183,7 +183,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("written", "loaded"), product(range(len(LAYOUTS)), repeat=2), ids=lambda n: LAYOUTS[n])
+@pytest.mark.parametrize(("written", "loaded"), list(product(range(len(LAYOUTS)), repeat=2)), ids=lambda n: LAYOUTS[n])
 def test_any_layout_loads_what_any_other_wrote(written: int, loaded: int, folder: Path) -> None:
     wrote = json.loads((folder / f"wrote.{written}.json").read_text())
     found = json.loads((folder / f"read.{loaded}.json").read_text())[written]
