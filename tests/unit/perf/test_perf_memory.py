@@ -7,12 +7,12 @@ import pytest
 
 from bloomery.perf.activations import activation_bytes, in_flight, layer_activation_bytes
 from bloomery.perf.case import Case
-from bloomery.perf.memory import _logits_of_a_chunk, memory_of, worst_memory
-from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022
+from bloomery.perf.memory import _logits_of_a_chunk, memory_of, peak_bytes, worst_memory
+from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.loss import loss_rows
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 
 GPT3 = catalog.model("gpt3-175b")
@@ -147,3 +147,33 @@ def test_the_published_runs_of_a_40_and_80_gb_machine_fit() -> None:
     assert sum(worst_memory(yuan).values())[0] < 40e9  # type: ignore[index]
     alone = case(Layout(tp=8, micro_batch=1))
     assert sum(worst_memory(alone).values())[0] > 80e9  # type: ignore[index]
+
+
+def test_the_fullest_expert_parallel_rank_is_fuller_the_more_there_are() -> None:
+    moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256)
+    model = Model(layers=4, hidden=128, heads=4, vocab=2048, max_seq_len=256, moe=moe)
+    lay = LayoutBatch.of([Layout(dp=8, ep=ep, micro_batch=1) for ep in (1, 2, 4, 8)])
+
+    def kept(stack: Stack) -> np.ndarray:
+        one = Case.of(
+            model, catalog.cluster("this-machine"), lay, global_batch=8, seq_len=256, dtype="float32", stack=stack
+        )
+        return np.asarray(activation_bytes(one, one.first))
+
+    surplus = kept(EAGER_CPU) - kept(replace(EAGER_CPU, expert_spread=0.0))
+    assert surplus[0] == 0
+    assert np.all(np.diff(surplus) > 0)
+    # A rank has at most all copies of all ranks.
+    most = kept(replace(EAGER_CPU, expert_spread=100.0)) - kept(replace(EAGER_CPU, expert_spread=0.0))
+    assert most[3] / most[1] == pytest.approx(7)
+
+
+def test_each_kind_of_zero_has_its_own_peak_however_many_are_asked_together() -> None:
+    model = Model(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=256)
+    for dtype in ("float32", "bfloat16"):
+        layouts = [Layout(dp=2, micro_batch=size, zero_stage=zero) for zero in (0, 1, 2, 3) for size in (1, 2, 4)]
+        one = Case.of(
+            model, catalog.cluster("this-machine"), LayoutBatch.of(layouts), global_batch=8, seq_len=256, dtype=dtype,
+            stack=EAGER_CPU,
+        )  # fmt: skip
+        assert peak_bytes(one) == pytest.approx(sum(memory_of(one, one.first).values()))
