@@ -7,6 +7,7 @@ Each is timed by the device's own clock, median of `--repeats`, on random number
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from statistics import median
 
@@ -129,6 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=20)
     options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here")
     with torch.no_grad():
         products(options.repeats)
         loss(options.repeats)

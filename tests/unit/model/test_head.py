@@ -66,7 +66,7 @@ def test_chunks_add_up_in_float32_under_a_narrow_weight(monkeypatch: pytest.Monk
         weight_vd.requires_grad_().grad_dtype = torch.float32
         summed_cross_entropy(x_nd, weight_vd, targets_n).backward()
         gradients.append(weight_vd.grad)
-    assert torch.equal(*gradients)  # type: ignore[arg-type]
+    assert torch.equal(*gradients)
 
 
 def test_an_evaluation_makes_no_gradients() -> None:

@@ -89,8 +89,8 @@ def test_states_take_18_bytes_a_parameter_and_zero_cuts_them() -> None:
 def test_our_engine_gathers_weights_in_the_format_of_its_arithmetic(dtype: str, each: int) -> None:
     n, cluster = parameter_count(GPT3), catalog.cluster("this-machine")
     for stage, copies in ((0, 2 if dtype == "bfloat16" else 0), (1, 2 if dtype == "bfloat16" else 0), (2, each)):
-        lay = LayoutBatch.of([Layout(dp=16, zero_stage=stage, micro_batch=1)])  # type: ignore[arg-type]
-        one = Case.of(GPT3, cluster, lay, global_batch=64, seq_len=S, dtype=dtype)  # type: ignore[arg-type]
+        lay = LayoutBatch.of([Layout(dp=16, zero_stage=stage, micro_batch=1)])
+        one = Case.of(GPT3, cluster, lay, global_batch=64, seq_len=S, dtype=dtype)
         found = memory_of(one, one.first)
         assert found["buffers"][0] == pytest.approx(copies * n)  # under ZeRO 0 and 1 autocast's copies
         assert found["gradients"][0] <= 4 * n
