@@ -26,7 +26,7 @@ STREAM_BYTES = 16 << 20
 MESSAGE_BYTES = 256 << 10
 PAIR_BYTES = (64 << 10, 2 << 20)
 """The shortest and the longest message of a pair: in between as long as its link takes PAIR_S for, one way."""
-PAIR_S = 0.015
+PAIR_S = 0.012
 PAIR_TRIES = 3
 WARM_UP_LAPS = 3
 

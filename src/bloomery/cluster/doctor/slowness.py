@@ -9,13 +9,13 @@ all alike cancels. It is named when
   burn-ins at most, whoever is judged and for whatever. That is a sign test with Bonferroni's correction, which assumes
   nothing of the noise but that a healthy host is no more often above that half than below, one turn like another.
 
-Of two there is no spread: the slower is named by size and repeats alone.
+Of two the slower is named: what disturbs a machine only ever slows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import comb, expm1, log1p
+from math import comb, expm1, log1p, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,9 @@ FALSE_ALARMS = 0.01
 TURNS = 24
 """Of a burn-in: as many as let the sign test name one of 50,000 ranks, and forgive 4 turns of a few, 2 of hundreds."""
 SIGMAS = 4.0
+LASTING = 0.05
+"""Standard deviation between healthy hosts through a whole burn-in, as far as peers are too few to show it: of two
+hosts one must be a third slower, of three a fifth, of more SLOWER."""
 SIGMA_OF_MAD = 1.4826
 """Of a normal distribution: standard deviation over median absolute deviation."""
 
@@ -86,8 +89,12 @@ def share_slower(own: Floats, peers: Floats, tests: int) -> float:
 
 
 def least_excess(others: Floats) -> float:
-    """What counts beside others that have these excesses."""
-    return max(log1p(SLOWER), SIGMAS * SIGMA_OF_MAD * float(np.median(np.abs(others))))
+    """What counts beside others that have these excesses: few of them say little of how far healthy ones differ, and
+    are pooled with LASTING as one more would be (a variance with a prior of one degree of freedom: Gelman et al.,
+    Bayesian Data Analysis, 2.6); the middle of `count` has an error of its own."""
+    count, spread = len(others), SIGMA_OF_MAD * float(np.median(np.abs(others)))
+    variance = (LASTING**2 + (count - 1) * spread**2) / count
+    return max(log1p(SLOWER), SIGMAS * sqrt(variance * (1 + 1 / count)))
 
 
 def by_chance(heads: int, turns: int) -> float:

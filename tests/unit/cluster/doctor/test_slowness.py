@@ -117,7 +117,7 @@ def test_some_slow_hosts_do_not_move_what_they_are_measured_by_nor_accuse_those_
 
 
 @pytest.mark.parametrize("ranks", SIZES)
-@pytest.mark.parametrize("slower", [0.3, 4.0])
+@pytest.mark.parametrize("slower", [0.45, 4.0])
 def test_the_share_is_right(ranks: int, slower: float) -> None:
     seconds = MACHINES["quiet"].seconds(np.random.default_rng(ranks), ranks)
     seconds[1] *= (1 + slower) * median(seconds[0] / seconds[1])
@@ -137,6 +137,13 @@ def test_where_peers_differ_among_themselves_a_difference_must_be_larger_to_coun
     spread = {f"r{i}": [1.0 + 0.1 * i] * TURNS for i in range(8)}
     assert slow_ones(spread, tests=16) == {}
     assert set(slow_ones({**spread, "r8": [9.0] * TURNS}, tests=18)) == {"r8"}
+
+
+@pytest.mark.parametrize(("ranks", "least"), [(2, 0.33), (3, 0.19), (4, 0.15), (64, 0.15)])
+def test_beside_few_peers_a_difference_must_be_larger_to_count(ranks: int, least: float) -> None:
+    for slower, who in ((least - 0.02, set()), (least + 0.02, {"0"})):
+        seconds = {str(rank): [1.0 + slower * (rank == 0)] * TURNS for rank in range(ranks)}
+        assert set(slow_ones(seconds, tests=3 * ranks)) == who
 
 
 def test_one_alone_is_nobodys_peer_and_of_two_the_slower_is_named_but_for_a_link() -> None:
