@@ -52,7 +52,7 @@ def _fragments(case: Case) -> float:
 
 
 def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
-    """Peak bytes on each of `Case.holders`, shape (4, m), of m layouts after another: the parts of `memory_of` for the
+    """Peak bytes on each of `Case.holders`, shape (holders, m), of m layouts after another: the parts of `memory_of` for the
     layouts each tells apart."""
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
@@ -76,8 +76,8 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def holder_bytes(case: Case) -> np.ndarray:
-    """Peak bytes on each of `Case.holders`, shape (4, n)."""
-    answer = np.empty((4, len(case.lay)))
+    """Peak bytes on each of `Case.holders`, shape (holders, n)."""
+    answer = np.empty(case.holders.layers.shape)
     for block, held_bytes in _holders_by_block(case):
         answer[:, block] = held_bytes
     return answer

@@ -118,6 +118,23 @@ def test_the_worst_rank_is_the_worst_of_all_ranks() -> None:
         assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))  # type: ignore[index]
 
 
+def test_the_worst_rank_is_the_worst_where_stages_recompute_differently_and_pipelines_are_of_any_length() -> None:
+    recomputed = [(1, "full"), (1, "none"), (2, ("full", "none")), (5, ("full", "none", "full", "none", "none"))]
+    layouts = [Layout(pp=pp, micro_batch=1, recompute=recompute) for pp, recompute in recomputed]  # type: ignore[arg-type]
+    model = Model(layers=10, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=256)
+
+    def of(some: list[Layout]) -> Case:
+        return Case.of(
+            model, catalog.cluster("this-machine"), LayoutBatch.of(some), global_batch=8, seq_len=256, dtype="float32"
+        )
+
+    for several in (layouts, *([one] for one in layouts)):
+        for number, peak in enumerate(sum(worst_memory(of(several)).values())):  # type: ignore[arg-type]
+            alone = of([several[number]])
+            every = [sum(memory_of(alone, alone.ranks(np.array([r]))).values())[0] for r in range(several[number].pp)]  # type: ignore[index]
+            assert peak == pytest.approx(max(every))
+
+
 def test_our_engine_holds_the_logits_of_a_chunk_of_its_device() -> None:
     tokens, vocab, hidden = 8192, 32768, 1024
     model = Model(layers=1, hidden=hidden, heads=8, ffn_hidden=2816, vocab=vocab, max_seq_len=tokens)
