@@ -42,7 +42,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[st
     found = dict[tuple[str, str], list[int]]()
     for size in sorted({world_size(case) for case in CASES}):
         folder, cases = Path(tmp_path_factory.mktemp(f"world{size}")), [c for c in CASES if world_size(c) == size]
-        run_ranks(size, profile_cases, cases, folder)
+        run_ranks(size, profile_cases, cases, folder, timeout_s=1200)
         for number, case in enumerate(cases):
             found[case] = [json.loads((folder / f"{number}.{rank}.json").read_text()) for rank in range(size)]
     yield found

@@ -58,7 +58,7 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
-    kept, kept_of = case.over(*MICRO_BATCH, *(("zero_stage",) if _window_opens(case) else ()))
+    kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
     gradients = held.pop("gradients") + 0.0 * state.holders.layers
     states = sum(held.values())
@@ -146,9 +146,9 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         # FSDP reduces after the last micro-batch: whole gradients until then.
         sharded = sharded & (case.micro_batches == 1)
         if precision.stream < precision.parameter:
-            # Autocast keeps narrow copies of the weights through a step. Those in float8 are cast at each product;
+            # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
             # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).
-            copied = experts if precision.operand < precision.stream else dense + experts
+            copied = experts if precision.operand < precision.stream else dense + experts - _looked_up(case, ranks)
             alone = (lay.zero_stage == 3) & (lay.ep > 1) & (lay.shards == lay.ep)
             copied = np.where(lay.zero_stage >= 2, experts * alone, copied)
             buffers = buffers + precision.stream * copied
@@ -168,6 +168,12 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         "optimizer": states,
         "buffers": buffers,
     }
+
+
+def _looked_up(case: Case, ranks: Ranks) -> Any:
+    """Elements of an embedding that is only looked up: no product reads it, as the head does one that is tied here."""
+    alone = ranks.first & ~ranks.last if case.model.tie_embeddings else ranks.first
+    return alone * case.embedding.dense(case.lay)
 
 
 def _logits(case: Case, ranks: Ranks) -> Any:
@@ -206,16 +212,15 @@ def _read_by_the_head(case: Case) -> Any:
 
 
 def _window_opens(case: Case) -> bool:
-    """Whether some layouts have a window of ZeRO 3 in which gathered weights are as wide as their shards."""
-    zero = vars(case.lay).get("zero_stage")
-    return case.stack.eager and case.precision.stream == case.precision.parameter and bool(np.any(zero == 3))
+    """Whether some layouts have a window of ZeRO 3."""
+    return case.stack.eager and bool(np.any(getattr(case.lay, "frees", False)))
 
 
 def _opened_after_the_loss(case: Case, ranks: Ranks) -> Any:
     """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are
     given back, only the buffer that brought them stays until the next comes; nothing is reduced."""
-    more = case.precision.parameter + case.precision.gradient
-    return np.where(case.lay.zero_stage == 3, _largest_layer(case, ranks) * more, 0.0)
+    more = case.precision.gathered + case.precision.gradient
+    return np.where(case.lay.frees, _largest_layer(case, ranks) * more, 0.0)
 
 
 def _largest_layer(case: Case, ranks: Ranks) -> Any:
