@@ -26,12 +26,11 @@ def profile_cases(rank: int, world_size: int, cases: Sequence[tuple[str, str]], 
 
 def _peak_bytes(layout: Layout, dtype: str, rendezvous: str | None) -> int:
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from bloomery.parallel import mesh as meshes
     from bloomery.parallel.engine import build
     from bloomery.train.optimizers import build_optimizers
-    from bloomery.train.profiled_step import allocations, held_bytes, messages, most_bytes
+    from bloomery.train.profiled_step import allocations, held_bytes, messages, most_bytes, profiler
 
     mesh = meshes.start(layout, torch.device("cpu"), rendezvous)
     try:
@@ -43,7 +42,7 @@ def _peak_bytes(layout: Layout, dtype: str, rendezvous: str | None) -> int:
         for _ in range(STEPS - 1):
             _step(engine, optimizer, layout)
         held = held_bytes(engine, optimizer)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with profiler() as profiled:
             _step(engine, optimizer, layout)
         return held + most_bytes(allocations(profiled), messages(profiled))
     finally:
