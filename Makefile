@@ -91,8 +91,8 @@ bench-search: setup ## layouts a second on one core (CALCULON=DIR CALCULON_PYTHO
 	$(BIN)/python bench/search_speed.py $(if $(CALCULON),--calculon "$(CALCULON)" --cross-check) \
 	  $(if $(CALCULON_PYTHON),--calculon-python "$(CALCULON_PYTHON)")
 
-bench-time-to-loss: setup ## our recipe beside the reference's: seconds to its loss (CORPUS=DIR; QUICK=1: only that it runs)
-	$(BIN)/python bench/time_to_loss.py --corpus "$(CORPUS)" --ablate $(if $(QUICK),--quick)
+bench-time-to-loss: setup ## our recipe beside the reference's: seconds to its loss (CORPUS=DIR NANOCHAT=DIR; QUICK=1: only that it runs)
+	$(BIN)/python bench/time_to_loss.py --corpus "$(CORPUS)" --ablate $(if $(QUICK),--quick) $(if $(NANOCHAT),--nanochat "$(NANOCHAT)")
 
 bench-network: setup ## plans and runs over links of 100 Mbit, 1 Gbit and 5 Gbit between two hosts (needs root and iproute2)
 	$(BIN)/python bench/shaped_links.py $(BENCH)

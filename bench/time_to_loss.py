@@ -17,7 +17,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -114,7 +114,7 @@ def nanochat(checkout: Path) -> Peer:
 class Bench:
     """One folder of token shards, and trainings on it."""
 
-    def __init__(self, folder: Path, corpus: Path, heldout_tokens: int, dtype: str) -> None:
+    def __init__(self, folder: Path, corpus: Path, heldout_tokens: int, dtype: str, *, probed: bool) -> None:
         self.folder, self.data = folder.resolve(), (folder / "data").resolve()
         self.heldout_tokens, self.dtype = heldout_tokens, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ class Bench:
             "holdout": 0.02, "text": text,
         }  # fmt: skip
         self.cluster = "this-machine"
-        if dtype == "auto":
+        if probed:
             self.cluster = str(self.folder / "machine.yaml")
             self._bloomery("probe", "--quick", "--out", self.cluster)
         self._bloomery("data", "build", self._write("data", RUN, 1, 0))
@@ -202,13 +202,15 @@ def our_rate(bench: Bench, steps: int) -> float:
     return min(found, key=found.__getitem__)
 
 
-def smallest_as_good(bench: Bench, target: float, steps: int, seed: int, lr: float, start: int) -> tuple[Trained, int]:
-    """The smallest of our budgets that reaches `target`, and which one it is; looked for from `SHARES[start]` on, up or
+def smallest_as_good(
+    bench: Bench, target: float, budgets: Sequence[int], seed: int, lr: float, start: int
+) -> tuple[Trained, int]:
+    """The smallest of `budgets` in which ours reaches `target`, and its place; looked for from `start` on, up or
     down."""
     found = dict[int, Trained]()
     place = start
     while True:
-        found[place] = ours = bench.ours(max(2, round(SHARES[place] * steps)), seed, {"optimizer": {"lr": lr}})
+        found[place] = ours = bench.ours(budgets[place], seed, {"optimizer": {"lr": lr}})
         note(
             f"ours, seed {seed}, {ours.steps} steps: {ours.bits_per_byte:.4f} (wanted {target:.4f}) "
             f"in {ours.seconds:.1f} s"
@@ -219,7 +221,7 @@ def smallest_as_good(bench: Bench, target: float, steps: int, seed: int, lr: flo
         if not good and place + 1 in found:
             return found[place + 1], place + 1
         place += -1 if good else 1
-        if place == len(SHARES):
+        if place == len(budgets):
             sys.exit(f"seed {seed}: our recipe did not reach {target:.4f} in {ours.steps} steps")
 
 
@@ -232,12 +234,13 @@ def compared(
         rates = {"usual and tuned": rates["tuned"]}
     elif tuned_only:
         del rates["usual"]
+    budgets = sorted({max(2, round(share * steps)) for share in SHARES})
     for name, rate in rates.items():
-        start = min(range(len(SHARES)), key=lambda place: abs(SHARES[place] - peer.start))
+        start = min(range(len(budgets)), key=lambda place: abs(budgets[place] - peer.start * steps))
         for seed in range(seeds):
             theirs = bench.theirs(peer, steps, rate, seed)
             note(f"{peer.name} ({name} lr {rate}), seed {seed}: {theirs.bits_per_byte:.4f} in {theirs.seconds:.1f} s")
-            ours, start = smallest_as_good(bench, theirs.bits_per_byte, steps, seed, lr, start)
+            ours, start = smallest_as_good(bench, theirs.bits_per_byte, budgets, seed, lr, start)
             row = {"peer": peer.name, "which": name, "lr": rate, "seed": seed, "target": theirs.bits_per_byte}
             row |= {"their_s": theirs.seconds, "their_steps": steps, "our_s": ours.seconds, "our_steps": ours.steps}
             yield {**row, "ratio": theirs.seconds / ours.seconds}
@@ -268,9 +271,15 @@ def main() -> None:
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--nanochat", type=Path, help="a checkout of it: beside its recipe too")
-    parser.add_argument("--dtype", default="auto", help="ours computes in; auto: what this machine gains from")
+    dtypes = ("auto", "float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default="auto", help="ours in; auto: what this machine gains from")
     options = parser.parse_args()
-    bench = Bench(options.out, options.corpus, QUICK_HELDOUT_TOKENS if options.quick else HELDOUT_TOKENS, options.dtype)
+    for folder in filter(None, (options.corpus, options.nanochat)):
+        if not folder.exists():
+            parser.error(f"{folder}: there is nothing")
+    heldout = QUICK_HELDOUT_TOKENS if options.quick else HELDOUT_TOKENS
+    probed = options.dtype == "auto" and not options.quick
+    bench = Bench(options.out, options.corpus, heldout, options.dtype, probed=probed)
     seeds = 1 if options.quick else options.seeds
     lr = our_rate(bench, 4 if options.quick else TUNING_STEPS)
     peers = (REFERENCE, *((nanochat(options.nanochat),) if options.nanochat else ()))

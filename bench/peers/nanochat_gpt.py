@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plain_gpt import arguments, bits_per_byte
 
 from bloomery.data.shards import TokenDataset
 
@@ -106,27 +107,10 @@ def train(model: Any, compiled: Any, text: TokenDataset, options: argparse.Names
     return time.perf_counter() - started
 
 
-@torch.no_grad()
-def bits_per_byte(compiled: Any, heldout: TokenDataset, batch: int, max_tokens: int) -> float:
-    """On the same held-out samples as `bloomery train` evaluates on."""
-    rounds = max(1, min(max_tokens, heldout.n_tokens) // (batch * heldout.seq_len))
-    total = 0.0
-    for number in range(rounds):
-        samples = heldout.batch(range(number * batch, (number + 1) * batch))
-        total += float(compiled(torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
-    return total / rounds / math.log(2) * heldout.n_tokens / heldout.text_bytes
-
-
 def main() -> None:
     """Train, and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--nanochat", type=Path, required=True, help="a checkout of it")
-    parser.add_argument("--data", type=Path, required=True)
-    for name, default in (
-        ("layers", 4), ("hidden", 128), ("heads", 4), ("vocab", 4096), ("seq-len", 128), ("batch", 8), ("steps", 2000),
-        ("heldout-tokens", 65_536), ("seed", 0),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=1.0, help="times its own learning rates")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))

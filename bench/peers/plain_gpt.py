@@ -14,6 +14,8 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bloomery.data.shards import TokenDataset
+
+MeanLoss = Callable[[Tensor, Tensor], Tensor]
+"""Mean cross entropy in nats of (inputs, targets), (batch, seq) each."""
 
 WARMUP, FINAL = 0.05, 0.1
 """Share of the steps that warms up; the last learning rate as a share of the largest."""
@@ -80,25 +85,31 @@ def loss_of(model: PlainGpt, inputs_bs: Tensor, targets_bs: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def bits_per_byte(model: PlainGpt, heldout: TokenDataset, batch: int, max_tokens: int) -> float:
+def bits_per_byte(loss: MeanLoss, heldout: TokenDataset, batch: int, max_tokens: int) -> float:
     """On the same held-out samples as `bloomery train` evaluates on."""
     rounds = max(1, min(max_tokens, heldout.n_tokens) // (batch * heldout.seq_len))
     total = 0.0
     for number in range(rounds):
         samples = heldout.batch(range(number * batch, (number + 1) * batch))
-        total += float(loss_of(model, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
+        total += float(loss(torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
     return total / rounds / math.log(2) * heldout.n_tokens / heldout.text_bytes
 
 
-def main() -> None:
-    """Train, and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every peer of the bench is told: data, shape and budget."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", type=Path, required=True)
     for name, default in (
         ("layers", 4), ("hidden", 128), ("heads", 4), ("vocab", 4096), ("seq-len", 128), ("batch", 8), ("steps", 2000),
         ("heldout-tokens", 65_536), ("seed", 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    return parser
+
+
+def main() -> None:
+    """Train, and print one JSON line."""
+    parser = arguments(__doc__)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -123,7 +134,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     heldout = TokenDataset(options.data / "heldout", seq_len=options.seq_len, seed=0)
-    bits = bits_per_byte(model, heldout, options.batch, options.heldout_tokens)
+    bits = bits_per_byte(partial(loss_of, model), heldout, options.batch, options.heldout_tokens)
     print(json.dumps({"bits_per_byte": bits, "seconds": seconds, "steps": options.steps, "lr": options.lr}))
 
 

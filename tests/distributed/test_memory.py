@@ -55,9 +55,9 @@ def test_the_peak_of_a_real_step_is_the_plans(
     layout = Layout.parse(case[0])
     asked = Case.of(
         MODEL, catalog.cluster("this-machine"), LayoutBatch.of([layout]), global_batch=GLOBAL_BATCH, seq_len=SEQ_LEN,
-        dtype=case[1],  # type: ignore[arg-type]
+        dtype=case[1],
     )  # fmt: skip
     for rank, peak in enumerate(measured[case]):
         pipeline_rank = rank * layout.pp // layout.world_size
         planned = sum(memory_of(asked, asked.ranks(np.array([pipeline_rank]))).values())
-        assert float(planned[0]) == pytest.approx(peak, rel=WITHIN), f"rank {rank}"  # type: ignore[index]
+        assert float(planned[0]) == pytest.approx(peak, rel=WITHIN), f"rank {rank}"

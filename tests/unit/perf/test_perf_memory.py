@@ -21,7 +21,7 @@ S, B, H, A, L = 2048, 2, 12288, 96, 96
 
 def case(layout: Layout, **changes: object) -> Case:
     values = {"global_batch": 64, "seq_len": S, "dtype": "float16", "stack": MEGATRON_2022, **changes}
-    return Case.of(GPT3, catalog.cluster("selene-like"), LayoutBatch.of([layout]), **values)  # type: ignore[arg-type]
+    return Case.of(GPT3, catalog.cluster("selene-like"), LayoutBatch.of([layout]), **values)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
@@ -134,13 +134,13 @@ def test_the_worst_rank_is_the_worst_of_all_ranks() -> None:
     for split in splits:
         lay = LayoutBatch.of([Layout(pp=4, micro_batch=1, stage_layers=split)])
         one = replace(case(Layout(pp=4, micro_batch=1)), model=model, lay=lay)
-        every = [sum(memory_of(one, one.ranks(np.array([r]))).values())[0] for r in range(4)]  # type: ignore[index]
-        assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))  # type: ignore[index]
+        every = [sum(memory_of(one, one.ranks(np.array([r]))).values())[0] for r in range(4)]
+        assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))
 
 
 def test_the_worst_rank_is_the_worst_where_stages_recompute_differently_and_pipelines_are_of_any_length() -> None:
     recomputed = [(1, "full"), (1, "none"), (2, ("full", "none")), (5, ("full", "none", "full", "none", "none"))]
-    layouts = [Layout(pp=pp, micro_batch=1, recompute=recompute) for pp, recompute in recomputed]  # type: ignore[arg-type]
+    layouts = [Layout(pp=pp, micro_batch=1, recompute=recompute) for pp, recompute in recomputed]
     model = Model(layers=10, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=256)
 
     def of(some: list[Layout]) -> Case:
@@ -149,9 +149,9 @@ def test_the_worst_rank_is_the_worst_where_stages_recompute_differently_and_pipe
         )
 
     for several in (layouts, *([one] for one in layouts)):
-        for number, peak in enumerate(sum(worst_memory(of(several)).values())):  # type: ignore[arg-type]
+        for number, peak in enumerate(sum(worst_memory(of(several)).values())):
             alone = of([several[number]])
-            every = [sum(memory_of(alone, alone.ranks(np.array([r]))).values())[0] for r in range(several[number].pp)]  # type: ignore[index]
+            every = [sum(memory_of(alone, alone.ranks(np.array([r]))).values())[0] for r in range(several[number].pp)]
             assert peak == pytest.approx(max(every))
 
 
@@ -181,9 +181,9 @@ def test_the_published_runs_of_a_40_and_80_gb_machine_fit() -> None:
         seq_len=2048,
         dtype="float16",
     )
-    assert sum(worst_memory(yuan).values())[0] < 40e9  # type: ignore[index]
+    assert sum(worst_memory(yuan).values())[0] < 40e9
     alone = case(Layout(tp=8, micro_batch=1))
-    assert sum(worst_memory(alone).values())[0] > 80e9  # type: ignore[index]
+    assert sum(worst_memory(alone).values())[0] > 80e9
 
 
 def test_the_fullest_expert_parallel_rank_is_fuller_the_more_there_are() -> None:
