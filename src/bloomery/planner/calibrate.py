@@ -60,7 +60,7 @@ SPREADS: dict[str, dict[str, float]] = {
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
 NOT_USUAL = frozenset({"pipeline_stall_s"})
-"""What one site alone has shown (nanotron's): its own, and no part of what is usual."""
+"""What one site alone has shown (nanotron's): fitted, so that its runs do not bend the others, and then left out."""
 USUAL_NOISE = 0.15
 """The spread around one set of constants that is fitted to all software."""
 FIRST_STEP = 5.0
@@ -205,9 +205,10 @@ def usual(questions: Questions, table: Calibration, *, rounds: int = 12) -> Stac
         for run in questions.runs
     ]
     alike = Questions.of(runs)
-    free = tuple(Constant("stacks", USUAL, field) for field in SPREADS["stacks"] if field not in NOT_USUAL)
+    free = tuple(Constant("stacks", USUAL, field) for field in SPREADS["stacks"])
     problem = Problem(alike, table, free, noise=USUAL_NOISE, evenness=0.5)
-    return _solved(problem, rounds).stack(USUAL)
+    found, priors = _solved(problem, rounds).stack(USUAL), StackConstants()
+    return found.model_copy(update={field: getattr(priors, field) for field in NOT_USUAL})
 
 
 def _solved(problem: Problem, rounds: int) -> Calibration:
