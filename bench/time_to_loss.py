@@ -1,10 +1,13 @@
-"""Seconds to a loss: our recipe beside the reference recipe, on the same text, tokenizer, threads and held-out samples.
+"""Seconds to a loss: our recipe beside others' recipes, on the same text, tokenizer, threads and held-out samples.
 
-The reference (`bench/peers/plain_gpt.py`) trains to the end of its budget; what counts is how soon ours, driven by
-`bloomery train`, is as good on held-out text. A schedule must know its end, so ours is run with growing budgets
-(`SHARES` of the reference's tokens) and the first that reaches the reference's bits per byte is taken. Both get the
-same number of learning-rate trials, on a quarter of their budget's steps and on another seed than those reported.
-Set-up and evaluation count for neither. `--ablate` takes each choice of our recipe out in turn at that budget.
+A peer trains to the end of its budget; what counts is how soon ours, driven by `bloomery train`, is as good on held-out
+text. The peers: the reference (`bench/peers/plain_gpt.py`) and, where the user has a checkout of it, nanochat
+(`bench/peers/nanochat_gpt.py`). A schedule must know its end, so ours is run with budgets that grow by a tenth
+(`SHARES` of the peer's steps), and the smallest that reaches the peer's bits per byte is taken. All get the same number
+of learning-rate trials, on a quarter of their budget's steps and on another seed than those reported. Set-up and
+evaluation count for nobody; compiling counts for ours and not for nanochat. Ours computes in the number format that
+`train.dtype: auto` takes on this machine; `--dtype float32` holds it to the peers'. `--ablate` takes each choice of our
+recipe out in turn at that budget.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -22,15 +26,14 @@ from typing import Any
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.files import to_yaml
 
-PEER = Path(__file__).parent / "peers" / "plain_gpt.py"
+PEERS = Path(__file__).parent / "peers"
 SHAPE = {"layers": 4, "hidden": 128, "heads": 4, "vocab": 4096}
 SEQ_LEN, BATCH = 128, 8
-STEPS, QUICK_STEPS = 2000, 24
+QUICK_STEPS = 24
 HELDOUT_TOKENS, QUICK_HELDOUT_TOKENS = 65_536, 4096
-REFERENCE_RATES, OUR_RATES = (1e-3, 6e-4, 2e-3), (1.2e-2, 8e-3, 1.8e-2)
-"""The first of each is its usual one."""
-SHARES = (1 / 16, 1 / 12, 1 / 10, 1 / 8, 1 / 7, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1)
-TUNING_SEED = 1000
+OUR_RATES = (8e-3, 5.5e-3, 1.2e-2)
+SHARES = tuple(1.1**power for power in range(-26, 4))
+TUNING_SEED, TUNING_STEPS = 1000, 75
 RUN: dict[str, Any] = {
     "model": {
         **SHAPE,
@@ -41,19 +44,18 @@ RUN: dict[str, Any] = {
         "qk_norm": True,
         "init": "unit_stream",
     },
-    "cluster": "this-machine",
     "layout": {"micro_batch": BATCH},
     "train": {
         "seq_len": SEQ_LEN,
         "global_batch": BATCH,
-        "dtype": "float32",
         "checkpoint_every": 1_000_000,
         "metrics": (),
         "optimizer": {
             "name": "muon",
-            "lr": 1.2e-2,
+            "lr": 8e-3,
             "min_lr": 0.0,
             "weight_decay": 0.0,
+            "betas": (0.8, 0.995),
             "schedule": "wsd",
             "warmup": 0.02,
             "decay": 0.5,
@@ -68,7 +70,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "AdamW instead of Muon": {
         "optimizer": {"name": "adamw", "lr": 4e-3, "embedding_lr_factor": 50.0, "head_lr_factor": 1.0}
     },
-    "cosine to a tenth instead of WSD to zero": {"optimizer": {"schedule": "cosine", "min_lr": 1.2e-3}},
+    "cosine to a tenth instead of WSD to zero": {"optimizer": {"schedule": "cosine", "min_lr": 8e-4}},
+    "the usual betas of AdamW, 0.9 and 0.95": {"optimizer": {"betas": (0.9, 0.95)}},
     "GELU instead of squared ReLU": {"model": {"activation": "gelu"}},
     "no norm of queries and keys": {"model": {"qk_norm": False}},
     "GPT-2's start": {"model": {"init": "gpt2"}, "optimizer": {"embedding_lr_factor": 1.0}},
@@ -87,31 +90,55 @@ class Trained:
     steps: int
 
 
+@dataclass(frozen=True)
+class Peer:
+    """A recipe beside ours: its script, what it takes besides the shape, its budget, its learning rates (its usual one
+    first), and the share of its steps at which to begin to look for ours."""
+
+    name: str
+    script: str
+    arguments: tuple[str, ...]
+    steps: int
+    rates: tuple[float, ...]
+    start: float
+
+
+REFERENCE = Peer("reference", "plain_gpt.py", (), 2000, (1e-3, 6e-4, 2e-3), 1 / 8)
+
+
+def nanochat(checkout: Path) -> Peer:
+    """Its own learning rates are for batches of half a million tokens; as many trials above them."""
+    return Peer("nanochat", "nanochat_gpt.py", ("--nanochat", str(checkout)), 400, (10.0, 20.0, 40.0), 0.75)
+
+
 class Bench:
     """One folder of token shards, and trainings on it."""
 
-    def __init__(self, folder: Path, corpus: Path, heldout_tokens: int) -> None:
+    def __init__(self, folder: Path, corpus: Path, heldout_tokens: int, dtype: str) -> None:
         self.folder, self.data = folder.resolve(), (folder / "data").resolve()
-        self.heldout_tokens = heldout_tokens
+        self.heldout_tokens, self.dtype = heldout_tokens, dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         text = sorted(str(path.resolve()) for path in corpus.glob("*.jsonl.gz")) or [str(corpus.resolve())]
         self.settings = {
             "folder": str(self.data), "vocab": SHAPE["vocab"], "max_bytes": 16_000_000, "min_characters": 40,
             "holdout": 0.02, "text": text,
         }  # fmt: skip
+        self.cluster = "this-machine"
+        if dtype == "auto":
+            self.cluster = str(self.folder / "machine.yaml")
+            self._bloomery("probe", "--quick", "--out", self.cluster)
         self._bloomery("data", "build", self._write("data", RUN, 1, 0))
 
-    def reference(self, steps: int, lr: float, seed: int) -> Trained:
-        """Train the reference recipe."""
+    def theirs(self, peer: Peer, steps: int, lr: float, seed: int) -> Trained:
+        """Train a peer's recipe."""
         options = {**SHAPE, "seq-len": SEQ_LEN, "batch": BATCH, "steps": steps, "lr": lr, "seed": seed}
         options["heldout-tokens"] = self.heldout_tokens
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        done = subprocess.run(
-            [sys.executable, str(PEER), "--data", str(self.data), *arguments], capture_output=True, text=True
-        )
+        command = [sys.executable, str(PEERS / peer.script), "--data", str(self.data), *peer.arguments, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
-        found = json.loads(done.stdout)
+        found = json.loads(done.stdout.splitlines()[-1])
         return Trained(found["bits_per_byte"], found["seconds"], steps)
 
     def ours(self, steps: int, seed: int, changes: dict[str, dict[str, Any]] | None = None) -> Trained:
@@ -127,12 +154,26 @@ class Bench:
         (bits,) = [row["heldout_bits_per_byte"] for row in measured if "heldout_bits_per_byte" in row]
         return Trained(bits, seconds, steps)
 
+    def computed_in(self) -> str:
+        """The number format of the training before."""
+        return str(json.loads((self.folder / "ours" / "job.json").read_text())["dtype"])
+
     def _write(self, name: str, run: dict[str, Any], steps: int, seed: int) -> Path:
-        train = {**run["train"], "steps": steps, "seed": seed}
+        train = {**run["train"], "steps": steps, "seed": seed, "dtype": self.dtype}
         path = self.folder / f"{name}.yaml"
-        evaluate = {"max_tokens": self.heldout_tokens}
-        whole = {**run, "name": name, "out": str(self.folder), "data": self.settings, "train": train}
-        path.write_text(to_yaml({**whole, "evaluate": evaluate}))
+        path.write_text(
+            to_yaml(
+                {
+                    **run,
+                    "name": name,
+                    "out": str(self.folder),
+                    "cluster": self.cluster,
+                    "data": self.settings,
+                    "train": train,
+                    "evaluate": {"max_tokens": self.heldout_tokens},
+                }
+            )
+        )
         return path
 
     def _bloomery(self, *arguments: object) -> None:
@@ -146,52 +187,60 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def tuned(bench: Bench, steps: int) -> tuple[float, float]:
-    """The best learning rate of the reference and of ours: as many trials each, a quarter of the steps each."""
+def tuned(bench: Bench, peer: Peer, steps: int) -> float:
+    """The best of a peer's learning rates after a quarter of its steps."""
     few = max(4, steps // 4)
-    theirs = {lr: bench.reference(few, lr, TUNING_SEED).bits_per_byte for lr in REFERENCE_RATES}
-    note(f"reference, {few} steps: {theirs}")
-    few = max(4, steps // 16)
-    ours = {lr: bench.ours(few, TUNING_SEED, {"optimizer": {"lr": lr}}).bits_per_byte for lr in OUR_RATES}
-    note(f"ours, {few} steps: {ours}")
-    return min(theirs, key=theirs.__getitem__), min(ours, key=ours.__getitem__)
+    found = {lr: bench.theirs(peer, few, lr, TUNING_SEED).bits_per_byte for lr in peer.rates}
+    note(f"{peer.name}, {few} steps: {found}")
+    return min(found, key=found.__getitem__)
 
 
-def first_as_good(bench: Bench, target: float, steps: int, seed: int, lr: float, start: int) -> tuple[Trained, int]:
-    """The smallest of our budgets, from `SHARES[start]` on, that reaches `target`, and which one it is."""
-    for place in range(start, len(SHARES)):
-        found = bench.ours(max(2, round(SHARES[place] * steps)), seed, {"optimizer": {"lr": lr}})
+def our_rate(bench: Bench, steps: int) -> float:
+    """The best of ours after a quarter of about the steps that it needs."""
+    found = {lr: bench.ours(steps, TUNING_SEED, {"optimizer": {"lr": lr}}).bits_per_byte for lr in OUR_RATES}
+    note(f"ours, {steps} steps: {found}")
+    return min(found, key=found.__getitem__)
+
+
+def smallest_as_good(bench: Bench, target: float, steps: int, seed: int, lr: float, start: int) -> tuple[Trained, int]:
+    """The smallest of our budgets that reaches `target`, and which one it is; looked for from `SHARES[start]` on, up or
+    down."""
+    found = dict[int, Trained]()
+    place = start
+    while True:
+        found[place] = ours = bench.ours(max(2, round(SHARES[place] * steps)), seed, {"optimizer": {"lr": lr}})
         note(
-            f"ours, seed {seed}, {found.steps} steps: {found.bits_per_byte:.4f} (wanted {target:.4f}) "
-            f"in {found.seconds:.1f} s"
+            f"ours, seed {seed}, {ours.steps} steps: {ours.bits_per_byte:.4f} (wanted {target:.4f}) "
+            f"in {ours.seconds:.1f} s"
         )
-        if found.bits_per_byte <= target:
-            return found, place
-    sys.exit(f"seed {seed}: our recipe did not reach {target:.4f} in the reference's own number of steps")
+        good = ours.bits_per_byte <= target
+        if good and (place == 0 or place - 1 in found):
+            return ours, place
+        if not good and place + 1 in found:
+            return found[place + 1], place + 1
+        place += -1 if good else 1
+        if place == len(SHARES):
+            sys.exit(f"seed {seed}: our recipe did not reach {target:.4f} in {ours.steps} steps")
 
 
-def compared(bench: Bench, steps: int, seeds: int, tuned_only: bool) -> dict[str, Any]:
-    """Every seed of both recipes, the reference at its usual (unless `tuned_only`) and at its best learning rate."""
-    best_rate, our_rate = tuned(bench, steps)
-    result: dict[str, Any] = {"steps": steps, "our_lr": our_rate, "rows": []}
-    rates = {"usual": REFERENCE_RATES[0], "tuned": best_rate}
-    if best_rate == rates["usual"]:
-        rates = {"usual and tuned": best_rate}
+def compared(
+    bench: Bench, peer: Peer, steps: int, seeds: int, lr: float, *, tuned_only: bool
+) -> Iterator[dict[str, Any]]:
+    """Every seed of both recipes, the peer at its usual (unless `tuned_only`) and at its best learning rate."""
+    rates = {"usual": peer.rates[0], "tuned": tuned(bench, peer, steps)}
+    if rates["usual"] == rates["tuned"]:
+        rates = {"usual and tuned": rates["tuned"]}
     elif tuned_only:
         del rates["usual"]
     for name, rate in rates.items():
-        start = 0
+        start = min(range(len(SHARES)), key=lambda place: abs(SHARES[place] - peer.start))
         for seed in range(seeds):
-            reference = bench.reference(steps, rate, seed)
-            note(
-                f"reference ({name} lr {rate}), seed {seed}: {reference.bits_per_byte:.4f} in {reference.seconds:.1f} s"
-            )
-            ours, place = first_as_good(bench, reference.bits_per_byte, steps, seed, our_rate, start)
-            start = max(0, place - 1)
-            row = {"reference": name, "lr": rate, "seed": seed, "target": reference.bits_per_byte}
-            row |= {"reference_s": reference.seconds, "ours_s": ours.seconds, "ours_steps": ours.steps}
-            result["rows"].append({**row, "ratio": reference.seconds / ours.seconds})
-    return result
+            theirs = bench.theirs(peer, steps, rate, seed)
+            note(f"{peer.name} ({name} lr {rate}), seed {seed}: {theirs.bits_per_byte:.4f} in {theirs.seconds:.1f} s")
+            ours, start = smallest_as_good(bench, theirs.bits_per_byte, steps, seed, lr, start)
+            row = {"peer": peer.name, "which": name, "lr": rate, "seed": seed, "target": theirs.bits_per_byte}
+            row |= {"their_s": theirs.seconds, "their_steps": steps, "our_s": ours.seconds, "our_steps": ours.steps}
+            yield {**row, "ratio": theirs.seconds / ours.seconds}
 
 
 def ablated(bench: Bench, steps: int, seeds: int, lr: float) -> list[dict[str, Any]]:
@@ -218,21 +267,36 @@ def main() -> None:
     parser.add_argument("--tuned-only", action="store_true", help="not beside the reference at its usual learning rate")
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--nanochat", type=Path, help="a checkout of it: beside its recipe too")
+    parser.add_argument("--dtype", default="auto", help="ours computes in; auto: what this machine gains from")
     options = parser.parse_args()
-    steps, seeds = (QUICK_STEPS, 1) if options.quick else (STEPS, options.seeds)
-    bench = Bench(options.out, options.corpus, QUICK_HELDOUT_TOKENS if options.quick else HELDOUT_TOKENS)
-    result = compared(bench, steps, seeds, options.tuned_only)
+    bench = Bench(options.out, options.corpus, QUICK_HELDOUT_TOKENS if options.quick else HELDOUT_TOKENS, options.dtype)
+    seeds = 1 if options.quick else options.seeds
+    lr = our_rate(bench, 4 if options.quick else TUNING_STEPS)
+    peers = (REFERENCE, *((nanochat(options.nanochat),) if options.nanochat else ()))
+    result: dict[str, Any] = {"dtype": bench.computed_in(), "our_lr": lr, "rows": []}
+    for peer in peers:
+        steps = QUICK_STEPS if options.quick else peer.steps
+        result["rows"] += compared(bench, peer, steps, seeds, lr, tuned_only=options.tuned_only)
     if options.ablate:
-        budget = round(median(row["ours_steps"] for row in result["rows"]))
-        result["ablation"] = ablated(bench, budget, seeds, result["our_lr"])
+        budget = round(median(row["our_steps"] for row in result["rows"] if row["peer"] == REFERENCE.name))
+        result["ablation"] = ablated(bench, budget, seeds, lr)
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    print("reference       lr seed  bits/byte    its s    our s our steps  ratio")
+    show(result)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The tables."""
+    print(f"ours in {result['dtype']}, learning rate {result['our_lr']:g}")
+    print("peer                            lr seed  bits/byte steps    its s our steps    our s  ratio")
     for row in result["rows"]:
+        who = f"{row['peer']}, {row['which']}"
         print(
-            f"{row['reference']:10} {row['lr']:7.0e} {row['seed']:4} {row['target']:10.4f} {row['reference_s']:8.1f} "
-            f"{row['ours_s']:8.1f} {row['ours_steps']:9} {row['ratio']:5.1f}x"
+            f"{who:26} {row['lr']:7g} {row['seed']:4} {row['target']:10.4f} "
+            f"{row['their_steps']:5} {row['their_s']:8.1f} {row['our_steps']:9} {row['our_s']:8.1f} "
+            f"{row['ratio']:5.2f}x"
         )
     for row in result.get("ablation", []):
         print(f"{row['without']:42} {row['bits_per_byte']:8.4f} bits/byte {row['seconds']:8.1f} s")

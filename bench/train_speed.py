@@ -4,6 +4,10 @@ Ours is the product's own path (the console program, its worker, engine and loop
 through `bench/peers/*`, each in the environment it is given. Everybody runs compiled and not, with the batch whole and
 in micro-batches: the fastest variant counts. Runs alternate, round by round; medians are printed, and ours over the
 best peer. Peers without an environment are left out and named. Says nothing about several processes.
+
+Memory twice: resident at the peak above what the process had before the model was built, as a ledger counts it, and
+all that was resident, imports and libraries with it. The first depends on what a trainer imports when: whoever imports
+a compiler before its model has it in the base.
 """
 
 from __future__ import annotations
@@ -62,10 +66,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: median seconds of a step after warm-up, peak memory, last loss."""
+    """One run: median seconds of a step after warm-up, peak memory above the base and in all, last loss."""
 
     step_s: float
     peak_bytes: int
+    resident_bytes: int
     loss: float
 
 
@@ -125,7 +130,9 @@ def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outco
     with (work.scratch / f"{path.stem}.log").open("w+") as said:
         command = [sys.executable, "-m", "bloomery", "train", str(path), "--fresh"]
         running = psutil.Popen(command, stdout=said, stderr=said)
+        resident = 0
         while running.poll() is None and len(laps_of(folder)) < work.steps:
+            resident = max([resident, *map(most_resident, running.children(recursive=True))])
             time.sleep(0.2)
         if running.poll():
             said.seek(0)
@@ -137,7 +144,17 @@ def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outco
             psutil.wait_procs(everybody)
     laps = laps_of(folder)[work.warm_up :]
     losses = [row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row]
-    return Outcome(median(lap["wall_s"] for lap in laps), max(lap["peak_memory_bytes"] for lap in laps), losses[-1])
+    step_s = median(lap["wall_s"] for lap in laps)
+    return Outcome(step_s, max(lap["peak_memory_bytes"] for lap in laps), resident, losses[-1])
+
+
+def most_resident(process: psutil.Process) -> int:
+    """The most that was resident of a process so far; 0 of one that is gone."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
 def laps_of(folder: Path) -> list[dict[str, Any]]:
@@ -167,7 +184,8 @@ def peer(work: Workload, python: Path, script: str, variant: Variant, samples: P
     if done.returncode:
         sys.exit(f"{script}: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    return Outcome(median(found["step_s"][work.warm_up :]), found["peak_bytes"], found["losses"][-1])
+    step_s = median(found["step_s"][work.warm_up :])
+    return Outcome(step_s, found["peak_bytes"], found["resident_bytes"], found["losses"][-1])
 
 
 def samples_of(work: Workload, cluster: Path | None = None) -> Path:
@@ -195,7 +213,8 @@ def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, var
             "trainer": name, **asdict(variant),
             "tokens_per_s": work.tokens_per_step / median(one.step_s for one in outcomes),
             "rounds_tokens_per_s": [work.tokens_per_step / one.step_s for one in outcomes],
-            "peak_bytes": median(one.peak_bytes for one in outcomes), "loss": outcomes[-1].loss,
+            "peak_bytes": median(one.peak_bytes for one in outcomes),
+            "resident_bytes": median(one.resident_bytes for one in outcomes), "loss": outcomes[-1].loss,
         }
         for (name, variant), outcomes in found.items()
     ]  # fmt: skip
@@ -203,28 +222,34 @@ def measure(work: Workload, peers: dict[str, tuple[Path, str]], rounds: int, var
     others = [row for row in rows if row["trainer"] != "bloomery"]
     best = max(others, key=lambda row: row["tokens_per_s"], default=None)
     leanest = min((row["peak_bytes"] for row in others), default=None)
+    smallest = min((row["resident_bytes"] for row in others), default=None)
     return {
         "rows": rows,
         "speed_over_best_peer": mine["tokens_per_s"] / best["tokens_per_s"] if best else None,
         "memory_over_best_peer": mine["peak_bytes"] / best["peak_bytes"] if best else None,
         "memory_over_leanest_peer": mine["peak_bytes"] / leanest if leanest else None,
+        "resident_over_smallest_peer": mine["resident_bytes"] / smallest if smallest else None,
     }
 
 
 def show(title: str, answer: dict[str, Any]) -> None:
     """The table of one model and precision."""
-    head = f"{'trainer':16} {'compiled':>8} {'micro-batch':>11} {'tokens/s':>9} {'peak MB':>8} {'last loss':>9}"
+    head = f"{'trainer':16} {'compiled':>8} {'micro-batch':>11} {'tokens/s':>9} "
+    head += f"{'peak MB':>8} {'in all':>7} {'last loss':>9}"
     print(f"\n{title}\n{head}   tokens/s by round")
     for row in answer["rows"]:
         rounds = " ".join(f"{value:.0f}" for value in row["rounds_tokens_per_s"])
         print(
             f"{row['trainer']:16} {'yes' if row['compiled'] else 'no':>8} {row['micro_batch']:11} "
-            f"{row['tokens_per_s']:9.0f} {row['peak_bytes'] / 1e6:8.0f} {row['loss']:9.4f}   {rounds}"
+            f"{row['tokens_per_s']:9.0f} {row['peak_bytes'] / 1e6:8.0f} "
+            f"{row['resident_bytes'] / 1e6:7.0f} {row['loss']:9.4f}   {rounds}"
         )
     if answer["speed_over_best_peer"]:
         print(
             f"ours at its faster setting over the fastest peer: {answer['speed_over_best_peer']:.2f} x tokens/s, "
-            f"{answer['memory_over_best_peer']:.2f} x its memory ({answer['memory_over_leanest_peer']:.2f} x the least)"
+            f"{answer['memory_over_best_peer']:.2f} x its memory "
+            f"({answer['memory_over_leanest_peer']:.2f} x the least; "
+            f"{answer['resident_over_smallest_peer']:.2f} x the least in all)"
         )
 
 

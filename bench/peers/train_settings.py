@@ -1,7 +1,7 @@
 """What a peer of `bench/train_speed.py` is told, and what it answers. Runs in the peer's own environment: torch alone.
 
 A peer reads its settings as JSON from the first argument, trains, and prints one JSON line: seconds of each step and
-peak memory above what the process had before the model was built, as the product's own ledger counts it.
+peak memory above what the process had before the model was built, as the product's own ledger counts it, and in all.
 """
 
 from __future__ import annotations
@@ -77,11 +77,13 @@ def resident_bytes() -> int:
 
 def answer(seconds: list[float], base_bytes: int, losses: list[float]) -> None:
     """Print the result line."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base_bytes
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident - base_bytes
     if torch.cuda.is_available():
         free, whole = torch.cuda.mem_get_info()  # with what lies outside the allocator, as our own recorder counts
         peak = torch.cuda.max_memory_reserved() + max(0, whole - free - torch.cuda.memory_reserved())
-    print(json.dumps({"step_s": seconds, "peak_bytes": peak, "losses": losses}), flush=True)
+    found = {"step_s": seconds, "peak_bytes": peak, "resident_bytes": resident, "losses": losses}
+    print(json.dumps(found), flush=True)
 
 
 def timed_loop(settings: Settings, step: Callable[[torch.Tensor, torch.Tensor], Any], base_bytes: int) -> None:

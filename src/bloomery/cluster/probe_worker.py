@@ -9,8 +9,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile, record_function
 
 from bloomery.cluster.meeting import Place, join, leave
 from bloomery.cluster.probe_kernels import (
@@ -91,7 +90,7 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
     if device.type != "cpu":
         return {**halves, "shares": {"compute": 1.0}}
     _together(place)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with profile(use_kineto=True) as profiled:
         for _ in range(PROFILED_STEPS):
             with record_function(MARK + "compute"):
                 engine.forward_backward(batch)

@@ -114,6 +114,8 @@ def imported_for(job: Job) -> list[str]:
         "bloomery.parallel.pipeline": layout.pp > 1,
         "bloomery.parallel.fully_sharded": sharded,
         "torch._dynamo": job.compiled or "full" in layout.recomputes or layout.tp * layout.cp > 1 or sharded,
+        # Whoever is forked from a process that has asked a GPU's driver for anything cannot use that GPU.
+        "torch._inductor.compile_fx": job.compiled and job.device == "cpu",
     }
     return [module for module, needed in wanted.items() if needed]
 

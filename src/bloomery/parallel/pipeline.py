@@ -17,6 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
+    schedules,
 )
 from torch.distributed.pipelining.schedules import (
     BACKWARD_INPUT,
@@ -24,10 +25,13 @@ from torch.distributed.pipelining.schedules import (
     FULL_BACKWARD,
     REDUCE_GRAD,
     RESHARD,
+    SEND_B,
+    SEND_F,
     UNSHARD,
     PipelineScheduleMulti,
     PipelineScheduleSingle,
     _Action,
+    _PipelineScheduleRuntime,
 )
 
 from bloomery.model.transformer import Transformer
@@ -153,10 +157,62 @@ def _buffer(info: Any) -> Tensor | None:
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
-_SEVERAL_CHUNKS: dict[str, type[ScheduleInterleaved1F1B | ScheduleZBVZeroBubble | ScheduleDualPipeV]] = {
-    "interleaved": ScheduleInterleaved1F1B,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
+
+class _SeveralChunks(_PipelineScheduleRuntime):
+    """A schedule of several stages a rank that lets go of what it sent.
+
+    PyTorch's own holds every message, and so what was in it, to the end of the step. Here an activation's goes when its
+    gradient has come, which says that it arrived; a gradient's when the next one goes, as in PyTorch's 1F1B.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sent: dict[tuple[int, int], list[dist.Work]] = {}
+        self._sent_back: list[dist.Work] = []
+        self._comp_type_to_function_map |= {SEND_F: self._send, SEND_B: self._send_back}
+
+    def _stage_of(self, action: _Action) -> Any:
+        return next(stage for stage in self._stages if stage.stage_index == action.stage_index)
+
+    def _send(self, action: _Action, _: Any) -> None:
+        micro_batch = action.microbatch_index
+        assert micro_batch is not None
+        works = schedules._batch_p2p(self._stage_of(action).get_fwd_send_ops(micro_batch))
+        self._sent[action.stage_index, micro_batch] = works
+
+    def _send_back(self, action: _Action, _: Any) -> None:
+        before = self._sent_back
+        self._sent_back = schedules._batch_p2p(self._stage_of(action).get_bwd_send_ops(action.microbatch_index))
+        schedules._wait_batch_p2p(before)
+
+    def _maybe_get_loss(self, stage: Any, mb_index: int) -> Any:
+        # Asked of every micro-batch before it goes back, when its gradient is there.
+        schedules._wait_batch_p2p(self._sent.pop((stage.stage_index, mb_index), []))
+        return super()._maybe_get_loss(stage, mb_index)
+
+    def _step_microbatches(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._step_microbatches(*args, **kwargs)
+        schedules._wait_batch_p2p(self._sent_back)
+        self._sent_back = []
+        return found
+
+
+class _Interleaved(_SeveralChunks, ScheduleInterleaved1F1B):
+    pass
+
+
+class _ZBV(_SeveralChunks, ScheduleZBVZeroBubble):
+    pass
+
+
+class _DualPipeV(_SeveralChunks, ScheduleDualPipeV):
+    pass
+
+
+_SEVERAL_CHUNKS: dict[str, type[_Interleaved | _ZBV | _DualPipeV]] = {
+    "interleaved": _Interleaved,
+    "zbv": _ZBV,
+    "dualpipev": _DualPipeV,
 }
 
 

@@ -6,7 +6,9 @@ any element width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from statistics import NormalDist
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, SELECTIVE, ZBV, Case
 from bloomery.perf.ranks import Ranks
+from bloomery.perf.table import Table
 from bloomery.spec.collective import by_recompute
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import MixtureOfExperts
@@ -167,53 +170,101 @@ def _eager_mixture_inputs(case: Case, moe: MixtureOfExperts) -> Any:
 
 
 @dataclass(frozen=True)
+class Flight(Table):
+    """What a rank holds at one moment of the pipeline, as counts (n,) or (kinds, n), or bytes of one of each; None is
+    nothing. `times`: micro-batches in flight, in units of all of its layers; `chunks`: the same in stages; `messages`
+    between stages; `waiting`: micro-batches whose weights have yet to get their gradients, as `times`.
+    """
+
+    times: Any
+    chunks: Any = None
+    messages: Any = None
+    waiting: Any = None
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """In their order."""
+        return self.times, self.chunks, self.messages, self.waiting
+
+    def where(self, counts: Flight) -> Flight:
+        """Of that alone which `counts` has any of."""
+        return Flight(*(None if n is None else part for part, n in zip(self.parts, counts.parts, strict=True)))
+
+    def bytes(self, each: Flight) -> Any:
+        """Of so many, `each` of which takes so much."""
+        pairs = zip(self.parts, each.parts, strict=True)
+        return sum(count * size for count, size in pairs if count is not None and size is not None)
+
+
+@dataclass(frozen=True)
 class Activations:
     """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
-    stage has `sent` (and, where its layers are offloaded, received) and keeps until its gradient comes, of what its
-    layers read alike (`shared`: our engine's rotary tables), and a `fixed` working set, of which `moving`: the
-    offloaded layer at work and the one that comes or goes.
+    stage has `received` where its layers are offloaded, of what its layers read alike in every stage (`shared`: our
+    engine's rotary tables), of a `message` between stages, of the gradients that `waiting` weights need, and a `fixed`
+    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
     in the host's memory while in flight; a CPU's is the same memory.
     """
 
     layers: Any
-    sent: Any
+    received: Any
     shared: Any
+    message: Any
+    waiting: Any
     fixed: Any
     moving: Any
 
     @property
-    def each(self) -> Any:
-        """Of one micro-batch in flight."""
-        return self.layers + self.sent + self.shared
+    def each(self) -> Flight:
+        """Of one of everything in flight."""
+        return Flight(self.layers + self.received, self.shared, self.message, self.waiting)
 
     @classmethod
     def of(cls, case: Case, ranks: Ranks) -> Activations:
         """Of `ranks`."""
         surplus, zeros = _surplus_bytes(case), np.zeros(ranks.layers.shape)
-        layers, again, moving = zeros, zeros, zeros
+        layers, again, moving, waiting = zeros, zeros, zeros, zeros
         for lay, own in by_recompute(case.lay, ranks.shape_held):
             kept, made = layer_kept_bytes(case, lay)
             layers = layers + own.layers * kept + own.moe_layers * np.where(lay.recompute == FULL, 0.0, surplus)
             here = True if ranks.held is None else own.layers > 0
             again = np.maximum(again, np.where(here, made, 0.0))
             moving = np.maximum(moving, np.where(here, kept, 0.0))
-        if ranks.held is not None:
-            layers, again, moving = (part.max(axis=0) for part in (layers, again, moving))  # over a step's moments
-        inputs = case.stream_tokens * case.model.hidden * case.precision.stream
-        sent = np.where(ranks.last, 0.0, inputs) if case.stack.eager else zeros
+            waits = (lay.recompute == 0) & (lay.offload == 0)  # as `Layout.splits_backward` has it
+            waiting = waiting + own.layers * np.where(waits, _waiting_bytes(case), 0.0)
+        if ranks.held is not None:  # over a step's moments
+            layers, again, moving, waiting = (part.max(axis=0) for part in (layers, again, moving, waiting))
+        inputs, received = case.stream_tokens * case.model.hidden * case.precision.stream, zeros
         if np.any(case.lay.offload):
             offloaded = case.lay.offload == 1
             moving = np.where(offloaded, np.minimum(ranks.layers, 2) * moving, 0.0)
             if case.accelerator.kind != "cpu":
                 layers = np.where(offloaded, 0.0, layers)
-                sent = sent + np.where(offloaded & ~ranks.first, inputs, 0.0)
+                received = np.where(offloaded & ~ranks.first, inputs, 0.0)
         else:
             moving = zeros
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
-        shared = _rotary_tables_bytes(case) if case.stack.eager else zeros
-        return cls(layers, sent, shared, again + moving + ends, moving)
+        shared = zeros + _rotary_tables_bytes(case) if case.stack.eager else None
+        message = zeros + inputs if case.stack.eager else None
+        return cls(layers, received, shared, message, waiting, again + moving + ends, moving)
+
+
+def _waiting_bytes(case: Case) -> Any:
+    """Gradients that one layer holds between its backward pass towards the input and that for its weights: of what
+    every product and every norm gave. None of what it kept may go before.
+
+    With c-byte elements, e = query width, g = kv width: norms' outputs 2 sbh c, what the two blocks gave 2 sbh c,
+    queries, keys, values sb(e + 2g)c/t, the ffn's products sbf c/t for gate and up.
+    """
+    model, precision = case.model, case.precision
+    width, copies = model.ffn_hidden, 1
+    if (moe := model.moe) is not None:
+        copies = moe.top_k + moe.shared_experts
+        width = copies * moe.expert_ffn_hidden
+    inside = model.query_width + 2 * model.kv_width + (2 if model.gated else 1) * width
+    outside = (1 + copies) * case.stream_tokens + 2 * case.tokens
+    return (outside * model.hidden + case.tokens / case.lay.tp * inside) * precision.stream
 
 
 def _rotary_tables_bytes(case: Case) -> Any:
@@ -228,10 +279,52 @@ def end_bytes(case: Case) -> Any:
     return case.stream_tokens * case.model.hidden * 2 * case.precision.stream
 
 
-def activation_bytes(case: Case, ranks: Ranks) -> Any:
-    """Bytes of activations at the peak: what every micro-batch in flight keeps, and the working set."""
+def activation_bytes(case: Case, ranks: Ranks, gone: Any = 0.0) -> Any:
+    """Bytes of activations at the peak: what every micro-batch in flight keeps, and the working set; `gone` as in
+    `peak_in_flight`."""
     activations = Activations.of(case, ranks)
-    return in_flight(case, ranks) * activations.each + activations.fixed
+    return peak_in_flight(flights(case, ranks), activations.each, gone) + activations.fixed
+
+
+def peak_in_flight(moments: Sequence[Flight], each: Flight, gone: Any = 0.0) -> Any:
+    """The most bytes in flight at any of `moments` (`flights`); `gone`: what else is no longer there at those at which
+    weights wait."""
+    fullest, *waiting = moments
+    return reduce(np.maximum, [fullest.bytes(each), *(moment.bytes(each) - gone for moment in waiting)])
+
+
+def flights(case: Case, ranks: Ranks) -> list[Flight]:
+    """What pipeline ranks hold when most micro-batches are in flight, then at the moments at which weights wait.
+
+    On ZB-V one micro-batch waits for its weights' turn beside all that are in flight; at the step's end the last p + i
+    chunks of rank i go back without such a turn in between, until 2i + 1 wait. DualPipeV, which splits fewer of its
+    backward passes, never holds more than before them.
+    """
+    lay, times = case.lay, in_flight(case, ranks)
+    fullest = Flight(times)
+    if case.stack.eager:
+        fullest = Flight(times, times * lay.vpp, _messages_held(case, ranks, times))
+    zbv = lay.schedule == ZBV
+    if not np.any(zbv):
+        return [fullest]
+    going = replace(fullest, waiting=np.where(zbv, 0.5, 0.0))
+    at_the_end = np.where(zbv, (lay.pp + ranks.index) / 2, times)
+    return [fullest, going, replace(fullest, times=at_the_end, waiting=np.where(zbv, ranks.index + 0.5, 0.0))]
+
+
+def _messages_held(case: Case, ranks: Ranks, times: Any) -> Any:
+    """Messages of our engine's ranks with so many micro-batches in flight (`in_flight`).
+
+    Of every chunk in flight, but the last stage's and what stays on the rank at the tip of a V, what it sent on; as
+    soon as fewer are in flight than a step has, the gradient sent back last; interleaved, what comes for the next.
+    """
+    lay = case.lay
+    several, chunks = lay.vpp > 1, times * lay.vpp
+    tip = np.isin(lay.schedule, (ZBV, DUALPIPEV)) & (ranks.index == lay.pp - 1)
+    # Of the last of several chunks one is in flight.
+    sent = np.where(several, np.where(tip, chunks / 2, chunks - ranks.last), np.where(ranks.last, 0.0, times))
+    sent_back = (several | ~ranks.first) & (case.micro_batches > times)
+    return sent + sent_back + ((lay.schedule == INTERLEAVED) & ~ranks.first)
 
 
 def in_flight(case: Case, ranks: Ranks) -> Any:

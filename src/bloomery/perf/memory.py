@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.activations import Activations, activation_bytes, end_bytes, in_flight
+from bloomery.perf.activations import Activations, activation_bytes, end_bytes, flights, in_flight, peak_in_flight
 from bloomery.perf.case import MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.table import blocks
@@ -28,22 +28,23 @@ FRAGMENTATION = 0.015
 def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:
     """Peak bytes by part on `ranks`, shape (n,) each."""
     n = len(case.lay)
-    parts = {**state_bytes(case, ranks), "activations": activation_bytes(case, ranks), "logits": _logits(case, ranks)}
+    parts = {**state_bytes(case, ranks), "logits": _logits(case, ranks)}
+    parts["activations"] = activation_bytes(case, ranks, _gone_while_weights_wait(case, ranks, parts["logits"]))
     if case.stack.eager:
-        activations = Activations.of(case, ranks)
-        flight, fixed = in_flight(case, ranks), activations.fixed + parts["logits"]
-        parts["gradients"] = _beside(case.micro_batches, flight, parts["gradients"], activations.each, fixed)
+        fixed = Activations.of(case, ranks).fixed
+        kept, fixed = parts["activations"] - fixed, fixed + parts["logits"]
+        parts["gradients"] = _beside(case.micro_batches, in_flight(case, ranks), parts["gradients"], kept, fixed)
     parts["reserved"] = case.accelerator.reserved_bytes + _fragments(case) * sum(parts.values())
     return {name: np.broadcast_to(np.asarray(parts[name], dtype=np.float64), (n,)) for name in PARTS}
 
 
-def _beside(micro_batches: np.ndarray, times: Any, gradients: Any, each: Any, fixed: Any) -> Any:
-    """Gradients at the peak of a rank of our engine, beside `times` micro-batches' activations (`each`) and `fixed`.
+def _beside(micro_batches: np.ndarray, times: Any, gradients: Any, kept: Any, fixed: Any) -> Any:
+    """Gradients at the peak of a rank of our engine, beside what it has `kept` of `times` micro-batches, and `fixed`.
 
     Those of a step's only micro-batch come as activations go: the peak is that of the larger. Where all micro-batches
     have gone forward when the first goes back, its activations have gone when gradients are whole.
     """
-    before = np.where(micro_batches == 1, times * each + fixed, np.where(micro_batches <= times, each, 0.0))
+    before = np.where(micro_batches == 1, kept + fixed, np.where(micro_batches <= times, kept / times, 0.0))
     return np.maximum(gradients - before, 0.0)
 
 
@@ -52,32 +53,36 @@ def _fragments(case: Case) -> float:
 
 
 def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
-    """Peak bytes on each of `Case.holders`, shape (4, m), of m layouts after another: the parts of `memory_of` for the
-    layouts each tells apart."""
+    """Peak bytes on each of `Case.holders`, shape (holders, m), of m layouts after another: the parts of `memory_of`
+    for the layouts each tells apart."""
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
-    kept, kept_of = case.over(*MICRO_BATCH, *(("zero_stage",) if _window_opens(case) else ()))
+    kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
     gradients = held.pop("gradients") + 0.0 * state.holders.layers
     states = sum(held.values())
-    times = in_flight(flight, flight.holders)
-    whole = Activations.of(kept, kept.holders)
-    fixed, each = whole.fixed + _logits(kept, kept.holders), whole.each
+    moments = flights(flight, flight.holders)
+    whole, logits = Activations.of(kept, kept.holders), _logits(kept, kept.holders)
+    fixed, each = whole.fixed + logits, whole.each.where(moments[-1])
+    gone = fixed * 0.0 + _gone_while_weights_wait(kept, kept.holders, logits)
     if not case.stack.eager:
         states, gradients = states + gradients, None
     for block in blocks(len(case.lay)):
         i, j, k = state_of[block], flight_of[block], kept_of[block]
-        flights, one, rest = times.take(j, axis=1), each.take(k, axis=1), fixed.take(k, axis=1)
+        held_then = [moment.take(j) for moment in moments]
+        left = gone.take(k, axis=1) if len(moments) > 1 else 0.0
+        in_all, rest = peak_in_flight(held_then, each.take(k), left), fixed.take(k, axis=1)
         lasting = states.take(i, axis=1)
         if gradients is not None:
-            lasting += _beside(case.micro_batches[block], flights, gradients.take(i, axis=1), one, rest)
-        yield block, (lasting + flights * one + rest) * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
+            times = held_then[0].times
+            lasting += _beside(case.micro_batches[block], times, gradients.take(i, axis=1), in_all, rest)
+        yield block, (lasting + in_all + rest) * (1.0 + _fragments(case)) + case.accelerator.reserved_bytes
 
 
 def holder_bytes(case: Case) -> np.ndarray:
-    """Peak bytes on each of `Case.holders`, shape (4, n)."""
-    answer = np.empty((4, len(case.lay)))
+    """Peak bytes on each of `Case.holders`, shape (holders, n)."""
+    answer = np.empty(case.holders.layers.shape)
     for block, held_bytes in _holders_by_block(case):
         answer[:, block] = held_bytes
     return answer
@@ -141,9 +146,9 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         # FSDP reduces after the last micro-batch: whole gradients until then.
         sharded = sharded & (case.micro_batches == 1)
         if precision.stream < precision.parameter:
-            # Autocast keeps narrow copies of the weights through a step. Those in float8 are cast at each product;
+            # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
             # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).
-            copied = experts if precision.operand < precision.stream else dense + experts
+            copied = experts if precision.operand < precision.stream else dense + experts - _looked_up(case, ranks)
             alone = (lay.zero_stage == 3) & (lay.ep > 1) & (lay.shards == lay.ep)
             copied = np.where(lay.zero_stage >= 2, experts * alone, copied)
             buffers = buffers + precision.stream * copied
@@ -165,18 +170,38 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def _looked_up(case: Case, ranks: Ranks) -> Any:
+    """Elements of an embedding that is only looked up: no product reads it, as the head does one that is tied here."""
+    alone = ranks.first & ~ranks.last if case.model.tie_embeddings else ranks.first
+    return alone * case.embedding.dense(case.lay)
+
+
 def _logits(case: Case, ranks: Ranks) -> Any:
     """The last rank's logits with their float32 copy, softmax and gradient, for one micro-batch."""
     if case.stack.eager:
-        head = ranks.last * case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
+        # Where gradients are not whole anyway, the head's is, at once.
+        head = ranks.last * (case.micro_batches == 1) * _head_gradient(case)
         back = head + _backward_working_bytes(case)
         loss = ranks.last * (_logits_of_a_chunk(case) + end_bytes(case) + _read_by_the_head(case))
         # What is made again, if anything, is there when the loss and what it held are gone; so is most of ZeRO 3's
-        # window.
-        later = Activations.of(case, ranks).fixed + (_opened_after_the_loss(case, ranks) if _window_opens(case) else 0)
-        return np.maximum(loss - later, back) + _sent_back(case, ranks)
+        # window. Of offloaded layers the one at work stays.
+        activations = Activations.of(case, ranks)
+        later = activations.fixed - activations.moving / np.clip(ranks.layers, 1, 2)
+        later = later + (_opened_after_the_loss(case, ranks) if _window_opens(case) else 0.0)
+        return np.maximum(loss - later, back)
     cut = 1 if case.stack.logits_gathered else case.lay.tp
     return ranks.last * case.tokens * case.model.vocab / cut * case.stack.logits_bytes
+
+
+def _gone_while_weights_wait(case: Case, ranks: Ranks, logits: Any) -> Any:
+    """Of `logits` (`_logits`) what is no longer there when a micro-batch has gone back and its weights wait: all but
+    the gradients of the head, of its input and of the last norm's."""
+    return logits - ranks.last * (_head_gradient(case) + end_bytes(case))
+
+
+def _head_gradient(case: Case) -> Any:
+    """Bytes of the gradient of the head's weights."""
+    return case.precision.gradient * case.model.vocab / case.lay.tp * case.model.hidden
 
 
 def _read_by_the_head(case: Case) -> Any:
@@ -186,24 +211,16 @@ def _read_by_the_head(case: Case) -> Any:
     return whole * case.model.hidden * case.precision.stream
 
 
-def _sent_back(case: Case, ranks: Ranks) -> Any:
-    """The gradient that a stage of our engine has sent to the one before: PyTorch's schedule holds it through the next
-    micro-batch. There is one as soon as fewer micro-batches are in flight than a step has."""
-    sends = ~ranks.first & (case.micro_batches > case.lay.pp - ranks.index)
-    return np.where(sends, case.stream_tokens * case.model.hidden * case.precision.stream, 0.0)
-
-
 def _window_opens(case: Case) -> bool:
-    """Whether some layouts have a window of ZeRO 3 in which gathered weights are as wide as their shards."""
-    zero = vars(case.lay).get("zero_stage")
-    return case.stack.eager and case.precision.stream == case.precision.parameter and bool(np.any(zero == 3))
+    """Whether some layouts have a window of ZeRO 3."""
+    return case.stack.eager and bool(np.any(getattr(case.lay, "frees", False)))
 
 
 def _opened_after_the_loss(case: Case, ranks: Ranks) -> Any:
     """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are
     given back, only the buffer that brought them stays until the next comes; nothing is reduced."""
-    more = case.precision.parameter + case.precision.gradient
-    return np.where(case.lay.zero_stage == 3, _largest_layer(case, ranks) * more, 0.0)
+    more = case.precision.gathered + case.precision.gradient
+    return np.where(case.lay.frees, _largest_layer(case, ranks) * more, 0.0)
 
 
 def _largest_layer(case: Case, ranks: Ranks) -> Any:

@@ -42,8 +42,9 @@ MEGATRON_CORE = Profile(
     zero_stage=1,
     sequence_parallel=True,
 )
-"""Transformer Engine's grouped products call cuBLAS for each expert, two products forward and four back, each with its
-choice of a kernel (a launch's worth); in 8 bit their operands are cast and their scales laid out besides."""
+"""Transformer Engine's grouped products call cuBLAS for each expert (`nvte_multi_stream_cublas_gemm`), two products
+forward and four back; a call counts as two launches, and three times in 8 bit, with casts and scales: the best of four
+counts tried on published mixtures (bench/NOTES.md)."""
 FSDP = Profile(replace(PUBLISHED, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
 """Selective: per operator, every other matrix product is kept (torchtitan's default)."""
 COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)

@@ -286,6 +286,11 @@ class LayoutBatch:
         """Where ZeRO cuts parameters, so that they are gathered to compute with, (n,)."""
         return self.zero_stage >= 2
 
+    @cached_property
+    def frees(self) -> np.ndarray:
+        """Where it gives them back after each use, (n,)."""
+        return self.zero_stage == 3
+
     def only(self, columns: Iterable[str], index: np.ndarray) -> LayoutBatch:
         """The layouts at `index` as far as `columns` go: asking for another column is an AttributeError, so that what
         is computed from the rest cannot depend on it."""

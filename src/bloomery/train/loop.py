@@ -20,6 +20,7 @@ from bloomery.spec.commit import read_fence
 from bloomery.spec.course import Course
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.spec.memory_copies import copies_folder
+from bloomery.train import heap
 from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
@@ -42,11 +43,11 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
     """
     with clock.bucket("startup"):
         session = _open(job, folder, mesh, clock)
-        start = resume(session)
+        session.first = resume(session)
         session.recorder.opened()
     session.recorder.lap(-1, clock.lap())
     try:
-        step = start
+        step = session.first
         while step < job.steps:
             if heartbeat is not None:
                 heartbeat.begin(step, anew=step == job.course.at(step).first_step)
@@ -103,6 +104,9 @@ def _step(session: Session, step: int) -> int:
         if done > step:
             session.optimizers.average.update(done)
         clock.handed_over("optimizer")
+    if step == session.first and clock.device is None:
+        with clock.bucket("startup"):
+            heap.give_back()
     session.sample.after(step + 1, session.recorder, clock)
     if session.profile.ends_after(step + 1):  # a step that enters this bucket is not like the others
         with clock.bucket("profile"):

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C._profiler import _EventType
-from torch.autograd.profiler import record_function
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile, record_function
 
 from bloomery.ledger.clock import Clock, unmarked
 from bloomery.ledger.kinds import MARK, TALK, Kinds, Span, kinds
@@ -48,8 +47,8 @@ class ProfiledStep:
             return
         with clock.bucket("profile"):
             self._peak_bytes, self._held = recorder.peak_bytes(), held_bytes(engine, optimizers)
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-            self._profile.start()
+            self._profile = profiler()
+            self._profile.__enter__()
         clock.mark = lambda bucket: record_function(MARK + bucket)
 
     def after(self, step: int, recorder: Recorder, clock: Clock) -> None:
@@ -58,13 +57,19 @@ class ProfiledStep:
             return
         clock.mark = unmarked
         with clock.bucket("profile"):
-            self._profile.stop()
+            self._profile.__exit__(None, None, None)
             allocated = self._held + most_bytes(allocations(self._profile), messages(self._profile))
             account = {"step": step, **kinds_of(self._profile).to_json(NANOSECOND), "allocated_bytes": allocated}
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(json.dumps(account, indent=1))
             self._profile = self._step = None
             recorder.leave_out(self._peak_bytes)
+
+
+def profiler() -> profile:
+    """Of a CPU's operators and memory. `torch.profiler` around it would import PyTorch's compiler to ask one setting:
+    75 MB that an uncompiled run never gives back."""
+    return profile(use_kineto=True, profile_memory=True)
 
 
 def held_bytes(engine: Engine, optimizers: Optimizers) -> int:
@@ -87,7 +92,7 @@ def _storage_bytes(tensors: Iterable[Any]) -> int:
 
 
 def _events(profiled: Any) -> Iterable[Any]:
-    found: Iterable[Any] = profiled.profiler.kineto_results.events()
+    found: Iterable[Any] = profiled.kineto_results.events()
     return found
 
 
@@ -104,7 +109,7 @@ def kinds_of(profiled: profile) -> Kinds:
 
 def allocations(profiled: Any) -> list[tuple[int, int, int]]:
     """(time, bytes, address) of everything that was allocated (bytes > 0) or freed under a profiler, in order."""
-    left, found = list(profiled.profiler.kineto_results.experimental_event_tree()), []
+    left, found = list(profiled.kineto_results.experimental_event_tree()), []
     while left:
         event = left.pop()
         left += event.children

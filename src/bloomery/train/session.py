@@ -40,7 +40,8 @@ MAX_FAILED_SAVES = 3
 class Session:
     """Everything that lives as long as the stage.
 
-    `fence`: this start's fencing number. `stop_requested`: of this process; `stopping`: all have agreed on it.
+    `fence`: this start's fencing number. `first`: its first step. `stop_requested`: of this process;
+    `stopping`: all have agreed on it.
     """
 
     job: Job
@@ -57,6 +58,7 @@ class Session:
     profile: ProfileWindow
     sample: ProfiledStep
     fence: int
+    first: int = 0
     stop_requested: bool = False
     stopping: bool = False
 

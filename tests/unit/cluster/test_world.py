@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 
@@ -23,21 +24,24 @@ from bloomery.spec.run import Optimizer
 
 
 @pytest.mark.parametrize(
-    ("layout", "compiled", "expected"),
+    ("layout", "compiled", "device", "expected"),
     [
-        (Layout(), False, []),
-        (Layout(dp=4, zero_stage=1), False, []),
-        (Layout(), True, ["torch._dynamo"]),
-        (Layout(tp=2), False, ["torch._dynamo"]),
-        (Layout(pp=2), False, ["bloomery.parallel.pipeline"]),
-        (Layout(dp=2, zero_stage=3), False, ["bloomery.parallel.fully_sharded", "torch._dynamo"]),
+        (Layout(), False, "cpu", []),
+        (Layout(dp=4, zero_stage=1), False, "cpu", []),
+        (Layout(), True, "cpu", ["torch._dynamo", "torch._inductor.compile_fx"]),
+        (Layout(), True, "gpu", ["torch._dynamo"]),
+        (Layout(tp=2), False, "cpu", ["torch._dynamo"]),
+        (Layout(pp=2), False, "cpu", ["bloomery.parallel.pipeline"]),
+        (Layout(dp=2, zero_stage=3), False, "cpu", ["bloomery.parallel.fully_sharded", "torch._dynamo"]),
     ],
 )
-def test_only_some_jobs_need_the_large_imports(layout: Layout, compiled: bool, expected: list[str]) -> None:
+def test_only_some_jobs_need_the_large_imports(
+    layout: Layout, compiled: bool, device: Literal["cpu", "gpu"], expected: list[str]
+) -> None:
     model = Model(layers=2, hidden=8, heads=2, vocab=16, max_seq_len=8)
     job = Job(
         name="pretrain", model=model, layout=layout, dtype="float32", seed=0, seq_len=8, global_batch=4, steps=9,
-        optimizer=Optimizer(), data="", heldout="", compiled=compiled,
+        optimizer=Optimizer(), data="", heldout="", compiled=compiled, device=device,
     )  # fmt: skip
     assert imported_for(job) == expected
 

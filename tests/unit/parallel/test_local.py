@@ -19,6 +19,7 @@ from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train.optimizers import build_optimizers
+from bloomery.train.profiled_step import profiler
 
 model = Model(layers=2, hidden=16, heads=2, ffn_hidden=32, vocab=32, max_seq_len=16)
 mesh = Mesh(Layout(), torch.device("cpu"), 0, None)
@@ -27,16 +28,17 @@ engine = build(model, Layout(), mesh, seq_len=8, global_batch=2, dtype="float32"
 tokens = torch.zeros(2, 8, dtype=torch.int64)
 for name in ("adamw", "muon"):
     optimizers = build_optimizers(engine, Optimizer(name=name))
-    loss = engine.forward_backward(Batch(tokens, tokens, 16))
-    optimizers.clip(1.0, engine.statistics(loss).grad_norm)
-    engine.update(optimizers)
+    with profiler():
+        loss = engine.forward_backward(Batch(tokens, tokens, 16))
+        optimizers.clip(1.0, engine.statistics(loss).grad_norm)
+        engine.update(optimizers)
     optimizers.zero_grad()
 large = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed.pipelining", "sympy")
 print([name for name in large if name in sys.modules])
 """
 
 
-def test_a_step_of_one_process_imports_neither_dtensor_nor_pipelining_nor_the_compiler() -> None:
+def test_a_step_of_one_process_profiled_or_not_imports_neither_dtensor_nor_pipelining_nor_the_compiler() -> None:
     done = subprocess.run([sys.executable, "-c", STEP], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

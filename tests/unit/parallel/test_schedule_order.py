@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bloomery.parallel.schedule_order import Program, Transfer, play, rank_programs, schedule_order
-from bloomery.perf.activations import in_flight
+from bloomery.perf.activations import flights, in_flight
 from bloomery.perf.case import Case
 from bloomery.perf.orders import order_of
 from bloomery.spec import catalog
@@ -54,6 +54,72 @@ def test_the_planner_knows_every_ranks_order_of_work(schedule: Any, recompute: A
         for rank, made in enumerate(rank_programs(layout, micro_batches)):
             worked = [(kind, *what) for kind, what in made.steps if kind not in ("post", "wait")]
             assert worked == [tuple(turn) for turn in order_of(layout, micro_batches, rank)], f"rank {rank} of {pp}"
+
+
+def messages_sent(made: Program) -> list[tuple[int, int]]:
+    """(stage, messages) of every forward pass of a rank: what it has sent and not waited for by then, its own output
+    included where it sends it."""
+    unfinished, found, posts = set[int](), [], 0
+    for place, (kind, what) in enumerate(made.steps):
+        if kind == "post":
+            if any(transfer.kind == "send" for transfer in what):
+                unfinished.add(posts)
+            posts += 1
+        elif kind == "wait":
+            unfinished.discard(what)
+        elif kind == "forward":
+            following = [one for kind, what in made.steps[place + 1 : place + 2] if kind == "post" for one in what]
+            goes = any(transfer.kind == "send" for transfer in following)
+            found.append((what[0], len(unfinished) + goes))
+    return found
+
+
+@pytest.mark.parametrize(("pp", "vpp", "micro_batches"), [(2, 2, 8), (2, 4, 8), (3, 2, 12), (4, 3, 8), (4, 2, 4)])
+def test_the_messages_an_interleaved_rank_holds_are_the_models(pp: int, vpp: int, micro_batches: int) -> None:
+    layout = Layout(pp=pp, vpp=vpp, micro_batch=1)
+    model = MODEL.model_copy(update={"layers": pp * vpp})
+    case = Case.of(
+        model, catalog.cluster("this-machine"), LayoutBatch.of([layout]), global_batch=micro_batches, seq_len=2048,
+        dtype="float32",
+    )  # fmt: skip
+    for rank, made in enumerate(rank_programs(layout, micro_batches)):
+        # On the last rank memory is fullest at the loss.
+        at_its_last_stage = [n for stage, n in messages_sent(made) if stage == layout.stages_on(rank)[-1]]
+        (moment,) = flights(case, case.ranks(np.array([rank])))
+        coming = int(rank > 0)
+        assert max(at_its_last_stage) + coming == moment.messages[0], f"pipeline rank {rank}"
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_what_a_rank_of_a_v_has_sent_goes_when_it_has_arrived(schedule: Any) -> None:
+    pp, micro_batches = 4, 40
+    layout = Layout(pp=pp, schedule=schedule, micro_batch=1)
+    for rank, made in enumerate(rank_programs(layout, micro_batches)):
+        most = max(n for _, n in messages_sent(made))
+        assert most <= 2 * pp + 2, f"pipeline rank {rank} holds {most} of {2 * micro_batches}"
+
+
+@pytest.mark.parametrize("pp", [2, 3, 5])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_weights_of_zbv_that_wait_are_the_models(pp: int, micro_batches: int) -> None:
+    layout, m = Layout(pp=pp, schedule="zbv", micro_batch=1), 2 * pp * micro_batches
+    model = MODEL.model_copy(update={"layers": 2 * pp})
+    case = Case.of(
+        model, catalog.cluster("this-machine"), LayoutBatch.of([layout]), global_batch=m, seq_len=2048, dtype="float32"
+    )
+    for rank, made in enumerate(rank_programs(layout, m)):
+        held, waiting, moments = 0, 0, set[tuple[int, int]]()
+        for kind, _ in made.steps:
+            held += {"forward": 1, "backward weight": -1}.get(kind, 0)
+            waiting += {"backward input": 1, "backward weight": -1}.get(kind, 0)
+            moments.add((held, waiting))
+        known = {
+            (2 * float(one.times[0]), 2 * float(one.waiting[0]))
+            for one in flights(case, case.ranks(np.array([rank])))[1:]
+        }
+        assert known <= moments
+        for moment in moments:  # none holds more of both
+            assert any(moment[0] <= one[0] and moment[1] <= one[1] for one in known), f"rank {rank}: {moment}"
 
 
 def program(*posts: list[Transfer]) -> Program:

@@ -92,8 +92,28 @@ def test_our_engine_gathers_weights_in_the_format_of_its_arithmetic(dtype: str, 
         lay = LayoutBatch.of([Layout(dp=16, zero_stage=stage, micro_batch=1)])
         one = Case.of(GPT3, cluster, lay, global_batch=64, seq_len=S, dtype=dtype)
         found = memory_of(one, one.first)
-        assert found["buffers"][0] == pytest.approx(copies * n)  # under ZeRO 0 and 1 autocast's copies
+        # Under ZeRO 0 and 1 autocast's copies of what products read: not of an embedding, unless it is the head too.
+        looked_up = 0 if stage == 2 or GPT3.tie_embeddings else GPT3.vocab * GPT3.hidden
+        assert found["buffers"][0] == pytest.approx(copies * (n - looked_up))
         assert found["gradients"][0] <= 4 * n
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_autocast_copies_no_embedding_that_is_only_looked_up(tied: bool) -> None:
+    model = Model(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=256, tie_embeddings=tied)
+
+    def copies(layout: Layout, rank: int) -> float:
+        one = Case.of(
+            model, catalog.cluster("this-machine"), LayoutBatch.of([layout]), global_batch=8, seq_len=256,
+            dtype="bfloat16",
+        )  # fmt: skip
+        return float(memory_of(one, one.ranks(np.array([rank])))["buffers"][0])
+
+    layers = parameter_count(model) - (1 if tied else 2) * 2048 * 128
+    ends, norm = 2048 * 128, 128
+    assert copies(Layout(micro_batch=1), 0) == 2 * (layers + ends)
+    halves = [copies(Layout(pp=2, micro_batch=1), rank) for rank in range(2)]
+    assert halves == [layers - norm, layers + norm + 2 * ends]
 
 
 def test_replicas_each_hold_the_whole_state() -> None:
@@ -116,6 +136,23 @@ def test_the_worst_rank_is_the_worst_of_all_ranks() -> None:
         one = replace(case(Layout(pp=4, micro_batch=1)), model=model, lay=lay)
         every = [sum(memory_of(one, one.ranks(np.array([r]))).values())[0] for r in range(4)]  # type: ignore[index]
         assert sum(worst_memory(one).values())[0] == pytest.approx(max(every))  # type: ignore[index]
+
+
+def test_the_worst_rank_is_the_worst_where_stages_recompute_differently_and_pipelines_are_of_any_length() -> None:
+    recomputed = [(1, "full"), (1, "none"), (2, ("full", "none")), (5, ("full", "none", "full", "none", "none"))]
+    layouts = [Layout(pp=pp, micro_batch=1, recompute=recompute) for pp, recompute in recomputed]  # type: ignore[arg-type]
+    model = Model(layers=10, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=256)
+
+    def of(some: list[Layout]) -> Case:
+        return Case.of(
+            model, catalog.cluster("this-machine"), LayoutBatch.of(some), global_batch=8, seq_len=256, dtype="float32"
+        )
+
+    for several in (layouts, *([one] for one in layouts)):
+        for number, peak in enumerate(sum(worst_memory(of(several)).values())):  # type: ignore[arg-type]
+            alone = of([several[number]])
+            every = [sum(memory_of(alone, alone.ranks(np.array([r]))).values())[0] for r in range(several[number].pp)]  # type: ignore[index]
+            assert peak == pytest.approx(max(every))
 
 
 def test_our_engine_holds_the_logits_of_a_chunk_of_its_device() -> None:

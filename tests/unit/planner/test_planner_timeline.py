@@ -169,7 +169,9 @@ def steps(name: str) -> list[Step]:
 def test_planned_steps_agree_with_the_closed_form_and_the_peak(name: str) -> None:
     for step in steps(name):
         # Uneven ends and long sends: the closed form lets every rank wait for each of them, the simulation does not.
-        assert step.end_s == pytest.approx(step.step_time_s, rel=0.03)
+        # DualPipeV hides most sends behind its pairs of chunks, so there the closed form is up to 6 % too slow.
+        hides = step.timeline.layout.schedule == "dualpipev"
+        assert step.end_s == pytest.approx(step.step_time_s, rel=0.06 if hides else 0.03)
         # A rank's layers count as equal chunks in the closed form.
         uneven = step.timeline.layout.stage_layers is not None and step.timeline.layout.vpp > 1
         for curve, parts in zip(step.memory, step.memory_parts, strict=True):

@@ -6,7 +6,6 @@ import contextlib
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from bloomery.parallel import mesh as meshes
 from bloomery.parallel.batch import Batch
@@ -18,7 +17,7 @@ from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.run import Optimizer
 from bloomery.train.optimizers import build_optimizers
-from bloomery.train.profiled_step import allocations, held_bytes, most_bytes
+from bloomery.train.profiled_step import allocations, held_bytes, most_bytes, profiler
 
 SEQ_LEN, GLOBAL_BATCH = 256, 8
 LLAMA = Model(layers=6, hidden=192, heads=4, ffn_hidden=512, vocab=4096, max_seq_len=SEQ_LEN)
@@ -50,7 +49,7 @@ def measured_bytes(model: Model, layout: Layout) -> int:
 
         step()
         held = held_bytes(engine, optimizers)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with profiler() as profiled:
             step()
         return held + most_bytes(allocations(profiled))
     finally:

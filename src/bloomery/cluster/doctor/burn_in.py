@@ -1,13 +1,15 @@
-"""One rank of a burn-in, started by `measuring`: the same work on all at once, over and over, each part timed.
+"""One rank of a burn-in, started by `measuring`: the same work on all at once, in turns, each part timed.
 
-A lap is matrix products, a pass over memory, and an all-reduce. A rank's own work is timed before it waits for anybody:
-the slow one shows, not those it holds up. Then hosts send to each other two by two.
+A turn is some laps (matrix products, a pass over memory, an all-reduce), then a message there and back between hosts,
+two by two. A rank's own work is timed before it waits for anybody: the slow one shows, not those it holds up. Turns
+spread every part over the whole time, so that what drifts or passes meets all ranks and links alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,36 +24,63 @@ PRODUCT = {"cpu": 384, "cuda": 4096}
 PRODUCTS = 6
 STREAM_BYTES = 16 << 20
 MESSAGE_BYTES = 256 << 10
-PAIR_BYTES = 2 << 20
-PAIR_S = 0.4
+PAIR_BYTES = (64 << 10, 2 << 20)
+"""The shortest and the longest message of a pair: in between as long as its link takes PAIR_S for, one way."""
+PAIR_S = 0.012
+PAIR_TRIES = 3
 WARM_UP_LAPS = 3
 
 
 def main() -> None:
     """Join, burn, say it."""
     place = join()
-    leave(burn(place, float(place.settings["seconds"])) | {"pairs": pairs(place)})
+    leave(burn(place, float(place.settings["seconds"]), int(place.settings["turns"])))
 
 
-def burn(place: Place, seconds: float) -> dict[str, Any]:
-    """Usual seconds of each part of a lap on this rank, and the number of laps after those that warm up."""
-    device = place.device
-    rows = PRODUCT[device.type]
-    x = torch.randn(rows, rows, device=device) / rows**0.5
-    a, b = torch.randn(STREAM_BYTES // 4, device=device), torch.empty(STREAM_BYTES // 4, device=device)
-    message = torch.zeros(MESSAGE_BYTES // 4, device=device)
-    parts: dict[str, list[float]] = {"product": [], "memory": [], "all_reduce": []}
-    ends = _agreed_end(place, seconds)
-    laps = 0
-    while laps <= WARM_UP_LAPS or not _over(place, ends):
-        times = [_timed(device, partial(_products, x)), _timed(device, partial(torch.add, a, 1.0, out=b))]
+def burn(place: Place, seconds: float, turns: int) -> dict[str, Any]:
+    """The number of laps, by part the usual seconds of one, and by the other host's number bytes/s to it and back; the
+    last two turn by turn. `seconds` of laps in all."""
+    laps, links = Laps(place), Links(place)
+    for _ in range(turns):
+        laps.turn(seconds / turns)
+        links.turn()
+    return {"laps": laps.count, "seconds": laps.seconds, "pairs": links.rates}
+
+
+class Laps:
+    """A rank's work: laps so far, and by part the usual seconds of each turn."""
+
+    def __init__(self, place: Place) -> None:
+        """Warms up."""
+        device, rows = place.device, PRODUCT[place.device.type]
+        x = torch.randn(rows, rows, device=device) / rows**0.5
+        a, b = torch.randn(STREAM_BYTES // 4, device=device), torch.empty(STREAM_BYTES // 4, device=device)
+        self.place, self.count = place, 0
+        self._parts: dict[str, Callable[[], Any]] = {
+            "product": partial(_products, x),
+            "memory": partial(torch.add, a, 1.0, out=b),
+        }
         if place.world_size > 1:
-            times.append(_timed(device, partial(dist.all_reduce, message)))
-        laps += 1
-        if laps > WARM_UP_LAPS:
-            for part, taken in zip(parts.values(), times, strict=False):
-                part.append(taken)
-    return {"laps": laps - WARM_UP_LAPS, "seconds": {name: usual(taken) for name, taken in parts.items() if taken}}
+            message = torch.zeros(MESSAGE_BYTES // 4, device=device)
+            self._parts["all_reduce"] = partial(dist.all_reduce, message)
+        self.seconds: dict[str, list[float]] = {part: [] for part in self._parts}
+        for _ in range(WARM_UP_LAPS):
+            self._lap()
+
+    def turn(self, seconds: float) -> None:
+        """Laps for so long, at least one."""
+        if self.place.world_size > 1:
+            dist.barrier()
+        ends = time.monotonic() + seconds
+        laps = [self._lap()]
+        while not _over(self.place, ends):
+            laps.append(self._lap())
+        self.count += len(laps)
+        for part, taken in self.seconds.items():
+            taken.append(usual([lap[part] for lap in laps]))
+
+    def _lap(self) -> dict[str, float]:
+        return {part: _timed(self.place.device, work) for part, work in self._parts.items()}
 
 
 def usual(seconds: Sequence[float]) -> float:
@@ -65,19 +94,12 @@ def _products(x: torch.Tensor) -> None:
         y = y @ x
 
 
-def _timed(device: torch.device, work: Any) -> float:
+def _timed(device: torch.device, work: Callable[[], Any]) -> float:
     started = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - started
-
-
-def _agreed_end(place: Place, seconds: float) -> float:
-    """When this rank would stop; rank 0's word counts."""
-    if place.world_size > 1:
-        dist.barrier()
-    return time.monotonic() + seconds
 
 
 def _over(place: Place, ends: float) -> bool:
@@ -89,34 +111,69 @@ def _over(place: Place, ends: float) -> bool:
     return bool(over)
 
 
-def pairs(place: Place) -> dict[str, float]:
-    """Bytes/s from this host to others and back, by the other's number: rank 0 of each host measures, disjoint pairs at
-    once."""
+@dataclass
+class Peer:
+    """Whom this rank exchanges a message with: host `host`'s first rank; `leads`: sends first."""
+
+    host: int
+    rank: int
+    leads: bool
+    message: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class Links:
+    """Bytes/s from this host to others and back, by the other's number, turn by turn: the first rank of each host
+    measures, disjoint pairs at once."""
+
+    def __init__(self, place: Place) -> None:
+        """Agrees with each peer how long the messages are."""
+        self.place, self.rates = place, dict[int, list[float]]()
+        self._rounds = _peers(place)
+        for peer in self._meetings():
+            shortest, longest = (torch.zeros(size // 4, device=place.device) for size in PAIR_BYTES)
+            taken_s = min(_exchange(shortest, peer) for _ in range(PAIR_TRIES)) / 2
+            size = torch.tensor(min(len(longest), max(len(shortest), int(len(shortest) * PAIR_S / taken_s))))
+            size = size.to(place.device)
+            dist.send(size, peer.rank) if peer.leads else dist.recv(size, peer.rank)
+            peer.message = longest[: int(size)]
+            self.rates[peer.host] = []
+
+    def turn(self) -> None:
+        """One message there and back with each peer."""
+        for peer in self._meetings():
+            self.rates[peer.host].append(2 * peer.message.nbytes / _exchange(peer.message, peer))
+
+    def _meetings(self) -> Iterator[Peer]:
+        """This rank's peers; all ranks begin a round together."""
+        for peer in self._rounds:
+            dist.barrier()
+            if peer is not None:
+                yield peer
+
+
+def _peers(place: Place) -> list[Peer | None]:
+    """This rank's peer in each round; None where it has none."""
     first = [sum(place.slots[:host]) for host in range(len(place.slots))]
-    found = dict[str, float]()
-    payload = torch.zeros(PAIR_BYTES // 4, device=place.device)
+    rounds = list[Peer | None]()
     for pairing in rounds_of_pairs(len(place.slots)):
-        dist.barrier()
+        mine = None
         for one, other in pairing:
-            if place.rank in (first[one], first[other]):
-                there = other if place.rank == first[one] else one
-                found[str(there)] = _rate(payload, first[there], leads=place.rank == first[one])
-    return found
+            if place.rank == first[one]:
+                mine = Peer(other, first[other], leads=True)
+            elif place.rank == first[other]:
+                mine = Peer(one, first[one], leads=False)
+        rounds.append(mine)
+    return rounds
 
 
-def _rate(payload: torch.Tensor, peer: int, *, leads: bool) -> float:
-    """Bytes/s of a message there and back, the best of several for `PAIR_S`: what disturbs a link only slows it."""
-    best, spent = 0.0, 0.0
-    go_on = torch.ones(1, device=payload.device)
-    while bool(go_on):
-        started = time.perf_counter()
-        for sends in (leads, not leads):
-            dist.send(payload, peer) if sends else dist.recv(payload, peer)
-        taken = time.perf_counter() - started
-        best, spent = max(best, 2 * PAIR_BYTES / taken), spent + taken
-        go_on[0] = float(spent < PAIR_S)
-        dist.send(go_on, peer) if leads else dist.recv(go_on, peer)
-    return best
+def _exchange(message: torch.Tensor, peer: Peer) -> float:
+    """Seconds of a message there and back."""
+
+    def there_and_back() -> None:
+        for sends in (peer.leads, not peer.leads):
+            dist.send(message, peer.rank) if sends else dist.recv(message, peer.rank)
+
+    return _timed(message.device, there_and_back)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.history import Record, slow_since, than_before
-from bloomery.cluster.doctor.peers import slow_links, slow_ones
+from bloomery.cluster.doctor.slowness import TURNS, Turns, of_hosts, slow_links, slow_ones
 from bloomery.cluster.hostfile import Hosts
 from bloomery.cluster.measuring import Tell, run_ranks
 
@@ -26,33 +26,30 @@ REMEDIES = {
 def burn_in(hosts: Hosts, seconds: float, tell: Tell) -> list[dict[str, Any]]:
     """Run the burn-in on every rank. Raises BloomeryError that names a rank that fails."""
     tell(f"burn-in, {hosts.ranks} rank{'s' * (hosts.ranks > 1)}, {seconds:g} s")
-    return run_ranks(BURN_IN, hosts, {"seconds": seconds}, seconds * 3 + STARTING_S, tell)
+    settings = {"seconds": seconds, "turns": TURNS}
+    return run_ranks(BURN_IN, hosts, settings, seconds * 3 + STARTING_S, tell)
 
 
 def compared(
     hosts: Hosts, results: Sequence[Mapping[str, Any]], history: Sequence[Record], time: str
 ) -> tuple[list[Finding], list[Record]]:
     """Findings about every rank and link, and what is to be remembered of them."""
-    places = [(host.name, local) for host in hosts.hosts for local in range(host.slots)]
+    ranks = [_who(hosts, host.name, local) for host in hosts.hosts for local in range(host.slots)]
+    links = _links(hosts, results)
+    tests = len(ranks) * len(COMPUTE_PARTS) + len(of_hosts(links))
     findings, records = list[Finding](), list[Record]()
     for part, words in COMPUTE_PARTS.items():
-        seconds = {
-            _who(hosts, *place): float(result["seconds"][part]) for place, result in zip(places, results, strict=True)
-        }
-        slow = slow_ones(seconds)
-        found, kept = _told(part, words, seconds, slow, history, time)
+        seconds = {rank: result["seconds"][part] for rank, result in zip(ranks, results, strict=True)}
+        found, kept = _told(part, words, seconds, slow_ones(seconds, tests), history, time)
         findings += _together(hosts, found)
         records += kept
-    rates = _rates(hosts, results)
-    if rates:
-        names = list(dict.fromkeys(name for pair in rates for name in pair))
-        best = {name: max(rate for pair, rate in rates.items() if name in pair) for name in names}
-        found, kept = _told(LINK, LINK, {name: 1 / best[name] for name in names}, slow_links(rates), history, time)
+    if links:
+        found, kept = _told(LINK, LINK, of_hosts(links), slow_links(links, tests), history, time)
         findings += found
         records += kept
         if not found:
-            middle = median(rates.values()) / 1e6
-            text = f"links at {middle:,.0f} MB/s (median of {len(rates)})"
+            middle = 1e-6 / median(map(median, links.values()))
+            text = f"links at {middle:,.0f} MB/s (median of {len(links)})"
             findings.append(Finding(check="burn-in", host="all", verdict="good", found=text))
     if not any(finding.verdict != "good" for finding in findings):
         laps = min(int(result["laps"]) for result in results)
@@ -70,13 +67,14 @@ def _who(hosts: Hosts, name: str, local: int) -> str:
 def _told(
     part: str,
     words: str,
-    values: Mapping[str, float],
+    seconds: Mapping[str, Turns],
     slow: Mapping[str, float],
     history: Sequence[Record],
     time: str,
 ) -> tuple[list[Finding], list[Record]]:
     """A finding for everybody who is slower than the peers, or than itself before; a record for each."""
     findings = []
+    values = {who: float(median(turns)) for who, turns in seconds.items()}
     for who, value in values.items():
         since = slow_since(history, who, part)
         if who in slow:
@@ -105,12 +103,13 @@ def _together(hosts: Hosts, findings: list[Finding]) -> list[Finding]:
     return findings
 
 
-def _rates(hosts: Hosts, results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """Bytes/s between two hosts: both measured it, the lower counts."""
-    first, rates = 0, dict[tuple[str, str], float]()
+def _links(hosts: Hosts, results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], Turns]:
+    """Seconds of a byte between two hosts, turn by turn: both measured it, the longer counts."""
+    first, links = 0, dict[tuple[str, str], Turns]()
     for number, host in enumerate(hosts.hosts):
-        for other, rate in results[first].get("pairs", {}).items():
+        for other, rates in results[first].get("pairs", {}).items():
             pair = (hosts.hosts[min(number, int(other))].name, hosts.hosts[max(number, int(other))].name)
-            rates[pair] = min(rates.get(pair, float("inf")), float(rate))
+            seconds = [1 / rate for rate in rates]
+            links[pair] = list(map(max, seconds, links.get(pair, seconds)))
         first += host.slots
-    return rates
+    return links

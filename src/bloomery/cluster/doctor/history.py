@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 from pydantic import ValidationError
 
-from bloomery.cluster.doctor.peers import SLOWER
+from bloomery.cluster.doctor.slowness import least_excess
 from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.spec.base import Noun
 
@@ -60,9 +60,11 @@ def slow_since(history: Sequence[Record], who: str, what: str) -> str:
 
 
 def than_before(history: Sequence[Record], who: str, what: str, value: float) -> float | None:
-    """The share by which a time is longer than the median of its own past; None where it is not or there is no past."""
+    """The share by which a time is longer than the median of its own past; None where it is not, by more than the past
+    itself differs, or there is no past."""
     past = [record.value for record in history if (record.who, record.what) == (who, what)][-REMEMBERED:]
     if len(past) < LEAST_PAST:
         return None
-    slower = value / median(past) - 1
-    return slower if slower > SLOWER else None
+    middle = float(np.median(past))
+    slower = value / middle - 1
+    return slower if np.log1p(slower) > least_excess(np.log(past) - np.log(middle)) else None

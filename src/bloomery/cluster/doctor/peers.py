@@ -1,8 +1,4 @@
-"""Judgements that need several hosts or ranks: who differs, who cannot be reached, whose clock is off, who is slow.
-
-Slowness is judged against the peers' median in robust sigmas (median absolute deviation), since the slow ones must not
-move what they are measured by. Of two, the slower is named: what disturbs a machine only ever slows it.
-"""
+"""Judgements that need several hosts: who differs, who cannot be reached, whose clock is off."""
 
 from __future__ import annotations
 
@@ -14,12 +10,6 @@ from bloomery.cluster.doctor.facts import Facts
 from bloomery.cluster.doctor.finding import Finding, Verdict
 
 SKEW_ADVICE_S, SKEW_FAULT_S = 0.1, 1.0
-SLOWER = 0.15
-"""A rank this much slower than its peers is named: every step waits for it."""
-SIGMAS = 4.0
-SIGMA_OF_MAD = 1.4826
-LEAST_SIGMA = 0.02
-"""Ranks that agree perfectly would let any difference stand out; quiet machines differ by this much."""
 
 
 @dataclass(frozen=True)
@@ -105,30 +95,3 @@ def _all_failed(
     """Whether no attempt with the host at this end (0: from it, 1: to it) went well."""
     mine = [pair for pair in attempts if pair[end] == host]
     return bool(mine) and all(pair in failed for pair in mine)
-
-
-def slow_ones(values: Mapping[str, float]) -> dict[str, float]:
-    """Who takes longer than the peers, and by what share. `values`: seconds by name."""
-    if len(values) < 2:
-        return {}
-    level = median(values.values()) if len(values) > 2 else min(values.values())
-    spread = median(abs(value - level) for value in values.values()) if len(values) > 3 else 0.0
-    sigma = max(SIGMA_OF_MAD * spread, LEAST_SIGMA * level)
-    return {
-        name: value / level - 1
-        for name, value in values.items()
-        if value > (1 + SLOWER) * level and value - level > SIGMAS * sigma
-    }
-
-
-def slow_links(pairs: Mapping[tuple[str, str], float]) -> dict[str, float]:
-    """Hosts whose every link is slow, and by what share. `pairs`: bytes/s between two hosts.
-
-    A host is as good as its best link: a slow host drags all of its links down, and a good one has at least one with
-    another good one. Between two hosts nobody can tell which of them it is.
-    """
-    hosts = list(dict.fromkeys(host for pair in pairs for host in pair))
-    if len(hosts) < 3:
-        return {}
-    best = {host: max(rate for pair, rate in pairs.items() if host in pair) for host in hosts}
-    return slow_ones({host: 1 / rate for host, rate in best.items()})

@@ -10,7 +10,7 @@ from bloomery.cluster.doctor.checks import CHECKS, Needs
 from bloomery.cluster.doctor.compare import BURN_IN, compared
 from bloomery.cluster.doctor.examine import visit
 from bloomery.cluster.doctor.finding import Finding
-from bloomery.cluster.hostfile import Host, Hosts
+from bloomery.cluster.hostfile import Host, Hosts, here
 from bloomery.cluster.measuring import run_ranks
 
 PAIR = (Host("a", 1, "127.0.0.1", 1), Host("b", 1, "127.0.0.2", 1))
@@ -50,14 +50,22 @@ def test_a_host_that_does_not_answer_and_a_wrong_address_are_faults_of_their_own
 
 def test_ranks_of_a_burn_in_do_the_same_laps_and_hosts_measure_their_link(shell: str) -> None:
     hosts = Hosts(PAIR, (shell,))
-    results = run_ranks(BURN_IN, hosts, {"seconds": 0.3}, 600)
-    assert results[0]["laps"] == results[1]["laps"] >= 1
+    results = run_ranks(BURN_IN, hosts, {"seconds": 0.3, "turns": 5}, 600)
+    assert results[0]["laps"] == results[1]["laps"] >= 5
     for result in results:
         assert set(result["seconds"]) == {"product", "memory", "all_reduce"}
-        assert all(seconds > 0 for seconds in result["seconds"].values())
-    assert set(results[0]["pairs"]) == {"1"}
-    assert set(results[1]["pairs"]) == {"0"}
+        assert all(len(turns) == 5 and min(turns) > 0 for turns in result["seconds"].values())
+    assert {other: len(turns) for other, turns in results[0]["pairs"].items()} == {"1": 5}
+    assert {other: len(turns) for other, turns in results[1]["pairs"].items()} == {"0": 5}
     _, records = compared(hosts, results, [], "t0")
     assert {(record.who, record.what) for record in records} == {
         (who, what) for who in "ab" for what in ("product", "memory", "link")
     }
+
+
+def test_a_rank_alone_burns_too() -> None:
+    alone = here(1)
+    (result,) = run_ranks(BURN_IN, alone, {"seconds": 0.1, "turns": 2}, 600)
+    assert (set(result["seconds"]), result["pairs"]) == ({"product", "memory"}, {})
+    findings, _ = compared(alone, [result], [], "t0")
+    assert {finding.verdict for finding in findings} == {"good"}
