@@ -24,7 +24,7 @@ from calibrate import measured
 from bloomery.planner.calibrate import SPREADS, Constant, constants_of, fit, usual, with_values
 from bloomery.planner.published import Published, read_rows
 from bloomery.planner.questions import Questions
-from bloomery.planner.validate import Validation, validate
+from bloomery.planner.validate import APART, Ranking, Row, Validation, ranking, validate
 from bloomery.spec.calibration import Calibration, calibration, calibration_yaml, read_calibration
 from bloomery.spec.cluster import Interval
 from bloomery.spec.files import write_atomically
@@ -129,6 +129,25 @@ def unseen_models(runs: Sequence[Published], table: Calibration) -> tuple[np.nda
     return ratios, known
 
 
+def order(runs: Sequence[Published], ratios: np.ndarray) -> Ranking | None:
+    """How predictions of runs that were not seen order layouts; `ratios`: predicted over measured."""
+    unknown = (None,) * 5
+    rows = [
+        Row(run.id, run.source, run.measured_s, float(ratio * run.measured_s), *unknown, skipped_reason="")
+        for run, ratio in zip(runs, ratios, strict=True)
+        if run.measured_s and not APART & set(run.flags)
+    ]
+    return ranking(rows, {run.id: run for run in runs})
+
+
+def in_order(runs: Sequence[Published], sources: dict[str, np.ndarray]) -> np.ndarray:
+    """What `left_out` found, in the order of the runs."""
+    found = np.full(len(runs), np.nan)
+    for source, ratios in sources.items():
+        found[[run.source == source for run in runs]] = ratios
+    return found
+
+
 def intervals(models: np.ndarray, sources: dict[str, np.ndarray], runs: Sequence[Published]) -> dict[str, Interval]:
     """5th and 95th percentile of measured over predicted, every source with the same weight. `models`: NaN where the
     software was not known."""
@@ -148,12 +167,13 @@ def page(
     models: Errors,
     known: Errors,
     sources: dict[str, np.ndarray],
+    orders: dict[str, Ranking | None],
     terms: dict[str, Errors],
     peers: dict[str, tuple[Errors, Errors]],
     command: str,
 ) -> str:
     """The document, in Markdown."""
-    overall, order, memory = validation.overall, validation.ranking, validation.memory
+    overall, memory = validation.overall, validation.memory
     assert overall is not None
     unseen = Errors.of(np.concatenate(list(sources.values())))
     head = "| | runs | mean | median | p90 | bias |\n|---|--:|--:|--:|--:|--:|\n"
@@ -174,9 +194,9 @@ def page(
         f"{unseen.cells()} |",
         "",
     ]
-    if order:
-        text = f"Order of layouts in {order.groups} groups of at least three: regret {order.regret:.2%}"
-        lines += [f"{text}, Kendall tau {order.kendall_tau:.2f}.", ""]
+    if any(orders.values()):
+        lines += ["| order of layouts, groups of at least three | groups | regret | Kendall tau |", "|---|--:|--:|--:|"]
+        lines += [f"| {name} | {_order(one)} |" for name, one in orders.items() if one] + [""]
     if memory:
         text = f"What does not fit: precision {memory.precision:.1%}, recall {memory.recall:.1%} over"
         lines += [f"{text} {memory.out_of_memory} layouts that ran out of memory and {memory.ran} that ran.", ""]
@@ -206,6 +226,10 @@ def _overall(validation: Validation) -> str:
     score = validation.overall
     assert score is not None
     return f"{score.n:,} | {score.mape:.1%} | {score.median:.1%} | {score.p90:.1%} | {score.bias:+.1%}"
+
+
+def _order(found: Ranking) -> str:
+    return f"{found.groups} | {found.regret:.2%} | {found.kendall_tau:.2f}"
 
 
 def beside(path: Path, questions: Questions, table: Calibration) -> tuple[Errors, Errors]:
@@ -243,6 +267,13 @@ def main() -> None:
     known = Errors.of(models[seen]) if seen.any() else every
     print(f"unseen models: {every.cells()}; of known software: {known.cells()}", flush=True)
     print(f"unseen sources: {Errors.of(np.concatenate(list(sources.values()))).cells()}", flush=True)
+    orders = {
+        "the catalog's calibration": scored.ranking,
+        "unseen models": order(runs, models),
+        "unseen sources": order(runs, in_order(runs, sources)),
+    }
+    for name, one in orders.items():
+        print(f"order of layouts, {name}: {_order(one) if one else 'no groups'}", flush=True)
     measured_intervals = intervals(np.where(seen, models, np.nan), sources, runs)
     print(f"90 % intervals of measured over predicted: {measured_intervals}", flush=True)
     if options.intervals:
@@ -253,7 +284,7 @@ def main() -> None:
     if options.doc:
         files = " ".join(path.name for path in [*options.runs, *([options.memory] if options.memory else [])])
         command = f"make bench-planner RUNS=... MEMORY=...   # {files}"
-        write_atomically(options.doc, page(scored, every, known, sources, terms, peers, command))
+        write_atomically(options.doc, page(scored, every, known, sources, orders, terms, peers, command))
 
 
 if __name__ == "__main__":

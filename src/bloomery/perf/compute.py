@@ -63,7 +63,9 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
     forward = attention_forward + sum(block[0] for block in blocks)
     backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held) + _joined(case, held)
-    work = _launched(case, forward, backward, case.stack.layer_kernels(moe=moe))
+    experts: Any = case.model.moe.experts / case.lay.ep if moe and case.model.moe else 0
+    kernels = case.stack.layer_kernels(experts=experts, narrow=case.dtype in ("float8", "float4"))
+    work = _launched(case, forward, backward, kernels)
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
     share = case.stack.selective_share
     selective = _outputs_again(case, moe) if share is None else attention_again + share * work.forward

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from bloomery.perf.stack import GPU, MEGATRON_2022, Stack
+from bloomery.perf.stack import GPU, MEGATRON_2022, Passes, Stack
 from bloomery.spec.calibration import StackConstants
 
 USUAL = "usual"
@@ -37,7 +37,14 @@ PUBLISHED = replace(GPU, selective_share=0.0)
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
 MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed", gradient_bytes=2), recompute="full")
 """DeepSpeed's engine accumulates and reduces gradients in the 16 bits of the weights."""
-MEGATRON_CORE = Profile(replace(PUBLISHED, name="megatron-core"), zero_stage=1, sequence_parallel=True)
+MEGATRON_CORE = Profile(
+    replace(PUBLISHED, name="megatron-core", each_expert=Passes(4, 8), narrow_kernels=3.0),
+    zero_stage=1,
+    sequence_parallel=True,
+)
+"""Transformer Engine's grouped products call cuBLAS for each expert (`nvte_multi_stream_cublas_gemm`), two products
+forward and four back; a call counts as two launches, and three times in 8 bit, with casts and scales: the best of four
+counts tried on published mixtures (bench/NOTES.md)."""
 FSDP = Profile(replace(PUBLISHED, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
 """Selective: per operator, every other matrix product is kept (torchtitan's default)."""
 COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)

@@ -7,9 +7,10 @@ and backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSO
 what a stack really moves over what was counted.
 
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
-`kernels` of a layer (`expert_kernels` more where tokens are routed), `end_kernels` of embedding and head,
-`collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or reducing
-its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks, as five runs of `make loop` had them). `host_factor`
+`kernels` of a layer, `expert_kernels` more where tokens are routed, `each_expert` for each expert that a rank holds
+where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
+and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
+reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks, as five runs of `make loop` had them). `host_factor`
 multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each collective waits on the
 host, per tensor-parallel rank, while pipeline messages cross nodes.
 
@@ -35,6 +36,9 @@ Three profiles stand here; measured ones are calibrated copies (`perf.profiles`)
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from bloomery.spec.cluster import Accelerator
 from bloomery.spec.model import Model
@@ -96,6 +100,8 @@ class Stack:
     serial_launch: bool
     expert_imbalance: float = 1.0
     expert_spread: float = 0.0
+    each_expert: Passes = Passes(0, 0)
+    narrow_kernels: float = 1.0
     expert_factor: float = 1.0
     expert_overlap: float = 0.0
 
@@ -105,10 +111,13 @@ class Stack:
         for want of anything to run beside them; else bucket by bucket, one a layer, as under ZeRO."""
         return not self.eager and not self.gradient_overlap
 
-    def layer_kernels(self, *, moe: bool) -> Passes:
-        """Kernels of one layer in each direction."""
-        more = self.expert_kernels if moe else Passes(0, 0)
-        return Passes(self.kernels.forward + more.forward, self.kernels.backward + more.backward)
+    def layer_kernels(self, *, experts: Any = 0, narrow: bool = False) -> Passes:
+        """Kernels of one layer in each direction; `experts`: how many a rank holds."""
+        if not np.any(experts):
+            return self.kernels
+        plain, more, each = self.kernels, self.expert_kernels, experts * (self.narrow_kernels if narrow else 1.0)
+        forward = plain.forward + more.forward + self.each_expert.forward * each
+        return Passes(forward, plain.backward + more.backward + self.each_expert.backward * each)
 
     def norm(self, model: Model) -> Passes:
         """Passes of one norm."""

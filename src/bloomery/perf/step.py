@@ -357,7 +357,9 @@ LAUNCH_BLEND = 4
 
 def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
-    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`)."""
+    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`).
+    Stalls behind pipeline messages are waits of the host, in which the device works on: they are felt only where host
+    and stalls together take longer than that."""
     stack, lay = case.stack, case.lay
     forward = work.forward + inner.forward + work.moved_forward
     backward = work.backward + work.recompute + inner.backward + work.moved_backward
@@ -366,10 +368,16 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
     pipeline = group_of(lay, "pp")
     crosses = (lay.pp > 1) & (pipeline.size * pipeline.stride > case.cluster.accelerators_per_node)
-    call_s = call_s + np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
-    host_forward = work.host_forward + call_s * inner.calls_forward
-    host_backward = work.host_backward + call_s * inner.calls_backward
-    return _longer(forward, host_forward), _longer(backward, host_backward)
+    stall_s = np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
+
+    def longest(device: Any, host: Any, calls: Any) -> Any:
+        host = host + call_s * calls
+        return np.maximum(_longer(device, host), host + stall_s * calls)
+
+    return (
+        longest(forward, work.host_forward, inner.calls_forward),
+        longest(backward, work.host_backward, inner.calls_backward),
+    )
 
 
 def _longer(device: Any, host: Any) -> Any:

@@ -59,6 +59,8 @@ SPREADS: dict[str, dict[str, float]] = {
     },
 }
 """Standard deviation of the logarithm of each constant around its prior: how well it is known beforehand."""
+NOT_USUAL = frozenset({"pipeline_stall_s"})
+"""What one site alone has shown (nanotron's): fitted, so that its runs do not bend the others, and then left out."""
 USUAL_NOISE = 0.15
 """The spread around one set of constants that is fitted to all software."""
 FIRST_STEP = 5.0
@@ -197,7 +199,7 @@ def fit(questions: Questions, table: Calibration, *, fixed: Collection[Constant]
 
 def usual(questions: Questions, table: Calibration, *, rounds: int = 12) -> StackConstants:
     """One set of a stack's constants for all runs at once, each source with the same weight: what to expect of software
-    that no run named. Hardware keeps the table's constants."""
+    that no run named. Hardware keeps the table's constants, `NOT_USUAL` their priors."""
     runs = [
         replace(run, profile=replace(run.profile, stack=replace(run.profile.stack, name=USUAL)))
         for run in questions.runs
@@ -205,7 +207,8 @@ def usual(questions: Questions, table: Calibration, *, rounds: int = 12) -> Stac
     alike = Questions.of(runs)
     free = tuple(Constant("stacks", USUAL, field) for field in SPREADS["stacks"])
     problem = Problem(alike, table, free, noise=USUAL_NOISE, evenness=0.5)
-    return _solved(problem, rounds).stack(USUAL)
+    found, priors = _solved(problem, rounds).stack(USUAL), StackConstants()
+    return found.model_copy(update={field: getattr(priors, field) for field in NOT_USUAL})
 
 
 def _solved(problem: Problem, rounds: int) -> Calibration:

@@ -12,7 +12,7 @@ from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.perf.memory import PARTS, memory_of, updated_parameters
-from bloomery.perf.profiles import NEOX
+from bloomery.perf.profiles import MEGATRON_CORE, NEOX
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.perf.step import optimizer_s
@@ -32,7 +32,8 @@ MOE = Model(
 SPACES: list[tuple[Any, int, int, Stack]] = [
     (catalog.model("megatron-1t"), 3072, 3072, GPU),
     (catalog.model("gpt3-175b"), 1024, 1536, MEGATRON_2022),
-    (catalog.model("llama-2-70b"), 64, 128, NEOX.stack),
+    (catalog.model("llama-2-70b"), 64, 128, replace(NEOX.stack, pipeline_stall_s=1e-4)),
+    (MOE, 32, 64, replace(MEGATRON_CORE.stack, pipeline_stall_s=1e-5)),
     (MOE, 32, 64, GPU),
     (MOE, 16, 32, EAGER_CPU),
     (catalog.model("gpt2-small"), 16, 32, EAGER_CPU),
@@ -95,14 +96,15 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
     if not stack.serial_launch:
-        call_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
+        call_s, stall_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s, 0.0
         if lay.pp[0] > 1 and lay.world_size[0] > case.cluster.accelerators_per_node:
-            call_s += stack.pipeline_stall_s * float(lay.tp[0])
+            stall_s = stack.pipeline_stall_s * float(lay.tp[0])
         host = (
             float(np.max(work.host_forward)) + call_s * calls / m,
             float(np.max(work.host_backward)) + call_s * calls_back / m,
         )
-        device = [(d**4 + h**4) ** 0.25 for d, h in zip(device, host, strict=True)]
+        waits = [stall_s * calls / m, stall_s * calls_back / m]
+        device = [max((d**4 + h**4) ** 0.25, h + w) for d, h, w in zip(device, host, waits, strict=True)]
     return {
         "busy": sum(device),
         "compute": sum(device) - sum(tensor),
@@ -212,3 +214,13 @@ def test_each_micro_batch_has_its_share_under_batches_of_their_own() -> None:
     found = Estimates(replace(together, global_batch=batches))
     plain = [plain_step_s(found.case.take(np.array([i]))) for i in range(len(found))]
     np.testing.assert_allclose(found.step_time_s, plain, rtol=1e-12)
+
+
+def test_grouped_products_launch_each_expert() -> None:
+    stack = MEGATRON_CORE.stack
+    plain = stack.layer_kernels()
+    few, many, narrow = (stack.layer_kernels(experts=n, narrow=n == 32) for n in (0.5, 16, 32))
+    assert plain == stack.kernels
+    assert many.forward - few.forward == pytest.approx(15.5 * 4)
+    assert narrow.backward - few.backward == pytest.approx((3 * 32 - 0.5) * 8)
+    assert GPU.layer_kernels(experts=2) == GPU.layer_kernels(experts=64, narrow=True)

@@ -132,6 +132,7 @@ def test_software_that_no_run_named_is_taken_for_what_is_usual() -> None:
     before = np.abs(np.log(questions.predict_s(bare) / questions.measured_s)).mean()
     table = bare.model_copy(update={"usual": usual(questions, bare, rounds=8)})
     assert table.stack("nobody's") == table.usual != StackConstants()
+    assert table.usual.pipeline_stall_s == StackConstants().pipeline_stall_s  # one site's alone
     after = np.abs(np.log(questions.predict_s(table) / questions.measured_s)).mean()
     assert after < before / 4
 
