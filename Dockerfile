@@ -3,7 +3,7 @@
 #   docker build -t bloomery:cuda --build-arg ACCELERATOR=cuda .  NVIDIA GPUs (the driver is the host's)
 FROM python:3.11-slim-bookworm
 ARG ACCELERATOR=cpu
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 OMP_WAIT_POLICY=passive
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 GOMP_SPINCOUNT=10000
 # The compiler is for torch.compile, the libraries for NCCL over InfiniBand and RoCE.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ \
       $([ "$ACCELERATOR" = cuda ] && echo libibverbs1 ibverbs-providers librdmacm1) && rm -rf /var/lib/apt/lists/*

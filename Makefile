@@ -1,7 +1,8 @@
 # Everything runs in .venv at the root, which `make setup` (a part of every target) makes from nothing.
 PYTHON ?= python3
 BIN := .venv/bin
-export OMP_WAIT_POLICY ?= passive
+# Short: tests run beside each other, and a thread that spins for long takes the core from the other.
+export GOMP_SPINCOUNT ?= 10000
 # Tests that wait for one process fill the second core with those of another file.
 TOGETHER := -n 2 --dist loadfile
 

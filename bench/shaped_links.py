@@ -65,7 +65,6 @@ def train(hosts: Hosts, folder: Path) -> tuple[float, dict[str, float]]:
             "LOCAL_RANK": str(local),
             "WORLD_SIZE": str(len(world)),
             "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "passive",
             "PYTHONWARNINGS": "ignore",
             "GLOO_SOCKET_IFNAME": "eth0",
             "BLOOMERY_RENDEZVOUS": f"tcp://{hosts.hosts[0].reached_by}:{PORT}",

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bloomery.cluster.world import SPINS
 from bloomery.data.shards import TokenDataset
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.model import Model
@@ -175,7 +176,7 @@ def peer(work: Workload, python: Path, script: str, variant: Variant, samples: P
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(work.threads),
-        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": SPINS,  # as ours: the default spins thirty times as long and is no faster here
         "HF_HUB_OFFLINE": "1",
     }
     environment.pop("PYTHONPATH", None)

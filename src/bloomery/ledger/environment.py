@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("bloomery", "torch", "numpy", "safetensors", "tokenizers", "pydantic", "plotly", "fastapi", "triton")
-FLAGS = ("OMP_", "MKL_", "TORCH_", "NCCL_", "GLOO_", "CUDA_", "PYTORCH_", "BLOOMERY_", "KMP_", "MALLOC_")
+FLAGS = ("OMP_", "GOMP_", "MKL_", "TORCH_", "NCCL_", "GLOO_", "CUDA_", "PYTORCH_", "BLOOMERY_", "KMP_", "MALLOC_")
 """Prefixes of environment variables that change speed or numerics; no others are recorded, they may hold secrets."""
 
 
