@@ -19,7 +19,7 @@ import psutil
 
 from bloomery.cluster.hostfile import Hosts, here
 from bloomery.cluster.measuring import Tell, run_ranks
-from bloomery.cluster.probe_parts import accelerator, groups, lagging, noise_of, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
@@ -51,8 +51,8 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
             crowded_links = _crowded_links(progress)
             _again({ranks: (here(ranks), results) for ranks, results in measured.items()}, progress)
         cuts = [
-            Cut(ranks=ranks, accelerator=lagging(accelerator(results), links, results), tiers=links)
-            for ranks, results, links in ((ranks, found, tiers(found, 1)) for ranks, found in measured.items())
+            Cut(ranks=ranks, accelerator=accelerator(results), tiers=tiers(results, 1))
+            for ranks, results in measured.items()
         ]
         results = [result for found in measured.values() for result in found]
         one, links, per_node = cuts[-1].accelerator, cuts[-1].tiers, cuts[-1].ranks
@@ -120,7 +120,6 @@ def _again(sets: dict[int, tuple[Hosts, list[dict[str, Any]]]], progress: Tell) 
             found = _measured(hosts, False, progress, "references", list(results[0]["gemm"]))
             for result, more in zip(results, found, strict=True):
                 result["reference"] += more["reference"]
-                result["messages"] += more["messages"]
 
 
 def crowded(whole: Accelerator, ranks: int, cores: int) -> Accelerator:

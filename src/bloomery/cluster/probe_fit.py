@@ -138,25 +138,6 @@ def predicted(accelerator: Accelerator, references: References, dtype: Dtype) ->
     return found
 
 
-def jitter_of(
-    accelerator: Accelerator, tiers: tuple[Tier, ...], references: References, ranks: int, messages_s: float
-) -> float:
-    """What messages inside a step of the deeper reference model, cut over `ranks`, took beyond their price, as a share
-    of that step's compute."""
-    bare = accelerator.model_copy(update={"skew": 0.0, "jitter": 0.0})
-    case = Case.of(
-        references.models[-1],
-        Cluster(accelerators_per_node=ranks, accelerator=bare, tiers=tiers),
-        LayoutBatch.of([references.cut(ranks)]),
-        global_batch=references.batch,
-        seq_len=references.seq_len,
-        dtype="float32",
-    )
-    components = estimate_case(case).components
-    compute_s = sum(float(components[part][0]) for part in COMPUTE)
-    return round(max(0.0, messages_s - float(components["tp_comm"][0])) / compute_s, 4)
-
-
 def _machine(accelerator: Accelerator) -> Cluster:
     """One rank of it, alone."""
     alone = Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0)

@@ -6,15 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
-from bloomery.cluster.probe_fit import (
-    attention_efficiency,
-    calibrated,
-    fit_gemm,
-    fit_tier,
-    jitter_of,
-    optimizer_rate,
-    spread,
-)
+from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
 from bloomery.cluster.probe_tables import tables_for
 from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.cluster import PROBED, Accelerator, Tier
@@ -79,17 +71,6 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
     return calibrated(parts, tables.references, reference)
-
-
-def lagging(device: Accelerator, links: tuple[Tier, ...], results: Sequence[dict[str, Any]]) -> Accelerator:
-    """The accelerator with what messages between layers take beyond the price of `links`: of each step the mean over
-    ranks, of all steps the median."""
-    steps = list(zip(*(result.get("messages", []) for result in results), strict=True))
-    if not steps:
-        return device
-    references = tables_for(results[0]["device"], device.memory_bytes).references
-    messages_s = median(mean(of_ranks) for of_ranks in steps)
-    return device.model_copy(update={"jitter": jitter_of(device, links, references, len(results), messages_s)})
 
 
 def _reserved_bytes(results: Sequence[dict[str, Any]]) -> float:

@@ -4,7 +4,6 @@ what a cache holds. Data alone."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import gcd
 
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -23,11 +22,6 @@ class References:
     seq_len: int
     batch: int
     """Two micro-batches: gradients are added to, as in training, not only written."""
-
-    def cut(self, ranks: int) -> Layout:
-        """The layout with its products cut over so many ranks, or as many of them as share out the heads."""
-        tp = gcd(ranks, self.models[-1].heads)
-        return self.layout.model_copy(update={"tp": tp, "dp": ranks // tp})
 
     @property
     def deeper(self) -> int:

@@ -25,12 +25,11 @@ from bloomery.cluster.probe_kernels import (
 )
 from bloomery.cluster.probe_links import measure_links, now
 from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
-from bloomery.ledger.clock import Clock
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.formats import has_float8_units
-from bloomery.parallel.mesh import Mesh, over
+from bloomery.parallel.mesh import Mesh
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train.optimizers import build_optimizers
@@ -99,42 +98,10 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
     return {**halves, "shares": kinds_of(profiled).shares}
 
 
-def measure_messages(place: Place, how: References, rounds: int) -> list[float]:
-    """Seconds of each step that messages inside it take: the deeper reference model cut by tensor parallelism over the
-    ranks of this host, in float32 by the real engine."""
-    layout, clock = how.cut(place.world_size), Clock()
-    engine = build(
-        how.models[-1],
-        layout,
-        over(layout, place.device, place.rank),
-        seq_len=how.seq_len,
-        global_batch=how.batch,
-        dtype="float32",
-        seed=0,
-        measure=clock.bucket,
-    )
-    tokens = torch.randint(0, how.models[-1].vocab, (how.batch // layout.dp, how.seq_len), device=place.device)
-    batch, found = Batch(tokens, tokens, tokens.numel()), list[float]()
-    for _ in range(REFERENCE_WARM_UP + rounds):
-        _together(place)
-        clock.lap()
-        engine.forward_backward(batch)
-        found.append(clock.lap()["tp_comm"])
-    return found[REFERENCE_WARM_UP:]
-
-
 def measure_references(place: Place, how: References, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
     """Steps of both reference models in each format: the only turn of a list that later turns are added to."""
     rounds = REFERENCE_ROUNDS
     return [{dtype: [measure_reference(place, model, how, dtype, rounds) for model in how.models] for dtype in dtypes}]
-
-
-def measure_steps(place: Place, how: References, dtypes: Sequence[str]) -> dict[str, list[Any]]:
-    """Steps of the reference models, whole and cut over the ranks: lists that later turns are added to."""
-    found: dict[str, list[Any]] = {"reference": measure_references(place, how, dtypes), "messages": []}
-    if place.device.type == "cpu" and len(place.slots) == 1 < place.world_size:
-        found["messages"] = measure_messages(place, how, REFERENCE_ROUNDS)
-    return found
 
 
 def _together(place: Place) -> None:
@@ -155,7 +122,8 @@ def measure(place: Place) -> dict[str, Any]:
     warm_up(device, tables.warm_up)
     _together(place)
     if place.settings["what"] == "references":
-        return {"rank": place.rank, **measure_steps(place, tables.references, place.settings["dtypes"])}
+        reference = measure_references(place, tables.references, place.settings["dtypes"])
+        return {"rank": place.rank, "reference": reference}
     ratio = lowest(bfloat16_ratio(device, tables.trial), device, place.world_size)
     dtypes = ["float32", *(["bfloat16"] if ratio >= LEAST_RATIO else [])]
     products = [*dtypes, *(["float8"] if has_float8_units(device) else [])]
@@ -180,7 +148,7 @@ def measure(place: Place) -> dict[str, Any]:
         dtype: measure_attention(device, tables.attention, getattr(torch, dtype), at_least_s) for dtype in dtypes
     }
     place.tell("reference models")
-    result |= measure_steps(place, tables.references, list(result["gemm"]))
+    result["reference"] = measure_references(place, tables.references, list(result["gemm"]))
     _together(place)
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, tables.element_bytes, at_least_s)

@@ -136,7 +136,7 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         world_size=world_size,
         timeout=timeout,
     )
-    mesh = over(layout, device, rank)
+    mesh = _over(layout, device, rank)
     if device.type == "cuda":
         connect(mesh)
         torch.cuda.synchronize(device)
@@ -205,13 +205,12 @@ def pretend(layout: Layout, rank: int) -> Iterator[Mesh]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
-        yield over(layout, device, rank)
+        yield _over(layout, device, rank)
     finally:
         dist.destroy_process_group()
 
 
-def over(layout: Layout, device: torch.device, rank: int) -> Mesh:
-    """The mesh of a layout over the world that this process has joined."""
+def _over(layout: Layout, device: torch.device, rank: int) -> Mesh:
     axes = {"pp": layout.pp, "replica": layout.dp_replicas, "dp": layout.shards, "tp": layout.tp}
     if layout.dp_replicas == 1:
         del axes["replica"]

@@ -286,17 +286,15 @@ class StepTimes:
         micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
         exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
         after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
-        if self.case.accelerator.lag:
+        if self.case.accelerator.skew:
             after = after + sum(self._waits(block).values())
         return self._path_s(block, micro, send) + self._tied(block) + after
 
     def _waits(self, block: slice) -> dict[str, Any]:
-        """Seconds in which ranks wait for the slowest of them, at the messages that they send most often: in every
-        layer (ZeRO 3's gathers too), or once a step. A pipeline's stages are not counted: what one waits for another
-        is in the path."""
-        device, lay = self.case.accelerator, self.case.lay
-        in_layers = (lay.tp * lay.cp * lay.ep > 1) | (lay.zero_stage == 3)
-        lost = np.where(in_layers[block], device.lag, device.skew) * self._means[block].compute
+        """Seconds in which ranks wait for the slowest of them, at the messages that they send most often. A pipeline's
+        stages are not counted: what one waits for another is in the path."""
+        skew, lay = self.case.accelerator.skew, self.case.lay
+        lost = skew * self._means[block].compute
         sizes = {"tp_comm": lay.tp, "cp_comm": lay.cp, "ep_comm": lay.ep, "dp_comm": lay.dp}
         found, left = {}, np.ones(np.shape(lost), dtype=bool)
         for name, size in sizes.items():

@@ -77,7 +77,7 @@ def _crowding(device: Accelerator, factor: float) -> dict[str, Any]:
 
 
 def _skew(device: Accelerator, factor: float) -> dict[str, Any]:
-    return {"skew": device.skew * factor, "jitter": device.jitter * factor}
+    return {"skew": device.skew * factor}
 
 
 def _pace(device: Accelerator, factor: float) -> dict[str, Any]:

@@ -101,11 +101,11 @@ def stage_times(whole: Case, i: int) -> StageTimes:
 
 def _stretch(whole: Case, i: int) -> float:
     """How much longer slots are for waiting inside them for the slowest of several ranks."""
-    lag, lay = whole.accelerator.lag, whole.lay.layout(i)
-    if lag == 0 or lay.tp * lay.cp * lay.ep == 1:
+    skew, lay = whole.accelerator.skew, whole.lay.layout(i)
+    if skew == 0 or lay.tp * lay.cp * lay.ep == 1:
         return 1.0
     found = Estimates(_copies(whole, i, 1)).components
-    waited_s = lag * sum(found[name][0] for name in COMPUTE)
+    waited_s = skew * sum(found[name][0] for name in COMPUTE)
     busy_s = sum(found[name][0] for name in (*COMPUTE, "tp_comm", "cp_comm", "ep_comm"))
     return float(busy_s / (busy_s - waited_s))
 

@@ -63,22 +63,12 @@ class Accelerator(Noun):
     ranks_per_core: float = Field(default=1.0, ge=1, description="over 1: ranks take turns on the cores")
     """The rates are what one rank gets while all ranks work; what a waiting rank leaves, the others on its core get."""
     skew: float = Field(default=0.0, ge=0, description="how far the slowest of several lags their mean, of compute")
-    """Ranks that wait for each other once a step wait for it."""
-    jitter: float = Field(
-        default=0.0, ge=0, description="what messages between layers take beyond their price, of compute"
-    )
-    """Pieces of a step differ more between ranks than whole steps do, and a message has data to send that is not at
-    hand: what ranks that meet in every layer lose. No less than `skew`."""
+    """Ranks that wait for each other wait for it."""
     source: str = ""
 
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
         """The efficiency surface for `dtype`, or the prior where none was measured."""
         return self.gemm.get(dtype, GemmEfficiency())
-
-    @property
-    def lag(self) -> float:
-        """What ranks lose that meet in every layer, of their compute."""
-        return max(self.skew, self.jitter)
 
     def attention_efficiency(self, dtype: Dtype) -> float:
         """Share of peak of fused attention in `dtype`, or the prior where it was not measured."""

@@ -7,11 +7,11 @@ import pytest
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
 from bloomery.cluster.probe_fit import predicted
-from bloomery.cluster.probe_parts import accelerator, groups, lagging, noise_of, shared_ports, slowest, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, noise_of, shared_ports, slowest, tiers
 from bloomery.cluster.probe_tables import CUDA
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
-from bloomery.spec.cluster import Dtype, Tier
+from bloomery.spec.cluster import Dtype
 from bloomery.spec.components import KINDS
 from bloomery.spec.errors import InputError
 
@@ -95,24 +95,6 @@ def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
     found = accelerator([machine(turn(1.0), turn(0.9)), machine(turn(1.2), turn(0.9))])
     assert found.skew == pytest.approx((1.2 / 1.1 - 1) / 2, abs=1e-4)
     assert accelerator([machine(turn(1.0))]).skew == 0
-
-
-def test_messages_between_layers_lose_what_their_price_does_not_explain() -> None:
-    links = (Tier(name="gloo", span=2, bandwidth_bytes_per_s=2e9, ports_per_node=2, latency_s=1e-4),)
-    ranks = [machine(turn(1.0)) for _ in range(2)]
-    device = accelerator(ranks)
-    assert lagging(device, links, ranks) == device  # told nothing
-
-    def after(*steps_s: tuple[float, float]) -> float:
-        each = zip(*steps_s, strict=True)
-        told = [{**rank, "messages": list(s)} for rank, s in zip(ranks, each, strict=True)]
-        return lagging(device, links, told).jitter
-
-    assert after((1e-9, 1e-9)) == 0  # quicker than their price: nothing is given back
-    short, long, longest = after((1.0, 1.0)), after((1.5, 2.5)), after((1.0, 1.0), (2.0, 2.0), (2.9, 3.1))
-    assert long == pytest.approx(longest)  # the mean of ranks, the median of steps
-    # The deeper model's products are halved over two ranks, its norms are not: 1.5 to 3 s of compute for its 3 s.
-    assert 1 / 3 < long - short < 1 / 1.5
 
 
 H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it
