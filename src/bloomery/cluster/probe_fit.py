@@ -13,6 +13,7 @@ import numpy as np
 from bloomery.cluster.probe_tables import References
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
+from bloomery.perf.collectives import Group, collective_s
 from bloomery.perf.estimate import estimate_case
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.perf.precision import Precision
@@ -151,41 +152,52 @@ def optimizer_rate(seconds: Sequence[float], model: Model) -> float:
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> Tier:
-    """Latency, bandwidth and half size from all-reduce by message size; the other operations as factors to them.
+    """Latency, bandwidth and half size of all-reduce and a factor for each other operation, all from all messages: the
+    least error of the logarithm, in which one that other work disturbed counts with its distance.
 
     all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`.
     """
-    by_op: dict[CollectiveName, list[tuple[int, float]]] = {
-        op: [(row["bytes"], median(row["s"])) for row in rows if row["op"] == op] for op in OPERATIONS
-    }
-    sizes, times = (np.array(column) for column in zip(*by_op["all_reduce"], strict=True))
+    from scipy.optimize import least_squares
+
+    times: dict[CollectiveName, dict[int, float]] = {op: {} for op in OPERATIONS}
+    for row in rows:
+        times[row["op"]][row["bytes"]] = mean(row["s"])
+    others = [op for op in OPERATIONS if op != "all_reduce" and times[op]]
+    sizes = sorted(times["all_reduce"])
+    smallest_s, largest_s = (times["all_reduce"][size] for size in (sizes[0], sizes[-1]))
     share = 2 * (ranks - 1) / ranks
-    small, large = times[0], times[-1]
-    bandwidth = share * (sizes[-1] - sizes[0]) / max(1e-9, large - small)
-    latency = max(1e-7, (small - share * sizes[0] / bandwidth) / (2 * (ranks - 1)))
-    middle = times[1:-1] - 2 * (ranks - 1) * latency - share * sizes[1:-1] / bandwidth
-    half = float(np.clip(np.median(middle) * bandwidth / share, 0, sizes[-1]))
-    factors: dict[CollectiveName, float] = {}
-    for op, found in by_op.items():
-        if op == "all_reduce" or not found:
-            continue
-        hops = 1 if op == "send" else ranks - 1
-        part = 1.0 if op == "send" else (ranks - 1) / ranks
-        # Of an all-to-all's half size every rank pays the whole, as in `perf.collectives`.
-        extra = half if op == "all_to_all" else part * half
-        ratios = [s / (hops * latency + (part * size + extra) / bandwidth) for size, s in found]
-        # Large messages are where a step spends its time; small ones partly hide in buffers.
-        weights = np.sqrt([size for size, _ in found])
-        factors[op] = round(float(np.exp(np.average(np.log(ratios), weights=weights))), 3)
-    return Tier(
-        name=name,
-        span=ranks,
-        bandwidth_bytes_per_s=float(bandwidth),
-        ports_per_node=ranks,
-        latency_s=float(latency),
-        half_size_bytes=half,
-        op_factor=factors,
+
+    def tier(x: np.ndarray) -> Tier:
+        latency, bandwidth, half, *factors = np.exp(x)
+        return Tier(
+            name=name,
+            span=ranks,
+            bandwidth_bytes_per_s=float(bandwidth),
+            ports_per_node=ranks,
+            latency_s=float(latency),
+            half_size_bytes=float(half),
+            op_factor=dict(zip(others, map(float, factors), strict=True)),
+        )
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        link = tier(x)
+        expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
+        found = [seconds for op in OPERATIONS for seconds in times[op].values()]
+        return np.log(np.array(expected) / np.array(found))
+
+    bandwidth = share * sizes[-1] / largest_s
+    start = np.log([smallest_s / (2 * (ranks - 1)), bandwidth, sizes[0], *(1.0 for _ in others)])
+    return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
+
+
+def _message_s(tier: Tier, op: CollectiveName, ranks: int, size: float) -> float:
+    """Seconds by the performance model's own formula."""
+    device = Accelerator(
+        name="any", kind="cpu", peak_flops_per_s={"float32": 1.0}, memory_bytes=1.0, memory_bandwidth_bytes_per_s=1.0
     )
+    machine = Cluster(accelerators_per_node=ranks, accelerator=device, tiers=(tier,))
+    group = Group(np.array([ranks]), np.array([1]))
+    return float(collective_s(machine, op, group, np.array([size]))[0])
 
 
 def spread(values: Sequence[float]) -> float:

@@ -1,4 +1,9 @@
-"""The links between ranks by message size: inside the hosts, and between them by one rank of each or by all at once."""
+"""The links between ranks by message size: inside the hosts, and between them by one rank of each or by all at once.
+
+On CPUs a message is timed as a step sends it, after a piece of compute. Messages sent one upon the other find every
+thread awake and on its core; after compute some wait until the scheduler's next tick for one that is not, on average a
+millisecond a message where each core has a rank: as long as a megabyte takes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +19,9 @@ import torch.distributed as dist
 from bloomery.cluster.meeting import Place
 from bloomery.cluster.probe_parts import ALONE, INSIDE, groups
 
-ROUND_S = 0.05
+ROUND_S = 0.1
+PIECE_S = 0.004
+"""Of compute before each message."""
 SLOW_S = 0.25
 """A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
 SLOW_ROUNDS = 3
@@ -73,23 +80,52 @@ def _measure(
     rows, last_s = list[dict[str, Any]](), 0.0
     for work in operations(device, group, line, rank, sizes[0]).values():
         work()  # the first message of a group opens its connections
+    compute = _piece(group) if device.type == "cpu" else None
     for size in sizes:
         if last_s > LONGEST_S:
             break
         for op, work in operations(device, group, line, rank, size).items():
             with _slowest(device, group) as trial:
                 work()
-            calls = max(1, min(20, round(ROUND_S / max(trial[0], 1e-6))))
+            call_s = trial[0] + (PIECE_S if compute else 0.0)
+            calls = max(1, min(20, round(ROUND_S / max(call_s, 1e-6))))
             found = []
             for _ in range(SLOW_ROUNDS if trial[0] > SLOW_S else rounds):
                 dist.barrier(group)
-                started = now(device)
-                for _ in range(calls):
-                    work()
-                found.append((now(device) - started) / calls)
+                found.append(_seconds(device, work, calls, compute))
             rows.append({"op": op, "bytes": size, "s": found})
             last_s = trial[0] if op == "all_reduce" else last_s
     return rows
+
+
+def _seconds(device: torch.device, work: Callable[[], Any], calls: int, compute: Callable[[], Any] | None) -> float:
+    """Of one of `calls` messages: one upon the other, or each after `compute`, which is not counted."""
+    total, started = 0.0, now(device)
+    for _ in range(calls):
+        if compute:
+            compute()
+            started = now(device)
+        work()
+        if compute:
+            total += now(device) - started
+    return (total or now(device) - started) / calls
+
+
+def _piece(group: dist.ProcessGroup) -> Callable[[], None]:
+    """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank."""
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+
+    def product() -> None:
+        x @ w
+
+    def several(times: int) -> None:
+        for _ in range(times):
+            product()
+
+    several(10)
+    with _slowest(x.device, group) as trial:
+        several(50)
+    return partial(several, max(1, round(50 * PIECE_S / trial[0])))
 
 
 @contextmanager

@@ -121,25 +121,27 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
     found = list[Tier]()
     if slots > 1:
-        found.append(fit_tier(slowest(results, INSIDE), slots, backend))
+        found.append(fit_tier(links_of(results, INSIDE), slots, backend))
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
-        alone = [{**row, "s": [min(row["s"])]} for row in slowest(results, ALONE)]
+        alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
         tier = fit_tier(alone, hosts, f"{backend} between hosts")
-        ports = shared_ports(alone, slowest(results, TOGETHER), slots)
+        ports = shared_ports(alone, links_of(results, TOGETHER), slots)
         found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
 
 
-def slowest(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, Any]]:
-    """Of every operation and size the rank that took longest; a message is there when the last has it."""
-    worst = dict[tuple[str, int], dict[str, Any]]()
+def links_of(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, Any]]:
+    """Of every operation and size the mean over ranks, round by round: one that comes early waits for one that comes
+    late, and a step has as many of the one as of the other."""
+    rounds = dict[tuple[str, int], list[list[float]]]()
     for result in results:
         for row in result["links"].get(group, []):
-            key = (row["op"], row["bytes"])
-            if key not in worst or median(row["s"]) > median(worst[key]["s"]):
-                worst[key] = row
-    return list(worst.values())
+            rounds.setdefault((row["op"], row["bytes"]), []).append(row["s"])
+    return [
+        {"op": op, "bytes": size, "s": [mean(of_ranks) for of_ranks in zip(*found, strict=True)]}
+        for (op, size), found in rounds.items()
+    ]
 
 
 def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]], slots: int) -> int:

@@ -48,8 +48,8 @@ ONE_HEAP = {"mmap_threshold": 32 << 20, "trim_threshold": 1 << 40}
 """glibc's allocator: a step asks for the same large blocks as the one before, so those up to 32 MiB (its limit) stay in
 a heap that is never given back. Less memory at the peak, and fewer page faults (`bench/NOTES.md`)."""
 SPINS = "10000"
-"""How often a thread looks for work before it sleeps: some hundred microseconds. To wake one takes 90, more than a small
-product; one that spins for long takes the core from a process that works (`bench/NOTES.md`)."""
+"""How often a thread looks for work before it sleeps: for some hundred microseconds. To wake one takes 90, more than a
+small product; one that spins for long takes the core from a process that works (`bench/NOTES.md`)."""
 READ_AT_IMPORT = {
     "GOMP_SPINCOUNT": SPINS,
     "KINETO_LOG_LEVEL": "99",  # the profiler's own remarks

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
 from bloomery.cluster.probe_fit import predicted
-from bloomery.cluster.probe_parts import accelerator, groups, noise_of, shared_ports, slowest, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, links_of, noise_of, shared_ports, tiers
 from bloomery.cluster.probe_tables import CUDA
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
@@ -35,9 +36,11 @@ def test_groups_are_hosts_one_line_across_them_and_all_lines() -> None:
     assert groups((2, 2)) == {"inside": [[0, 1], [2, 3]], "alone": [[0, 2]], "together": [[0, 2], [1, 3]]}
 
 
-def test_the_slowest_rank_counts_for_each_message() -> None:
+def test_ranks_wait_for_each_other_in_turns() -> None:
     results = [{"links": {"inside": rows(1e9)}}, {"links": {"inside": rows(1e8)}}, {"links": {}}]
-    assert slowest(results, "inside") == rows(1e8)
+    for found, fast, slow in zip(links_of(results, "inside"), rows(1e9), rows(1e8), strict=True):
+        assert (found["op"], found["bytes"]) == (fast["op"], fast["bytes"])
+        assert found["s"] == pytest.approx((np.array(fast["s"]) + np.array(slow["s"])) / 2)
 
 
 @pytest.mark.parametrize(("rate", "ports"), [(1e8, 4), (5e7, 2), (2.5e7, 1), (1e6, 1)])
