@@ -35,6 +35,8 @@ from bloomery.spec.parameters import parameter_count
 
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 KIND_ROUNDS = 6
+SMALL_HALF = 0.1
+"""Weight of a link's half size against the errors of its messages."""
 Kinds = Mapping[str, float]
 """Seconds of the compute of one step, by `spec.components.KINDS`, or {"compute": all of it} where nothing tells them
 apart."""
@@ -183,7 +185,8 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> 
         link = tier(x)
         expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
         found = [seconds for op in OPERATIONS for seconds in times[op].values()]
-        return np.log(np.array(expected) / np.array(found))
+        # Of two ranks latency and half size cost the same: what either explains is taken for latency.
+        return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[2] - log(sizes[0])))
 
     bandwidth = share * sizes[-1] / largest_s
     start = np.log([smallest_s / (2 * (ranks - 1)), bandwidth, sizes[0], *(1.0 for _ in others)])

@@ -2,7 +2,8 @@
 
 On CPUs a message is timed as a step sends it, after a piece of compute. Messages sent one upon the other find every
 thread awake and on its core; after compute some wait until the scheduler's next tick for one that is not, on average a
-millisecond a message where each core has a rank: as long as a megabyte takes.
+millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that share a core wait for their
+turn on it besides, which the plan counts elsewhere (`Accelerator.ranks_per_core`): theirs are sent one upon the other.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def measure_links(
+    place: Place, sizes: Sequence[int], rounds: int, *, after_compute: bool
+) -> dict[str, list[dict[str, Any]]]:
     """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
     seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
@@ -47,7 +50,8 @@ def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, 
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds)
+            compute = _piece(mine[0]) if after_compute else None
+            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, compute)
         dist.barrier()
     return found
 
@@ -75,12 +79,17 @@ def operations(
 
 
 def _measure(
-    device: torch.device, group: dist.ProcessGroup, line: list[int], rank: int, sizes: Sequence[int], rounds: int
+    device: torch.device,
+    group: dist.ProcessGroup,
+    line: list[int],
+    rank: int,
+    sizes: Sequence[int],
+    rounds: int,
+    compute: Callable[[], None] | None,
 ) -> list[dict[str, Any]]:
     rows, last_s = list[dict[str, Any]](), 0.0
     for work in operations(device, group, line, rank, sizes[0]).values():
         work()  # the first message of a group opens its connections
-    compute = _piece(group) if device.type == "cpu" else None
     for size in sizes:
         if last_s > LONGEST_S:
             break
@@ -98,7 +107,7 @@ def _measure(
     return rows
 
 
-def _seconds(device: torch.device, work: Callable[[], Any], calls: int, compute: Callable[[], Any] | None) -> float:
+def _seconds(device: torch.device, work: Callable[[], Any], calls: int, compute: Callable[[], None] | None) -> float:
     """Of one of `calls` messages: one upon the other, or each after `compute`, which is not counted."""
     total, started = 0.0, now(device)
     for _ in range(calls):

@@ -56,8 +56,8 @@ def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
     inside, between = tiers(results, hosts=2)
     assert (inside.span, between.span, between.ports_per_node) == (2, 4, 1)
     assert (inside.flat, between.flat) == (False, True)
-    assert inside.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.01)
-    assert between.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.01)
+    assert inside.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert between.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.02)
 
 
 def test_noise_is_that_of_the_noisiest_kind() -> None:
