@@ -26,6 +26,7 @@ from bloomery.cluster.supervisor import launch
 from bloomery.data.build import build as build_data
 from bloomery.ledger.history import remember
 from bloomery.ledger.measured import measured
+from bloomery.perf.estimate import interval_of
 from bloomery.planner.refit import Predicted, Refit, Runs, refit
 from bloomery.spec.catalog import read_cluster
 from bloomery.spec.cluster import Cluster, Interval
@@ -128,10 +129,9 @@ def show(result: dict[str, Any]) -> None:
 def outcome(runs: list[Measured], fitted: list[Measured], base: Cluster, found: Refit) -> dict[str, Any]:
     """Everything as plain values."""
     before, after = Runs(tuple(runs)).predict(base), Runs(tuple(runs)).predict(found.cluster)
-    low, high = (end / runs[0].predicted_s for end in runs[0].interval_s)
     interval = {
-        "before": Interval(low=low, high=high),
-        "after": found.cluster.interval or Interval(low=0.85, high=1.3),
+        "before": interval_of(base),
+        "after": found.cluster.interval or interval_of(base),
     }
     held = [run for run in runs if run not in fitted]
     sets = {"all": runs, "held out": held}

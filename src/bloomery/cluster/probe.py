@@ -181,7 +181,7 @@ def _provenance(facts: dict[str, Any], noise: float, hosts: Hosts | None) -> dic
         "torch": str(facts["torch"]),
         "peak": "best measured matrix product of the cut",
         "bfloat16": _bfloat16_note(facts),
-        "noise": f"repeated measurements differ by {noise:.1%} (median of spread)",
+        "noise": f"measured to {noise:.1%} (standard error of repeats, of the noisiest kind)",
     }
 
 

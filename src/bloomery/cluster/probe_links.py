@@ -3,7 +3,8 @@
 On CPUs a message is timed as a step sends it, after a piece of compute. Messages sent one upon the other find every
 thread awake and on its core; after compute some wait until the scheduler's next tick for one that is not, on average a
 millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that share a core wait for their
-turn on it besides, which the plan counts elsewhere (`Accelerator.ranks_per_core`): theirs are sent one upon the other.
+turn on it besides, which the plan counts as compute (`Accelerator.ranks_per_core`): of them, what compute with messages
+takes longer than compute alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -38,7 +40,7 @@ def now(device: torch.device) -> float:
 
 
 def measure_links(
-    place: Place, sizes: Sequence[int], rounds: int, *, after_compute: bool
+    place: Place, sizes: Sequence[int], rounds: int, *, crowded: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
     seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
@@ -50,8 +52,8 @@ def measure_links(
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            compute = _piece(mine[0]) if after_compute else None
-            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, compute)
+            timer = _timer(place.device, mine[0], crowded)
+            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
         dist.barrier()
     return found
 
@@ -85,7 +87,7 @@ def _measure(
     rank: int,
     sizes: Sequence[int],
     rounds: int,
-    compute: Callable[[], None] | None,
+    timer: Timer,
 ) -> list[dict[str, Any]]:
     rows, last_s = list[dict[str, Any]](), 0.0
     for work in operations(device, group, line, rank, sizes[0]).values():
@@ -96,40 +98,59 @@ def _measure(
         for op, work in operations(device, group, line, rank, size).items():
             with _slowest(device, group) as trial:
                 work()
-            call_s = trial[0] + (PIECE_S if compute else 0.0)
-            calls = max(1, min(20, round(ROUND_S / max(call_s, 1e-6))))
+            calls = max(1, min(20, round(ROUND_S / max(trial[0] + timer.between_s, 1e-6))))
             found = []
             for _ in range(SLOW_ROUNDS if trial[0] > SLOW_S else rounds):
                 dist.barrier(group)
-                found.append(_seconds(device, work, calls, compute))
+                found.append(timer.seconds(work, calls) / calls)
             rows.append({"op": op, "bytes": size, "s": found})
             last_s = trial[0] if op == "all_reduce" else last_s
     return rows
 
 
-def _seconds(device: torch.device, work: Callable[[], Any], calls: int, compute: Callable[[], None] | None) -> float:
-    """Of one of `calls` messages: one upon the other, or each after `compute`, which is not counted."""
-    total, started = 0.0, now(device)
-    for _ in range(calls):
-        if compute:
+@dataclass(frozen=True)
+class Timer:
+    """`seconds` of so many messages, whose ranks compute for `between_s` before each."""
+
+    seconds: Callable[[Callable[[], Any], int], float]
+    between_s: float = 0.0
+
+
+def _timer(device: torch.device, group: dist.ProcessGroup, crowded: bool) -> Timer:
+    if device.type != "cpu":
+        return Timer(lambda work, calls: _span(device, [work] * calls))
+    compute = _piece(group)
+
+    def after_compute(work: Callable[[], Any], calls: int) -> float:
+        total = 0.0
+        for _ in range(calls):
             compute()
-            started = now(device)
-        work()
-        if compute:
-            total += now(device) - started
-    return (total or now(device) - started) / calls
+            total += _span(device, [work])
+        return total
+
+    def beyond_compute(work: Callable[[], Any], calls: int) -> float:
+        alone = _span(device, [compute] * calls)
+        dist.barrier(group)
+        return max(1e-6 * calls, _span(device, [compute, work] * calls) - alone)
+
+    return Timer(beyond_compute if crowded else after_compute, PIECE_S)
+
+
+def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
+    """Seconds of these, one after the other."""
+    started = now(device)
+    for one in several:
+        one()
+    return now(device) - started
 
 
 def _piece(group: dist.ProcessGroup) -> Callable[[], None]:
     """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank."""
     x, w = torch.randn(256, 256), torch.randn(256, 256)
 
-    def product() -> None:
-        x @ w
-
     def several(times: int) -> None:
         for _ in range(times):
-            product()
+            x @ w
 
     several(10)
     with _slowest(x.device, group) as trial:

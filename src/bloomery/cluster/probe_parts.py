@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
-from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, spread
+from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, uncertainty
 from bloomery.cluster.probe_tables import tables_for
 from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.cluster import PROBED, Accelerator, Tier
@@ -14,7 +14,7 @@ from bloomery.spec.cluster import PROBED, Accelerator, Tier
 UPLOAD_BYTES = 64 << 20
 LARGE_PRODUCT = 1024
 LARGE_MESSAGE = 1 << 20
-"""Noise is judged by what takes long: the spread of a short one is the clock's and the scheduler's."""
+"""Noise is judged by what takes long: the uncertainty of a short one is the clock's and the scheduler's."""
 INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
 """Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once."""
 
@@ -158,12 +158,12 @@ def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, A
 
 
 def noise_of(results: Sequence[dict[str, Any]]) -> float:
-    """Relative spread of repeats of large products, streams, messages and turns of a reference model: each kind's
-    median, of the noisiest kind."""
+    """Relative uncertainty of large products, streams, messages and turns of a reference model: each kind's median, of
+    the noisiest kind."""
     kinds = (
         [row for r in results for row in r["gemm"]["float32"] if row["m"] >= LARGE_PRODUCT],
         [row for r in results for row in r["elementwise"]],
         [row for r in results for rows in r["links"].values() for row in rows if row["bytes"] >= LARGE_MESSAGE],
         [{"s": [median(turn["compute"]) for turn in turns_of(r, "float32", -1)]} for r in results],
     )
-    return max(median(spread(row["s"]) for row in rows) for rows in kinds if rows)
+    return max(median(uncertainty(row["s"]) for row in rows) for rows in kinds if rows)

@@ -116,7 +116,7 @@ def measure(place: Place) -> dict[str, Any]:
     quick, device = place.settings["quick"], place.device
     tables = tables_of(place)
     if place.settings["what"] == "links":
-        links = measure_links(place, tables.message_bytes, 3, after_compute=False)
+        links = measure_links(place, tables.message_bytes, 3, crowded=True)
         return {"rank": place.rank, "device": device.type, "links": links}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device, tables.warm_up)
@@ -153,7 +153,7 @@ def measure(place: Place) -> dict[str, Any]:
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, tables.element_bytes, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
-    result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7, after_compute=device.type == "cpu")
+    result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7)
     if device.type == "cuda":
         result["reserved_bytes"] = reserved_bytes(device)  # once communicators have theirs
     return result

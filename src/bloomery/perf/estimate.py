@@ -29,11 +29,12 @@ from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.layout import LayoutBatch
 from bloomery.spec.model import Model
 
-PROBED_INTERVAL = Interval(low=0.85, high=1.30)
-"""90 % interval of measured / predicted where the accelerator's constants were measured here; elsewhere it is the
-calibration's, for software that no run named."""
+PROBED_INTERVAL = Interval(low=0.87, high=1.15)
+"""90 % interval of measured / predicted where the accelerator's constants were measured here, set from runs of two
+`make loop` (2026-11-27, two hardware threads of a CPU); elsewhere it is the calibration's, for software that no run
+named."""
 QUIET = 0.05
-"""Repeated measurements of a quiet machine differ by less; the interval above holds that much already."""
+"""A quiet machine is measured better than to this; the interval above holds that much already."""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Cluster(Noun):
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
     process_start_s: float | None = Field(default=None, ge=0, description="until a rank has imported and joined")
-    noise: float = Field(default=0.0, ge=0, description="relative spread of repeated measurements; widens intervals")
+    noise: float = Field(default=0.0, ge=0, description="relative standard error of the probe; widens intervals")
     source: str = ""
     provenance: dict[str, str] = {}
 
