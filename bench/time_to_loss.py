@@ -50,6 +50,7 @@ RUN: dict[str, Any] = {
         "global_batch": BATCH,
         "checkpoint_every": 1_000_000,
         "metrics": (),
+        "compile": True,
         "optimizer": {
             "name": "muon",
             "lr": 8e-3,
@@ -83,11 +84,12 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What one training came to."""
+    """What one training came to. `compile_s`: how many of the seconds went to compiling; a peer's are not counted."""
 
     bits_per_byte: float
     seconds: float
     steps: int
+    compile_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Bench:
         laps = [lap for lap in read_lines(folder / "ledger.jsonl") if lap["step"] > 0]
         seconds = sum(lap["wall_s"] - lap["buckets"].get("evaluate", 0.0) for lap in laps)
         (bits,) = [row["heldout_bits_per_byte"] for row in measured if "heldout_bits_per_byte" in row]
-        return Trained(bits, seconds, steps)
+        return Trained(bits, seconds, steps, sum(lap["buckets"].get("compile", 0.0) for lap in laps))
 
     def computed_in(self) -> str:
         """The number format of the training before."""
@@ -243,6 +245,7 @@ def compared(
             ours, start = smallest_as_good(bench, theirs.bits_per_byte, budgets, seed, lr, start)
             row = {"peer": peer.name, "which": name, "lr": rate, "seed": seed, "target": theirs.bits_per_byte}
             row |= {"their_s": theirs.seconds, "their_steps": steps, "our_s": ours.seconds, "our_steps": ours.steps}
+            row["our_compile_s"] = ours.compile_s
             yield {**row, "ratio": theirs.seconds / ours.seconds}
 
 
