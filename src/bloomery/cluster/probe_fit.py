@@ -153,11 +153,12 @@ def optimizer_rate(seconds: Sequence[float], model: Model) -> float:
     return parameter_count(model) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
-def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> Tier:
+def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, wire: bool = False) -> Tier:
     """Latency, bandwidth and half size of all-reduce and a factor for each other operation, all from all messages: the
     least error of the logarithm, in which one that other work disturbed counts with its distance.
 
-    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`.
+    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`. `wire`: one rate
+    holds for all sizes, so it is that between the smallest and the largest all-reduce.
     """
     from scipy.optimize import least_squares
 
@@ -169,12 +170,14 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> 
     smallest_s, largest_s = (times["all_reduce"][size] for size in (sizes[0], sizes[-1]))
     share = 2 * (ranks - 1) / ranks
 
+    slope = share * (sizes[-1] - sizes[0]) / max(1e-9, largest_s - smallest_s)
+
     def tier(x: np.ndarray) -> Tier:
         latency, bandwidth, half, *factors = np.exp(x)
         return Tier(
             name=name,
             span=ranks,
-            bandwidth_bytes_per_s=float(bandwidth),
+            bandwidth_bytes_per_s=slope if wire else float(bandwidth),
             ports_per_node=ranks,
             latency_s=float(latency),
             half_size_bytes=float(half),
@@ -188,8 +191,7 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo") -> 
         # Of two ranks latency and half size cost the same: what either explains is taken for latency.
         return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[2] - log(sizes[0])))
 
-    bandwidth = share * sizes[-1] / largest_s
-    start = np.log([smallest_s / (2 * (ranks - 1)), bandwidth, sizes[0], *(1.0 for _ in others)])
+    start = np.log([smallest_s / (2 * (ranks - 1)), slope, sizes[0], *(1.0 for _ in others)])
     return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
 
 

@@ -3,9 +3,9 @@
 On CPUs a message inside a host is timed as a step sends it, after a piece of compute. Messages sent one upon the
 other find every thread awake and on its core; after compute some wait until the scheduler's next tick for one that is
 not, on average a millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that share a core
-wait for their turn on it besides, which the plan counts as compute (`Accelerator.ranks_per_core`): of them, what compute
-with messages takes longer than compute alone. Between hosts it is the wire that is asked for, which may let a burst
-pass faster after a pause: there they are sent one upon the other.
+wait for their turn on it besides, which the plan counts as compute (`Accelerator.ranks_per_core`): of them, what
+compute with messages takes longer than compute alone. Between hosts it is the wire that is asked for, which may let a
+burst pass faster after a pause: there they are sent one upon the other.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
-        tier = fit_tier(alone, hosts, f"{backend} between hosts")
+        tier = fit_tier(alone, hosts, f"{backend} between hosts", wire=True)
         ports = shared_ports(alone, links_of(results, TOGETHER), slots)
         found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
