@@ -129,10 +129,7 @@ def show(result: dict[str, Any]) -> None:
 def outcome(runs: list[Measured], fitted: list[Measured], base: Cluster, found: Refit) -> dict[str, Any]:
     """Everything as plain values."""
     before, after = Runs(tuple(runs)).predict(base), Runs(tuple(runs)).predict(found.cluster)
-    interval = {
-        "before": interval_of(base),
-        "after": found.cluster.interval or interval_of(base),
-    }
+    interval = {"before": interval_of(base), "after": interval_of(found.cluster)}
     held = [run for run in runs if run not in fitted]
     sets = {"all": runs, "held out": held}
     scores = {

@@ -169,15 +169,14 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
     sizes = sorted(times["all_reduce"])
     smallest_s, largest_s = (times["all_reduce"][size] for size in (sizes[0], sizes[-1]))
     share = 2 * (ranks - 1) / ranks
-
     slope = share * (sizes[-1] - sizes[0]) / max(1e-9, largest_s - smallest_s)
 
     def tier(x: np.ndarray) -> Tier:
-        latency, bandwidth, half, *factors = np.exp(x)
+        latency, half, *factors = np.exp(x[: 2 + len(others)])
         return Tier(
             name=name,
             span=ranks,
-            bandwidth_bytes_per_s=slope if wire else float(bandwidth),
+            bandwidth_bytes_per_s=slope if wire else float(np.exp(x[-1])),
             ports_per_node=ranks,
             latency_s=float(latency),
             half_size_bytes=float(half),
@@ -189,9 +188,9 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
         expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
         found = [seconds for op in OPERATIONS for seconds in times[op].values()]
         # Of two ranks latency and half size cost the same: what either explains is taken for latency.
-        return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[2] - log(sizes[0])))
+        return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(sizes[0])))
 
-    start = np.log([smallest_s / (2 * (ranks - 1)), slope, sizes[0], *(1.0 for _ in others)])
+    start = np.log([smallest_s / (2 * (ranks - 1)), sizes[0], *(1.0 for _ in others), *(() if wire else (slope,))])
     return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
 
 

@@ -44,7 +44,8 @@ def measure_links(
     place: Place, sizes: Sequence[int], rounds: int, *, crowded: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
-    seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
+    seconds by round, as seen by this rank; none where it took no part. `crowded`: ranks share cores. Every rank must
+    call it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
         place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
@@ -53,7 +54,7 @@ def measure_links(
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            timer = _timer(place.device, mine[0], crowded) if name == INSIDE else _one_upon_the_other(place.device)
+            timer = _timer(place.device, mine[0], inside=name == INSIDE, crowded=crowded)
             found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
         dist.barrier()
     return found
@@ -117,13 +118,9 @@ class Timer:
     between_s: float = 0.0
 
 
-def _one_upon_the_other(device: torch.device) -> Timer:
-    return Timer(lambda work, calls: _span(device, [work] * calls))
-
-
-def _timer(device: torch.device, group: dist.ProcessGroup, crowded: bool) -> Timer:
-    if device.type != "cpu":
-        return _one_upon_the_other(device)
+def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, crowded: bool) -> Timer:
+    if device.type != "cpu" or not inside:
+        return Timer(lambda work, calls: _span(device, [work] * calls))
     compute = _piece(group)
 
     def after_compute(work: Callable[[], Any], calls: int) -> float:

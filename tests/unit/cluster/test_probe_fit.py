@@ -30,8 +30,9 @@ def test_the_gemm_surface_comes_back_from_its_own_timings() -> None:
         assert peak * gemm_efficiency(found, m, n, k) == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.parametrize("wire", [False, True])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: int) -> None:
+def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: int, wire: bool) -> None:
     tier = Tier(
         name="gloo",
         span=ranks,
@@ -50,7 +51,7 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
         for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
         for size in (4 << 10, 64 << 10, 1 << 20, 8 << 20)
     ]
-    found = fit_tier(rows, ranks)
+    found = fit_tier(rows, ranks, wire=wire)
     assert found.bandwidth_bytes_per_s == pytest.approx(2e9, rel=0.02)
     assert found.latency_s == pytest.approx(1e-4, rel=0.02)
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
