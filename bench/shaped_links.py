@@ -1,8 +1,8 @@
 """Two hosts of two ranks joined by a link of 100 Mbit, 1 Gbit and 5 Gbit: is the plan right, and the choice the best?
 
-Hosts are network namespaces of this machine (needs root, iproute2, tbf), each rank has a share of a core to itself. For
-each rate the hosts are probed together, a run is planned on what was found, and every layout below is really trained
-over the link by the train worker, each predicted before it runs. Prints a table; `--json FILE` for programs.
+Hosts are network namespaces of this machine (needs root, iproute2, tbf, taskset), each with half of its cores. For each
+rate the hosts are probed together, a run is planned on what was found, and every layout below is really trained over
+the link by the train worker, each predicted before it runs. Prints a table; `--json FILE` for programs.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from bloomery.spec.cluster import Cluster  # noqa: E402
 from bloomery.spec.layout import Layout  # noqa: E402
 
 RATES = {"100mbit": 100e6 / 8, "1gbit": 1e9 / 8, "5gbit": 5e9 / 8}
-SLOTS, CORE_SHARE = 2, 0.4
+SLOTS = 2
 LAYOUTS = ("tp=4", "tp=2,dp=2", "tp=2,pp=2", "dp=4", "pp=2,dp=2", "pp=4")
+MODEL = "{layers: 4, hidden: 192, heads: 4, ffn_hidden: 512, vocab: 8192, max_seq_len: 1024}"
 MICRO_BATCH = 2
 WARM_UP, STEPS = 2, 6
 PORT = 29_617
@@ -84,7 +85,7 @@ def train(hosts: Hosts, folder: Path) -> tuple[float, dict[str, float]]:
 def one_rate(rate: str, hosts: Network, scratch: Path, model: str, layouts: tuple[str, ...]) -> dict[str, Any]:
     """Probe, plan, and run every layout at one rate."""
     cluster_file = scratch / f"{rate}.yaml"
-    shell = hosts.shell(CORE_SHARE)
+    shell = hosts.shell(None)
     host_file = hosts.host_file(SLOTS)
     bloomery("probe", "--quick", "--nodes", host_file, "--shell", shell, "--out", cluster_file)
     cluster = read_cluster(cluster_file)
@@ -139,7 +140,7 @@ def print_table(found: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Every rate, then the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="tiny-5m")
+    parser.add_argument("--model", default=MODEL, help="a name of the catalog or a mapping")
     parser.add_argument("--rates", default=",".join(RATES))
     parser.add_argument("--layouts", default=";".join(LAYOUTS), help="separated by ;")
     parser.add_argument("--json", type=Path)

@@ -1,7 +1,10 @@
 """Hosts for tests and benches: network namespaces of this machine, joined by a switch, each with a link of a set rate.
 
-`on_host HOST COMMAND...` (a script, in the place of ssh) starts a command on one, with a share of a core to itself:
-four ranks then compute on two cores as on four small hosts, whatever the others do. Needs root, iproute2, tbf.
+`on_host HOST COMMAND...` (a script, in the place of ssh) starts a command on one, with a share of a core to itself, or
+on those of the machine's cores that are the host's own. Needs root, iproute2, tbf, taskset.
+
+A share is a quota of each `PERIOD_US`, which a rank that waits for messages does not use up: such ranks compute faster
+between their messages than others. Hosts with cores of their own have none of that.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ ON_HOST = """#!/bin/sh
 # on_host HOST COMMAND...: as ssh, into a network namespace, in a control group of its own.
 host=$1; shift
 case "$host" in
-{quotas}
+{hosts}
 esac
 group={group}-$$
 mkdir "$group" && echo {shares} > "$group/cpu.shares"
 echo {period} > "$group/cpu.cfs_period_us" && echo "$quota" > "$group/cpu.cfs_quota_us"
 echo $$ > "$group/cgroup.procs"
-exec ip netns exec "{prefix}$host" "$@"
+exec taskset -c "$cores" ip netns exec "{prefix}$host" "$@"
 """
 
 
@@ -78,14 +81,22 @@ class Network:
         path.write_text("".join(lines))
         return path
 
-    def shell(self, core_share: float, **of_its_own: float) -> str:
+    def shell(self, core_share: float | None, **of_its_own: float) -> str:
         """The script that starts commands, each with this share of a core, before whatever else this machine does;
-        hosts named with another share have that one."""
-        shares = {name: of_its_own.get(name, core_share) for name in self.names}
+        hosts named with another share have that one. None: each host has cores of its own, as many as the others, and
+        its commands all of them."""
+        every = sorted(os.sched_getaffinity(0))
+        each = max(1, len(every) // len(self.names))
+        lines = []
+        for n, name in enumerate(self.names):
+            own = every if core_share is not None else every[n * each : (n + 1) * each] or every
+            share = of_its_own.get(name, core_share)
+            quota = -1 if share is None else round(PERIOD_US * share)
+            lines.append(f"{name}) quota={quota} cores={','.join(map(str, own))};;")
         text = ON_HOST.format(
             prefix=self.prefix,
             group=CPU_GROUPS / f"{self.prefix}rank",
-            quotas="\n".join(f"{name}) quota={round(PERIOD_US * share)};;" for name, share in shares.items()),
+            hosts="\n".join(lines),
             shares=SHARES,
             period=PERIOD_US,
         )

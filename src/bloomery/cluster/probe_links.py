@@ -2,10 +2,11 @@
 
 On CPUs a message inside a host is timed as a step sends it, after a piece of compute. Messages sent one upon the
 other find every thread awake and on its core; after compute some wait until the scheduler's next tick for one that is
-not, on average a millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that share a core
-wait for their turn on it besides, which the plan counts as compute (`Accelerator.ranks_per_core`): of them, what
-compute with messages takes longer than compute alone. Between hosts it is the wire that is asked for, which may let a
-burst pass faster after a pause: there they are sent one upon the other.
+not, on average a millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that have
+no core to themselves, by the processor time they are given, wait for their turn besides, which the plan counts as
+compute (`Accelerator.ranks_per_core`): of them, what compute with messages takes longer than compute alone. Between
+hosts it is the wire that is asked for, which may let a burst pass faster after a pause: there they are sent one upon
+the other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ from bloomery.cluster.probe_parts import ALONE, INSIDE, groups
 ROUND_S = 0.1
 PIECE_S = 0.004
 """Of compute before each message."""
+TRIAL = 200
+"""Products by which ranks find how many of them are a piece."""
+OWN_CORE = 0.8
+"""Of a core's time: whoever has less shares it, or may not use it all."""
 SLOW_S = 0.25
 """A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
 SLOW_ROUNDS = 3
@@ -40,12 +45,9 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_links(
-    place: Place, sizes: Sequence[int], rounds: int, *, crowded: bool = False
-) -> dict[str, list[dict[str, Any]]]:
+def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
-    seconds by round, as seen by this rank; none where it took no part. `crowded`: ranks share cores. Every rank must
-    call it."""
+    seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
         place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
@@ -54,7 +56,7 @@ def measure_links(
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            timer = _timer(place.device, mine[0], inside=name == INSIDE, crowded=crowded)
+            timer = _timer(place.device, mine[0], inside=name == INSIDE)
             found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
         dist.barrier()
     return found
@@ -118,10 +120,10 @@ class Timer:
     between_s: float = 0.0
 
 
-def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, crowded: bool) -> Timer:
+def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool) -> Timer:
     if device.type != "cpu" or not inside:
         return Timer(lambda work, calls: _span(device, [work] * calls))
-    compute = _piece(group)
+    compute, of_a_core = _piece(group)
 
     def after_compute(work: Callable[[], Any], calls: int) -> float:
         total = 0.0
@@ -135,7 +137,7 @@ def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, crow
         dist.barrier(group)
         return max(1e-6 * calls, _span(device, [compute, work] * calls) - alone)
 
-    return Timer(beyond_compute if crowded else after_compute, PIECE_S)
+    return Timer(after_compute if of_a_core > OWN_CORE else beyond_compute, PIECE_S)
 
 
 def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
@@ -146,8 +148,9 @@ def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
     return now(device) - started
 
 
-def _piece(group: dist.ProcessGroup) -> Callable[[], None]:
-    """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank."""
+def _piece(group: dist.ProcessGroup) -> tuple[Callable[[], None], float]:
+    """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank; and the
+    least share of a core that one of them had to itself meanwhile."""
     x, w = torch.randn(256, 256), torch.randn(256, 256)
 
     def several(times: int) -> None:
@@ -156,8 +159,11 @@ def _piece(group: dist.ProcessGroup) -> Callable[[], None]:
 
     several(10)
     with _slowest(x.device, group) as trial:
-        several(50)
-    return partial(several, max(1, round(50 * PIECE_S / trial[0])))
+        given_s, started = time.process_time(), time.perf_counter()
+        several(TRIAL)
+        share = torch.tensor((time.process_time() - given_s) / (time.perf_counter() - started))
+    dist.all_reduce(share, dist.ReduceOp.MIN, group=group)
+    return partial(several, max(1, round(TRIAL * PIECE_S / trial[0]))), float(share)
 
 
 @contextmanager

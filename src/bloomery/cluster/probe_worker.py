@@ -116,7 +116,7 @@ def measure(place: Place) -> dict[str, Any]:
     quick, device = place.settings["quick"], place.device
     tables = tables_of(place)
     if place.settings["what"] == "links":
-        links = measure_links(place, tables.message_bytes, 3, crowded=True)
+        links = measure_links(place, tables.message_bytes, 3)
         return {"rank": place.rank, "device": device.type, "links": links}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device, tables.warm_up)

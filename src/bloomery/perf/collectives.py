@@ -108,18 +108,18 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
 
 
 def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
-    """One ring of all ranks of the group: of the tiers it crosses, the slowest edge sets the pace of every step."""
-    slowest: Any = 0.0
+    """One ring of all ranks of the group at the pace of its slowest edge, which lies in the outermost tier it crosses:
+    that one was measured so, all ranks in one ring."""
+    answer: Any = 0.0
     below: Any = 1.0
     hops, share = both_ways * (group.size - 1), both_ways * (group.size - 1) / group.size
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
         paid = share * (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
-        seconds = tier.op_factor.get(op, 1.0) * (tier.latency_s * hops + paid)
-        slowest = np.where(within > below, np.maximum(slowest, seconds), slowest)
+        answer = np.where(within > below, tier.op_factor.get(op, 1.0) * (tier.latency_s * hops + paid), answer)
         below = np.maximum(below, within)
-    return np.asarray(slowest)
+    return np.asarray(answer)
 
 
 def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:

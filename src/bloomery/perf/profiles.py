@@ -21,7 +21,9 @@ FLASH_SINCE = 2023
 
 @dataclass(frozen=True)
 class Profile:
-    """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost."""
+    """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost,
+    chunks a rank at most where a pipeline interleaves, and whether it cuts a batch into as many micro-batches as it has
+    stages."""
 
     stack: Stack
     recompute: Literal["none", "selective", "full"] = "none"
@@ -29,6 +31,8 @@ class Profile:
     sequence_parallel: bool = False
     gated: bool = False
     balanced: bool = False
+    chunks: int = 8
+    as_many_as_stages: bool = False
 
 
 PUBLISHED = replace(GPU, selective_share=0.0)
@@ -45,8 +49,16 @@ MEGATRON_CORE = Profile(
 """Transformer Engine's grouped products call cuBLAS for each expert (`nvte_multi_stream_cublas_gemm`), two products
 forward and four back; a call counts as two launches, and three times in 8 bit, with casts and scales: the best of four
 counts tried on published mixtures (bench/NOTES.md)."""
-FSDP = Profile(replace(PUBLISHED, name="fsdp", selective_share=0.5), zero_stage=3, sequence_parallel=True, gated=True)
-"""Selective: per operator, every other matrix product is kept (torchtitan's default)."""
+FSDP = Profile(
+    replace(PUBLISHED, name="fsdp", selective_share=0.5),
+    zero_stage=3,
+    sequence_parallel=True,
+    gated=True,
+    chunks=2,
+    as_many_as_stages=True,
+)
+"""torchtitan's defaults. Selective: per operator, every other matrix product is kept. Its pipelines cut a batch into
+`pipeline_parallel_degree` micro-batches unless they are told another number (2024)."""
 COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)
 NANOTRON = Profile(
     replace(PUBLISHED, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True

@@ -27,6 +27,17 @@ FORMATS: tuple[tuple[str, Dtype], ...] = (
 )
 """What is found first in a cell: `nvfp4`, `fp8-mx` and `mxfp8`, `bf16-mixed`."""
 
+Schedule = Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"]
+PIPELINES: tuple[tuple[str, Schedule], ...] = (
+    (r"v-?half|v-?min", "1f1b"),
+    (r"dual-?pipe", "dualpipev"),
+    (r"zero-?bubble|zb", "zbv"),
+    (r"interleav|1f1b-?i|loop|vpp|virtual", "interleaved"),
+    (r"gpipe|fill-?drain", "gpipe"),
+    (r"1f1b|flush", "1f1b"),
+)
+"""What is found first in a cell, its spaces and underscores read as hyphens."""
+
 
 class Unusable(Exception):
     """Why a row cannot be modelled."""
@@ -102,6 +113,19 @@ def recompute(text: str) -> Literal["none", "selective", "full"] | None:
     if word in NO:
         return "none"
     raise Unusable(f"recompute not understood: {text!r}")
+
+
+def schedule(text: str) -> Schedule | None:
+    """The order of a pipeline's passes, the nearest that is modelled: whoever splits the backward pass to fill what
+    would be idle counts as ZB-V, unless it trades that for memory (V-Half, V-Min: about what 1F1B takes). None for a
+    blank cell. Raises Unusable for an unknown word."""
+    word = re.sub(r"[\s_]+", "-", text.lower())
+    if not word or word in NO:
+        return None
+    found = next((name for pattern, name in PIPELINES if re.search(pattern, word)), None)
+    if found is None:
+        raise Unusable(f"pipeline_schedule not understood: {text!r}")
+    return found
 
 
 def says_dense(text: str) -> bool:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from bloomery.perf.flops import model_flops, recomputed_flops
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.planner.cells import (
+    Schedule,
     Unusable,
     experts,
     first_number,
@@ -30,12 +31,13 @@ from bloomery.planner.cells import (
     recompute,
     said,
     says_dense,
+    schedule,
     yes,
 )
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import V_SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.splits import balanced_split
@@ -43,6 +45,10 @@ from bloomery.spec.splits import balanced_split
 REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers", "hidden", "heads", "seq_len")
 MEGATRON_VOCABULARY = 51_200
 """GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
+IDLE = 0.25
+"""Of a step of 1F1B: a longer wait at its ends is no one's silent choice."""
+DISPATCHED = 64
+"""The widest expert parallelism that is common."""
 HEAD_WIDTH = 128
 """Of attention heads where their number is not stated."""
 
@@ -112,7 +118,7 @@ def published(row: Mapping[str, str]) -> Published:
         raise Unusable("accelerator unknown" if not row["accelerator"] else f"no data sheet of {row['accelerator']}")
     n_gpus = integer(row, "n_gpus")
     cluster = cluster_around(chip, n_gpus, number(row, "gpus_per_node"), row.get("interconnect", ""))
-    layout, scale = _layout(row, model, profile, n_gpus)
+    layout, scale, micro_batches = _layout(row, model, profile, n_gpus)
     dtype = _dtype(row, cluster)
     return Published(
         id=row["id"],
@@ -122,7 +128,7 @@ def published(row: Mapping[str, str]) -> Published:
         layout=layout,
         profile=profile,
         dtype=dtype,
-        global_batch=layout.micro_batch * layout.dp * _micro_batches(row, layout),
+        global_batch=layout.micro_batch * layout.dp * micro_batches,
         seq_len=integer(row, "seq_len"),
         scale=scale,
         measured_s=_measured_s(row, model, layout, n_gpus),
@@ -210,50 +216,76 @@ def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, in
     return tp, pp, dp, cp
 
 
-def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float]:
+def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float, int]:
+    """The layout, the share of whole micro-batches that the batch fills, and micro-batches a step."""
     zero = first_number(row.get("zero_stage", ""))
     stage = profile.zero_stage if zero is None else round(zero)
     tp, pp, dp, cp = _cuts(row, stage, n_gpus)
-    vpp, ep = (max(1, round(number(row, name) or 1)) for name in ("vpp", "ep"))
     if pp > model.layers:
         raise Unusable(f"{pp} stages for {model.layers} layers")
-    # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
-    vpp = min(vpp, max(1, model.layers // pp))
     batch = integer(row, "global_batch") / dp
-    stated = number(row, "micro_batch") or 1.0
+    stated = number(row, "micro_batch") or (max(1.0, batch // pp) if profile.as_many_as_stages and pp > 1 else 1.0)
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
     if pp > 1:
         # Parameters stay gathered over the micro-batches of a pipeline: gathering for each of them is nobody's choice.
         stage = min(stage, 2)
+    order, vpp = _pipeline(row, model, profile, pp, micro_batches)
     sequence = yes(row, "sequence_parallel")
-    split = None
-    if profile.balanced and pp > 1 and vpp == 1:
-        layer = model.hidden * (
-            2 * model.query_width + 2 * model.kv_width + (3 if model.gated else 2) * model.ffn_hidden
-        )
-        split = balanced_split(model.layers, [0.0] * (pp - 1) + [model.vocab * model.hidden / layer])
     layout = Layout(
-        stage_layers=split,
+        stage_layers=_by_cost(model, pp) if profile.balanced and pp > 1 and vpp == 1 else None,
         tp=tp,
         pp=pp,
-        vpp=vpp if pp > 1 else 1,
+        vpp=vpp,
         dp=dp,
         cp=cp,
-        ep=min(ep, dp * cp * tp),
+        ep=_experts_over(row, model, dp, dp * cp * tp),
         zero_stage=stage if dp * cp > 1 else 0,  # type: ignore[arg-type]
         sequence_parallel=tp > 1 and (profile.sequence_parallel if sequence is None else sequence),
         micro_batch=micro_batch,
-        schedule="interleaved" if vpp > 1 and pp > 1 else "1f1b",
+        schedule=order,
         recompute=recompute(row.get("recompute", "")) or profile.recompute,
     )
-    return layout, batch / (micro_batches * micro_batch)
+    return layout, batch / (micro_batches * micro_batch), micro_batches
 
 
-def _micro_batches(row: Mapping[str, str], layout: Layout) -> int:
-    stated = number(row, "micro_batch") or 1.0
-    return max(1, math.ceil(integer(row, "global_batch") / layout.dp / stated - 1e-9))
+def _pipeline(
+    row: Mapping[str, str], model: Model, profile: Profile, pp: int, micro_batches: int
+) -> tuple[Schedule, int]:
+    """The order of passes, and chunks a rank. Who says nothing of either interleaves where 1F1B would be idle for
+    long; who interleaves and does not say how often: a chunk for each layer, as many as the software makes at most."""
+    if pp == 1:
+        return "1f1b", 1
+    most = max(1, model.layers // pp)
+    order, chunks = schedule(row.get("pipeline_schedule", "")), number(row, "vpp")
+    if order in V_SCHEDULES:
+        return (order, 2) if most > 1 else ("1f1b", 1)
+    if order == "gpipe":
+        return order, 1
+    if chunks is None and (order == "interleaved" or (order is None and (pp - 1) / micro_batches > IDLE)):
+        chunks = min(profile.chunks, round(model.layers / pp))
+    # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
+    vpp = min(max(1, round(chunks or 1)), most)
+    return "interleaved" if vpp > 1 else "1f1b", vpp
+
+
+def _experts_over(row: Mapping[str, str], model: Model, dp: int, most: int) -> int:
+    """Ranks that experts are cut over: where only the software for it is named, as many as can be of `DISPATCHED`."""
+    stated = number(row, "ep")
+    if (
+        stated is None
+        and model.moe is not None
+        and re.search(r"deepep|expert[- ]parallel", row.get("notes", "").lower())
+    ):
+        return math.gcd(DISPATCHED, dp, model.moe.experts)
+    return min(max(1, round(stated or 1)), most)
+
+
+def _by_cost(model: Model, pp: int) -> tuple[int, ...]:
+    """Layers of each stage where the last has the head's product besides."""
+    layer = model.hidden * (2 * model.query_width + 2 * model.kv_width + (3 if model.gated else 2) * model.ffn_hidden)
+    return balanced_split(model.layers, [0.0] * (pp - 1) + [model.vocab * model.hidden / layer])
 
 
 def _dtype(row: Mapping[str, str], cluster: Cluster) -> Dtype:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from bloomery.planner.cells import Unusable, experts, first_number, gated, number, number_format, recompute, said, yes
+from bloomery.planner.cells import (
+    Unusable,
+    experts,
+    first_number,
+    gated,
+    number,
+    number_format,
+    recompute,
+    said,
+    schedule,
+    yes,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +34,21 @@ def test_number_formats(text: str, found: str | None) -> None:
 )  # fmt: skip
 def test_recomputation(text: str, found: str | None) -> None:
     assert recompute(text) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("1F1B", "1f1b"), ("interleaved-1f1b", "interleaved"), ("Interleaved 1F1B", "interleaved"),
+     ("1F1B-I", "interleaved"), ("GPipe", "gpipe"), ("zbv", "zbv"), ("zero_bubble", "zbv"), ("ZB-H1", "zbv"),
+     ("zb-2p", "zbv"), ("V-Half", "1f1b"), ("DualPipe", "dualpipev"), ("pipedream-flush", "1f1b"), ("none", None), ("", None)],
+)  # fmt: skip
+def test_orders_of_a_pipeline(text: str, found: str | None) -> None:
+    assert schedule(text) == found
+
+
+def test_an_order_that_is_not_understood_makes_its_row_unusable() -> None:
+    with pytest.raises(Unusable):
+        schedule("some order")
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,44 @@ def test_what_a_row_leaves_out_is_derived() -> None:
     assert published({**stated, "model_name": "mine", "activation": "SiLU"}).model.gated
 
 
+PIPELINE = {"tp": 8, "pp": 4, "dp": 1, "n_gpus": 32, "layers": 48, "micro_batch": 1, "vpp": "", "pipeline_schedule": ""}
+
+
+@pytest.mark.parametrize(
+    ("change", "order", "chunks"),
+    [
+        ({"global_batch": 64, "pipeline_schedule": "zero-bubble"}, "zbv", 2),
+        ({"global_batch": 64, "pipeline_schedule": "gpipe", "vpp": 2}, "gpipe", 1),
+        ({"global_batch": 64, "pipeline_schedule": "interleaved"}, "interleaved", 8),
+        ({"global_batch": 64, "pipeline_schedule": "interleaved", "vpp": 3}, "interleaved", 3),
+        ({"global_batch": 64, "pipeline_schedule": "interleaved", "source": "torchtitan"}, "interleaved", 2),
+        ({"global_batch": 64}, "1f1b", 1),
+        ({"global_batch": 8}, "interleaved", 8),
+        ({"global_batch": 8, "pipeline_schedule": "1f1b"}, "1f1b", 1),
+        ({"global_batch": 8, "vpp": 1}, "1f1b", 1),
+    ],
+)
+def test_a_pipeline_is_what_the_report_says_else_what_nobody_would_leave_out(
+    change: dict[str, Any], order: str, chunks: int
+) -> None:
+    found = published(row(**(PIPELINE | change))).layout
+    assert (found.schedule, found.vpp) == (order, chunks)
+
+
+def test_micro_batches_that_are_not_told_are_those_of_the_software() -> None:
+    blank = PIPELINE | {"micro_batch": "", "global_batch": 32, "pipeline_schedule": "1f1b"}
+    assert published(row(**blank)).layout.micro_batch == 1
+    assert published(row(**blank, source="torchtitan")).layout.micro_batch == 8
+
+
+def test_experts_are_cut_where_only_the_software_for_it_is_named() -> None:
+    mixture = {"model_name": "Mixtral 8x7B", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "pp": 1,
+               "vpp": 1, "dp": 16, "n_gpus": 16, "tp": 1, "moe": "", "ep": "", "global_batch": 64}  # fmt: skip
+    assert published(row(**mixture)).layout.ep == 1
+    assert published(row(**mixture, notes="TE + DeepEP")).layout.ep == 8
+    assert published(row(**(mixture | {"ep": 4}), notes="TE + DeepEP")).layout.ep == 4
+
+
 def test_a_mixture_is_known_by_its_name() -> None:
     mixture = row(model_name="Mixtral 8x7B", layers=32, hidden=4096, heads=32, kv_heads=8, pp=1, vpp=1, dp=1,
                   n_gpus=8, tp=8, moe="")  # fmt: skip
