@@ -108,8 +108,8 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
 
 
 def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
-    """One ring of all ranks of the group at the pace of its slowest edge, which lies in the outermost tier it crosses:
-    that one was measured so, all ranks in one ring."""
+    """One ring of all ranks of the group, every step of it at the pace of its slowest edge: one of the outermost tier
+    it crosses."""
     answer: Any = 0.0
     below: Any = 1.0
     hops, share = both_ways * (group.size - 1), both_ways * (group.size - 1) / group.size

@@ -106,4 +106,7 @@ def _signs_of_life() -> Heartbeat | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as a forked rank ends: a thread of gloo's that is still there would abort the interpreter's end
