@@ -59,6 +59,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         memory_bandwidth_bytes_per_s=fastest,
         memory_efficiency=typical / fastest,
         launch_s=mean(median(result["launch_s"]) for result in results),
+        ranks_per_core=1.0 if cuda else max(1.0, *(result["ranks_per_core"] for result in results)),
         gemm=surfaces,
         attention=attention,
         optimizer_bytes_per_s=mean(

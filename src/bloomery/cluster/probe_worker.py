@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -132,6 +133,7 @@ def measure(place: Place) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device.type,
         "threads": torch.get_num_threads(),
+        "ranks_per_core": place.slots[place.host] * torch.get_num_threads() / len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().available / place.slots[place.host],
         "bfloat16_ratio": ratio,
     }

@@ -6,8 +6,8 @@ a v-th of it when interleaved (Narayanan et al. 2021, arXiv 2104.04473, section 
 
     T = m max_r t_r + (sum_r t_r - max_r t_r) / v
 
-Where s > 1 ranks share a core (`Accelerator.ranks_per_core`), what a waiting rank leaves the others use. t_r is the
-time while all work; alone a stage is s times as fast. So in a steady turn the slowest stage does alone what the others
+Where s > 1 stages share a core (`stages_per_core`), what a waiting one leaves the others use. t_r is the time while
+all work; alone a stage is s times as fast. So in a steady turn the slowest stage does alone what the others
 (on average t_o) have not had to do: m (t_o + (max_r t_r - t_o) / s). While the pipeline fills and drains, k = 1 ...
 p - 1 of its p stages work, each for f_k = max(1/s, k/p) of t_r: both ramps take 2 sum_k f_k in the place of the p - 1
 steady turns that they hold the work of, a (2 mean_k f_k - 1)-th of the plain bubble (none where all share one core).
@@ -24,6 +24,9 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import ZBV, Case
+from bloomery.perf.collectives import group_of
+from bloomery.spec.cluster import Cluster
+from bloomery.spec.layout import LayoutBatch
 
 
 def rank_counts(case: Case) -> np.ndarray:
@@ -41,23 +44,32 @@ def over_ranks(counts: np.ndarray, values: Any) -> Any:
     return ends + sum(count * value for count, value in zip(counts[1:-1], values[1:-1], strict=True))
 
 
-def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, ranks_per_core: float = 1.0) -> Any:
+def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> Any:
+    """How many stages of a pipeline share a core, shape (n,) or one for all: as many as ranks do
+    (`Accelerator.ranks_per_core`), but no more than there are on a node. Ranks of one stage wait at the same time."""
+    ranks = cluster.accelerator.ranks_per_core
+    if ranks == 1 or cluster.nodes == 1:
+        return ranks
+    return np.minimum(ranks, group_of(lay, "pp").members(cluster.accelerators_per_node))
+
+
+def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, sharing: Any = 1.0) -> Any:
     """Seconds from the first forward to the last backward, shape (n,); of one micro-batch, `slowest`: seconds on the
-    slowest rank, `together`: on all of them."""
+    slowest rank, `together`: on all of them. `sharing`: `stages_per_core`."""
     fill = np.maximum(together - slowest, 0.0) / vpp
-    if ranks_per_core == 1:
+    if np.all(sharing == 1):
         return micro_batches * slowest + fill
     others = (together - slowest) / np.maximum(pp - 1, 1)
     others = np.where(pp > 1, np.minimum(others, slowest), slowest)
-    pace = others + (slowest - others) / ranks_per_core
-    return micro_batches * pace + fill * _share_of_bubble(pp, ranks_per_core)
+    pace = others + (slowest - others) / sharing
+    return micro_batches * pace + fill * _share_of_bubble(pp, sharing)
 
 
-def _share_of_bubble(pp: Any, ranks_per_core: float) -> Any:
+def _share_of_bubble(pp: Any, sharing: Any) -> Any:
     """2 mean_k max(1/s, k/p) - 1 over k = 1 ... p - 1."""
-    alone = np.minimum(np.floor(pp / ranks_per_core), pp - 1)
+    alone = np.minimum(np.floor(pp / sharing), pp - 1)
     shared = (pp * (pp - 1) - alone * (alone + 1)) / 2 / pp
-    return 2 * (alone / ranks_per_core + shared) / np.maximum(pp - 1, 1) - 1
+    return 2 * (alone / sharing + shared) / np.maximum(pp - 1, 1) - 1
 
 
 def v_bubble_s(schedule: Any, pp: Any, forward: Any, inputs: Any, weights: Any) -> Any:

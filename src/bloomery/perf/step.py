@@ -18,7 +18,14 @@ from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
 from bloomery.perf.muon import muon_s
-from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts, v_bubble_s
+from bloomery.perf.pipeline import (
+    ends_before_first,
+    over_ranks,
+    pipeline_s,
+    rank_counts,
+    stages_per_core,
+    v_bubble_s,
+)
 from bloomery.perf.table import Lookup, Table
 from bloomery.spec.collective import by_recompute
 
@@ -257,6 +264,10 @@ class StepTimes:
         block = slice(None)
         return self._means[block].compute + _hooks_s(self._micro_batch[block], self._data_parallel[block])
 
+    @cached_property
+    def _sharing(self) -> Any:
+        return stages_per_core(self.case.cluster, self.case.lay)
+
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward."""
         path = pipeline_s(
@@ -265,7 +276,7 @@ class StepTimes:
             self.case.lay.pp[block],
             slowest=micro.slowest + send.seconds,
             together=micro.together + micro.ranks * send.seconds,
-            ranks_per_core=self.case.accelerator.ranks_per_core,
+            sharing=self._sharing[block] if np.ndim(self._sharing) else self._sharing,
         )
         folded = np.flatnonzero(self.case.lay.v_shaped[block])
         if not len(folded):

@@ -85,8 +85,8 @@ def machine(*turns: dict[str, object]) -> dict[str, object]:
         {"m": m, "n": n, "k": k, "s": [6 * m * n * k / 1e11]} for m, n, k in ((256, 256, 256), (1024, 1024, 64))
     ]
     return {
-        "device": "cpu", "threads": 2, "memory_bytes": 8e9, "gemm": {"float32": products}, "launch_s": [1e-5],
-        "attention": {"float32": [0.05]}, "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
+        "device": "cpu", "threads": 2, "ranks_per_core": 0.5, "memory_bytes": 8e9, "gemm": {"float32": products},
+        "launch_s": [1e-5], "attention": {"float32": [0.05]}, "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
     }  # fmt: skip
 
 
@@ -99,6 +99,12 @@ def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
     found = accelerator([machine(turn(1.0), turn(0.9)), machine(turn(1.2), turn(0.9))])
     assert found.skew == pytest.approx((1.2 / 1.1 - 1) / 2, abs=1e-4)
     assert accelerator([machine(turn(1.0))]).skew == 0
+
+
+def test_hosts_whose_ranks_share_cores_say_so() -> None:
+    found = accelerator([{**machine(turn(1.0)), "ranks_per_core": share} for share in (0.5, 2.0)])
+    assert found.ranks_per_core == 2
+    assert accelerator([machine(turn(1.0))]).ranks_per_core == 1
 
 
 H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from bloomery.perf.pipeline import pipeline_s
+from bloomery.perf.pipeline import pipeline_s, stages_per_core
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout, LayoutBatch
 
 
 def played(stages: list[float], micro_batches: int, cores: float) -> float:
@@ -29,13 +32,25 @@ def played(stages: list[float], micro_batches: int, cores: float) -> float:
 )
 def test_waiting_stages_leave_their_share_to_the_others(stages: int, cores: int) -> None:
     shared = stages / cores
-    found = pipeline_s(8, 1, stages, slowest=1.0, together=float(stages), ranks_per_core=shared)
+    found = pipeline_s(8, 1, stages, slowest=1.0, together=float(stages), sharing=shared)
     assert found == pytest.approx(played([1 / shared] * stages, 8, cores), rel=1e-9)
+
+
+def test_stages_share_a_core_only_where_they_share_a_node() -> None:
+    cluster = catalog.cluster("generic-8xa100")
+    crowded = cluster.accelerator.model_copy(update={"ranks_per_core": 2.0})
+    hosts = cluster.model_copy(update={"nodes": 2, "accelerators_per_node": 2, "accelerator": crowded})
+    layouts = LayoutBatch.of([Layout(pp=4), Layout(pp=2, dp=2), Layout(pp=2, tp=2), Layout(dp=4)])
+    assert list(stages_per_core(hosts, layouts)) == [2, 1, 1, 1]
+    assert stages_per_core(hosts.model_copy(update={"nodes": 1}), layouts) == 2
+    assert stages_per_core(cluster, layouts) == 1
+    mixed = pipeline_s(8, 1, np.array([4, 4]), slowest=1.0, together=4.0, sharing=np.array([1.0, 2.0]))
+    assert list(mixed) == [pipeline_s(8, 1, 4, slowest=1.0, together=4.0, sharing=s) for s in (1.0, 2.0)]
 
 
 def test_a_slow_stage_holds_the_others_up_only_beyond_its_share() -> None:
     even, slow = [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.4]
     for work in (even, slow):
         shared = [2 * one for one in work]  # two ranks a core
-        found = pipeline_s(32, 1, 4, slowest=max(shared), together=sum(shared), ranks_per_core=2.0)
+        found = pipeline_s(32, 1, 4, slowest=max(shared), together=sum(shared), sharing=2.0)
         assert found == pytest.approx(played(work, 32, 2), rel=0.03)
