@@ -18,14 +18,7 @@ from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
 from bloomery.perf.muon import muon_s
-from bloomery.perf.pipeline import (
-    ends_before_first,
-    over_ranks,
-    pipeline_s,
-    rank_counts,
-    stages_per_core,
-    v_bubble_s,
-)
+from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts, stages_per_core, v_bubble_s
 from bloomery.perf.table import Lookup, Table
 from bloomery.spec.collective import by_recompute
 

@@ -86,7 +86,8 @@ def machine(*turns: dict[str, object]) -> dict[str, object]:
     ]
     return {
         "device": "cpu", "threads": 2, "ranks_per_core": 0.5, "memory_bytes": 8e9, "gemm": {"float32": products},
-        "launch_s": [1e-5], "attention": {"float32": [0.05]}, "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
+        "launch_s": [1e-5], "attention": {"float32": [0.05]},
+        "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
     }  # fmt: skip
 
 
