@@ -45,8 +45,8 @@ def reason_to_skip() -> str:
     """Why there can be no such hosts here; empty when there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        return "iproute2 is not installed"
+    if shutil.which("ip") is None or shutil.which("tc") is None or shutil.which("taskset") is None:
+        return "iproute2 or util-linux (taskset) is not installed"
     name = f"bl{os.getpid()}-try"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True)
     if made.returncode:
@@ -89,7 +89,9 @@ class Network:
         each = max(1, len(every) // len(self.names))
         lines = []
         for n, name in enumerate(self.names):
-            own = every if core_share is not None else every[n * each : (n + 1) * each] or every
+            own = every if core_share is not None else every[n * each : (n + 1) * each]
+            if not own:
+                raise RuntimeError(f"{len(every)} cores for {len(self.names)} hosts")
             share = of_its_own.get(name, core_share)
             quota = -1 if share is None else round(PERIOD_US * share)
             lines.append(f"{name}) quota={quota} cores={','.join(map(str, own))};;")

@@ -22,15 +22,15 @@ import torch
 import torch.distributed as dist
 
 from bloomery.cluster.meeting import Place
-from bloomery.cluster.probe_parts import ALONE, INSIDE, groups
+from bloomery.cluster.probe_parts import ALONE, INSIDE, OWN_CORE, groups
 
 ROUND_S = 0.1
 PIECE_S = 0.004
 """Of compute before each message."""
-TRIAL = 200
+TRIAL = 50
 """Products by which ranks find how many of them are a piece."""
-OWN_CORE = 0.8
-"""Of a core's time: whoever has less shares it, or may not use it all."""
+SHARE_S = 0.4
+"""Of compute that shows what share of its cores a rank is given: longer than the period of a container's quota."""
 SLOW_S = 0.25
 """A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
 SLOW_ROUNDS = 3
@@ -45,9 +45,27 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, list[dict[str, Any]]]:
+def core_share(place: Place) -> float:
+    """What share of its threads' time each rank is given while all compute: the least of all ranks'. Every rank must
+    call it; 1 on GPUs."""
+    if place.device.type != "cpu":
+        return 1.0
+    products = _products()
+    if place.world_size > 1:
+        dist.barrier()
+    given_s, started = time.process_time(), time.perf_counter()
+    while (passed_s := time.perf_counter() - started) < SHARE_S:
+        products(10)
+    share = torch.tensor((time.process_time() - given_s) / passed_s / torch.get_num_threads())
+    if place.world_size > 1:
+        dist.all_reduce(share, dist.ReduceOp.MIN)
+    return float(share)
+
+
+def measure_links(place: Place, sizes: Sequence[int], rounds: int, share: float) -> dict[str, list[dict[str, Any]]]:
     """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
-    seconds by round, as seen by this rank; none where it took no part. Every rank must call it."""
+    seconds by round, as seen by this rank; none where it took no part. `share`: `core_share`. Every rank must call
+    it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
         place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
@@ -56,7 +74,7 @@ def measure_links(place: Place, sizes: Sequence[int], rounds: int) -> dict[str, 
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            timer = _timer(place.device, mine[0], inside=name == INSIDE)
+            timer = _timer(place.device, mine[0], inside=name == INSIDE, share=share)
             found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
         dist.barrier()
     return found
@@ -120,10 +138,10 @@ class Timer:
     between_s: float = 0.0
 
 
-def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool) -> Timer:
+def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, share: float) -> Timer:
     if device.type != "cpu" or not inside:
         return Timer(lambda work, calls: _span(device, [work] * calls))
-    compute, of_a_core = _piece(group)
+    compute = _piece(group)
 
     def after_compute(work: Callable[[], Any], calls: int) -> float:
         total = 0.0
@@ -137,7 +155,7 @@ def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool) -> T
         dist.barrier(group)
         return max(1e-6 * calls, _span(device, [compute, work] * calls) - alone)
 
-    return Timer(after_compute if of_a_core > OWN_CORE else beyond_compute, PIECE_S)
+    return Timer(after_compute if share > OWN_CORE else beyond_compute, PIECE_S)
 
 
 def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
@@ -148,9 +166,8 @@ def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
     return now(device) - started
 
 
-def _piece(group: dist.ProcessGroup) -> tuple[Callable[[], None], float]:
-    """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank; and the
-    least share of a core that one of them had to itself meanwhile."""
+def _products() -> Callable[[int], None]:
+    """So many products of 256 x 256 x 256."""
     x, w = torch.randn(256, 256), torch.randn(256, 256)
 
     def several(times: int) -> None:
@@ -158,12 +175,15 @@ def _piece(group: dist.ProcessGroup) -> tuple[Callable[[], None], float]:
             x @ w
 
     several(10)
-    with _slowest(x.device, group) as trial:
-        given_s, started = time.process_time(), time.perf_counter()
+    return several
+
+
+def _piece(group: dist.ProcessGroup) -> Callable[[], None]:
+    """Compute that takes a CPU `PIECE_S` while the others of the group compute too: as much on every rank."""
+    several = _products()
+    with _slowest(torch.device("cpu"), group) as trial:
         several(TRIAL)
-        share = torch.tensor((time.process_time() - given_s) / (time.perf_counter() - started))
-    dist.all_reduce(share, dist.ReduceOp.MIN, group=group)
-    return partial(several, max(1, round(TRIAL * PIECE_S / trial[0]))), float(share)
+    return partial(several, max(1, round(TRIAL * PIECE_S / trial[0])))
 
 
 @contextmanager

@@ -15,6 +15,8 @@ UPLOAD_BYTES = 64 << 20
 LARGE_PRODUCT = 1024
 LARGE_MESSAGE = 1 << 20
 """Noise is judged by what takes long: the uncertainty of a short one is the clock's and the scheduler's."""
+OWN_CORE = 0.8
+"""Of its cores' time: a rank that is given less shares them, or may not use them all."""
 INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
 """Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once."""
 
@@ -59,7 +61,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         memory_bandwidth_bytes_per_s=fastest,
         memory_efficiency=typical / fastest,
         launch_s=mean(median(result["launch_s"]) for result in results),
-        ranks_per_core=1.0 if cuda else max(1.0, *(result["ranks_per_core"] for result in results)),
+        ranks_per_core=_ranks_per_core(results),
         gemm=surfaces,
         attention=attention,
         optimizer_bytes_per_s=mean(
@@ -72,6 +74,18 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
     return calibrated(parts, tables.references, reference)
+
+
+def _ranks_per_core(results: Sequence[dict[str, Any]]) -> float:
+    """On the host where most ranks' threads share a core, if any rank was given less than its own: what a quota takes
+    is nobody else's."""
+    if min(result["core_share"] for result in results) > OWN_CORE:
+        return 1.0
+    threads, cores = dict[int, int](), dict[int, set[int]]()
+    for result in results:
+        threads[result["host"]] = threads.get(result["host"], 0) + result["threads"]
+        cores.setdefault(result["host"], set()).update(result["cores"])
+    return max(1.0, *(threads[host] / len(cores[host]) for host in threads))
 
 
 def _reserved_bytes(results: Sequence[dict[str, Any]]) -> float:

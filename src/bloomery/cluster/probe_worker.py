@@ -24,7 +24,7 @@ from bloomery.cluster.probe_kernels import (
     reserved_bytes,
     warm_up,
 )
-from bloomery.cluster.probe_links import measure_links, now
+from bloomery.cluster.probe_links import core_share, measure_links, now
 from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
@@ -117,7 +117,7 @@ def measure(place: Place) -> dict[str, Any]:
     quick, device = place.settings["quick"], place.device
     tables = tables_of(place)
     if place.settings["what"] == "links":
-        links = measure_links(place, tables.message_bytes, 3)
+        links = measure_links(place, tables.message_bytes, 3, core_share(place))
         return {"rank": place.rank, "device": device.type, "links": links}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device, tables.warm_up)
@@ -133,7 +133,8 @@ def measure(place: Place) -> dict[str, Any]:
         "torch": torch.__version__,
         "device": device.type,
         "threads": torch.get_num_threads(),
-        "ranks_per_core": place.slots[place.host] * torch.get_num_threads() / len(os.sched_getaffinity(0)),
+        "host": place.host,
+        "cores": sorted(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().available / place.slots[place.host],
         "bfloat16_ratio": ratio,
     }
@@ -155,7 +156,8 @@ def measure(place: Place) -> dict[str, Any]:
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, tables.element_bytes, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
-    result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7)
+    result["core_share"] = core_share(place)
+    result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7, result["core_share"])
     if device.type == "cuda":
         result["reserved_bytes"] = reserved_bytes(device)  # once communicators have theirs
     return result

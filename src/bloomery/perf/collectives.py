@@ -3,7 +3,7 @@
 Ranks are numbered with the mesh order pp, dp, cp, tp (tp innermost), or dp, pp, cp, tp (`Layout.outermost`), nodes
 filled in that order, so a group of an axis is `size` ranks `stride` apart: part of it may share a node. A collective
 runs tier by tier, as NCCL's hierarchies do: reduce-scatter inside, the rest across on a share of the message,
-all-gather inside. Over a `flat` tier it is one ring of all ranks instead, as fast as its slowest edge; each ring
+all-gather inside. Over a `flat` tier it is one ring of all ranks instead, at the rate of its slowest edge; each ring
 crosses a node's border once, rings side by side share the ports.
 
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
@@ -108,16 +108,18 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
 
 
 def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
-    """One ring of all ranks of the group, every step of it at the pace of its slowest edge: one of the outermost tier
-    it crosses."""
+    """One ring of all ranks of the group: steps as long as the outermost tier's that it crosses, at the rate of its
+    slowest edge; never faster than a ring of those inside a node."""
     answer: Any = 0.0
+    rate: Any = np.inf
     below: Any = 1.0
-    hops, share = both_ways * (group.size - 1), both_ways * (group.size - 1) / group.size
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
-        paid = share * (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
-        answer = np.where(within > below, tier.op_factor.get(op, 1.0) * (tier.latency_s * hops + paid), answer)
+        rate = np.where(within > below, np.minimum(rate, tier.bandwidth_bytes_per_s * ports), rate)
+        hops = both_ways * (within - 1)
+        seconds = tier.latency_s * hops + hops / within * (n_bytes + tier.half_size_bytes) / rate
+        answer = np.where(within > below, np.maximum(answer, tier.op_factor.get(op, 1.0) * seconds), answer)
         below = np.maximum(below, within)
     return np.asarray(answer)
 

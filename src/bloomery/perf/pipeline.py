@@ -48,7 +48,7 @@ def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> Any:
     """How many stages of a pipeline share a core, shape (n,) or one for all: as many as ranks do
     (`Accelerator.ranks_per_core`), but no more than there are on a node. Ranks of one stage wait at the same time."""
     ranks = cluster.accelerator.ranks_per_core
-    if ranks == 1 or cluster.nodes == 1:
+    if ranks == 1:
         return ranks
     return np.minimum(ranks, group_of(lay, "pp").members(cluster.accelerators_per_node))
 

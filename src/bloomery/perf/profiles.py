@@ -22,8 +22,8 @@ FLASH_SINCE = 2023
 @dataclass(frozen=True)
 class Profile:
     """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost,
-    chunks a rank at most where a pipeline interleaves, and whether it cuts a batch into as many micro-batches as it has
-    stages."""
+    chunks a rank at most where a pipeline interleaves (1: it cannot), and whether one cuts a batch into as many
+    micro-batches as it has stages."""
 
     stack: Stack
     recompute: Literal["none", "selective", "full"] = "none"
@@ -39,7 +39,9 @@ PUBLISHED = replace(GPU, selective_share=0.0)
 """Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept anyway."""
 
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
-MEGATRON_DEEPSPEED = Profile(replace(MEGATRON_2022, name="megatron-deepspeed", gradient_bytes=2), recompute="full")
+MEGATRON_DEEPSPEED = Profile(
+    replace(MEGATRON_2022, name="megatron-deepspeed", gradient_bytes=2), recompute="full", chunks=1
+)
 """DeepSpeed's engine accumulates and reduces gradients in the 16 bits of the weights."""
 MEGATRON_CORE = Profile(
     replace(PUBLISHED, name="megatron-core", each_expert=Passes(4, 8), narrow_kernels=3.0),
@@ -61,7 +63,11 @@ FSDP = Profile(
 `pipeline_parallel_degree` micro-batches unless they are told another number (2024)."""
 COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)
 NANOTRON = Profile(
-    replace(PUBLISHED, name="nanotron", gradient_overlap=0.0), sequence_parallel=True, gated=True, balanced=True
+    replace(PUBLISHED, name="nanotron", gradient_overlap=0.0),
+    sequence_parallel=True,
+    gated=True,
+    balanced=True,
+    chunks=1,
 )
 NEOX = Profile(
     replace(
@@ -75,6 +81,7 @@ NEOX = Profile(
     ),
     zero_stage=1,
     gated=True,
+    chunks=1,
 )
 """Eager norms and rotary positions keep float32 copies; gradients are accumulated in 16 bit."""
 NEOX_RMS = replace(NEOX, stack=replace(NEOX.stack, name="neox-rms", kept=1.5))

@@ -29,12 +29,12 @@ FORMATS: tuple[tuple[str, Dtype], ...] = (
 
 Schedule = Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"]
 PIPELINES: tuple[tuple[str, Schedule], ...] = (
-    (r"v-?half|v-?min", "1f1b"),
+    (r"v-?half|v-?min|non-?interleav|(no|not|without)-interleav", "1f1b"),
     (r"dual-?pipe", "dualpipev"),
     (r"zero-?bubble|zb", "zbv"),
-    (r"interleav|1f1b-?i|loop|vpp|virtual", "interleaved"),
-    (r"gpipe|fill-?drain", "gpipe"),
-    (r"1f1b|flush", "1f1b"),
+    (r"interleav|1f1b-?i|loop|vpp|virtual|breadth|bfs", "interleaved"),
+    (r"gpipe|fill-?drain|afab|all-forward", "gpipe"),
+    (r"1f1b|flush|dapple", "1f1b"),
 )
 """What is found first in a cell, its spaces and underscores read as hyphens."""
 

@@ -111,7 +111,7 @@ KNOBS = (
     Knob("memory", "memory bandwidth that operators get", 0.20, device=_memory),
     Knob("host", "host time of a launch", 0.30, device=_host),
     Knob("optimizer", "rate of the optimizer step", 0.30, device=_optimizer),
-    Knob("crowding", "rate of ranks that share a core, over an even share", 0.10, device=_crowding),
+    Knob("crowding", "rate of ranks that share a core, over an even share", 0.10, device=_crowding, shared=True),
     Knob("skew", "what ranks wait for the slowest of them", 0.50, device=_skew),
     Knob("latency", "latency of a message", 0.40, tier=_latency),
     Knob("bandwidth", "bandwidth of a link", 0.30, tier=_bandwidth),
@@ -140,14 +140,19 @@ def turned(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
 
     def device(one: Accelerator, ranks: int) -> Accelerator:
         for knob in knobs_of(cluster):
-            if knob.name in factors and knob.ranks in (None, ranks):
+            derived = bool(cluster.cuts) or not knob.shared  # of several hosts all rates are measured as they are
+            if knob.name in factors and knob.ranks in (None, ranks) and derived:
                 one = one.model_copy(update=knob.device(one, factors[knob.name]))
         return one
 
     def tiers(some: tuple[Tier, ...], device: Accelerator) -> tuple[Tier, ...]:
         for knob in KNOBS:
             if knob.name in factors and not (knob.shared and device.ranks_per_core == 1):
-                some = tuple(tier.model_copy(update=knob.tier(tier, factors[knob.name])) for tier in some)
+                some = tuple(
+                    tier if knob.shared and tier.flat  # a wire between hosts has no turns
+                    else tier.model_copy(update=knob.tier(tier, factors[knob.name]))
+                    for tier in some
+                )  # fmt: skip
         return some
 
     cuts = tuple(

@@ -46,7 +46,7 @@ REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers",
 MEGATRON_VOCABULARY = 51_200
 """GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
 IDLE = 0.25
-"""Of a step of 1F1B: a longer wait at its ends is no one's silent choice."""
+"""Share of a step of 1F1B: a longer wait at its ends is no one's silent choice."""
 DISPATCHED = 64
 """The widest expert parallelism that is common."""
 HEAD_WIDTH = 128
@@ -224,7 +224,7 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     if pp > model.layers:
         raise Unusable(f"{pp} stages for {model.layers} layers")
     batch = integer(row, "global_batch") / dp
-    stated = number(row, "micro_batch") or (max(1.0, batch // pp) if profile.as_many_as_stages and pp > 1 else 1.0)
+    stated = number(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
@@ -253,8 +253,9 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
 def _pipeline(
     row: Mapping[str, str], model: Model, profile: Profile, pp: int, micro_batches: int
 ) -> tuple[Schedule, int]:
-    """The order of passes, and chunks a rank. Who says nothing of either interleaves where 1F1B would be idle for
-    long; who interleaves and does not say how often: a chunk for each layer, as many as the software makes at most."""
+    """The order of passes, and chunks a rank. Who says nothing of either interleaves where the software can and 1F1B
+    would be idle for long; who interleaves and does not say how often: a chunk for each layer, as many as the software
+    makes at most."""
     if pp == 1:
         return "1f1b", 1
     most = max(1, model.layers // pp)
@@ -263,7 +264,10 @@ def _pipeline(
         return (order, 2) if most > 1 else ("1f1b", 1)
     if order == "gpipe":
         return order, 1
-    if chunks is None and (order == "interleaved" or (order is None and (pp - 1) / micro_batches > IDLE)):
+    if chunks is None and order == "interleaved":
+        chunks = min(max(2, profile.chunks), round(model.layers / pp))
+    idle = (pp - 1) / (micro_batches + pp - 1)
+    if chunks is None and order is None and idle > IDLE and micro_batches % pp == 0 and not profile.as_many_as_stages:
         chunks = min(profile.chunks, round(model.layers / pp))
     # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
     vpp = min(max(1, round(chunks or 1)), most)

@@ -85,7 +85,8 @@ def machine(*turns: dict[str, object]) -> dict[str, object]:
         {"m": m, "n": n, "k": k, "s": [6 * m * n * k / 1e11]} for m, n, k in ((256, 256, 256), (1024, 1024, 64))
     ]
     return {
-        "device": "cpu", "threads": 2, "ranks_per_core": 0.5, "memory_bytes": 8e9, "gemm": {"float32": products},
+        "device": "cpu", "threads": 2, "host": 0, "cores": [0, 1], "core_share": 0.99,
+        "memory_bytes": 8e9, "gemm": {"float32": products},
         "launch_s": [1e-5], "attention": {"float32": [0.05]},
         "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
     }  # fmt: skip
@@ -103,9 +104,15 @@ def test_the_slowest_of_two_ranks_lags_their_mean() -> None:
 
 
 def test_hosts_whose_ranks_share_cores_say_so() -> None:
-    found = accelerator([{**machine(turn(1.0)), "ranks_per_core": share} for share in (0.5, 2.0)])
-    assert found.ranks_per_core == 2
-    assert accelerator([machine(turn(1.0))]).ranks_per_core == 1
+    def found(share: float, *cores: list[int]) -> float:
+        ranks = [
+            {**machine(turn(1.0)), "core_share": share, "cores": own, "host": n // 2} for n, own in enumerate(cores)
+        ]
+        return accelerator(ranks).ranks_per_core
+
+    assert found(0.5, [0, 1], [0, 1], [2, 3, 4, 5], [2, 3, 4, 5]) == 2
+    assert found(0.5, [0, 1], [2, 3]) == 1  # a quota: nobody else has what is taken
+    assert found(0.97, [0, 1], [0, 1]) == 1
 
 
 H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it
@@ -130,7 +137,7 @@ def gpu(slower: float = 1.0, name: str = H100_NAME, reserved_bytes: float = 5e8)
     attention_flops = 7 * seq**2 * heads * width * batch
     return {
         "device": "cuda", "device_name": name, "memory_bytes": 85e9, "reserved_bytes": reserved_bytes,
-        "upload_s": [1e-3], "launch_s": [H100.launch_s],
+        "upload_s": [1e-3], "core_share": 1.0, "launch_s": [H100.launch_s],
         "gemm": {dtype: [product(dtype, *shape) for shape in CUDA.products] for dtype in dtypes},
         "attention": {
             dtype: [attention_flops / H100.peak(dtype) / H100.attention_efficiency(dtype)] for dtype in dtypes[:2]

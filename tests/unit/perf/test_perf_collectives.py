@@ -84,6 +84,20 @@ def test_flat_rings_side_by_side_share_the_port_and_one_inside_a_host_is_as_befo
     assert collective_s(hosts, "all_reduce", group(1, 1), 1e6)[0] == 0.0
 
 
+def test_a_ring_over_hosts_has_the_hops_of_the_wire_the_rate_of_its_slowest_edge_and_is_no_faster_than_inside() -> None:
+    def hosts(wire: float, hop_s: float) -> Cluster:
+        inside = Tier(name="in", span=2, bandwidth_bytes_per_s=1e9, ports_per_node=2, latency_s=1e-3)
+        across = Tier(name="out", span=4, bandwidth_bytes_per_s=wire, ports_per_node=1, latency_s=hop_s, flat=True)
+        return cluster().model_copy(update={"nodes": 2, "accelerators_per_node": 2, "tiers": (inside, across)})
+
+    slow = collective_s(hosts(1e8, 4e-4), "all_reduce", group(4, 1), 1e7)
+    assert slow[0] == pytest.approx(6 * 4e-4 + 1.5 * 1e7 / 1e8)
+    fast = collective_s(hosts(2.5e9, 4e-4), "all_reduce", group(4, 1), 1e7)
+    assert fast[0] == pytest.approx(6 * 4e-4 + 1.5 * 1e7 / 1e9)
+    short = collective_s(hosts(2.5e9, 1e-4), "all_reduce", group(4, 1), 1e4)
+    assert short[0] == pytest.approx(collective_s(hosts(2.5e9, 1e-4), "all_reduce", group(2, 1), 1e4)[0])
+
+
 def test_message_size_and_operation_factor_count() -> None:
     plain = cluster()
     tuned = cluster(half_size_bytes=1e6, op_factor={"all_gather": 2.0})

@@ -42,7 +42,12 @@ def test_stages_share_a_core_only_where_they_share_a_node() -> None:
     hosts = cluster.model_copy(update={"nodes": 2, "accelerators_per_node": 2, "accelerator": crowded})
     layouts = LayoutBatch.of([Layout(pp=4), Layout(pp=2, dp=2), Layout(pp=2, tp=2), Layout(dp=4)])
     assert list(stages_per_core(hosts, layouts)) == [2, 1, 1, 1]
-    assert stages_per_core(hosts.model_copy(update={"nodes": 1}), layouts) == 2
+    assert list(stages_per_core(hosts.model_copy(update={"nodes": 1, "accelerators_per_node": 4}), layouts)) == [
+        2,
+        2,
+        2,
+        1,
+    ]
     assert stages_per_core(cluster, layouts) == 1
     mixed = pipeline_s(8, 1, np.array([4, 4]), slowest=1.0, together=4.0, sharing=np.array([1.0, 2.0]))
     assert list(mixed) == [pipeline_s(8, 1, 4, slowest=1.0, together=4.0, sharing=s) for s in (1.0, 2.0)]

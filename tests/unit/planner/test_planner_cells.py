@@ -41,7 +41,8 @@ def test_recomputation(text: str, found: str | None) -> None:
     [("1F1B", "1f1b"), ("interleaved-1f1b", "interleaved"), ("Interleaved 1F1B", "interleaved"),
      ("1F1B-I", "interleaved"), ("GPipe", "gpipe"), ("zbv", "zbv"), ("zero_bubble", "zbv"), ("ZB-H1", "zbv"),
      ("zb-2p", "zbv"), ("V-Half", "1f1b"), ("DualPipe", "dualpipev"),
-     ("pipedream-flush", "1f1b"), ("none", None), ("", None)],
+     ("pipedream-flush", "1f1b"), ("1F1B (non-interleaved)", "1f1b"), ("no interleaving", "1f1b"),
+     ("AFAB", "gpipe"), ("breadth-first", "interleaved"), ("none", None), ("", None)],
 )  # fmt: skip
 def test_orders_of_a_pipeline(text: str, found: str | None) -> None:
     assert schedule(text) == found

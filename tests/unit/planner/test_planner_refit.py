@@ -70,6 +70,16 @@ def ran_on(truth: Cluster, layouts: tuple[Layout, ...] = LAYOUTS) -> list[Measur
     ]
 
 
+def test_hosts_measured_as_they_are_have_no_crowding_and_their_wire_no_turns(machine: Cluster) -> None:
+    crowded = machine.accelerator.model_copy(update={"ranks_per_core": 2.0})
+    inside = machine.tiers[0].model_copy(update={"span": 2})
+    wire = machine.tiers[0].model_copy(update={"flat": True})
+    hosts = machine.model_copy(update={"nodes": 2, "accelerator": crowded, "tiers": (inside, wire), "cuts": ()})
+    found = turned(hosts, {"crowding": 0.9, "turns": 1.4})
+    assert found.accelerator == crowded and found.tiers[1] == wire
+    assert found.tiers[0].latency_s == pytest.approx(1.4 * inside.latency_s)
+
+
 def test_a_known_machine_is_found(machine: Cluster) -> None:
     runs = ran_on(turned(machine, TRUTH))
     found = refit(runs, machine)

@@ -207,6 +207,10 @@ PIPELINE = {"tp": 8, "pp": 4, "dp": 1, "n_gpus": 32, "layers": 48, "micro_batch"
         ({"global_batch": 8}, "interleaved", 8),
         ({"global_batch": 8, "pipeline_schedule": "1f1b"}, "1f1b", 1),
         ({"global_batch": 8, "vpp": 1}, "1f1b", 1),
+        ({"global_batch": 6}, "1f1b", 1),  # no order of an interleaved pipeline
+        ({"global_batch": 12}, "1f1b", 1),  # idle for a fifth
+        ({"global_batch": 8, "source": "nanotron"}, "1f1b", 1),
+        ({"global_batch": 64, "source": "nanotron", "pipeline_schedule": "interleaved"}, "interleaved", 2),
     ],
 )
 def test_a_pipeline_is_what_the_report_says_else_what_nobody_would_leave_out(
@@ -219,7 +223,12 @@ def test_a_pipeline_is_what_the_report_says_else_what_nobody_would_leave_out(
 def test_micro_batches_that_are_not_told_are_those_of_the_software() -> None:
     blank = PIPELINE | {"micro_batch": "", "global_batch": 32, "pipeline_schedule": "1f1b"}
     assert published(row(**blank)).layout.micro_batch == 1
-    assert published(row(**blank, source="torchtitan")).layout.micro_batch == 8
+    for batch in (32, 30, 9):
+        found = published(row(**(blank | {"global_batch": batch}), source="torchtitan"))
+        assert found.layout.micro_batch == round(batch / 4)
+        assert found.global_batch == 4 * found.layout.micro_batch and found.scale == pytest.approx(
+            batch / found.global_batch
+        )
 
 
 def test_experts_are_cut_where_only_the_software_for_it_is_named() -> None:
@@ -228,6 +237,9 @@ def test_experts_are_cut_where_only_the_software_for_it_is_named() -> None:
     assert published(row(**mixture)).layout.ep == 1
     assert published(row(**mixture, notes="TE + DeepEP")).layout.ep == 8
     assert published(row(**(mixture | {"ep": 4}), notes="TE + DeepEP")).layout.ep == 4
+    wide = mixture | {"model_name": "DeepSeek V3", "layers": 61, "hidden": 7168, "heads": 128, "kv_heads": "",
+                      "n_gpus": 256, "dp": 256, "global_batch": 256}  # fmt: skip
+    assert published(row(**wide, notes="TE + DeepEP")).layout.ep == 64
 
 
 def test_a_mixture_is_known_by_its_name() -> None:
