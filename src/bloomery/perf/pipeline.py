@@ -44,13 +44,23 @@ def over_ranks(counts: np.ndarray, values: Any) -> Any:
     return ends + sum(count * value for count, value in zip(counts[1:-1], values[1:-1], strict=True))
 
 
-def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> Any:
-    """How many stages of a pipeline share a core, shape (n,) or one for all: as many as ranks do
-    (`Accelerator.ranks_per_core`), but no more than there are on a node. Ranks of one stage wait at the same time."""
+def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> tuple[np.ndarray, np.ndarray]:
+    """How many stages of a pipeline share a core, shape (n,): as many as ranks do (`Accelerator.ranks_per_core`), but
+    no more than there are on a node, since ranks of one stage wait at the same time. And the same where all stages
+    share cores; 1 where the pipeline leaves its node."""
     ranks = cluster.accelerator.ranks_per_core
     if ranks == 1:
-        return ranks
-    return np.minimum(ranks, group_of(lay, "pp").members(cluster.accelerators_per_node))
+        return (np.ones(len(lay)),) * 2
+    inside = group_of(lay, "pp").members(cluster.accelerators_per_node)
+    sharing = np.minimum(ranks, inside)
+    return sharing, np.where(inside < lay.pp, 1.0, sharing)
+
+
+def felt_s(compute: Any, messages: Any, sharing: Any) -> Any:
+    """Of a micro-batch's `messages` what makes its turn longer than `compute`, in seconds: where stages share cores,
+    one that waits for a message leaves its core to another, so a turn is as long as compute while all work, or as its
+    own alone with the messages."""
+    return messages if np.all(sharing == 1) else np.maximum(compute, compute / sharing + messages) - compute
 
 
 def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, sharing: Any = 1.0) -> Any:

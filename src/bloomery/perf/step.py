@@ -14,11 +14,18 @@ from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import Work, cast_s, stage_work
 from bloomery.perf.flops import model_flops, weights_share
-from bloomery.perf.kernels import memory_s
 from bloomery.perf.memory import updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
-from bloomery.perf.muon import muon_s
-from bloomery.perf.pipeline import ends_before_first, over_ranks, pipeline_s, rank_counts, stages_per_core, v_bubble_s
+from bloomery.perf.optimizer import muon_s, optimizer_s
+from bloomery.perf.pipeline import (
+    ends_before_first,
+    felt_s,
+    over_ranks,
+    pipeline_s,
+    rank_counts,
+    stages_per_core,
+    v_bubble_s,
+)  # fmt: skip
 from bloomery.perf.table import Lookup, Table
 from bloomery.spec.collective import by_recompute
 
@@ -258,18 +265,22 @@ class StepTimes:
         return self._means[block].compute + _hooks_s(self._micro_batch[block], self._data_parallel[block])
 
     @cached_property
-    def _sharing(self) -> Any:
+    def _sharing(self) -> tuple[np.ndarray, np.ndarray]:
         return stages_per_core(self.case.cluster, self.case.lay)
+
+    def _sends_s(self, block: slice, micro: MicroBatch) -> Any:
+        return felt_s(micro.slowest, self._sends[block].seconds, self._sharing[1][block])
 
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward."""
+        sends_s = self._sends_s(block, micro)
         path = pipeline_s(
             micro.count,
             send.chunks,
             self.case.lay.pp[block],
-            slowest=micro.slowest + send.seconds,
-            together=micro.together + micro.ranks * send.seconds,
-            sharing=self._sharing[block] if np.ndim(self._sharing) else self._sharing,
+            slowest=micro.slowest + sends_s,
+            together=micro.together + micro.ranks * sends_s,
+            sharing=self._sharing[0][block],
         )
         folded = np.flatnonzero(self.case.lay.v_shaped[block])
         if not len(folded):
@@ -314,7 +325,7 @@ class StepTimes:
         batch = batch[block] if np.ndim(batch) else batch
         flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
         exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
-        ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * send.seconds
+        ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * self._sends_s(block, micro)
         waits = self._waits(block)
         return {
             "ideal": ideal,
@@ -387,10 +398,3 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
 def _longer(device: Any, host: Any) -> Any:
     assert LAUNCH_BLEND == 4  # squares and square roots take a tenth of a power's time
     return np.sqrt(np.sqrt(np.square(np.square(device)) + np.square(np.square(host))))
-
-
-def optimizer_s(case: Case, parameters: Any) -> Any:
-    """AdamW over so many elements, the gradient norm and clipping: all bound by memory."""
-    rate = case.accelerator.optimizer_bytes_per_s
-    n_bytes = (case.precision.adam_bytes + case.precision.clip_bytes) * parameters
-    return n_bytes / rate if rate else memory_s(case.accelerator, n_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bloomery.perf.pipeline import pipeline_s, stages_per_core
+from bloomery.perf.pipeline import felt_s, pipeline_s, stages_per_core
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 
@@ -41,16 +41,18 @@ def test_stages_share_a_core_only_where_they_share_a_node() -> None:
     crowded = cluster.accelerator.model_copy(update={"ranks_per_core": 2.0})
     hosts = cluster.model_copy(update={"nodes": 2, "accelerators_per_node": 2, "accelerator": crowded})
     layouts = LayoutBatch.of([Layout(pp=4), Layout(pp=2, dp=2), Layout(pp=2, tp=2), Layout(dp=4)])
-    assert list(stages_per_core(hosts, layouts)) == [2, 1, 1, 1]
-    assert list(stages_per_core(hosts.model_copy(update={"nodes": 1, "accelerators_per_node": 4}), layouts)) == [
-        2,
-        2,
-        2,
-        1,
-    ]
-    assert stages_per_core(cluster, layouts) == 1
+    assert [list(found) for found in stages_per_core(hosts, layouts)] == [[2, 1, 1, 1], [1, 1, 1, 1]]
+    one = hosts.model_copy(update={"nodes": 1, "accelerators_per_node": 4})
+    assert [list(found) for found in stages_per_core(one, layouts)] == [[2, 2, 2, 1]] * 2
+    assert np.all(np.array(stages_per_core(cluster, layouts)) == 1)
     mixed = pipeline_s(8, 1, np.array([4, 4]), slowest=1.0, together=4.0, sharing=np.array([1.0, 2.0]))
     assert list(mixed) == [pipeline_s(8, 1, 4, slowest=1.0, together=4.0, sharing=s) for s in (1.0, 2.0)]
+
+
+def test_messages_between_stages_of_one_core_are_felt_only_beyond_the_others_turns() -> None:
+    assert felt_s(4.0, 1.0, 1.0) == 1
+    assert felt_s(4.0, 1.0, 2.0) == 0  # 2 alone and 1 for the message: shorter than a turn while all work
+    assert felt_s(4.0, 3.0, 2.0) == 1
 
 
 def test_a_slow_stage_holds_the_others_up_only_beyond_its_share() -> None:

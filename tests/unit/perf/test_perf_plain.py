@@ -12,10 +12,10 @@ from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.perf.memory import PARTS, memory_of, updated_parameters
+from bloomery.perf.optimizer import optimizer_s
 from bloomery.perf.profiles import MEGATRON_CORE, NEOX
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
-from bloomery.perf.step import optimizer_s
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch

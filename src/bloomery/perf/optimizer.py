@@ -1,7 +1,8 @@
-"""Seconds that Muon takes beyond AdamW: gathering whole matrices and orthogonalising them.
+"""Seconds of the optimizer: AdamW over everything, and what Muon takes beyond it, gathering whole matrices and
+orthogonalising them.
 
-Every rank orthogonalises all matrices of its pipeline stage: nothing is divided over tensor- or data-parallel ranks but
-experts, over the expert-parallel ones.
+Under Muon every rank orthogonalises all matrices of its pipeline stage: nothing is divided over tensor- or
+data-parallel ranks but experts, over the expert-parallel ones.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
-from bloomery.perf.kernels import gemm_s
+from bloomery.perf.kernels import gemm_s, memory_s
 from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.data_messages import matrix_collectives
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
@@ -46,3 +47,10 @@ def _layer_s(case: Case, layer: int) -> Any:
             for m, n, k in ((r, r, c), (r, r, r), (r, c, r)):
                 total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type]
     return NEWTON_SCHULZ_STEPS * total
+
+
+def optimizer_s(case: Case, parameters: Any) -> Any:
+    """AdamW over so many elements, the gradient norm and clipping: all bound by memory."""
+    rate = case.accelerator.optimizer_bytes_per_s
+    n_bytes = (case.precision.adam_bytes + case.precision.clip_bytes) * parameters
+    return n_bytes / rate if rate else memory_s(case.accelerator, n_bytes)
