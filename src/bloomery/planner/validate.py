@@ -220,7 +220,8 @@ def _by_source(rows: Iterable[Row]) -> dict[str, Score]:
 
 
 def ranking(rows: Sequence[Row], runs: Mapping[str, Published]) -> Ranking | None:
-    """How well layouts of one model, number of accelerators, sequence and batch are ordered; None without any group."""
+    """How well layouts of one model, number of accelerators, sequence and batch are ordered; None without any group, or
+    where all took the same time."""
     from scipy.stats import kendalltau
 
     together: dict[object, list[Row]] = defaultdict(list)
@@ -244,7 +245,7 @@ def ranking(rows: Sequence[Row], runs: Mapping[str, Published]) -> Ranking | Non
         tau = kendalltau(measured, predicted).statistic
         if np.isfinite(tau):
             taus.append(tau)
-    return Ranking(len(regrets), float(np.mean(regrets)), float(np.mean(taus))) if regrets else None
+    return Ranking(len(regrets), float(np.mean(regrets)), float(np.mean(taus))) if taus else None
 
 
 def _memory(ran: Sequence[Row], refused: Sequence[Row]) -> MemoryScore:

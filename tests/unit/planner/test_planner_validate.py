@@ -172,6 +172,11 @@ def test_contradictions_make_a_row_unusable(change: dict[str, Any]) -> None:
         published(row(**change))
 
 
+def test_layouts_that_all_took_the_same_time_have_no_order() -> None:
+    same = [row(id=str(tp), tp=tp, pp=1, vpp=1, dp=8 // tp, n_gpus=8, iteration_time_s=1.0) for tp in (1, 2, 4)]
+    assert validate(same, calibration()).ranking is None
+
+
 def test_a_row_that_no_model_is_made_of_leaves_the_others_alone() -> None:
     found = validate([row(id="a"), row(id="b", vocab=1), row(id="c", tp=3, n_gpus=25)], calibration())
     assert [bool(line.skipped_reason) for line in found.rows] == [False, True, True]
