@@ -25,7 +25,7 @@ from bloomery.perf.pipeline import (
     rank_counts,
     stages_per_core,
     v_bubble_s,
-)  # fmt: skip
+)
 from bloomery.perf.table import Lookup, Table
 from bloomery.spec.collective import by_recompute
 

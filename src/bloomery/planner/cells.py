@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from bloomery.spec.cluster import Dtype
+from bloomery.spec.layout import Schedule
 
 YES, NO = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off", "none")
 GATED = ("swiglu", "geglu", "reglu", "silu", "swish", "glu")
@@ -27,7 +28,6 @@ FORMATS: tuple[tuple[str, Dtype], ...] = (
 )
 """What is found first in a cell: `nvfp4`, `fp8-mx` and `mxfp8`, `bf16-mixed`."""
 
-Schedule = Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"]
 PIPELINES: tuple[tuple[str, Schedule], ...] = (
     (r"v-?half|v-?min|non-?interleav|(no|not|without)-interleav", "1f1b"),
     (r"dual-?pipe", "dualpipev"),

@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from bloomery.perf.flops import model_flops, recomputed_flops
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.planner.cells import (
-    Schedule,
     Unusable,
     experts,
     first_number,
@@ -37,7 +36,7 @@ from bloomery.planner.cells import (
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import V_SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import V_SCHEDULES, Layout, LayoutBatch, Schedule
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.splits import balanced_split

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -20,7 +20,8 @@ Recompute = Literal["none", "selective", "full"]
 RECOMPUTE = ("none", "selective", "full")
 BY_STAGE = len(RECOMPUTE)
 """The code of a layout's recomputation in a `LayoutBatch` where its stages differ."""
-SCHEDULES = ("1f1b", "interleaved", "gpipe", "zbv", "dualpipev")
+Schedule = Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 CP_METHODS = ("ring", "all_gather")
 OUTERMOST = ("pp", "dp")
 OFFLOAD = ("none", "activations")
@@ -46,7 +47,7 @@ class Layout(Noun):
     zero_stage: Literal[0, 1, 2, 3] = 0
     sequence_parallel: bool = False
     micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
-    schedule: Literal["1f1b", "interleaved", "gpipe", "zbv", "dualpipev"] = "1f1b"
+    schedule: Schedule = "1f1b"
     recompute: Recompute | tuple[Recompute, ...] = Field(
         default="none", description="what layers make again in the backward pass: of all stages, or of each (a+b+...)"
     )
