@@ -75,7 +75,8 @@ def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, i
 def calibrated(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
     """The accelerator made to agree with the compute of the reference models on one rank, in their order.
 
-    They differ in depth alone: the difference is what layers cost, the rest is the ends. Where a profiler told the
+    `measured`: of `References.runs`. Two differ in depth alone: the difference is what layers cost, the rest is the
+    ends. Where a profiler told the
     compute by kind, each kind's rate is made to agree: what operators get in a step, with cold caches and new memory,
     is not what they get alone. What stays becomes the `compute_factor` of each format; where no profiler did (a GPU,
     whose large layers hide launches, so that these stay as measured) that is all.
@@ -96,7 +97,7 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
     machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
-        for kind in KINDS:
+        for kind in KINDS if not references.small else [kind for kind in KINDS if kind != "host"]:
             slower = [
                 log(
                     _of_a_layer(models, kind, deeper)
@@ -107,31 +108,48 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
             ]
             factors[kind] = exp((1 if kind == "host" else -1) * mean(slower or [0.0]))
         machine = turned(machine, factors)
+        if references.small and all(model["host"] for models in measured.values() for model in models):
+            machine = machine.model_copy(update={"accelerator": _host(machine.accelerator, references, measured)})
     return machine.accelerator
+
+
+def _host(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
+    """With the launch and the allocation that take what the host took, of a layer and of the smaller micro-batch: the
+    least error relative to these."""
+    from scipy.optimize import nnls
+
+    alone = ({"launch_s": 1e-6, "allocation": 0.0}, {"launch_s": 0.0, "allocation": 1.0})
+    rows = list[list[float]]()
+    for dtype, models in measured.items():
+        told = [predicted(accelerator.model_copy(update=one), references, dtype) for one in alone]
+        sides = [[_of_a_layer(one, "host", references.deeper), one[2]["host"]] for one in (models, *told)]
+        rows += [[by_launch / seconds, given / seconds] for seconds, by_launch, given in zip(*sides, strict=True)]
+    launches, allocation = nnls(np.array(rows), np.ones(len(rows)))[0]
+    return accelerator.model_copy(update={"launch_s": 1e-6 * float(launches), "allocation": float(allocation)})
 
 
 def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
     """Seconds of one kind; noise cannot make it vanish."""
-    shallow, deep = (model[kind] for model in models)
+    shallow, deep = (model[kind] for model in models[:2])
     return max((deep - shallow) / deeper, 0.01 * deep)
 
 
 def _layer_and_ends(models: Sequence[Kinds], references: References) -> tuple[float, float]:
     """Seconds of one layer and of everything else; noise cannot make either vanish."""
-    shallow, deep = (sum(model.values()) for model in models)
+    shallow, deep = (sum(model.values()) for model in models[:2])
     layer = max((deep - shallow) / references.deeper, 0.01 * deep)
     return layer, max(shallow - references.models[0].layers * layer, 0.01 * shallow)
 
 
 def predicted(accelerator: Accelerator, references: References, dtype: Dtype) -> list[Kinds]:
-    """Predicted compute of one step of each reference model, by kind."""
+    """Predicted compute of one step of each of `References.runs`, by kind."""
     found = list[Kinds]()
-    for model in references.models:
+    for model, layout, sequences in references.runs:
         case = Case.of(
             model,
             _machine(accelerator),
-            LayoutBatch.of([references.layout]),
-            global_batch=references.batch,
+            LayoutBatch.of([layout]),
+            global_batch=sequences,
             seq_len=references.seq_len,
             dtype=dtype,
         )

@@ -15,6 +15,8 @@ UPLOAD_BYTES = 64 << 20
 LARGE_PRODUCT = 1024
 LARGE_MESSAGE = 1 << 20
 """Noise is judged by what takes long: the uncertainty of a short one is the clock's and the scheduler's."""
+DEEPER = 1
+"""The deeper one's place in `References.runs`, for what one of them tells."""
 OWN_CORE = 0.8
 """Of its cores' time: a rank that is given less shares them, or may not use them all."""
 INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
@@ -69,7 +71,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         ),
         reserved_bytes=_reserved_bytes(results) if cuda else 0.0,
         upload_bytes_per_s=mean(uploads) if uploads else None,
-        skew=skew_of([[turn["compute"] for turn in turns_of(result, "float32", -1)] for result in results]),
+        skew=skew_of([[turn["compute"] for turn in turns_of(result, "float32", DEEPER)] for result in results]),
         source=PROBED,
     )
     reference: dict[Any, Any] = {dtype: _reference_kinds(results, dtype) for dtype in first["gemm"]}
@@ -106,7 +108,7 @@ def skew_of(compute_s: Sequence[Sequence[Sequence[float]]]) -> float:
 
 
 def _optimizer_s(result: dict[str, Any]) -> list[float]:
-    return [seconds for turn in turns_of(result, "float32", -1) for seconds in turn["optimizer"]]
+    return [seconds for turn in turns_of(result, "float32", DEEPER) for seconds in turn["optimizer"]]
 
 
 def _reference_kinds(results: Sequence[dict[str, Any]], dtype: str) -> list[dict[str, float]]:
@@ -179,6 +181,6 @@ def noise_of(results: Sequence[dict[str, Any]]) -> float:
         [row for r in results for row in r["gemm"]["float32"] if row["m"] >= LARGE_PRODUCT],
         [row for r in results for row in r["elementwise"]],
         [row for r in results for rows in r["links"].values() for row in rows if row["bytes"] >= LARGE_MESSAGE],
-        [{"s": [median(turn["compute"]) for turn in turns_of(r, "float32", -1)]} for r in results],
+        [{"s": [median(turn["compute"]) for turn in turns_of(r, "float32", DEEPER)]} for r in results],
     )
     return max(median(uncertainty(row["s"]) for row in rows) for rows in kinds if rows)

@@ -31,6 +31,7 @@ from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
 from bloomery.parallel.formats import has_float8_units
 from bloomery.parallel.mesh import Mesh
+from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train.optimizers import build_optimizers
@@ -53,7 +54,7 @@ def tables_of(place: Place) -> Tables:
     return tables_for(device.type, lowest(own, device, place.world_size))
 
 
-def measure_reference(place: Place, model: Model, how: References, dtype: str, rounds: int) -> dict[str, Any]:
+def measure_reference(place: Place, run: tuple[Model, Layout, int], seq_len: int, dtype: str) -> dict[str, Any]:
     """A step of a reference model by the real engine, a whole one on every rank at the same time: seconds of its two
     halves by round.
 
@@ -61,23 +62,24 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
     the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
     device = place.device
-    mesh = Mesh(how.layout, device, 0, None)
+    model, layout, sequences = run
+    mesh = Mesh(layout, device, 0, None)
     engine = build(
         model,
-        how.layout,
+        layout,
         mesh,
-        seq_len=how.seq_len,
-        global_batch=how.batch,
+        seq_len=seq_len,
+        global_batch=sequences,
         dtype=dtype,
         seed=0,
         measure=lambda _: nullcontext(),
     )
     optimizer = build_optimizers(engine, Optimizer(lr=1e-4))
-    tokens = torch.randint(0, model.vocab, (how.batch, how.seq_len), device=device)
+    tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)
     batch = Batch(tokens, tokens, tokens.numel())
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     _together(place)
-    for _ in range(REFERENCE_WARM_UP + rounds):
+    for _ in range(REFERENCE_WARM_UP + REFERENCE_ROUNDS):
         started = now(device)
         loss = engine.forward_backward(batch)
         between = now(device)
@@ -100,9 +102,8 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str, r
 
 
 def measure_references(place: Place, how: References, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
-    """Steps of both reference models in each format: the only turn of a list that later turns are added to."""
-    rounds = REFERENCE_ROUNDS
-    return [{dtype: [measure_reference(place, model, how, dtype, rounds) for model in how.models] for dtype in dtypes}]
+    """Steps of the reference models in each format: the only turn of a list that later turns are added to."""
+    return [{dtype: [measure_reference(place, run, how.seq_len, dtype) for run in how.runs] for dtype in dtypes}]
 
 
 def _together(place: Place) -> None:

@@ -74,14 +74,16 @@ def kind_of(name: str) -> str:
 
 
 def kinds(spans: Sequence[Span], thread: int) -> Kinds:
-    """The account of a step whose Python runs in `thread`; messages may be under way in any."""
-    mine = sorted((span for span in spans if span.thread == thread), key=lambda span: (span.begin, -span.end))
+    """The account of a step whose Python runs in `thread`; messages may be under way in any: one that was only begun
+    there lasts over what is computed meanwhile, so none counts as an operator around others."""
+    here = (span for span in spans if span.thread == thread and not span.name.startswith(TALK))
+    mine = sorted(here, key=lambda span: (span.begin, -span.end))
     compute, launches = dict.fromkeys(KINDS, 0.0), 0
     messages = sorted((span for span in spans if span.name.startswith(TALK)), key=lambda span: span.begin)
     marks = _Marks()
     for span, own, bucket, tiles in _own_times(mine):
         marks.add(span, bucket)
-        if bucket != "compute" or span.name.startswith(TALK):
+        if bucket != "compute":
             continue
         kind = kind_of(span.name)
         kind = "attention" if tiles and kind != "host" else kind

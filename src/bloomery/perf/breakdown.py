@@ -22,7 +22,7 @@ def compute_kinds(case: Case, compute_s: np.ndarray) -> dict[str, np.ndarray]:
     `compute_s`, all of it."""
     left = [case]
     left.append(left[-1].under(case.cluster, replace(case.stack, attention_factor=inf)))
-    host = {"launch_s": 0.0, "kernel_s": 0.0, "upload_bytes_per_s": inf}
+    host = {"launch_s": 0.0, "kernel_s": 0.0, "allocation": 0.0, "upload_bytes_per_s": inf}
     for free in (host, {"memory_bandwidth_bytes_per_s": inf}):
         device = left[-1].accelerator.model_copy(update=free)
         cluster = left[-1].cluster.model_copy(update={"accelerator": device})

@@ -60,12 +60,14 @@ def stage_work(case: Case, ranks: Ranks) -> Work:
 def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     """One transformer layer."""
     attention_forward, attention_backward = _attention(case)
-    blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), _elementwise(case, moe)]
+    written = _elementwise(case, moe)
+    blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), written]
     forward = attention_forward + sum(block[0] for block in blocks)
     backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held) + _joined(case, held)
     experts: Any = case.model.moe.experts / case.lay.ep if moe and case.model.moe else 0
-    kernels = case.stack.layer_kernels(experts=experts, narrow=case.dtype in ("float8", "float4"))
-    work = _launched(case, forward, backward, kernels)
+    narrow, tiles = case.dtype in ("float8", "float4"), np.where(case.lay.cp > 1, case.lay.cp, 0)
+    kernels = case.stack.layer_kernels(experts=experts, narrow=narrow, tiles=tiles)
+    work = _launched(case, forward, backward, kernels, written)
     attention_again = 0.0 if case.stack.flash_attention else attention_forward
     share = case.stack.selective_share
     selective = _outputs_again(case, moe) if share is None else attention_again + share * work.forward
@@ -108,14 +110,17 @@ def moved(case: Case, layer: Work) -> Work:
     )
 
 
-def _launched(case: Case, forward: Any, backward: Any, kernels: Passes) -> Work:
-    """Kernels with their launches: added to the work where both are on the same core, beside it elsewhere.
+def _launched(case: Case, forward: Any, backward: Any, kernels: Passes, written: tuple[Any, Any] = (0.0, 0.0)) -> Work:
+    """Kernels with their launches: added to the work where both are on the same core, beside it elsewhere. So is the
+    memory that the host gives and takes back, in proportion to the seconds of what is `written`.
 
     On a device each kernel also takes `kernel_s` whatever its size: filling and draining its cores.
     """
     launch_s, kernel_s = case.accelerator.launch_s, case.accelerator.kernel_s
     if case.stack.serial_launch:
-        return Work(forward + kernels.forward * launch_s, backward + kernels.backward * launch_s, 0.0)
+        given = [case.accelerator.allocation * seconds for seconds in written]
+        forward = forward + kernels.forward * launch_s + given[0]
+        return Work(forward, backward + kernels.backward * launch_s + given[1], 0.0)
     host = case.stack.host_factor * launch_s
     return Work(
         forward + kernels.forward * kernel_s,

@@ -10,7 +10,9 @@ Host time is counted in units of the accelerator's `launch_s`, the Python and au
 `kernels` of a layer, `expert_kernels` more where tokens are routed, `each_expert` for each expert that a rank holds
 where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
 and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
-reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks, as five runs of `make loop` had them). `host_factor`
+reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
+`tile_kernels` of attention to the keys of one context-parallel rank; of our engine as 18 runs on two cores had them,
+the memory they take among their time. `host_factor`
 multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each collective waits on the
 host, per tensor-parallel rank, while pipeline messages cross nodes.
 
@@ -79,6 +81,7 @@ class Stack:
     selective_share: float | None
     collective_kernels: float
     shard_kernels: float
+    shard_passes: float
     end_kernels: Passes
     large_logits: Passes
     gradient_overlap: float
@@ -104,6 +107,7 @@ class Stack:
     narrow_kernels: float = 1.0
     expert_factor: float = 1.0
     expert_overlap: float = 0.0
+    tile_kernels: Passes = Passes(0, 0)
 
     @property
     def whole_gradients(self) -> bool:
@@ -111,13 +115,18 @@ class Stack:
         for want of anything to run beside them; else bucket by bucket, one a layer, as under ZeRO."""
         return not self.eager and not self.gradient_overlap
 
-    def layer_kernels(self, *, experts: Any = 0, narrow: bool = False) -> Passes:
-        """Kernels of one layer in each direction; `experts`: how many a rank holds."""
-        if not np.any(experts):
-            return self.kernels
+    def layer_kernels(self, *, experts: Any = 0, narrow: bool = False, tiles: Any = 0) -> Passes:
+        """Kernels of one layer in each direction; `experts`: how many a rank holds; `tiles`: ranks to whose keys it
+        attends one after the other."""
         plain, more, each = self.kernels, self.expert_kernels, experts * (self.narrow_kernels if narrow else 1.0)
-        forward = plain.forward + more.forward + self.each_expert.forward * each
-        return Passes(forward, plain.backward + more.backward + self.each_expert.backward * each)
+        forward, backward = plain.forward, plain.backward
+        if self.tile_kernels.forward and np.any(tiles):
+            forward = forward + self.tile_kernels.forward * tiles
+            backward = backward + self.tile_kernels.backward * tiles
+        if np.any(experts):
+            forward = forward + more.forward + self.each_expert.forward * each
+            backward = backward + more.backward + self.each_expert.backward * each
+        return Passes(forward, backward)
 
     def norm(self, model: Model) -> Passes:
         """Passes of one norm."""
@@ -152,6 +161,7 @@ GPU = Stack(
     selective_share=None,
     collective_kernels=6.0,
     shard_kernels=0.0,
+    shard_passes=0.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.9,
@@ -194,6 +204,7 @@ MEGATRON_2022 = Stack(
     selective_share=0.0,
     collective_kernels=6.0,
     shard_kernels=0.0,
+    shard_passes=0.0,
     end_kernels=Passes(150, 250),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
@@ -234,8 +245,9 @@ EAGER_CPU = Stack(
     kernels=Passes(150, 200),
     expert_kernels=Passes(100, 100),
     selective_share=None,
-    collective_kernels=0.0,
-    shard_kernels=110.0,
+    collective_kernels=50.0,
+    shard_kernels=260.0,
+    shard_passes=6.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
@@ -257,6 +269,7 @@ EAGER_CPU = Stack(
     expert_imbalance=1.25,
     expert_spread=0.3,
     serial_launch=True,
+    tile_kernels=Passes(45, 80),
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.busy import busy_s
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
-from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import Work, cast_s, stage_work
 from bloomery.perf.flops import model_flops, weights_share
-from bloomery.perf.memory import updated_parameters
+from bloomery.perf.kernels import memory_s
+from bloomery.perf.memory import parameters_on, updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
 from bloomery.perf.optimizer import muon_s, optimizer_s
 from bloomery.perf.pipeline import (
@@ -173,7 +174,7 @@ class DataParallel(Table):
     """What follows the pipeline or runs beside it, in seconds, on each of `Case.kinds` (3, k) or as a whole (k,).
 
     `bucket`: one layer's share of a rank's gradients; `hooks`, `hooks_each`: what a rank does about parameters and
-    gradients that are cut, a step and a micro-batch: the host's part, and casts of its shards; `ends`: how many ranks
+    gradients that are cut, a step and a micro-batch: the host's part, copies and casts; `ends`: how many ranks
     drain before the first one.
     """
 
@@ -193,7 +194,9 @@ class DataParallel(Table):
         """Of k cases of a mesh and its ZeRO stage."""
         kinds, accelerator = case.kinds, case.accelerator
         data, stage = data_messages(case), case.lay.zero_stage
+        copied = case.stack.shard_passes * case.precision.gathered * sum(parameters_on(case, kinds))
         hook_s = case.stack.shard_kernels * accelerator.launch_s * kinds.layers.max(axis=0)
+        hook_s = hook_s + memory_s(accelerator, copied).max(axis=0)
         updated = updated_parameters(case, kinds).max(axis=0)
         shard_s = cast_s(case, updated)
         return cls(
@@ -364,37 +367,3 @@ def _exposed_and_stretched(case: Case, micro: MicroBatch, data: DataParallel, se
     drained = data.ends * (micro.drain / send.chunks)
     exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)
     return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0)
-
-
-LAUNCH_BLEND = 4
-"""Exponent p of (device^p + host^p)^(1/p): neither side is evenly filled, so both are felt near the crossing."""
-
-
-def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
-    """(forward, backward with recomputation) seconds of one micro-batch on one rank, collectives included: the device's
-    queue or the host that fills it, whichever is longer, and a little more where they are close (`LAUNCH_BLEND`).
-    Stalls behind pipeline messages are waits of the host, in which the device works on: they are felt only where host
-    and stalls together take longer than that."""
-    stack, lay = case.stack, case.lay
-    forward = work.forward + inner.forward + work.moved_forward
-    backward = work.backward + work.recompute + inner.backward + work.moved_backward
-    if stack.serial_launch:
-        return forward, backward
-    call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
-    pipeline = group_of(lay, "pp")
-    crosses = (lay.pp > 1) & (pipeline.size * pipeline.stride > case.cluster.accelerators_per_node)
-    stall_s = np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
-
-    def longest(device: Any, host: Any, calls: Any) -> Any:
-        host = host + call_s * calls
-        return np.maximum(_longer(device, host), host + stall_s * calls)
-
-    return (
-        longest(forward, work.host_forward, inner.calls_forward),
-        longest(backward, work.host_backward, inner.calls_backward),
-    )
-
-
-def _longer(device: Any, host: Any) -> Any:
-    assert LAUNCH_BLEND == 4  # squares and square roots take a tenth of a power's time
-    return np.sqrt(np.sqrt(np.square(np.square(device)) + np.square(np.square(host))))

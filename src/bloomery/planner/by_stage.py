@@ -14,12 +14,12 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
+from bloomery.perf.busy import busy_s
 from bloomery.perf.case import FULL, Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, Joined
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
-from bloomery.perf.step import busy_s
 from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 
 LOOKED_AT, TRIED = 512, 2

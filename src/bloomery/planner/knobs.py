@@ -55,7 +55,7 @@ def _memory(device: Accelerator, factor: float) -> dict[str, Any]:
 
 
 def _host(device: Accelerator, factor: float) -> dict[str, Any]:
-    return {"launch_s": device.launch_s * factor}
+    return {"launch_s": device.launch_s * factor, "allocation": device.allocation * factor}
 
 
 def _optimizer(device: Accelerator, factor: float) -> dict[str, Any]:
@@ -109,7 +109,7 @@ KNOBS = (
     Knob("gemm", "rate of matrix products", 0.10, device=_gemm),
     Knob("attention", "rate of fused attention", 0.20, device=_attention),
     Knob("memory", "memory bandwidth that operators get", 0.20, device=_memory),
-    Knob("host", "host time of a launch", 0.30, device=_host),
+    Knob("host", "host time of launches and of memory", 0.30, device=_host),
     Knob("optimizer", "rate of the optimizer step", 0.30, device=_optimizer),
     Knob("crowding", "rate of ranks that share a core, over an even share", 0.10, device=_crowding, shared=True),
     Knob("skew", "what ranks wait for the slowest of them", 0.50, device=_skew),

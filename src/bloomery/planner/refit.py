@@ -4,7 +4,8 @@
               + sum_k (log factor_k / spread_k)^2
 
 The parts of each run (matrix products, messages of each dimension, ...) tell the knobs apart that its step time alone
-would not; `soft` is scipy's soft_l1, so a run that other work disturbed counts with its distance, not its square.
+would not, where a clock finds what the model means by them (`_comparable`); `soft` is scipy's soft_l1, so a run that
+other work disturbed counts with its distance, not its square.
 
 The runs together never become worse: neither their median error nor their mean nor the largest may grow, and one of
 them must fall. A fit that breaks this is taken back towards the old file until it does not (`STEPS_BACK`); where even
@@ -157,12 +158,9 @@ class _Problem:
     def _part_errors(self, predicted: Predicted) -> np.ndarray:
         errors = []
         for i, run in enumerate(self.runs.runs):
-            profiled = all(kind in run.seconds for kind in KINDS)
-            for name in PARTS:
-                told = name in run.seconds and not (profiled and name == "compute")
-                if told:
-                    difference = predicted.parts[name][i] - run.seconds[name]
-                    errors.append(difference / run.step_s / max(PART_NOISE, run.noise))
+            for names in _comparable(run, self.cluster.cut(run.layout.world_size).accelerator.ranks_per_core > 1):
+                difference = sum(predicted.parts[name][i] - run.seconds.get(name, 0.0) for name in names)
+                errors.append(difference / run.step_s / max(PART_NOISE, run.noise))
         return np.array(errors)
 
     def jacobian(self, x: np.ndarray) -> np.ndarray:
@@ -173,6 +171,22 @@ class _Problem:
             moved[j] += STEP
             columns.append((self.residuals(moved) - here) / STEP)
         return np.stack(columns, axis=1)
+
+
+def _comparable(run: Measured, shared: bool) -> list[tuple[str, ...]]:
+    """Parts of a run, or sums of some, that a clock and the model mean alike.
+
+    Ranks that share cores (`shared`) compute the faster the more of them wait, by the clock; the model shares out even
+    seconds. Where a pipeline drains, a rank waits at its next message, be it a gradient's or the step's statistics.
+    """
+    if shared:
+        return [("optimizer",)]
+    unprofiled = KINDS if not all(kind in run.seconds for kind in KINDS) else ("compute",)
+    drained = ("pp_comm", "dp_comm", "other") if run.layout.pp > 1 else ()
+    alone: list[tuple[str, ...]] = [
+        (name,) for name in PARTS if name in run.seconds and name not in (*unprofiled, *drained)
+    ]
+    return [*alone, drained] if drained else alone
 
 
 @dataclass(frozen=True)

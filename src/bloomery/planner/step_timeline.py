@@ -13,6 +13,7 @@ import numpy as np
 
 from bloomery.perf.activations import Activations
 from bloomery.perf.activations import in_flight as most_in_flight
+from bloomery.perf.busy import busy_s
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
@@ -20,7 +21,6 @@ from bloomery.perf.flops import weights_share
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
-from bloomery.perf.step import busy_s
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
 from bloomery.spec.components import COMPUTE
 from bloomery.spec.layout import stages_of

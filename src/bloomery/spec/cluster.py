@@ -51,6 +51,8 @@ class Accelerator(Noun):
     memory_efficiency: float = Field(default=0.8, gt=0, le=1)
     tdp_w: float = Field(default=0.0, ge=0)
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
+    allocation: float = Field(default=0.0, ge=0, description="host time to give and take back what operators write")
+    """Over the time of a layer's element-wise operators: pages of a CPU's memory are mapped and freed."""
     kernel_s: float = Field(default=2e-6, ge=0, description="device time of a kernel beyond its work: fill and drain")
     gemm: dict[Dtype, GemmEfficiency] = {}
     attention: dict[Dtype, Annotated[float, Field(gt=0)]] = {}

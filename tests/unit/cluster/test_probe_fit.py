@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bloomery.cluster.probe_fit import fit_gemm, fit_tier
+from bloomery.cluster.probe_fit import calibrated, fit_gemm, fit_tier, predicted
+from bloomery.cluster.probe_tables import CPU
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec.catalog import cluster, read_cluster
@@ -57,6 +58,17 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
     assert found.op_factor["all_to_all"] == pytest.approx(1.3, rel=0.05)
     assert found.op_factor["send"] == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize("allocation", [0.0, 0.3])
+def test_launches_and_memory_of_the_host_come_back_from_two_micro_batches(allocation: float) -> None:
+    plain = cluster("this-machine").accelerator
+    changed = {"launch_s": 4e-6, "allocation": allocation, "memory_efficiency": 0.4}
+    true, references = plain.model_copy(update=changed), CPU.references
+    found = calibrated(plain, references, {"float32": predicted(true, references, "float32")})
+    assert found.launch_s == pytest.approx(4e-6, rel=0.02)
+    assert found.allocation == pytest.approx(allocation, abs=0.01)
+    assert found.compute_factor["float32"].layers == pytest.approx(1, abs=0.01)
 
 
 def test_a_probe_of_this_machine_reads_back_as_a_cluster(tmp_path: Path) -> None:

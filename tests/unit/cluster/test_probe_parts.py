@@ -63,19 +63,21 @@ def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
 def test_noise_is_that_of_the_noisiest_kind() -> None:
     quiet = {
         "gemm": {"float32": [{"m": 1024, "s": [1.0, 1.01]}]}, "elementwise": [{"s": [1.0, 1.02]}], "links": {},
-        "reference": [{"float32": [{"compute": [1.0, 1.2]}]}],
+        "reference": [{"float32": [{"compute": [9.0]}, {"compute": [1.0, 1.2]}]}],
     }  # fmt: skip
     assert noise_of([quiet]) == pytest.approx(0.01, rel=0.1)
     # 1, 1.2 and 1.4: 0.2 of standard deviation around 1.2, of three.
     assert noise_of([{**quiet, "links": {"inside": rows(1e9, wave=0.2)}}]) == pytest.approx(0.2 / 1.2 / 3**0.5, rel=0.1)
-    slower = [*quiet["reference"], {"float32": [{"compute": [1.5, 1.7]}]}]
+    slower = [*quiet["reference"], {"float32": [{"compute": [9.0]}, {"compute": [1.5, 1.7]}]}]
     assert noise_of([{**quiet, "reference": slower}]) == pytest.approx(0.25 / 1.35)  # half the difference of two
 
 
 def turn(compute_s: float) -> dict[str, object]:
-    """One turn of both reference models, the deeper one three times as long, in equal shares of all kinds."""
+    """One turn of the reference models, the deeper one three times as long and, a quarter of it at a time, once as
+    long; in equal shares of all kinds."""
     shares = dict.fromkeys(KINDS, 1 / len(KINDS))
-    models = [{"compute": [s, s], "optimizer": [s / 10], "shares": shares} for s in (compute_s, 3 * compute_s)]
+    steps = (compute_s, 3 * compute_s, compute_s)
+    models = [{"compute": [s, s], "optimizer": [s / 10], "shares": shares} for s in steps]
     return {"float32": models}
 
 

@@ -63,6 +63,16 @@ def test_a_message_is_under_way_for_the_bucket_that_sent_it_even_where_it_outliv
     assert kinds(STEP, PYTHON).total == {"tp_comm": 16}
 
 
+def test_what_is_computed_while_a_message_is_under_way_is_compute() -> None:
+    ring = [
+        Span("bloomery:compute", PYTHON, 0, 30),
+        Span("bloomery:cp_comm", PYTHON, 2, 4),
+        Span("gloo:send", PYTHON, 3, 20),  # begun in this thread, it ends when its message has arrived
+        Span("aten::_scaled_dot_product_flash_attention_for_cpu", PYTHON, 5, 15),
+    ]
+    assert kinds(ring, PYTHON).compute == {"gemm": 0, "attention": 10, "memory": 0, "host": 30 - 2 - 10}
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("aten::addmm", "gemm"), ("aten::transpose", "host"), ("aten::_softmax", "memory"), ("MmBackward0", "host")],

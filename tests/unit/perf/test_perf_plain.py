@@ -11,7 +11,7 @@ from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
-from bloomery.perf.memory import PARTS, memory_of, updated_parameters
+from bloomery.perf.memory import PARTS, memory_of, parameters_on, updated_parameters
 from bloomery.perf.optimizer import optimizer_s
 from bloomery.perf.profiles import MEGATRON_CORE, NEOX
 from bloomery.perf.ranks import Ranks
@@ -95,8 +95,10 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
         shown * (backward_s + back) / m,
     )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
-    if not stack.serial_launch:
-        call_s, stall_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s, 0.0
+    call_s, stall_s = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s, 0.0
+    if stack.serial_launch:
+        device = [device[0] + call_s * calls / m, device[1] + call_s * calls_back / m]
+    else:
         if lay.pp[0] > 1 and lay.world_size[0] > case.cluster.accelerators_per_node:
             stall_s = stack.pipeline_stall_s * float(lay.tp[0])
         host = (
@@ -145,6 +147,9 @@ def plain_step_s(case: Case) -> float:
     # Gathered once and reduced once a step; ZeRO 3 gathers for each micro-batch's two passes instead.
     cuts = {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * max(one["layers"] for one in found)
     host = cuts * stack.shard_kernels * case.accelerator.launch_s
+    whole = max(float(sum(parameters_on(case, one))[0]) for one in ranks) * case.precision.gathered
+    rate = case.accelerator.memory_bandwidth_bytes_per_s * case.accelerator.memory_efficiency
+    host += {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * stack.shard_passes * whole / rate
     return (
         path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + host + stack.step_overhead_s
     )

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from bloomery.perf import orders
+from bloomery.perf.busy import busy_s
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate_case
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
 from bloomery.perf.orders import most_in_flight
-from bloomery.perf.step import busy_s
 from bloomery.planner.step_timeline import planned_step
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
