@@ -33,6 +33,7 @@ TERMS: dict[str, dict[str, float]] = {
     "host launches": {"launch_s": 1e-9},
     "device time of a kernel": {"kernel_s": 1e-10},
     "saturation of products": {"gemm_half": 1e-2, "gemm_k_half": 1e-2},
+    "narrow heads and short sequences": {"attention_width_half": 1e-3, "attention_seq_half": 1e-2},
     "element-wise traffic": {"traffic": 1e-3},
     "latency of messages": {"link_latency_s": 1e-10, "network_latency_s": 1e-10},
     "half rate of short messages": {"network_half_bytes": 1e-3},

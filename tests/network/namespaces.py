@@ -22,7 +22,8 @@ PERIOD_US = 10_000
 SUBNET = "10.199.77"
 LATENCY = "100ms"
 """tbf's: how long a packet may wait before it is dropped; no delay is added."""
-BURST = {"100mbit": "32kb", "1gbit": "128kb", "5gbit": "512kb"}
+BURST = {"100mbit": "4kb", "1gbit": "32kb", "5gbit": "256kb"}
+"""What may pass at once after a pause, which no real port lets pass: as little as still reaches the rate."""
 
 SHARES = 200_000
 """Of the processor for a rank, where others have 1024: hosts of their own do not feel what else this machine does."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.cluster.probe_tables import References
+from bloomery.cluster.probe_tables import Heads, References
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import Group, collective_s
@@ -65,11 +65,25 @@ def fit_gemm(rows: Sequence[dict[str, Any]]) -> tuple[float, GemmEfficiency]:
     return peak, chosen
 
 
-def attention_efficiency(seconds: Sequence[float], shape: tuple[int, int, int, int], peak: float) -> float:
-    """Share of peak of causal attention, forward and backward (1 + 2.5 times half the full square)."""
+def attention_width_half(seconds: Sequence[Sequence[float]], shapes: tuple[Heads, Heads]) -> float:
+    """The head_dim at which attention has half its rate, from that of wide heads and of narrow ones; no more than the
+    wide ones'."""
+    wide, narrow = shapes[0][-1], shapes[1][-1]
+    slower = _attention_rate(seconds[1], shapes[1]) / _attention_rate(seconds[0], shapes[0])
+    least = 2 * narrow / (wide + narrow)  # the ratio of their rates for a half as wide as the wide ones
+    slower = min(1.0, max(slower, least))
+    return wide * narrow * (1 - slower) / (slower * wide - narrow)
+
+
+def attention_efficiency(seconds: Sequence[float], shape: Heads, peak: float, width_half: float) -> float:
+    """Share of peak of causal attention with heads wide enough."""
+    return min(1.0, _attention_rate(seconds, shape) / peak * (1 + width_half / shape[-1]))
+
+
+def _attention_rate(seconds: Sequence[float], shape: Heads) -> float:
+    """FLOP/s, forward and backward (1 + 2.5 times half the full square)."""
     batch, heads, seq, width = shape
-    flops = 3.5 * 4.0 * seq**2 * heads * width * batch * 0.5
-    return min(1.0, flops / min(seconds) / peak)
+    return 3.5 * 4.0 * seq**2 * heads * width * batch * 0.5 / min(seconds)
 
 
 def calibrated(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 from statistics import mean, median
 from typing import Any
 
-from bloomery.cluster.probe_fit import attention_efficiency, calibrated, fit_gemm, fit_tier, optimizer_rate, uncertainty
+from bloomery.cluster.probe_fit import (
+    attention_efficiency,
+    attention_width_half,
+    calibrated,
+    fit_gemm,
+    fit_tier,
+    optimizer_rate,
+    uncertainty,
+)
 from bloomery.cluster.probe_tables import tables_for
 from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.cluster import PROBED, Accelerator, Tier
@@ -48,8 +56,14 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
     if not cuda:
         peaks["float64"] = peaks["float32"] / 2
+    width_half = mean(
+        attention_width_half(result["attention"][dtype], tables.attention)
+        for dtype in first["attention"]
+        for result in results
+    )
+    wide = tables.attention[0]
     attention: dict[Any, float] = {
-        dtype: mean(attention_efficiency(r["attention"][dtype], tables.attention, peaks[dtype]) for r in results)
+        dtype: mean(attention_efficiency(r["attention"][dtype][0], wide, peaks[dtype], width_half) for r in results)
         for dtype in first["attention"]
     }
     streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
@@ -66,6 +80,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         ranks_per_core=_ranks_per_core(results),
         gemm=surfaces,
         attention=attention,
+        attention_width_half=width_half,
         optimizer_bytes_per_s=mean(
             optimizer_rate(_optimizer_s(result), tables.references.models[-1]) for result in results
         ),

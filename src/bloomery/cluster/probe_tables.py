@@ -11,6 +11,8 @@ from bloomery.spec.model import Model
 KIB, MIB = 1 << 10, 1 << 20
 Product = tuple[int, int, int]
 """Tokens, features out, features in."""
+Heads = tuple[int, int, int, int]
+"""Batch, heads, sequence, head dimension."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Tables:
     warm_up: int
     trial: Product
     products: tuple[Product, ...]
-    attention: tuple[int, int, int, int]
-    """batch, heads, sequence, head dimension"""
+    attention: tuple[Heads, Heads]
+    """Wide heads, and narrow ones."""
     element_bytes: tuple[int, ...]
     message_bytes: tuple[int, ...]
     references: References
@@ -80,7 +82,7 @@ CPU = Tables(
         *_grid((256, 1024), (64, 256, 1024), (64, 256, 1024)),
         (1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024),
     ),
-    attention=(4, 8, 256, 32),
+    attention=((4, 2, 256, 128), (4, 8, 256, 32)),
     element_bytes=(2 * MIB, 8 * MIB, 16 * MIB),
     message_bytes=(4 * KIB, 64 * KIB, 1 * MIB, 8 * MIB),
     references=References(_pair((1, 5), 256, 4, 704, 8192, 256), Layout(micro_batch=4), seq_len=256, batch=8, small=1),
@@ -95,7 +97,7 @@ CUDA = Tables(
         *_grid((2048, 8192), (1024, 4096), (1024, 4096)),
         (8192, 11008, 4096), (8192, 4096, 11008), (4096, 14336, 4096), (8192, 16384, 4096), (8192, 8192, 8192),
     ),
-    attention=(2, 32, 4096, 128),
+    attention=((2, 32, 4096, 128), (2, 64, 4096, 64)),
     element_bytes=(384 * MIB, 512 * MIB, 1024 * MIB),
     message_bytes=(4 * KIB, 64 * KIB, 1 * MIB, 8 * MIB, 64 * MIB, 512 * MIB),
     references=References(
@@ -106,7 +108,7 @@ CUDA = Tables(
 SMALL_CUDA = replace(
     CUDA,
     memory_bytes=0.0,
-    attention=(1, 32, 4096, 128),
+    attention=((1, 32, 4096, 128), (1, 64, 4096, 64)),
     element_bytes=(384 * MIB, 448 * MIB, 512 * MIB),
     references=References(_pair((1, 3), 2048, 16, 5504, 8192, 2048), Layout(micro_batch=1), seq_len=2048, batch=2),
 )

@@ -149,7 +149,8 @@ def measure(place: Place) -> dict[str, Any]:
     _together(place)
     place.tell("attention")
     result["attention"] = {
-        dtype: measure_attention(device, tables.attention, getattr(torch, dtype), at_least_s) for dtype in dtypes
+        dtype: [measure_attention(device, heads, getattr(torch, dtype), at_least_s) for heads in tables.attention]
+        for dtype in dtypes
     }
     place.tell("reference models")
     result["reference"] = measure_references(place, tables.references, list(result["gemm"]))

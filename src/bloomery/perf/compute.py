@@ -209,7 +209,13 @@ def _attention(case: Case) -> tuple[Any, Any]:
         width = width * (1.0 if stack.eager else seen) / (lay.tp * lay.cp)
         causal = model.mask == "causal" and not (stack.eager and seen < 1)
         forward, backward = flash_attention_s(
-            case.accelerator, case.wide_dtype, case.seq_len, width, lay.micro_batch, causal=causal
+            case.accelerator,
+            case.wide_dtype,
+            case.seq_len,
+            width,
+            lay.micro_batch,
+            head_dim=(model.head_dim + model.value_head_dim) / 2,
+            causal=causal,
         )
         return forward / stack.attention_factor, backward / stack.attention_factor
     return unfused_attention_s(

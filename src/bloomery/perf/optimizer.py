@@ -45,7 +45,7 @@ def _layer_s(case: Case, layer: int) -> Any:
             count = parameter.shape[0] // case.lay.ep if parameter.expert else 1
             r, c = sorted(parameter.shape[-2:])
             for m, n, k in ((r, r, c), (r, r, r), (r, c, r)):
-                total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type]
+                total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type,operator]
     return NEWTON_SCHULZ_STEPS * total
 
 

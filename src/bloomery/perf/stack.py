@@ -11,7 +11,7 @@ Host time is counted in units of the accelerator's `launch_s`, the Python and au
 where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
 and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
 reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
-`tile_kernels` of attention to the keys of one context-parallel rank; of our engine as 18 runs on two cores had them,
+`tile_kernels` of attention to the keys of one context-parallel rank; of our engine as 70 runs on two cores had them,
 the memory they take among their time. `host_factor`
 multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each collective waits on the
 host, per tensor-parallel rank, while pipeline messages cross nodes.
@@ -245,9 +245,9 @@ EAGER_CPU = Stack(
     kernels=Passes(150, 200),
     expert_kernels=Passes(100, 100),
     selective_share=None,
-    collective_kernels=50.0,
-    shard_kernels=260.0,
-    shard_passes=6.0,
+    collective_kernels=30.0,
+    shard_kernels=230.0,
+    shard_passes=4.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
@@ -269,7 +269,7 @@ EAGER_CPU = Stack(
     expert_imbalance=1.25,
     expert_spread=0.3,
     serial_launch=True,
-    tile_kernels=Passes(45, 80),
+    tile_kernels=Passes(20, 35),
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 

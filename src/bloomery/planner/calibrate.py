@@ -35,6 +35,8 @@ SPREADS: dict[str, dict[str, float]] = {
         "gemm_k_half": 0.5,
         "memory_efficiency": 0.15,
         "attention": 0.3,
+        "attention_width_half": 0.3,
+        "attention_seq_half": 0.5,
         "kernel_s": 0.5,
         "launch_s": 0.4,
         "link_factor": 0.1,

@@ -262,7 +262,7 @@ def compared(run: Run, name: str, layout: Layout) -> tuple[Row, Evaluated]:
             check_layout(run.model, layout, global_batch=phase.global_batch, seq_len=phase.seq_len)
     except InputError as error:
         where = "layout" if name == "given" else f"compare.{name}"
-        raise InputError(str(error), where=where) from None
+        raise InputError(str(error).removeprefix("layout: "), where=where) from None
     layouts = LayoutBatch.of([layout])
     world = Evaluated(cluster, layouts, estimates_on(run, cluster, layouts), 1, ())
     return _row(run, name, world, 0), world

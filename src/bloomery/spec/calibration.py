@@ -32,7 +32,9 @@ class ArchitectureConstants(Noun):
     gemm_half: float = Field(default=80.0, gt=0, description="rows or columns at which a product has half its rate")
     gemm_k_half: float = Field(default=100.0, gt=0, description="the same of the inner dimension")
     memory_efficiency: float = Field(default=0.80, gt=0, le=1, description="share of the data sheet's bandwidth")
-    attention: float = Field(default=0.40, gt=0, le=1, description="share of peak of fused attention")
+    attention: float = Field(default=0.48, gt=0, le=1, description="share of peak of fused attention")
+    attention_width_half: float = Field(default=20.0, gt=0, description="head_dim at which it has half its rate")
+    attention_seq_half: float = Field(default=300.0, gt=0, description="sequence length of the same")
     kernel_s: float = Field(default=2e-6, gt=0, description="device time of a kernel beyond its work")
     launch_s: float = Field(default=5e-6, gt=0, description="host time of a launch on the usual hosts")
     link_factor: float = Field(default=1.25, gt=0, description="time on the inner links over the data sheet's")
@@ -54,6 +56,8 @@ class ArchitectureConstants(Noun):
         values = {
             "gemm": {dtype: surface(dtype) for dtype in dtypes},
             "attention": dict.fromkeys(dtypes, self.attention),
+            "attention_width_half": self.attention_width_half,
+            "attention_seq_half": self.attention_seq_half,
             "memory_efficiency": self.memory_efficiency,
             "kernel_s": self.kernel_s,
             "launch_s": self.launch_s,

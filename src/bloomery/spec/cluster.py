@@ -57,6 +57,8 @@ class Accelerator(Noun):
     gemm: dict[Dtype, GemmEfficiency] = {}
     attention: dict[Dtype, Annotated[float, Field(gt=0)]] = {}
     """Share of peak of fused attention by number format; see `attention_efficiency`."""
+    attention_width_half: float = Field(default=0.0, ge=0, description="head_dim at which it has half that rate")
+    attention_seq_half: float = Field(default=0.0, ge=0, description="sequence length at which it has half that rate")
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""
     compute_factor: dict[Dtype, ComputeFactor] = {}

@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bloomery.cluster.probe_fit import calibrated, fit_gemm, fit_tier, predicted
+from bloomery.cluster.probe_fit import (
+    attention_efficiency,
+    attention_width_half,
+    calibrated,
+    fit_gemm,
+    fit_tier,
+    predicted,
+)
 from bloomery.cluster.probe_tables import CPU
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_efficiency
@@ -58,6 +65,17 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
     assert found.op_factor["all_to_all"] == pytest.approx(1.3, rel=0.05)
     assert found.op_factor["send"] == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize(("half", "found"), [(0, 0), (9, 9), (128, 128), (300, 128)])
+def test_narrow_heads_tell_the_width_at_which_attention_is_half_as_fast(half: float, found: float) -> None:
+    shapes = CPU.attention
+    seconds = [[7 * seq**2 * heads * dim * batch / 1e11 * (1 + half / dim)] for batch, heads, seq, dim in shapes]
+    assert attention_width_half(seconds, shapes) == pytest.approx(found)
+    if half == found:
+        assert attention_efficiency(seconds[0], shapes[0], 4e11, found) == pytest.approx(0.25)
+    faster = [seconds[0], [0.5 * seconds[1][0] / (1 + half / shapes[1][-1])]]  # narrow ones: no such thing as a half
+    assert attention_width_half(faster, shapes) == 0
 
 
 @pytest.mark.parametrize("allocation", [0.0, 0.3])

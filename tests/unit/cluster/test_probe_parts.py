@@ -89,7 +89,7 @@ def machine(*turns: dict[str, object]) -> dict[str, object]:
     return {
         "device": "cpu", "threads": 2, "host": 0, "cores": [0, 1], "core_share": 0.99,
         "memory_bytes": 8e9, "gemm": {"float32": products},
-        "launch_s": [1e-5], "attention": {"float32": [0.05]},
+        "launch_s": [1e-5], "attention": {"float32": [[0.05], [0.05]]},
         "elementwise": [{"bytes": 3 << 20, "s": [3e-4]}], "reference": list(turns),
     }  # fmt: skip
 
@@ -134,15 +134,20 @@ def gpu(slower: float = 1.0, name: str = H100_NAME, reserved_bytes: float = 5e8)
         steps = [slower * sum(kinds.values()) for kinds in predicted(H100, CUDA.references, dtype)]
         return [{"compute": [s], "optimizer": [0.01], "shares": {"compute": 1.0}} for s in steps]
 
-    batch, heads, seq, width = CUDA.attention
+    batch, heads, seq, width = CUDA.attention[0]
     rate = H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
+    half = H100.attention_width_half
     attention_flops = 7 * seq**2 * heads * width * batch
     return {
         "device": "cuda", "device_name": name, "memory_bytes": 85e9, "reserved_bytes": reserved_bytes,
         "upload_s": [1e-3], "core_share": 1.0, "launch_s": [H100.launch_s],
         "gemm": {dtype: [product(dtype, *shape) for shape in CUDA.products] for dtype in dtypes},
         "attention": {
-            dtype: [attention_flops / H100.peak(dtype) / H100.attention_efficiency(dtype)] for dtype in dtypes[:2]
+            dtype: [
+                [attention_flops / H100.peak(dtype) / H100.attention_efficiency(dtype) * (1 + half / dim)]
+                for dim in (width, width // 2)
+            ]
+            for dtype in dtypes[:2]
         },
         "elementwise": [{"bytes": 3 * size, "s": [3 * size / rate]} for size in CUDA.element_bytes],
         "reference": [{dtype: reference(dtype) for dtype in dtypes}],
@@ -153,6 +158,7 @@ def test_a_gpu_comes_back_through_the_performance_models_own_formulas() -> None:
     found = accelerator([gpu()])
     assert found.kind == "gpu"
     assert found.launch_s == H100.launch_s
+    assert found.attention_width_half == pytest.approx(H100.attention_width_half)
     assert found.memory_bandwidth_bytes_per_s * found.memory_efficiency == pytest.approx(
         H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
     )

@@ -42,9 +42,10 @@ def test_streams_leave_the_cache_behind(tables: Tables, fits: float) -> None:
 
 @ON_GPUS
 def test_attention_is_that_of_a_long_sequence(tables: Tables, fits: float) -> None:
-    batch, heads, seq, width = tables.attention
+    batch, heads, seq, width = tables.attention[0]
     assert seq >= 4096
     assert width == 128
+    assert tables.attention[1] == (batch, 2 * heads, seq, width // 2)
     assert 3.5 * 4 * seq**2 * heads * width * batch / 2 / FAST > 50 * LAUNCH_S
     assert 16 * 4 * batch * heads * seq * width < fits  # operands, gradients and the kernel's own, in float32
 
