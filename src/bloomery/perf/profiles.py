@@ -106,19 +106,27 @@ FSDP_COMPILED = replace(FSDP, stack=replace(FSDP.stack, name="fsdp-compiled"))
 XLA_TE = replace(XLA, stack=replace(XLA.stack, name="xla-te"))
 """With Transformer Engine's kernels."""
 
-VARIANTS = ((FSDP, r"torch\.compile", FSDP_COMPILED), (NEOX, r"rms kernel", NEOX_RMS), (XLA, r"\bte-", XLA_TE))
-"""(profile, words in a report's notes, what it then is): the same software with other kernels."""
+MEGATRON_CORE_2606 = replace(MEGATRON_CORE, stack=replace(MEGATRON_CORE.stack, name="megatron-core-26.06"))
+"""From NeMo's container 26.06 on: mixtures on linked racks take a quarter less."""
+
+VARIANTS = (
+    (FSDP, r"torch\.compile", FSDP_COMPILED),
+    (NEOX, r"rms kernel", NEOX_RMS),
+    (XLA, r"\bte-", XLA_TE),
+    (MEGATRON_CORE, r"(26\.(0[6-9]|1[0-2])|2[7-9]\.\d\d)(\.\d+)? nemo container", MEGATRON_CORE_2606),
+)
+"""(profile, words in a report's notes or reference, what it then is): the same software with other kernels."""
 
 
-def profile_of(source: str, notes: str, year: float | None, flash_attention: bool | None) -> Profile:
-    """The profile of a published run; `flash_attention`: None where the report is silent."""
+def profile_of(source: str, words: str, year: float | None, flash_attention: bool | None) -> Profile:
+    """The profile of a published run; `words`: its notes and reference; `flash_attention`: None where it is silent."""
     text = source.lower()
     found = next((profile for pattern, profile in KNOWN if re.search(pattern, text)), None)
     if found is None:
         before = flash_attention is False or (year or FLASH_SINCE) < FLASH_SINCE
         found = _unnamed(MEGATRON if before else MEGATRON_CORE)
-    for plain, words, variant in VARIANTS:
-        if found is plain and re.search(words, notes.lower()):
+    for plain, pattern, variant in VARIANTS:
+        if found is plain and re.search(pattern, words.lower()):
             found = variant
     if flash_attention is not None and flash_attention != found.stack.flash_attention:
         return replace(found, stack=replace(found.stack, flash_attention=flash_attention))

@@ -108,9 +108,8 @@ def published(row: Mapping[str, str]) -> Published:
     """The question a row asks. Raises Unusable."""
     if "tpu" in row["accelerator"].lower():
         raise Unusable("TPU: not a kind of accelerator that is modelled")
-    profile = profile_of(
-        row["source"], row.get("notes", ""), first_number(row.get("year", "")), yes(row, "flash_attention")
-    )
+    words = f"{row.get('notes', '')} {row.get('source_ref', '')}"
+    profile = profile_of(row["source"], words, first_number(row.get("year", "")), yes(row, "flash_attention"))
     model = _model(row, profile)
     chip = accelerator_called(row["accelerator"])
     if chip is None:

@@ -236,6 +236,21 @@ def test_micro_batches_that_are_not_told_are_those_of_the_software() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("container", "stack"),
+    [
+        ("25.11", "megatron-core"),
+        ("26.04.01", "megatron-core"),
+        ("26.06", "megatron-core-26.06"),
+        ("26.06.01", "megatron-core-26.06"),
+        ("27.02", "megatron-core-26.06"),
+    ],
+)
+def test_software_is_of_its_container(container: str, stack: str) -> None:
+    found = published(row(source="NVIDIA Megatron-Bridge", source_ref=f"page.md ({container} NeMo Container; All)"))
+    assert isinstance(found, Published) and found.profile.stack.name == stack
+
+
 def test_experts_are_cut_where_only_the_software_for_it_is_named() -> None:
     mixture = {"model_name": "Mixtral 8x7B", "layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "pp": 1,
                "vpp": 1, "dp": 16, "n_gpus": 16, "tp": 1, "moe": "", "ep": "", "global_batch": 64}  # fmt: skip
