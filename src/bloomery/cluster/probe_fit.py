@@ -76,8 +76,8 @@ def attention_width_half(seconds: Sequence[Sequence[float]], shapes: tuple[Heads
 
 
 def attention_efficiency(seconds: Sequence[float], shape: Heads, peak: float, width_half: float) -> float:
-    """Share of peak of causal attention with heads wide enough."""
-    return min(1.0, _attention_rate(seconds, shape) / peak * (1 + width_half / shape[-1]))
+    """Share of peak of causal attention with heads wide enough; the measured ones' is one at most."""
+    return min(1.0, _attention_rate(seconds, shape) / peak) * (1 + width_half / shape[-1])
 
 
 def _attention_rate(seconds: Sequence[float], shape: Heads) -> float:
@@ -90,10 +90,9 @@ def calibrated(accelerator: Accelerator, references: References, measured: dict[
     """The accelerator made to agree with the compute of the reference models on one rank, in their order.
 
     `measured`: of `References.runs`. Two differ in depth alone: the difference is what layers cost, the rest is the
-    ends. Where a profiler told the
-    compute by kind, each kind's rate is made to agree: what operators get in a step, with cold caches and new memory,
-    is not what they get alone. What stays becomes the `compute_factor` of each format; where no profiler did (a GPU,
-    whose large layers hide launches, so that these stay as measured) that is all.
+    ends. Where a profiler told the compute by kind, each kind's rate is made to agree: what operators get in a step,
+    with cold caches and new memory, is not what they get alone. What stays becomes the `compute_factor` of each format;
+    where no profiler did (a GPU, whose large layers hide launches, so that these stay as measured) that is all.
     """
     if all(len(model) > 1 for models in measured.values() for model in models):
         accelerator = _by_kind(accelerator, references, measured)
@@ -111,40 +110,45 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
     machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
-        for kind in KINDS if not references.small else [kind for kind in KINDS if kind != "host"]:
+        for kind in (kind for kind in KINDS if kind != "host"):
             slower = [
                 log(
-                    _of_a_layer(models, kind, deeper)
-                    / _of_a_layer(predicted(machine.accelerator, references, dtype), kind, deeper)
+                    _of_a_layer(models[:2], kind, deeper)
+                    / _of_a_layer(predicted(machine.accelerator, references, dtype)[:2], kind, deeper)
                 )
                 for dtype, models in measured.items()
                 if all(model[kind] for model in models)  # a profile that tells nothing of a kind turns nothing
             ]
-            factors[kind] = exp((1 if kind == "host" else -1) * mean(slower or [0.0]))
+            factors[kind] = exp(-mean(slower or [0.0]))
         machine = turned(machine, factors)
-        if references.small and all(model["host"] for models in measured.values() for model in models):
-            machine = machine.model_copy(update={"accelerator": _host(machine.accelerator, references, measured)})
+        machine = machine.model_copy(update={"accelerator": _host(machine.accelerator, references, measured)})
     return machine.accelerator
 
 
 def _host(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """With the launch and the allocation that take what the host took, of a layer and of the smaller micro-batch: the
-    least error relative to these."""
+    """With the launch and the allocation that take what the host took for a layer of either micro-batch: the least
+    error relative to these. The ends, of which the model knows less, say nothing here."""
     from scipy.optimize import nnls
 
     alone = ({"launch_s": 1e-6, "allocation": 0.0}, {"launch_s": 0.0, "allocation": 1.0})
     rows = list[list[float]]()
     for dtype, models in measured.items():
+        if not all(model["host"] for model in models):
+            continue
         told = [predicted(accelerator.model_copy(update=one), references, dtype) for one in alone]
-        sides = [[_of_a_layer(one, "host", references.deeper), one[2]["host"]] for one in (models, *told)]
+        sides = [
+            [_of_a_layer(pair, "host", references.deeper) for pair in (one[:2], one[2:])] for one in (models, *told)
+        ]
         rows += [[by_launch / seconds, given / seconds] for seconds, by_launch, given in zip(*sides, strict=True)]
+    if not rows:
+        return accelerator
     launches, allocation = nnls(np.array(rows), np.ones(len(rows)))[0]
     return accelerator.model_copy(update={"launch_s": 1e-6 * float(launches), "allocation": float(allocation)})
 
 
 def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
     """Seconds of one kind; noise cannot make it vanish."""
-    shallow, deep = (model[kind] for model in models[:2])
+    shallow, deep = (model[kind] for model in models)
     return max((deep - shallow) / deeper, 0.01 * deep)
 
 

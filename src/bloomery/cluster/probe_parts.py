@@ -56,15 +56,14 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     surfaces: dict[Any, Any] = {dtype: found[0][1] for dtype, found in fits.items()}
     if not cuda:
         peaks["float64"] = peaks["float32"] / 2
-    width_half = mean(
-        attention_width_half(result["attention"][dtype], tables.attention)
+    halves: dict[Any, float] = {
+        dtype: mean(attention_width_half(result["attention"][dtype], tables.attention) for result in results)
         for dtype in first["attention"]
-        for result in results
-    )
+    }
     wide = tables.attention[0]
     attention: dict[Any, float] = {
-        dtype: mean(attention_efficiency(r["attention"][dtype][0], wide, peaks[dtype], width_half) for r in results)
-        for dtype in first["attention"]
+        dtype: mean(attention_efficiency(result["attention"][dtype][0], wide, peaks[dtype], half) for result in results)
+        for dtype, half in halves.items()
     }
     streams = [[row["bytes"] / median(row["s"]) for row in result["elementwise"]] for result in results]
     fastest, typical = max(map(max, streams)), mean(median(rates) for rates in streams)
@@ -80,7 +79,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         ranks_per_core=_ranks_per_core(results),
         gemm=surfaces,
         attention=attention,
-        attention_width_half=width_half,
+        attention_width_half=halves,
         optimizer_bytes_per_s=mean(
             optimizer_rate(_optimizer_s(result), tables.references.models[-1]) for result in results
         ),

@@ -17,8 +17,8 @@ Heads = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class References:
-    """Two models that differ in depth alone, trained a few steps by the real engine: a whole one on every rank; the
-    deeper one once more with a micro-batch of `small` sequences, where launches outweigh what they launch (0: not)."""
+    """Two models that differ in depth alone, trained a few steps by the real engine: a whole one on every rank; once
+    more with micro-batches of `small` sequences, where launches outweigh what they launch (0: not)."""
 
     models: tuple[Model, Model]
     layout: Layout
@@ -34,7 +34,8 @@ class References:
         if not self.small:
             return whole
         smaller = self.layout.model_copy(update={"micro_batch": self.small})
-        return (*whole, (self.models[1], smaller, self.batch * self.small // self.layout.micro_batch))
+        fewer = self.batch * self.small // self.layout.micro_batch
+        return (*whole, *((model, smaller, fewer) for model in self.models))
 
     @property
     def deeper(self) -> int:

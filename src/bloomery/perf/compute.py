@@ -214,7 +214,7 @@ def _attention(case: Case) -> tuple[Any, Any]:
             case.seq_len,
             width,
             lay.micro_batch,
-            head_dim=(model.head_dim + model.value_head_dim) / 2,
+            head_dim=model.head_dim if stack.eager else (model.head_dim + model.value_head_dim) / 2,
             causal=causal,
         )
         return forward / stack.attention_factor, backward / stack.attention_factor
@@ -264,7 +264,8 @@ def _outputs_again(case: Case, moe: bool) -> Any:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
     norms = 2 * stack.norm(model).forward * case.stream_tokens * model.hidden * case.precision.stream
     inside = stack.activation(model).forward * width * case.tokens * case.precision.stream / case.lay.tp
-    return memory_s(case.accelerator, stack.traffic * (norms + inside))
+    given = 1 + case.accelerator.allocation if stack.serial_launch else 1
+    return given * memory_s(case.accelerator, stack.traffic * (norms + inside))
 
 
 def _inner_norm_bytes(case: Case) -> Any:

@@ -55,7 +55,7 @@ def flash_attention_s(
     are computed again (Dao 2023, arXiv 2307.08691, whose figures 4 to 6 show narrow heads and short sequences slower).
     """
     flops = 4.0 * seq_len**2 * width * sequences * (0.5 if causal else 1.0)
-    shape = head_dim / (head_dim + accelerator.attention_width_half)
+    shape = head_dim / (head_dim + accelerator.attention_width_half.get(dtype, 0.0))
     shape = shape * seq_len / (seq_len + accelerator.attention_seq_half)
     forward = flops / (accelerator.peak(dtype) * accelerator.attention_efficiency(dtype) * shape)
     return forward, 2.5 * forward

@@ -44,11 +44,13 @@ class Inner(Table):
 @dataclass(frozen=True)
 class Data(Table):
     """Data-parallel messages of one step in seconds: gradients reduced; parameters gathered once, and gathered again in
-    each micro-batch."""
+    each micro-batch. `copied`, `copied_each`: bytes of those that FSDP lays out for a message and back, likewise."""
 
     reduce: Any
     gather: Any
     gather_each: Any
+    copied: Any = 0.0
+    copied_each: Any = 0.0
 
 
 NO_MESSAGES = Inner(0.0, 0.0, 0.0, 0.0)
@@ -197,7 +199,15 @@ def data_messages(case: Case) -> Data:
         one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], row.bytes_each)
         kind = "reduce" if row.op != "all_gather" else "gather_each" if row.each == "micro_batch" else "gather"
         seconds[kind] = seconds[kind] + row.count * one
-    return Data(**seconds)
+    if not case.stack.shard_passes:
+        return Data(**seconds)
+    laid_out = [row for row in rows if row.op in ("all_gather", "reduce_scatter")]
+    copied = {
+        each: (case.lay.zero_stage >= 2)
+        * sum((row.count * row.bytes_each for row in laid_out if row.each == each), nothing)
+        for each in ("step", "micro_batch")
+    }
+    return Data(**seconds, copied=copied["step"], copied_each=copied["micro_batch"])
 
 
 def _as_one(rows: Sequence[Collective]) -> list[Collective]:

@@ -15,7 +15,7 @@ from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.compute import Work, cast_s, stage_work
 from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
-from bloomery.perf.memory import parameters_on, updated_parameters
+from bloomery.perf.memory import updated_parameters
 from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, statistics_s, tied_s
 from bloomery.perf.optimizer import muon_s, optimizer_s
 from bloomery.perf.pipeline import (
@@ -194,9 +194,10 @@ class DataParallel(Table):
         """Of k cases of a mesh and its ZeRO stage."""
         kinds, accelerator = case.kinds, case.accelerator
         data, stage = data_messages(case), case.lay.zero_stage
-        copied = case.stack.shard_passes * case.precision.gathered * sum(parameters_on(case, kinds))
         hook_s = case.stack.shard_kernels * accelerator.launch_s * kinds.layers.max(axis=0)
-        hook_s = hook_s + memory_s(accelerator, copied).max(axis=0)
+        copied_s = [
+            memory_s(accelerator, case.stack.shard_passes * np.max(n, 0)) for n in (data.copied, data.copied_each)
+        ]
         updated = updated_parameters(case, kinds).max(axis=0)
         shard_s = cast_s(case, updated)
         return cls(
@@ -204,8 +205,8 @@ class DataParallel(Table):
             gather=data.gather,
             gather_each=data.gather_each,
             bucket=1.0 / np.maximum(kinds.layers, 1),
-            hooks=hook_s * np.select([stage == 3, stage == 2], [1, 2], 0) + shard_s * (stage == 2),
-            hooks_each=(hook_s + shard_s) * np.where(stage == 3, 2, 0),
+            hooks=hook_s * np.select([stage == 3, stage == 2], [1, 2], 0) + shard_s * (stage == 2) + copied_s[0],
+            hooks_each=(hook_s + shard_s) * np.where(stage == 3, 2, 0) + copied_s[1],
             ends=ends_before_first(case).astype(np.float64),
             optimizer=optimizer_s(case, updated) + muon_s(case).max(axis=0),
             other=statistics_s(case) + case.stack.step_overhead_s,

@@ -181,11 +181,9 @@ def _comparable(run: Measured, shared: bool) -> list[tuple[str, ...]]:
     """
     if shared:
         return [("optimizer",)]
-    unprofiled = KINDS if not all(kind in run.seconds for kind in KINDS) else ("compute",)
+    twice = ("compute",) if all(kind in run.seconds for kind in KINDS) else KINDS
     drained = ("pp_comm", "dp_comm", "other") if run.layout.pp > 1 else ()
-    alone: list[tuple[str, ...]] = [
-        (name,) for name in PARTS if name in run.seconds and name not in (*unprofiled, *drained)
-    ]
+    alone: list[tuple[str, ...]] = [(name,) for name in PARTS if name in run.seconds and name not in (*twice, *drained)]
     return [*alone, drained] if drained else alone
 
 

@@ -81,7 +81,8 @@ def changes(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
     peaks = {dtype: peak * tenth_more for dtype, peak in accelerator.peak_flops_per_s.items()}
     yield "+10 % peak FLOP/s", _accelerator(cluster, peak_flops_per_s=peaks)
     yield "+10 % memory bandwidth", _accelerator(cluster, **_memory_bandwidth(accelerator, tenth_more))
-    yield "-10 % launch cost", _accelerator(cluster, launch_s=accelerator.launch_s * tenth_less)
+    host = {name: getattr(accelerator, name) * tenth_less for name in ("launch_s", "allocation")}
+    yield "-10 % launch cost", _accelerator(cluster, **host)
     yield "+10 % memory capacity", _accelerator(cluster, memory_bytes=accelerator.memory_bytes * tenth_more)
 
 

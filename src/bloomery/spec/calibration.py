@@ -56,13 +56,14 @@ class ArchitectureConstants(Noun):
         values = {
             "gemm": {dtype: surface(dtype) for dtype in dtypes},
             "attention": dict.fromkeys(dtypes, self.attention),
-            "attention_width_half": self.attention_width_half,
-            "attention_seq_half": self.attention_seq_half,
             "memory_efficiency": self.memory_efficiency,
             "kernel_s": self.kernel_s,
             "launch_s": self.launch_s,
         }
         stated = bare.model_fields_set
+        if "attention" not in stated:
+            widths = dict.fromkeys(dtypes, self.attention_width_half)
+            values |= {"attention_width_half": widths, "attention_seq_half": self.attention_seq_half}
         return bare.model_copy(update={name: value for name, value in values.items() if name not in stated})
 
     def link(self, tier: Tier, factor: float = 1.0) -> Tier:

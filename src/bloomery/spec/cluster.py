@@ -51,13 +51,15 @@ class Accelerator(Noun):
     memory_efficiency: float = Field(default=0.8, gt=0, le=1)
     tdp_w: float = Field(default=0.0, ge=0)
     launch_s: float = Field(default=5e-6, ge=0, description="host time to launch one kernel")
-    allocation: float = Field(default=0.0, ge=0, description="host time to give and take back what operators write")
-    """Over the time of a layer's element-wise operators: pages of a CPU's memory are mapped and freed."""
+    allocation: float = Field(
+        default=0.0, ge=0, description="host time to map and free memory, over that of element-wise operators"
+    )
     kernel_s: float = Field(default=2e-6, ge=0, description="device time of a kernel beyond its work: fill and drain")
     gemm: dict[Dtype, GemmEfficiency] = {}
     attention: dict[Dtype, Annotated[float, Field(gt=0)]] = {}
     """Share of peak of fused attention by number format; see `attention_efficiency`."""
-    attention_width_half: float = Field(default=0.0, ge=0, description="head_dim at which it has half that rate")
+    attention_width_half: dict[Dtype, Annotated[float, Field(ge=0)]] = {}
+    """The head_dim at which it has half that rate; 0 where none is told."""
     attention_seq_half: float = Field(default=0.0, ge=0, description="sequence length at which it has half that rate")
     optimizer_bytes_per_s: float | None = Field(default=None, gt=0)
     """Rate of a whole optimizer step (gradient norm, clipping, AdamW); the memory's where it was not measured."""

@@ -53,8 +53,10 @@ class Hosts:
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def codes(self) -> list[int]:
-        """Exit codes, when both have ended."""
-        return [process.wait(timeout=180) for process in self.processes]
+        """Exit codes, when both have ended; what they said of it is shown where a test fails."""
+        for process in self.processes:
+            print(process.communicate(timeout=180)[1], file=sys.stderr)
+        return [process.returncode for process in self.processes]
 
     def told(self, start: int) -> list[dict[str, str]]:
         """What the ranks of one start were told."""

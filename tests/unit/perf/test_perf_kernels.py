@@ -13,7 +13,7 @@ DEVICE = Accelerator(
     memory_bytes=8e10,
     memory_bandwidth_bytes_per_s=2e12,
     attention={"bfloat16": 0.5},
-    attention_width_half=20.0,
+    attention_width_half={"bfloat16": 20.0},
     attention_seq_half=300.0,
 )
 

@@ -11,7 +11,7 @@ from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate
-from bloomery.perf.memory import PARTS, memory_of, parameters_on, updated_parameters
+from bloomery.perf.memory import PARTS, memory_of, updated_parameters
 from bloomery.perf.optimizer import optimizer_s
 from bloomery.perf.profiles import MEGATRON_CORE, NEOX
 from bloomery.perf.ranks import Ranks
@@ -74,6 +74,15 @@ def data_s(case: Case, ranks: Ranks, *, gathers: bool) -> float:
         one = collective_s(case.cluster, "all_reduce", group, np.array([n_bytes]))
         seconds += float(one[0]) if n_bytes else 0.0
     return seconds
+
+
+def copied_bytes(case: Case, ranks: Ranks, *ops: str) -> float:
+    """Of a rank's parameters gathered and gradients reduced in a step."""
+    return sum(
+        float(np.ravel(row.count)[0]) * float(np.ravel(row.bytes_each)[0])
+        for row in case.collectives_of(ranks)
+        if row.axis in ("dp", "edp") and row.op in ops
+    )
 
 
 def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
@@ -147,9 +156,11 @@ def plain_step_s(case: Case) -> float:
     # Gathered once and reduced once a step; ZeRO 3 gathers for each micro-batch's two passes instead.
     cuts = {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * max(one["layers"] for one in found)
     host = cuts * stack.shard_kernels * case.accelerator.launch_s
-    whole = max(float(sum(parameters_on(case, one))[0]) for one in ranks) * case.precision.gathered
-    rate = case.accelerator.memory_bandwidth_bytes_per_s * case.accelerator.memory_efficiency
-    host += {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * stack.shard_passes * whole / rate
+    if int(lay.zero_stage[0]) >= 2:
+        rate = case.accelerator.memory_bandwidth_bytes_per_s * case.accelerator.memory_efficiency
+        # Once a step, and what ZeRO 3 gathers for each micro-batch: each on the rank that has most of it.
+        apart = [["all_gather", "reduce_scatter"]] if lay.zero_stage[0] == 2 else [["all_gather"], ["reduce_scatter"]]
+        host += stack.shard_passes / rate * sum(max(copied_bytes(case, one, *ops) for one in ranks) for ops in apart)
     return (
         path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + host + stack.step_overhead_s
     )
