@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.cluster.probe_tables import Heads, References
+from bloomery.cluster.probe_tables import WHOLE, Heads, References
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import Group, collective_s
@@ -113,8 +113,8 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
         for kind in (kind for kind in KINDS if kind != "host"):
             slower = [
                 log(
-                    _of_a_layer(models[:2], kind, deeper)
-                    / _of_a_layer(predicted(machine.accelerator, references, dtype)[:2], kind, deeper)
+                    _of_a_layer(models[:WHOLE], kind, deeper)
+                    / _of_a_layer(predicted(machine.accelerator, references, dtype)[:WHOLE], kind, deeper)
                 )
                 for dtype, models in measured.items()
                 if all(model[kind] for model in models)  # a profile that tells nothing of a kind turns nothing
@@ -133,11 +133,12 @@ def _host(accelerator: Accelerator, references: References, measured: dict[Dtype
     alone = ({"launch_s": 1e-6, "allocation": 0.0}, {"launch_s": 0.0, "allocation": 1.0})
     rows = list[list[float]]()
     for dtype, models in measured.items():
-        if not all(model["host"] for model in models):
+        if len(models) == WHOLE or not all(model["host"] for model in models):
             continue
         told = [predicted(accelerator.model_copy(update=one), references, dtype) for one in alone]
         sides = [
-            [_of_a_layer(pair, "host", references.deeper) for pair in (one[:2], one[2:])] for one in (models, *told)
+            [_of_a_layer(pair, "host", references.deeper) for pair in (one[:WHOLE], one[WHOLE:])]
+            for one in (models, *told)
         ]
         rows += [[by_launch / seconds, given / seconds] for seconds, by_launch, given in zip(*sides, strict=True)]
     if not rows:
@@ -154,7 +155,7 @@ def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
 
 def _layer_and_ends(models: Sequence[Kinds], references: References) -> tuple[float, float]:
     """Seconds of one layer and of everything else; noise cannot make either vanish."""
-    shallow, deep = (sum(model.values()) for model in models[:2])
+    shallow, deep = (sum(model.values()) for model in models[:WHOLE])
     layer = max((deep - shallow) / references.deeper, 0.01 * deep)
     return layer, max(shallow - references.models[0].layers * layer, 0.01 * shallow)
 

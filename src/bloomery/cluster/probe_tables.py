@@ -15,10 +15,14 @@ Heads = tuple[int, int, int, int]
 """Batch, heads, sequence, head dimension."""
 
 
+WHOLE = 2
+"""Of `References.runs`, the first that are measured in every format: launches cost the same in all."""
+
+
 @dataclass(frozen=True)
 class References:
     """Two models that differ in depth alone, trained a few steps by the real engine: a whole one on every rank; once
-    more with micro-batches of `small` sequences, where launches outweigh what they launch (0: not)."""
+    more in float32 with micro-batches of `small` sequences, where launches outweigh what they launch (0: not)."""
 
     models: tuple[Model, Model]
     layout: Layout

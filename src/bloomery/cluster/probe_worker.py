@@ -25,7 +25,7 @@ from bloomery.cluster.probe_kernels import (
     warm_up,
 )
 from bloomery.cluster.probe_links import core_share, measure_links, now
-from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
+from bloomery.cluster.probe_tables import CPU, WHOLE, References, Tables, tables_for
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
@@ -103,7 +103,8 @@ def measure_reference(place: Place, run: tuple[Model, Layout, int], seq_len: int
 
 def measure_references(place: Place, how: References, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
     """Steps of the reference models in each format: the only turn of a list that later turns are added to."""
-    return [{dtype: [measure_reference(place, run, how.seq_len, dtype) for run in how.runs] for dtype in dtypes}]
+    runs = {dtype: how.runs if dtype == "float32" else how.runs[:WHOLE] for dtype in dtypes}
+    return [{dtype: [measure_reference(place, run, how.seq_len, dtype) for run in runs[dtype]] for dtype in dtypes}]
 
 
 def _together(place: Place) -> None:
