@@ -11,7 +11,7 @@ Host time is counted in units of the accelerator's `launch_s`, the Python and au
 where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
 and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
 reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
-`tile_kernels` of attention to the keys of one context-parallel rank (all of our engine's as 70 runs on two cores had
+`tile_kernels` of attention to the keys of one context-parallel rank (all of our engine's as 100 runs on two cores had
 them). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each
 collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
 
@@ -242,10 +242,10 @@ EAGER_CPU = Stack(
     routed=Passes(9, 17),
     accumulate=3.0,
     kernels=Passes(150, 200),
-    expert_kernels=Passes(100, 100),
+    expert_kernels=Passes(200, 250),
     selective_share=None,
-    collective_kernels=30.0,
-    shard_kernels=230.0,
+    collective_kernels=48.0,
+    shard_kernels=360.0,
     shard_passes=4.0,
     end_kernels=Passes(100, 150),
     large_logits=Passes(0, 0),
@@ -268,7 +268,7 @@ EAGER_CPU = Stack(
     expert_imbalance=1.25,
     expert_spread=0.3,
     serial_launch=True,
-    tile_kernels=Passes(20, 35),
+    tile_kernels=Passes(50, 85),
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 
