@@ -35,6 +35,8 @@ from bloomery.spec.parameters import parameter_count
 
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 KIND_ROUNDS = 6
+RATES = tuple(kind for kind in KINDS if kind != "host")
+"""Kinds that one rate is turned for; the host has two constants (`_host`)."""
 SMALL_HALF = 0.1
 """Weight of a link's half size against the errors of its messages."""
 Kinds = Mapping[str, float]
@@ -105,17 +107,15 @@ def calibrated(accelerator: Accelerator, references: References, measured: dict[
 
 
 def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """Rates turned until a layer takes what it took, kind by kind; turned again because kinds lean on each other (a
-    small product waits for memory)."""
+    """Rates turned until a layer takes what it took, kind by kind, then what the host takes solved; again and again,
+    because kinds lean on each other (a small product waits for memory)."""
     machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
-        for kind in (kind for kind in KINDS if kind != "host"):
+        told = {dtype: predicted(machine.accelerator, references, dtype)[:WHOLE] for dtype in measured}
+        for kind in RATES:
             slower = [
-                log(
-                    _of_a_layer(models[:WHOLE], kind, deeper)
-                    / _of_a_layer(predicted(machine.accelerator, references, dtype)[:WHOLE], kind, deeper)
-                )
+                log(_of_a_layer(models[:WHOLE], kind, deeper) / _of_a_layer(told[dtype], kind, deeper))
                 for dtype, models in measured.items()
                 if all(model[kind] for model in models)  # a profile that tells nothing of a kind turns nothing
             ]

@@ -14,7 +14,7 @@ import numpy as np
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_s, memory_s
-from bloomery.spec.cluster import CollectiveName
+from bloomery.spec.cluster import CollectiveName, Dtype
 from bloomery.spec.data_messages import matrix_collectives
 from bloomery.spec.parameters import is_hidden_matrix, layer_parameters
 
@@ -39,13 +39,14 @@ def _layer_s(case: Case, layer: int) -> Any:
     r and the larger c."""
     accelerator, total = case.accelerator, np.zeros(len(case.lay))
     narrow = accelerator.kind != "cpu" and "bfloat16" in accelerator.peak_flops_per_s
-    dtype, wide = ("bfloat16", 2) if narrow else ("float32", 4)
+    dtype: Dtype = "bfloat16" if narrow else "float32"
+    wide = 2 if narrow else 4
     for parameter in layer_parameters(case.model, layer):
         if is_hidden_matrix(parameter):
-            count = parameter.shape[0] // case.lay.ep if parameter.expert else 1
+            count: Any = parameter.shape[0] // case.lay.ep if parameter.expert else 1
             r, c = sorted(parameter.shape[-2:])
             for m, n, k in ((r, r, c), (r, r, r), (r, c, r)):
-                total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))  # type: ignore[arg-type,operator]
+                total += count * float(gemm_s(accelerator, dtype, m, n, k, element_bytes=wide))
     return NEWTON_SCHULZ_STEPS * total
 
 
