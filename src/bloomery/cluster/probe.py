@@ -19,14 +19,16 @@ import psutil
 
 from bloomery.cluster.hostfile import Hosts, here
 from bloomery.cluster.measuring import Tell, run_ranks
-from bloomery.cluster.probe_parts import accelerator, groups, noise_of, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, noise_of, slowed, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
-from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage, Tier
+from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.seal import sealed_text
 
+Results = list[dict[str, Any]]
+"""The figures of all ranks, in their order."""
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
@@ -42,13 +44,12 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
     Raises InputError for hosts of different sizes, BloomeryError when a measuring process fails.
     """
     if hosts is None:
-        crowded_links: dict[int, tuple[Tier, ...]] = {}
-        measured = {}
+        measured, crowd = dict[int, Results](), dict[int, Results]()
         for ranks in cut_sizes():
             progress(f"{_ranks(ranks)}, {threads_per_rank(ranks)} threads each")
             measured[ranks] = _measured(here(ranks), quick, progress)
         if not quick:
-            crowded_links = _crowded_links(progress)
+            crowd = _crowd(progress)
             _again({ranks: (here(ranks), results) for ranks, results in measured.items()}, progress)
         cuts = [
             Cut(ranks=ranks, accelerator=accelerator(results), tiers=tiers(results, 1))
@@ -58,8 +59,8 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
         one, links, per_node = cuts[-1].accelerator, cuts[-1].tiers, cuts[-1].ranks
         cores = len(os.sched_getaffinity(0))
         cuts += [
-            Cut(ranks=ranks, accelerator=crowded(one, ranks, cores), tiers=found)
-            for ranks, found in crowded_links.items()
+            Cut(ranks=ranks, accelerator=crowded(one, ranks, cores, slowed(found)), tiers=tiers(found, 1))
+            for ranks, found in crowd.items()
         ]
         parts: dict[str, Any] = {"name": "this-machine", "cuts": tuple(cuts), "nodes": 1}
     else:
@@ -91,24 +92,22 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
 
 
-def _measured(
-    hosts: Hosts, quick: bool, progress: Tell, what: str = "all", dtypes: Sequence[str] = ()
-) -> list[dict[str, Any]]:
-    """The figures of all ranks, in their order."""
+def _measured(hosts: Hosts, quick: bool, progress: Tell, what: str = "all", dtypes: Sequence[str] = ()) -> Results:
     settings = {"quick": quick, "what": what, "dtypes": list(dtypes)}
     return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
 
 
-def _crowded_links(progress: Tell) -> dict[int, tuple[Tier, ...]]:
-    """Links of more ranks than cores; the rest of what such a rank is follows from one with cores of its own."""
+def _crowd(progress: Tell) -> dict[int, Results]:
+    """Links of more ranks than cores, and how much these slow each other down; the rest of what such a rank is follows
+    from one with cores of its own."""
     cores, found = len(os.sched_getaffinity(0)), {}
     for ranks in crowded_sizes():
-        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}, links only")
-        found[ranks] = tiers(_measured(here(ranks), True, progress, "links"), 1)
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}")
+        found[ranks] = _measured(here(ranks), True, progress, "crowd")
     return found
 
 
-def _again(sets: dict[int, tuple[Hosts, list[dict[str, Any]]]], progress: Tell) -> None:
+def _again(sets: dict[int, tuple[Hosts, Results]], progress: Tell) -> None:
     """Reference steps of every set of ranks again, in turns, added to what was found.
 
     A machine that others share, or that was idle before, is faster in one minute than in the next: rounds that lie
@@ -122,13 +121,15 @@ def _again(sets: dict[int, tuple[Hosts, list[dict[str, Any]]]], progress: Tell) 
                 result["reference"] += more["reference"]
 
 
-def crowded(whole: Accelerator, ranks: int, cores: int) -> Accelerator:
-    """What each of more ranks than cores is while all work. `whole`: a rank with a core of its own."""
-    share = ranks / cores
+def crowded(whole: Accelerator, ranks: int, cores: int, slower: float) -> Accelerator:
+    """What each of more ranks than cores is while all work. `whole`: a rank with a core of its own; `slower`: what
+    they take over an even share of the time."""
+    ranks_per_core = ranks / cores
+    share = ranks_per_core * slower
     rate = whole.optimizer_bytes_per_s
     changed = {
-        "name": f"cpu-shared-by-{share:g}",
-        "ranks_per_core": share,
+        "name": f"cpu-shared-by-{ranks_per_core:g}",
+        "ranks_per_core": ranks_per_core,
         "peak_flops_per_s": {dtype: peak / share for dtype, peak in whole.peak_flops_per_s.items()},
         "memory_bandwidth_bytes_per_s": whole.memory_bandwidth_bytes_per_s / share,
         "memory_bytes": float(psutil.virtual_memory().available / ranks),
@@ -146,11 +147,11 @@ STEPS_OF_RANKS = 4
 def steps(hosts: Hosts | None, *, quick: bool) -> int:
     """How often `progress` is told something."""
     sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
-    crowded_steps = 2 * len(crowded_sizes()) if hosts is None and not quick else 0
+    crowds = len(crowded_sizes()) if hosts is None and not quick else 0
     turns = 0 if quick else (REFERENCE_TURNS - 1) * len(sets)
     return (
         1
-        + crowded_steps
+        + 3 * crowds
         + turns
         + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
     )

@@ -4,7 +4,8 @@ On CPUs a message inside a host is timed as a step sends it, after a piece of co
 other find every thread awake and on its core; after compute some wait until the scheduler's next tick for one that is
 not, on average a millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that have
 no core to themselves, by the processor time they are given, wait for their turn besides, which the plan counts as
-compute (`Accelerator.ranks_per_core`): of them, what compute with messages takes longer than compute alone. Between
+compute (`Accelerator.ranks_per_core`): of them, what compute with messages takes longer than compute alone, and in what
+share of it the cores are busy, so that no other rank gets them. Between
 hosts it is the wire that is asked for, which may let a burst pass faster after a pause: there they are sent one upon
 the other.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,9 +64,9 @@ def core_share(place: Place) -> float:
 
 
 def measure_links(place: Place, sizes: Sequence[int], rounds: int, share: float) -> dict[str, list[dict[str, Any]]]:
-    """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and
-    seconds by round, as seen by this rank; none where it took no part. `share`: `core_share`. Every rank must call
-    it."""
+    """For each of the groups that exists: rows of operation, bytes (of `sizes`, as the shard table counts them) and, by
+    round, seconds (`s`) as seen by this rank and those of its processor (`processor_s`); none where it took no part.
+    `share`: `core_share`. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
         place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
@@ -124,17 +125,32 @@ def _measure(
             found = []
             for _ in range(SLOW_ROUNDS if trial[0] > SLOW_S else rounds):
                 dist.barrier(group)
-                found.append(timer.seconds(work, calls) / calls)
-            rows.append({"op": op, "bytes": size, "s": found})
+                found.append(timer.span(work, calls))
+            by_round = {
+                "s": [max(1e-6, span.s / calls) for span in found],
+                "processor_s": [max(0.0, span.processor_s / calls) for span in found],
+            }
+            rows.append({"op": op, "bytes": size, **by_round})
             last_s = trial[0] if op == "all_reduce" else last_s
     return rows
 
 
+class Span(NamedTuple):
+    """Seconds, and how many the processor spent on all threads of this rank meanwhile."""
+
+    s: float = 0.0
+    processor_s: float = 0.0
+
+    def beyond(self, other: Span) -> Span:
+        """What this is longer than another."""
+        return Span(self.s - other.s, self.processor_s - other.processor_s)
+
+
 @dataclass(frozen=True)
 class Timer:
-    """`seconds` of so many messages, whose ranks compute for `between_s` before each."""
+    """`span` of so many messages, whose ranks compute for `between_s` before each."""
 
-    seconds: Callable[[Callable[[], Any], int], float]
+    span: Callable[[Callable[[], Any], int], Span]
     between_s: float = 0.0
 
 
@@ -143,27 +159,27 @@ def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, shar
         return Timer(lambda work, calls: _span(device, [work] * calls))
     compute = _piece(group)
 
-    def after_compute(work: Callable[[], Any], calls: int) -> float:
-        total = 0.0
+    def after_compute(work: Callable[[], Any], calls: int) -> Span:
+        spans = list[Span]()
         for _ in range(calls):
             compute()
-            total += _span(device, [work])
-        return total
+            spans.append(_span(device, [work]))
+        return Span(*map(sum, zip(*spans, strict=True)))
 
-    def beyond_compute(work: Callable[[], Any], calls: int) -> float:
+    def beyond_compute(work: Callable[[], Any], calls: int) -> Span:
         alone = _span(device, [compute] * calls)
         dist.barrier(group)
-        return max(1e-6 * calls, _span(device, [compute, work] * calls) - alone)
+        return _span(device, [compute, work] * calls).beyond(alone)
 
     return Timer(after_compute if share > OWN_CORE else beyond_compute, PIECE_S)
 
 
-def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> float:
-    """Seconds of these, one after the other."""
-    started = now(device)
+def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> Span:
+    """Of these, one after the other."""
+    started, processor = now(device), time.process_time()
     for one in several:
         one()
-    return now(device) - started
+    return Span(now(device) - started, time.process_time() - processor)
 
 
 def _products() -> Callable[[int], None]:

@@ -143,6 +143,13 @@ def turns_of(result: dict[str, Any], dtype: str, model: int) -> list[dict[str, A
     return [turn[dtype][model] for turn in result["reference"]]
 
 
+def slowed(crowd: Sequence[dict[str, Any]]) -> float:
+    """How much longer than an even share of the cores explains a step takes ranks that share them (caches, switches),
+    over the same step on as many ranks as there are cores."""
+    own, shared = ([result["steps"][kind] for result in crowd if result["steps"][kind]] for kind in ("own", "shared"))
+    return mean(map(median, shared)) / mean(map(median, own)) * len(own) / len(shared)
+
+
 def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     """The links inside a host, where it has several ranks, and between hosts, where there are several.
 
@@ -152,7 +159,8 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
     found = list[Tier]()
     if slots > 1:
-        found.append(fit_tier(links_of(results, INSIDE), slots, backend))
+        rows = links_of(results, INSIDE)
+        found.append(fit_tier(rows, slots, backend).model_copy(update={"occupied": _occupied(results, rows)}))
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
@@ -162,16 +170,29 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
 
 
+def _occupied(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> float:
+    """In what share of a send's time the cores of its ranks are busy with it, where they share them: an even share of
+    them is a rank's."""
+    share = min(result["core_share"] for result in results)
+    if share > OWN_CORE:
+        return 0.0
+    return min(1.0, median(mean(row["processor_s"]) / share / mean(row["s"]) for row in rows if row["op"] == "send"))
+
+
 def links_of(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, Any]]:
     """Of every operation and size the mean over ranks, round by round: one that comes early waits for one that comes
     late, and a step has as many of the one as of the other."""
-    rounds = dict[tuple[str, int], list[list[float]]]()
+    found = dict[tuple[str, int], list[dict[str, Any]]]()
     for result in results:
         for row in result["links"].get(group, []):
-            rounds.setdefault((row["op"], row["bytes"]), []).append(row["s"])
+            found.setdefault((row["op"], row["bytes"]), []).append(row)
+
+    def by_round(rows: list[dict[str, Any]], what: str) -> list[float]:
+        return [mean(of_ranks) for of_ranks in zip(*(row[what] for row in rows), strict=True)]
+
     return [
-        {"op": op, "bytes": size, "s": [mean(of_ranks) for of_ranks in zip(*found, strict=True)]}
-        for (op, size), found in rounds.items()
+        {"op": op, "bytes": size, **{what: by_round(rows, what) for what in ("s", "processor_s")}}
+        for (op, size), rows in found.items()
     ]
 
 

@@ -61,44 +61,68 @@ def measure_reference(place: Place, run: tuple[Model, Layout, int], seq_len: int
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients; `shares` of
     the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
-    device = place.device
-    model, layout, sequences = run
-    mesh = Mesh(layout, device, 0, None)
-    engine = build(
-        model,
-        layout,
-        mesh,
-        seq_len=seq_len,
-        global_batch=sequences,
-        dtype=dtype,
-        seed=0,
-        measure=lambda _: nullcontext(),
-    )
-    optimizer = build_optimizers(engine, Optimizer(lr=1e-4))
-    tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)
-    batch = Batch(tokens, tokens, tokens.numel())
+    reference = _Reference(place.device, run, seq_len, dtype)
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     _together(place)
     for _ in range(REFERENCE_WARM_UP + REFERENCE_ROUNDS):
-        started = now(device)
-        loss = engine.forward_backward(batch)
-        between = now(device)
-        norm = engine.statistics(loss).grad_norm
-        optimizer.clip(norm / 2, norm)
-        engine.update(optimizer)
-        optimizer.zero_grad()
-        found["compute"].append(between - started)
-        found["optimizer"].append(now(device) - between)
+        for half, seconds in reference.step().items():
+            found[half].append(seconds)
     halves = {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
-    if device.type != "cpu":
+    if place.device.type != "cpu":
         return {**halves, "shares": {"compute": 1.0}}
     _together(place)
     with profile(use_kineto=True) as profiled:
         for _ in range(PROFILED_STEPS):
             with record_function(MARK + "compute"):
-                engine.forward_backward(batch)
-            optimizer.zero_grad()
+                reference.engine.forward_backward(reference.batch)
+            reference.optimizer.zero_grad()
     return {**halves, "shares": kinds_of(profiled).shares}
+
+
+class _Reference:
+    """A model, its optimizer and a batch on one rank."""
+
+    def __init__(self, device: torch.device, run: tuple[Model, Layout, int], seq_len: int, dtype: str) -> None:
+        model, layout, sequences = run
+        self.engine = build(
+            model,
+            layout,
+            Mesh(layout, device, 0, None),
+            seq_len=seq_len,
+            global_batch=sequences,
+            dtype=dtype,
+            seed=0,
+            measure=lambda _: nullcontext(),
+        )
+        self.device, self.optimizer = device, build_optimizers(self.engine, Optimizer(lr=1e-4))
+        tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)
+        self.batch = Batch(tokens, tokens, tokens.numel())
+
+    def step(self) -> dict[str, float]:
+        """Seconds of its halves."""
+        started = now(self.device)
+        loss = self.engine.forward_backward(self.batch)
+        between = now(self.device)
+        norm = self.engine.statistics(loss).grad_norm
+        self.optimizer.clip(norm / 2, norm)
+        self.engine.update(self.optimizer)
+        self.optimizer.zero_grad()
+        return {"compute": between - started, "optimizer": now(self.device) - between}
+
+
+CROWD_TURNS, CROWD_ROUNDS = 3, 3
+
+
+def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
+    """Seconds of a small reference step on all ranks (`shared`), and on as many as there are cores while the others
+    wait (`own`; none of those), in turns: both find the machine as fast as it is then."""
+    reference = _Reference(place.device, how.runs[-1], how.seq_len, "float32")
+    found: dict[str, list[float]] = {"shared": [], "own": []}
+    for ranks, kind in ((place.world_size, "shared"), (len(os.sched_getaffinity(0)), "own")) * CROWD_TURNS:
+        _together(place)
+        if place.rank < ranks:
+            found[kind] += [sum(reference.step().values()) for _ in range(1 + CROWD_ROUNDS)][1:]
+    return found
 
 
 def measure_references(place: Place, how: References, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
@@ -118,9 +142,12 @@ def measure(place: Place) -> dict[str, Any]:
     """Everything, or what a later round of the probe asks for, by name."""
     quick, device = place.settings["quick"], place.device
     tables = tables_of(place)
-    if place.settings["what"] == "links":
-        links = measure_links(place, tables.message_bytes, 3, core_share(place))
-        return {"rank": place.rank, "device": device.type, "links": links}
+    if place.settings["what"] == "crowd":
+        share = core_share(place)
+        links = measure_links(place, tables.message_bytes, 3, share)
+        place.tell("a reference model")
+        found = {"steps": measure_crowd(place, tables.references), "links": links}
+        return {"rank": place.rank, "device": device.type, "core_share": share, **found}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device, tables.warm_up)
     _together(place)

@@ -56,11 +56,17 @@ def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> tuple[np.ndarray, np.
     return sharing, np.where(inside < lay.pp, 1.0, sharing)
 
 
-def felt_s(compute: Any, messages: Any, sharing: Any) -> Any:
+def felt_s(compute: Any, messages: Any, sharing: Any, occupied: Any) -> Any:
     """Of a micro-batch's `messages` what makes its turn longer than `compute`, in seconds: where stages share cores,
     one that waits for a message leaves its core to another, so a turn is as long as compute while all work, or as its
-    own alone with the messages."""
-    return messages if np.all(sharing == 1) else np.maximum(compute, compute / sharing + messages) - compute
+    own alone with the messages. `occupied`: seconds in which they leave it to nobody."""
+    return np.maximum(compute + occupied, compute / sharing + messages) - compute
+
+
+def ends_of_sends(pp: Any) -> Any:
+    """How many ends of its sends a stage has, on average, for each one that it waits for: both neighbours' if it has
+    both."""
+    return 2 * (pp - 1) / pp
 
 
 def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, sharing: Any = 1.0) -> Any:

@@ -20,6 +20,7 @@ from bloomery.perf.messages import Inner, data_messages, inner_messages, sends, 
 from bloomery.perf.optimizer import muon_s, optimizer_s
 from bloomery.perf.pipeline import (
     ends_before_first,
+    ends_of_sends,
     felt_s,
     over_ranks,
     pipeline_s,
@@ -273,7 +274,11 @@ class StepTimes:
         return stages_per_core(self.case.cluster, self.case.lay)
 
     def _sends_s(self, block: slice, micro: MicroBatch) -> Any:
-        return felt_s(micro.slowest, self._sends[block].seconds, self._sharing[1][block])
+        seconds, sharing = self._sends[block].seconds, self._sharing[1][block]
+        if np.all(sharing == 1):
+            return seconds
+        ends = ends_of_sends(self.case.lay.pp[block]) * (sharing > 1)
+        return felt_s(micro.slowest, seconds, sharing, self.case.cluster.tiers[0].occupied * ends * seconds)
 
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward."""

@@ -105,6 +105,7 @@ class Tier(Noun):
     A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
     `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring).
     `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
+    `occupied`: between ranks that take turns on cores, in what share of a send's time these are busy with it.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Tier(Noun):
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
     op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
     flat: bool = False
+    occupied: float = Field(default=0.0, ge=0, le=1)
 
 
 class Storage(Noun):

@@ -8,7 +8,7 @@ import pytest
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
 from bloomery.cluster.probe_fit import predicted
-from bloomery.cluster.probe_parts import accelerator, groups, links_of, noise_of, shared_ports, tiers
+from bloomery.cluster.probe_parts import accelerator, groups, links_of, noise_of, shared_ports, slowed, tiers
 from bloomery.cluster.probe_tables import CUDA
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
@@ -23,10 +23,13 @@ OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"
 def rows(rate: float, wave: float = 0.0) -> list[dict[str, object]]:
     """Every operation by size at some bytes/s, three rounds."""
     return [
-        {"op": op, "bytes": size, "s": [1e-4 + size / rate * (1 + wave * i) for i in range(3)]}
+        {
+            "op": op, "bytes": size, "s": [1e-4 + size / rate * (1 + wave * i) for i in range(3)],
+            "processor_s": [3e-5 + size / rate * 0.3] * 3,
+        }
         for op in OPERATIONS
         for size in SIZES
-    ]
+    ]  # fmt: skip
 
 
 def test_groups_are_hosts_one_line_across_them_and_all_lines() -> None:
@@ -51,13 +54,30 @@ def test_ranks_that_slow_each_other_down_share_ports(rate: float, ports: int) ->
 def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
     links = {"inside": rows(1e9), "together": rows(5e7)}
     results = [
-        {"device": "cpu", "links": {**links, **({"alone": rows(1e8)} if rank % 2 == 0 else {})}} for rank in range(4)
+        {"device": "cpu", "core_share": 1.0, "links": {**links, **({"alone": rows(1e8)} if rank % 2 == 0 else {})}}
+        for rank in range(4)
     ]
     inside, between = tiers(results, hosts=2)
     assert (inside.span, between.span, between.ports_per_node) == (2, 4, 1)
     assert (inside.flat, between.flat) == (False, True)
     assert inside.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.02)
     assert between.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.02)
+
+
+def test_of_ranks_that_share_cores_a_send_is_told_how_busy_it_keeps_these() -> None:
+    def occupied(share: float) -> float:
+        rank = {"device": "cpu", "core_share": share, "links": {"inside": rows(1e9)}}
+        return tiers([rank] * 4, hosts=1)[0].occupied
+
+    assert occupied(0.5) == pytest.approx(0.6)  # 30 % of its seconds, and the other rank's on the core as many
+    assert occupied(0.25) == 1
+    assert occupied(0.95) == 0  # it has the core to itself
+
+
+def test_a_crowd_is_slowed_by_what_an_even_share_does_not_explain() -> None:
+    own = [{"steps": {"shared": [2.1, 2.2, 2.3], "own": [1.0, 1.0, 1.3]}} for _ in range(2)]
+    waited = [{"steps": {"shared": [2.2], "own": []}} for _ in range(2)]
+    assert slowed(own + waited) == pytest.approx(1.1)
 
 
 def test_noise_is_that_of_the_noisiest_kind() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bloomery.perf.pipeline import felt_s, pipeline_s, stages_per_core
+from bloomery.perf.pipeline import ends_of_sends, felt_s, pipeline_s, stages_per_core
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
 
@@ -50,9 +50,24 @@ def test_stages_share_a_core_only_where_they_share_a_node() -> None:
 
 
 def test_messages_between_stages_of_one_core_are_felt_only_beyond_the_others_turns() -> None:
-    assert felt_s(4.0, 1.0, 1.0) == 1
-    assert felt_s(4.0, 1.0, 2.0) == 0  # 2 alone and 1 for the message: shorter than a turn while all work
-    assert felt_s(4.0, 3.0, 2.0) == 1
+    assert felt_s(4.0, 1.0, 1.0, 0.0) == 1
+    assert felt_s(4.0, 1.0, 2.0, 0.0) == 0  # 2 alone and 1 for the message: shorter than a turn while all work
+    assert felt_s(4.0, 3.0, 2.0, 0.0) == 1
+    assert felt_s(4.0, 1.0, 2.0, 0.5) == 0.5  # that much of it their core is busy
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+def test_a_message_takes_both_of_its_ends_time_of_a_shared_core(stages: int) -> None:
+    own, each_end, shared = 1.0, 0.1, 2.0
+    ends = [2 * ((r > 0) + (r < stages - 1)) for r in range(stages)]
+    exact = played([own + each_end * n for n in ends], 16, stages / shared)
+    # A rank waits for two messages a micro-batch; while all work each of their ends takes its share of the core.
+    waited = 2 * each_end * shared
+    felt = felt_s(own * shared, waited, shared, waited * ends_of_sends(stages))
+    turn = own * shared + felt
+    assert pipeline_s(16, 1, stages, slowest=turn, together=stages * turn, sharing=shared) == pytest.approx(
+        exact, rel=0.03
+    )
 
 
 def test_a_slow_stage_holds_the_others_up_only_beyond_its_share() -> None:
