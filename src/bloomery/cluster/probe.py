@@ -19,7 +19,7 @@ import psutil
 
 from bloomery.cluster.hostfile import Hosts, here
 from bloomery.cluster.measuring import Tell, run_ranks
-from bloomery.cluster.probe_parts import accelerator, groups, noise_of, slowed, tiers
+from bloomery.cluster.probe_parts import accelerator, add_turn, groups, noise_of, slowed, tiers
 from bloomery.cluster.world import threads_per_rank
 from bloomery.ledger.environment import describe
 from bloomery.spec.cluster import PROBED, Accelerator, Cluster, Cut, Storage
@@ -32,8 +32,8 @@ Results = list[dict[str, Any]]
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
-REFERENCE_TURNS = 3
-"""Turns of the reference models, one after the other over all sets of ranks: the median of all their rounds counts."""
+TURNS = 3
+"""Of the reference models and links, one after the other over all sets of ranks."""
 WORKER_TIMEOUT_S = 300
 
 
@@ -49,8 +49,10 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
             progress(f"{_ranks(ranks)}, {threads_per_rank(ranks)} threads each")
             measured[ranks] = _measured(here(ranks), quick, progress)
         if not quick:
-            crowd = _crowd(progress)
-            _again({ranks: (here(ranks), results) for ranks, results in measured.items()}, progress)
+            own = {here(ranks): results for ranks, results in measured.items()}
+            for number in range(2, TURNS + 1):
+                _again(own, number, progress)
+                _crowd(crowd, number, progress)
         cuts = [
             Cut(ranks=ranks, accelerator=accelerator(results), tiers=tiers(results, 1))
             for ranks, results in measured.items()
@@ -67,8 +69,8 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
         per_node = slots_of(hosts)
         progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
         results = _measured(hosts, quick, progress)
-        if not quick:
-            _again({len(results): (hosts, results)}, progress)
+        for number in range(2, TURNS + 1) if not quick else ():
+            _again({hosts: results}, number, progress)
         parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
         one, links = accelerator(results), tiers(results, len(hosts.hosts))
     progress("storage")
@@ -97,28 +99,28 @@ def _measured(hosts: Hosts, quick: bool, progress: Tell, what: str = "all", dtyp
     return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
 
 
-def _crowd(progress: Tell) -> dict[int, Results]:
-    """Links of more ranks than cores, and how much these slow each other down; the rest of what such a rank is follows
-    from one with cores of its own."""
-    cores, found = len(os.sched_getaffinity(0)), {}
-    for ranks in crowded_sizes():
-        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''}")
-        found[ranks] = _measured(here(ranks), True, progress, "crowd")
-    return found
+def _again(sets: dict[Hosts, Results], number: int, progress: Tell) -> None:
+    """Reference models and links of every set of ranks once more, added to what was found.
 
-
-def _again(sets: dict[int, tuple[Hosts, Results]], progress: Tell) -> None:
-    """Reference steps of every set of ranks again, in turns, added to what was found.
-
-    A machine that others share, or that was idle before, is faster in one minute than in the next: rounds that lie
-    apart see it, repeats of one round do not.
+    A machine that others share, or that was idle before, is faster in one minute than in the next, and so is one
+    process than another: rounds that lie apart see it, repeats of one round do not.
     """
-    for number in range(2, REFERENCE_TURNS + 1):
-        for ranks, (hosts, results) in sets.items():
-            progress(f"{_ranks(ranks)}, reference models again ({number} of {REFERENCE_TURNS})")
-            found = _measured(hosts, False, progress, "references", list(results[0]["gemm"]))
-            for result, more in zip(results, found, strict=True):
-                result["reference"] += more["reference"]
+    for hosts, results in sets.items():
+        progress(f"{_ranks(len(results))}, again ({number} of {TURNS})")
+        add_turn(results, _measured(hosts, False, progress, "turn", list(results[0]["gemm"])))
+
+
+def _crowd(sets: dict[int, Results], number: int, progress: Tell) -> None:
+    """Links of more ranks than cores, and how much these slow each other down, added to what was found; the rest of
+    what such a rank is follows from one with cores of its own."""
+    cores = len(os.sched_getaffinity(0))
+    for ranks in crowded_sizes():
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number} of {TURNS})")
+        found = _measured(here(ranks), False, progress, "crowd")
+        if ranks in sets:
+            add_turn(sets[ranks], found)
+        else:
+            sets[ranks] = found
 
 
 def crowded(whole: Accelerator, ranks: int, cores: int, slower: float) -> Accelerator:
@@ -147,14 +149,10 @@ STEPS_OF_RANKS = 4
 def steps(hosts: Hosts | None, *, quick: bool) -> int:
     """How often `progress` is told something."""
     sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
-    crowds = len(crowded_sizes()) if hosts is None and not quick else 0
-    turns = 0 if quick else (REFERENCE_TURNS - 1) * len(sets)
-    return (
-        1
-        + 3 * crowds
-        + turns
-        + sum(1 + STEPS_OF_RANKS + len(groups(tuple(h.slots for h in one.hosts))) for one in sets)
-    )
+    links = [len(groups(tuple(h.slots for h in one.hosts))) for one in sets]
+    crowds = len(crowded_sizes()) if hosts is None else 0
+    turn = sum(2 + kinds for kinds in links) + 3 * crowds
+    return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (TURNS - 1) * turn)
 
 
 def _inner(progress: Tell) -> Tell:

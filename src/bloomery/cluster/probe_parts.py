@@ -45,6 +45,21 @@ def groups(slots: tuple[int, ...]) -> dict[str, list[list[int]]]:
     return {name: lines for name, lines in found.items() if lines}
 
 
+def add_turn(results: Sequence[dict[str, Any]], more: Sequence[dict[str, Any]]) -> None:
+    """Adds what ranks measured in another turn to what they found before: reference models, messages, steps."""
+    for result, found in zip(results, more, strict=True):
+        if "reference" in found:
+            result["reference"] += found["reference"]
+        for kind, seconds in found.get("steps", {}).items():
+            result["steps"][kind] += seconds
+        for group, rows in found["links"].items():
+            known = {(row["op"], row["bytes"]): row for row in result["links"][group]}
+            for row in rows:
+                # One turn may end at a smaller message than another.
+                if old := known.get((row["op"], row["bytes"])):
+                    old.update({what: old[what] + row[what] for what in ("s", "processor_s")})
+
+
 def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
     """What one rank is: the mean over ranks that measured at the same time."""
     first = results[0]

@@ -110,12 +110,14 @@ class _Reference:
         return {"compute": between - started, "optimizer": now(self.device) - between}
 
 
-CROWD_TURNS, CROWD_ROUNDS = 3, 3
+CROWD_TURNS, CROWD_ROUNDS = 2, 3
+LINK_ROUNDS = 3
+"""Of each message in each turn."""
 
 
 def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
     """Seconds of a small reference step on all ranks (`shared`), and on as many as there are cores while the others
-    wait (`own`; none of those), in turns: both find the machine as fast as it is then."""
+    wait (`own`; none of those), one after the other: both find the machine as fast as it is then."""
     reference = _Reference(place.device, how.runs[-1], how.seq_len, "float32")
     found: dict[str, list[float]] = {"shared": [], "own": []}
     for ranks, kind in ((place.world_size, "shared"), (len(os.sched_getaffinity(0)), "own")) * CROWD_TURNS:
@@ -142,18 +144,11 @@ def measure(place: Place) -> dict[str, Any]:
     """Everything, or what a later round of the probe asks for, by name."""
     quick, device = place.settings["quick"], place.device
     tables = tables_of(place)
-    if place.settings["what"] == "crowd":
-        share = core_share(place)
-        links = measure_links(place, tables.message_bytes, 3, share)
-        place.tell("a reference model")
-        found = {"steps": measure_crowd(place, tables.references), "links": links}
-        return {"rank": place.rank, "device": device.type, "core_share": share, **found}
     at_least_s = 0.008 if quick else 0.03
     warm_up(device, tables.warm_up)
     _together(place)
-    if place.settings["what"] == "references":
-        reference = measure_references(place, tables.references, place.settings["dtypes"])
-        return {"rank": place.rank, "reference": reference}
+    if place.settings["what"] != "all":
+        return {"rank": place.rank, "device": device.type, **_another_turn(place, tables)}
     ratio = lowest(bfloat16_ratio(device, tables.trial), device, place.world_size)
     dtypes = ["float32", *(["bfloat16"] if ratio >= LEAST_RATIO else [])]
     products = [*dtypes, *(["float8"] if has_float8_units(device) else [])]
@@ -186,11 +181,26 @@ def measure(place: Place) -> dict[str, Any]:
     place.tell("memory and launches")
     result["elementwise"] = measure_elementwise(device, tables.element_bytes, at_least_s)
     result["launch_s"] = measure_launch(device, at_least_s)
-    result["core_share"] = core_share(place)
-    result["links"] = measure_links(place, tables.message_bytes, 3 if quick else 7, result["core_share"])
+    result |= _links(place, tables)
     if device.type == "cuda":
         result["reserved_bytes"] = reserved_bytes(device)  # once communicators have theirs
     return result
+
+
+def _another_turn(place: Place, tables: Tables) -> dict[str, Any]:
+    """What a machine does not do as fast at one moment as at another: reference models and links."""
+    place.tell("reference models")
+    if place.settings["what"] == "crowd":
+        return {"steps": measure_crowd(place, tables.references), **_links(place, tables)}
+    return {
+        "reference": measure_references(place, tables.references, place.settings["dtypes"]),
+        **_links(place, tables),
+    }
+
+
+def _links(place: Place, tables: Tables) -> dict[str, Any]:
+    share = core_share(place)
+    return {"core_share": share, "links": measure_links(place, tables.message_bytes, LINK_ROUNDS, share)}
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import pytest
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.probe import slots_of
 from bloomery.cluster.probe_fit import predicted
-from bloomery.cluster.probe_parts import accelerator, groups, links_of, noise_of, shared_ports, slowed, tiers
+from bloomery.cluster.probe_parts import accelerator, add_turn, groups, links_of, noise_of, shared_ports, slowed, tiers
 from bloomery.cluster.probe_tables import CUDA
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
@@ -78,6 +78,21 @@ def test_a_crowd_is_slowed_by_what_an_even_share_does_not_explain() -> None:
     own = [{"steps": {"shared": [2.1, 2.2, 2.3], "own": [1.0, 1.0, 1.3]}} for _ in range(2)]
     waited = [{"steps": {"shared": [2.2], "own": []}} for _ in range(2)]
     assert slowed(own + waited) == pytest.approx(1.1)
+
+
+def test_another_turn_is_added_to_the_rounds_of_what_both_measured() -> None:
+    def found() -> dict[str, list[dict[str, object]]]:
+        return {"inside": rows(1e9), "alone": rows(1e8)}
+
+    own, crowd = {"reference": [1], "links": found()}, {"steps": {"shared": [2.0], "own": []}, "links": found()}
+    shorter = {"inside": rows(2e9)[:-1]}
+    add_turn([own], [{"reference": [2], "links": shorter}])
+    add_turn([crowd], [{"steps": {"shared": [2.1], "own": []}, "links": shorter}])
+    assert own["reference"] == [1, 2] and crowd["steps"] == {"shared": [2.0, 2.1], "own": []}
+    for result in (own, crowd):
+        assert [len(row["s"]) for row in result["links"]["inside"]] == [6] * (len(OPERATIONS) * len(SIZES) - 1) + [3]
+        assert result["links"]["inside"][0]["s"][3:] == rows(2e9)[0]["s"]
+        assert result["links"]["alone"] == rows(1e8)
 
 
 def test_noise_is_that_of_the_noisiest_kind() -> None:
