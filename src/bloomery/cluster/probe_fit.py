@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.cluster.probe_tables import WHOLE, Heads, References
+from bloomery.cluster.probe_tables import Heads, References
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import Group, collective_s
@@ -36,7 +36,7 @@ from bloomery.spec.parameters import parameter_count
 HALVES = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 KIND_ROUNDS = 6
 RATES = tuple(kind for kind in KINDS if kind != "host")
-"""Kinds that one rate is turned for; the host has two constants (`_host`)."""
+"""Kinds that one rate is turned for; of the host the launch is measured as it is, the rest follows (`_allocation`)."""
 SMALL_HALF = 0.1
 """Weight of a link's half size against the errors of its messages."""
 Kinds = Mapping[str, float]
@@ -91,7 +91,7 @@ def _attention_rate(seconds: Sequence[float], shape: Heads) -> float:
 def calibrated(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
     """The accelerator made to agree with the compute of the reference models on one rank, in their order.
 
-    `measured`: of `References.runs`. Two differ in depth alone: the difference is what layers cost, the rest is the
+    `measured`: of `References.models`. Two differ in depth alone: the difference is what layers cost, the rest is the
     ends. Where a profiler told the compute by kind, each kind's rate is made to agree: what operators get in a step,
     with cold caches and new memory, is not what they get alone. What stays becomes the `compute_factor` of each format;
     where no profiler did (a GPU, whose large layers hide launches, so that these stay as measured) that is all.
@@ -107,44 +107,44 @@ def calibrated(accelerator: Accelerator, references: References, measured: dict[
 
 
 def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """Rates turned until a layer takes what it took, kind by kind, then what the host takes solved; again and again,
-    because kinds lean on each other (a small product waits for memory)."""
+    """Rates turned until a layer takes what it took, kind by kind, then what the host takes for memory solved; again
+    and again, because kinds lean on each other (a small product waits for memory)."""
     machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
-        told = {dtype: predicted(machine.accelerator, references, dtype)[:WHOLE] for dtype in measured}
+        told = {dtype: predicted(machine.accelerator, references, dtype) for dtype in measured}
         for kind in RATES:
             slower = [
-                log(_of_a_layer(models[:WHOLE], kind, deeper) / _of_a_layer(told[dtype], kind, deeper))
+                log(_of_a_layer(models, kind, deeper) / _of_a_layer(told[dtype], kind, deeper))
                 for dtype, models in measured.items()
                 if all(model[kind] for model in models)  # a profile that tells nothing of a kind turns nothing
             ]
             factors[kind] = exp(-mean(slower or [0.0]))
         machine = turned(machine, factors)
-        machine = machine.model_copy(update={"accelerator": _host(machine.accelerator, references, measured)})
+        allocation = _allocation(machine.accelerator, references, measured)
+        one = machine.accelerator.model_copy(update={"allocation": allocation})
+        machine = machine.model_copy(update={"accelerator": one})
     return machine.accelerator
 
 
-def _host(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """With the launch and the allocation that take what the host took for a layer of either micro-batch: the least
-    error relative to these. The ends, of which the model knows less, say nothing here."""
-    from scipy.optimize import nnls
-
-    alone = ({"launch_s": 1e-6, "allocation": 0.0}, {"launch_s": 0.0, "allocation": 1.0})
-    rows = list[list[float]]()
+def _allocation(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> float:
+    """What the host takes for a layer beyond its launches, over what a whole `Accelerator.allocation` would. The ends,
+    of which the model knows less, say nothing here."""
+    found = list[float]()
     for dtype, models in measured.items():
-        if len(models) == WHOLE or not all(model["host"] for model in models):
+        if not all(model["host"] for model in models):
             continue
-        told = [predicted(accelerator.model_copy(update=one), references, dtype) for one in alone]
-        sides = [
-            [_of_a_layer(pair, "host", references.deeper) for pair in (one[:WHOLE], one[WHOLE:])]
-            for one in (models, *told)
-        ]
-        rows += [[by_launch / seconds, given / seconds] for seconds, by_launch, given in zip(*sides, strict=True)]
-    if not rows:
-        return accelerator
-    launches, allocation = nnls(np.array(rows), np.ones(len(rows)))[0]
-    return accelerator.model_copy(update={"launch_s": 1e-6 * float(launches), "allocation": float(allocation)})
+        took = _of_a_layer(models, "host", references.deeper)
+        none, whole = (
+            _of_a_layer(
+                predicted(accelerator.model_copy(update={"allocation": share}), references, dtype),
+                "host",
+                references.deeper,
+            )
+            for share in (0.0, 1.0)
+        )
+        found.append((took - none) / (whole - none))
+    return max(0.0, mean(found)) if found else accelerator.allocation
 
 
 def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
@@ -155,20 +155,20 @@ def _of_a_layer(models: Sequence[Kinds], kind: str, deeper: int) -> float:
 
 def _layer_and_ends(models: Sequence[Kinds], references: References) -> tuple[float, float]:
     """Seconds of one layer and of everything else; noise cannot make either vanish."""
-    shallow, deep = (sum(model.values()) for model in models[:WHOLE])
+    shallow, deep = (sum(model.values()) for model in models)
     layer = max((deep - shallow) / references.deeper, 0.01 * deep)
     return layer, max(shallow - references.models[0].layers * layer, 0.01 * shallow)
 
 
 def predicted(accelerator: Accelerator, references: References, dtype: Dtype) -> list[Kinds]:
-    """Predicted compute of one step of each of `References.runs`, by kind."""
+    """Predicted compute of one step of each reference model, by kind."""
     found = list[Kinds]()
-    for model, layout, sequences in references.runs:
+    for model in references.models:
         case = Case.of(
             model,
             _machine(accelerator),
-            LayoutBatch.of([layout]),
-            global_batch=sequences,
+            LayoutBatch.of([references.layout]),
+            global_batch=references.batch,
             seq_len=references.seq_len,
             dtype=dtype,
         )

@@ -24,7 +24,7 @@ LARGE_PRODUCT = 1024
 LARGE_MESSAGE = 1 << 20
 """Noise is judged by what takes long: the uncertainty of a short one is the clock's and the scheduler's."""
 DEEPER = 1
-"""The deeper one's place in `References.runs`, for what one of them tells."""
+"""The deeper one's place in `References.models`, for what one of them tells."""
 OWN_CORE = 0.8
 """Of its cores' time: a rank that is given less shares them, or may not use them all."""
 INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
@@ -48,8 +48,8 @@ def groups(slots: tuple[int, ...]) -> dict[str, list[list[int]]]:
 def add_turn(results: Sequence[dict[str, Any]], more: Sequence[dict[str, Any]]) -> None:
     """Adds what ranks measured in another turn to what they found before: reference models, messages, steps."""
     for result, found in zip(results, more, strict=True):
-        if "reference" in found:
-            result["reference"] += found["reference"]
+        for several in {"reference", "launch_s"} & found.keys():
+            result[several] += found[several]
         for kind, seconds in found.get("steps", {}).items():
             result["steps"][kind] += seconds
         for group, rows in found["links"].items():
@@ -90,7 +90,7 @@ def accelerator(results: Sequence[dict[str, Any]]) -> Accelerator:
         memory_bytes=memory_bytes,
         memory_bandwidth_bytes_per_s=fastest,
         memory_efficiency=typical / fastest,
-        launch_s=mean(median(result["launch_s"]) for result in results),
+        launch_s=median(seconds for result in results for seconds in result["launch_s"]),
         ranks_per_core=_ranks_per_core(results),
         gemm=surfaces,
         attention=attention,

@@ -15,31 +15,15 @@ Heads = tuple[int, int, int, int]
 """Batch, heads, sequence, head dimension."""
 
 
-WHOLE = 2
-"""Of `References.runs`, the first that are measured in every format: launches cost the same in all."""
-
-
 @dataclass(frozen=True)
 class References:
-    """Two models that differ in depth alone, trained a few steps by the real engine: a whole one on every rank; once
-    more in float32 with micro-batches of `small` sequences, where launches outweigh what they launch (0: not)."""
+    """Two models that differ in depth alone, trained a few steps by the real engine: a whole one on every rank."""
 
     models: tuple[Model, Model]
     layout: Layout
     seq_len: int
     batch: int
     """Two micro-batches: gradients are added to, as in training, not only written."""
-    small: int = 0
-
-    @property
-    def runs(self) -> tuple[tuple[Model, Layout, int], ...]:
-        """(model, layout, sequences of a step) of each."""
-        whole = tuple((model, self.layout, self.batch) for model in self.models)
-        if not self.small:
-            return whole
-        smaller = self.layout.model_copy(update={"micro_batch": self.small})
-        fewer = self.batch * self.small // self.layout.micro_batch
-        return (*whole, *((model, smaller, fewer) for model in self.models))
 
     @property
     def deeper(self) -> int:
@@ -90,7 +74,7 @@ CPU = Tables(
     attention=((4, 2, 256, 128), (4, 8, 256, 32)),
     element_bytes=(2 * MIB, 8 * MIB, 16 * MIB),
     message_bytes=(4 * KIB, 256 * KIB, 1 * MIB, 8 * MIB),
-    references=References(_pair((1, 5), 256, 4, 704, 8192, 256), Layout(micro_batch=4), seq_len=256, batch=8, small=1),
+    references=References(_pair((1, 5), 256, 4, 704, 8192, 256), Layout(micro_batch=4), seq_len=256, batch=8),
 )  # fmt: skip
 
 CUDA = Tables(

@@ -25,7 +25,7 @@ from bloomery.cluster.probe_kernels import (
     warm_up,
 )
 from bloomery.cluster.probe_links import core_share, measure_links, now
-from bloomery.cluster.probe_tables import CPU, WHOLE, References, Tables, tables_for
+from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import build
@@ -54,14 +54,14 @@ def tables_of(place: Place) -> Tables:
     return tables_for(device.type, lowest(own, device, place.world_size))
 
 
-def measure_reference(place: Place, run: tuple[Model, Layout, int], seq_len: int, dtype: str) -> dict[str, Any]:
+def measure_reference(place: Place, model: Model, how: References, dtype: str) -> dict[str, Any]:
     """A step of a reference model by the real engine, a whole one on every rank at the same time: seconds of its two
     halves by round.
 
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients; `shares` of
     the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
     """
-    reference = _Reference(place.device, run, seq_len, dtype)
+    reference = _Reference(place.device, model, how.layout, how.batch, how.seq_len, dtype)
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     _together(place)
     for _ in range(REFERENCE_WARM_UP + REFERENCE_ROUNDS):
@@ -82,8 +82,9 @@ def measure_reference(place: Place, run: tuple[Model, Layout, int], seq_len: int
 class _Reference:
     """A model, its optimizer and a batch on one rank."""
 
-    def __init__(self, device: torch.device, run: tuple[Model, Layout, int], seq_len: int, dtype: str) -> None:
-        model, layout, sequences = run
+    def __init__(
+        self, device: torch.device, model: Model, layout: Layout, sequences: int, seq_len: int, dtype: str
+    ) -> None:
         self.engine = build(
             model,
             layout,
@@ -118,7 +119,8 @@ LINK_ROUNDS = 3
 def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
     """Seconds of a small reference step on all ranks (`shared`), and on as many as there are cores while the others
     wait (`own`; none of those), one after the other: both find the machine as fast as it is then."""
-    reference = _Reference(place.device, how.runs[-1], how.seq_len, "float32")
+    layout = how.layout.model_copy(update={"micro_batch": 1})
+    reference = _Reference(place.device, how.models[1], layout, 2, how.seq_len, "float32")
     found: dict[str, list[float]] = {"shared": [], "own": []}
     for ranks, kind in ((place.world_size, "shared"), (len(os.sched_getaffinity(0)), "own")) * CROWD_TURNS:
         _together(place)
@@ -129,8 +131,7 @@ def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
 
 def measure_references(place: Place, how: References, dtypes: Sequence[str]) -> list[dict[str, list[dict[str, Any]]]]:
     """Steps of the reference models in each format: the only turn of a list that later turns are added to."""
-    runs = {dtype: how.runs if dtype == "float32" else how.runs[:WHOLE] for dtype in dtypes}
-    return [{dtype: [measure_reference(place, run, how.seq_len, dtype) for run in runs[dtype]] for dtype in dtypes}]
+    return [{dtype: [measure_reference(place, model, how, dtype) for model in how.models] for dtype in dtypes}]
 
 
 def _together(place: Place) -> None:
@@ -148,7 +149,7 @@ def measure(place: Place) -> dict[str, Any]:
     warm_up(device, tables.warm_up)
     _together(place)
     if place.settings["what"] != "all":
-        return {"rank": place.rank, "device": device.type, **_another_turn(place, tables)}
+        return {"rank": place.rank, "device": device.type, **_another_turn(place, tables, at_least_s)}
     ratio = lowest(bfloat16_ratio(device, tables.trial), device, place.world_size)
     dtypes = ["float32", *(["bfloat16"] if ratio >= LEAST_RATIO else [])]
     products = [*dtypes, *(["float8"] if has_float8_units(device) else [])]
@@ -187,15 +188,16 @@ def measure(place: Place) -> dict[str, Any]:
     return result
 
 
-def _another_turn(place: Place, tables: Tables) -> dict[str, Any]:
+def _another_turn(place: Place, tables: Tables, at_least_s: float) -> dict[str, Any]:
     """What a machine does not do as fast at one moment as at another: reference models and links."""
     place.tell("reference models")
     if place.settings["what"] == "crowd":
         return {"steps": measure_crowd(place, tables.references), **_links(place, tables)}
-    return {
+    found = {
         "reference": measure_references(place, tables.references, place.settings["dtypes"]),
-        **_links(place, tables),
+        "launch_s": measure_launch(place.device, at_least_s),
     }
+    return {**found, **_links(place, tables)}
 
 
 def _links(place: Place, tables: Tables) -> dict[str, Any]:

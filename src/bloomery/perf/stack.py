@@ -241,13 +241,13 @@ EAGER_CPU = Stack(
     logits=Passes(9, 0),
     routed=Passes(9, 17),
     accumulate=3.0,
-    kernels=Passes(150, 200),
-    expert_kernels=Passes(200, 250),
+    kernels=Passes(130, 175),
+    expert_kernels=Passes(175, 220),
     selective_share=None,
-    collective_kernels=48.0,
-    shard_kernels=360.0,
+    collective_kernels=42.0,
+    shard_kernels=315.0,
     shard_passes=4.0,
-    end_kernels=Passes(100, 150),
+    end_kernels=Passes(87, 130),
     large_logits=Passes(0, 0),
     gradient_overlap=0.0,
     gather_overlap=0.0,
@@ -268,7 +268,7 @@ EAGER_CPU = Stack(
     expert_imbalance=1.25,
     expert_spread=0.3,
     serial_launch=True,
-    tile_kernels=Passes(50, 85),
+    tile_kernels=Passes(44, 74),
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 

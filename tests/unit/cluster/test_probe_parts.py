@@ -84,11 +84,13 @@ def test_another_turn_is_added_to_the_rounds_of_what_both_measured() -> None:
     def found() -> dict[str, list[dict[str, object]]]:
         return {"inside": rows(1e9), "alone": rows(1e8)}
 
-    own, crowd = {"reference": [1], "links": found()}, {"steps": {"shared": [2.0], "own": []}, "links": found()}
+    own = {"reference": [1], "launch_s": [4e-6], "links": found()}
+    crowd = {"steps": {"shared": [2.0], "own": []}, "links": found()}
     shorter = {"inside": rows(2e9)[:-1]}
-    add_turn([own], [{"reference": [2], "links": shorter}])
+    add_turn([own], [{"reference": [2], "launch_s": [5e-6], "links": shorter}])
     add_turn([crowd], [{"steps": {"shared": [2.1], "own": []}, "links": shorter}])
-    assert own["reference"] == [1, 2] and crowd["steps"] == {"shared": [2.0, 2.1], "own": []}
+    assert (own["reference"], own["launch_s"]) == ([1, 2], [4e-6, 5e-6])
+    assert crowd["steps"] == {"shared": [2.0, 2.1], "own": []}
     for result in (own, crowd):
         assert [len(row["s"]) for row in result["links"]["inside"]] == [6] * (len(OPERATIONS) * len(SIZES) - 1) + [3]
         assert result["links"]["inside"][0]["s"][3:] == rows(2e9)[0]["s"]
@@ -108,10 +110,9 @@ def test_noise_is_that_of_the_noisiest_kind() -> None:
 
 
 def turn(compute_s: float) -> dict[str, object]:
-    """One turn of the reference models, the deeper one three times as long, and of a quarter of their work, a bit
-    slower; in equal shares of all kinds."""
+    """One turn of the reference models, the deeper one three times as long, in equal shares of all kinds."""
     shares = dict.fromkeys(KINDS, 1 / len(KINDS))
-    steps = (compute_s, 3 * compute_s, 0.3 * compute_s, 0.9 * compute_s)
+    steps = (compute_s, 3 * compute_s)
     models = [{"compute": [s, s], "optimizer": [s / 10], "shares": shares} for s in steps]
     return {"float32": models}
 
