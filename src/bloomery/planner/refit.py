@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -250,8 +250,18 @@ def _fit(problem: _Problem, rounds: int) -> np.ndarray:
     """Where the residuals are least, as distances of the knobs in spreads."""
     from scipy.optimize import least_squares
 
-    start, how = np.zeros(len(problem.knobs)), {"loss": "soft_l1", "ftol": 1e-3, "max_nfev": rounds}
-    return np.asarray(least_squares(problem.residuals, start, problem.jacobian, **how).x)
+    knobs = len(problem.knobs)
+    how = {"loss": partial(_soft_but_of_knobs, knobs), "ftol": 1e-3, "max_nfev": rounds}
+    return np.asarray(least_squares(problem.residuals, np.zeros(knobs), problem.jacobian, **how).x)
+
+
+def _soft_but_of_knobs(knobs: int, z: np.ndarray) -> np.ndarray:
+    """scipy's soft_l1 of squared residuals and its derivatives, (3, n); of the last, the knobs', the square itself: a
+    knob far from its prior is no outlier."""
+    root = np.sqrt(1 + z)
+    found = np.stack([2 * (root - 1), 1 / root, -0.5 / root**3])
+    found[:, -knobs:] = np.stack([z[-knobs:], np.ones(knobs), np.zeros(knobs)])
+    return found
 
 
 def _furthest(problem: _Problem, x: np.ndarray, before: np.ndarray) -> tuple[float, np.ndarray]:
