@@ -177,14 +177,17 @@ def _comparable(run: Measured, shared: bool) -> list[tuple[str, ...]]:
     """Parts of a run, or sums of some, that a clock and the model mean alike.
 
     Ranks that share cores (`shared`) compute the faster the more of them wait, by the clock; the model shares out even
-    seconds. Where a pipeline drains, a rank waits at its next message, be it a gradient's or the step's statistics.
+    seconds. Where a pipeline drains, a rank waits at its next message, be it a gradient's or the step's statistics; one
+    whose experts got fewer tokens waits at theirs, and the model shares out the fullest's products.
     """
     if shared:
         return [("optimizer",)]
     twice = ("compute",) if all(kind in run.seconds for kind in KINDS) else KINDS
-    drained = ("pp_comm", "dp_comm", "other") if run.layout.pp > 1 else ()
-    alone: list[tuple[str, ...]] = [(name,) for name in PARTS if name in run.seconds and name not in (*twice, *drained)]
-    return [*alone, drained] if drained else alone
+    summed: list[tuple[str, ...]] = [("pp_comm", "dp_comm", "other")] if run.layout.pp > 1 else []
+    if run.layout.ep > 1:
+        summed.append(("gemm" if "compute" in twice else "compute", "ep_comm"))
+    left = {*twice, *(name for names in summed for name in names)}
+    return [*((name,) for name in PARTS if name in run.seconds and name not in left), *summed]
 
 
 @dataclass(frozen=True)
