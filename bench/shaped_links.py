@@ -87,7 +87,7 @@ def one_rate(rate: str, hosts: Network, scratch: Path, model: str, layouts: tupl
     cluster_file = scratch / f"{rate}.yaml"
     shell = hosts.shell(None)
     host_file = hosts.host_file(SLOTS)
-    bloomery("probe", "--quick", "--nodes", host_file, "--shell", shell, "--out", cluster_file)
+    bloomery("probe", "--nodes", host_file, "--shell", shell, "--out", cluster_file)
     cluster = read_cluster(cluster_file)
     between = cluster.tiers[-1].bandwidth_bytes_per_s
     run_file = scratch / f"{rate}-run.yaml"

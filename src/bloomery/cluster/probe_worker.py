@@ -193,11 +193,9 @@ def _another_turn(place: Place, tables: Tables, at_least_s: float) -> dict[str, 
     place.tell("reference models")
     if place.settings["what"] == "crowd":
         return {"steps": measure_crowd(place, tables.references), **_links(place, tables)}
-    found = {
-        "reference": measure_references(place, tables.references, place.settings["dtypes"]),
-        "launch_s": measure_launch(place.device, at_least_s),
-    }
-    return {**found, **_links(place, tables)}
+    reference = measure_references(place, tables.references, place.settings["dtypes"])
+    _together(place)
+    return {"reference": reference, "launch_s": measure_launch(place.device, at_least_s), **_links(place, tables)}
 
 
 def _links(place: Place, tables: Tables) -> dict[str, Any]:
