@@ -190,12 +190,19 @@ def optimizer_rate(seconds: Sequence[float], model: Model) -> float:
     return parameter_count(model) * (width.adam_bytes + width.clip_bytes) / median(seconds)
 
 
-def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, wire: bool = False) -> Tier:
+def rate_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
+    """Bytes/s between the smallest and the largest all-reduce: what waits for no wire is in both."""
+    times = {row["bytes"]: mean(row["s"]) for row in rows if row["op"] == "all_reduce"}
+    smallest, largest = min(times), max(times)
+    return 2 * (ranks - 1) / ranks * (largest - smallest) / max(1e-9, times[largest] - times[smallest])
+
+
+def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, wire: float | None = None) -> Tier:
     """Latency, bandwidth and half size of all-reduce and a factor for each other operation, all from all messages: the
     least error of the logarithm, in which one that other work disturbed counts with its distance.
 
-    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`. `wire`: one rate
-    holds for all sizes, so it is that between the smallest and the largest all-reduce.
+    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`. `wire`: the
+    bandwidth where it is known, since one holds for all sizes.
     """
     from scipy.optimize import least_squares
 
@@ -203,17 +210,14 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
     for row in rows:
         times[row["op"]][row["bytes"]] = mean(row["s"])
     others = [op for op in OPERATIONS if op != "all_reduce" and times[op]]
-    sizes = sorted(times["all_reduce"])
-    smallest_s, largest_s = (times["all_reduce"][size] for size in (sizes[0], sizes[-1]))
-    share = 2 * (ranks - 1) / ranks
-    slope = share * (sizes[-1] - sizes[0]) / max(1e-9, largest_s - smallest_s)
+    smallest = min(times["all_reduce"])
 
     def tier(x: np.ndarray) -> Tier:
         latency, half, *factors = np.exp(x[: 2 + len(others)])
         return Tier(
             name=name,
             span=ranks,
-            bandwidth_bytes_per_s=slope if wire else float(np.exp(x[-1])),
+            bandwidth_bytes_per_s=wire or float(np.exp(x[-1])),
             ports_per_node=ranks,
             latency_s=float(latency),
             half_size_bytes=float(half),
@@ -225,9 +229,10 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
         expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
         found = [seconds for op in OPERATIONS for seconds in times[op].values()]
         # Of two ranks latency and half size cost the same: what either explains is taken for latency.
-        return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(sizes[0])))
+        return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(smallest)))
 
-    start = np.log([smallest_s / (2 * (ranks - 1)), sizes[0], *(1.0 for _ in others), *(() if wire else (slope,))])
+    latency_s = times["all_reduce"][smallest] / (2 * (ranks - 1))
+    start = np.log([latency_s, smallest, *(1.0 for _ in others), *(() if wire else (rate_of(rows, ranks),))])
     return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
 
 

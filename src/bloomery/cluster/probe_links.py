@@ -5,9 +5,9 @@ other find every thread awake and on its core; after compute some wait until the
 not, on average a millisecond a message where each core has a rank: as long as a megabyte takes. Ranks that have
 no core to themselves, by the processor time they are given, wait for their turn besides, which the plan counts as
 compute (`Accelerator.ranks_per_core`): of them, what compute with messages takes longer than compute alone, and in what
-share of it the cores are busy, so that no other rank gets them. Between
-hosts it is the wire that is asked for, which may let a burst pass faster after a pause: there they are sent one upon
-the other.
+share of it the cores are busy, so that no other rank gets them. Between hosts it is the wire that is asked for, which
+may let a burst pass faster after a pause: there they are sent one upon the other. What such messages wait for beside
+the wire is that of a ring of all ranks, timed after compute again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ import torch
 import torch.distributed as dist
 
 from bloomery.cluster.meeting import Place
-from bloomery.cluster.probe_parts import ALONE, INSIDE, OWN_CORE, groups
+from bloomery.cluster.probe_parts import ALONE, EVERY, INSIDE, OWN_CORE, TOGETHER, groups
 
+TOLD = {
+    INSIDE: "inside a host",
+    ALONE: "between hosts",
+    TOGETHER: "between hosts, all at once",
+    EVERY: "of all ranks in a ring",
+}
 ROUND_S = 0.1
 PIECE_S = 0.004
 """Of compute before each message."""
@@ -69,13 +75,15 @@ def measure_links(place: Place, sizes: Sequence[int], rounds: int, share: float)
     `share`: `core_share`. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
     for name, lines in groups(place.slots).items():
-        place.tell(f"links {name.replace(INSIDE, 'inside a host').replace(ALONE, 'between hosts')}")
+        if name == EVERY and place.device.type != "cpu":
+            continue  # NCCL sends tier by tier
+        place.tell(f"links {TOLD[name]}")
         mine = None
         for line in lines:
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            timer = _timer(place.device, mine[0], inside=name == INSIDE, share=share)
+            timer = _timer(place.device, mine[0], after_compute=name in (INSIDE, EVERY), share=share)
             found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
         dist.barrier()
     return found
@@ -154,24 +162,24 @@ class Timer:
     between_s: float = 0.0
 
 
-def _timer(device: torch.device, group: dist.ProcessGroup, *, inside: bool, share: float) -> Timer:
-    if device.type != "cpu" or not inside:
+def _timer(device: torch.device, group: dist.ProcessGroup, *, after_compute: bool, share: float) -> Timer:
+    if device.type != "cpu" or not after_compute:
         return Timer(lambda work, calls: _span(device, [work] * calls))
     compute = _piece(group)
 
-    def after_compute(work: Callable[[], Any], calls: int) -> Span:
+    def after_it(work: Callable[[], Any], calls: int) -> Span:
         spans = list[Span]()
         for _ in range(calls):
             compute()
             spans.append(_span(device, [work]))
         return Span(*map(sum, zip(*spans, strict=True)))
 
-    def beyond_compute(work: Callable[[], Any], calls: int) -> Span:
+    def beyond_it(work: Callable[[], Any], calls: int) -> Span:
         alone = _span(device, [compute] * calls)
         dist.barrier(group)
         return _span(device, [compute, work] * calls).beyond(alone)
 
-    return Timer(after_compute if share > OWN_CORE else beyond_compute, PIECE_S)
+    return Timer(after_it if share > OWN_CORE else beyond_it, PIECE_S)
 
 
 def _span(device: torch.device, several: Sequence[Callable[[], Any]]) -> Span:

@@ -13,6 +13,7 @@ from bloomery.cluster.probe_fit import (
     fit_gemm,
     fit_tier,
     optimizer_rate,
+    rate_of,
     uncertainty,
 )
 from bloomery.cluster.probe_tables import tables_for
@@ -27,21 +28,24 @@ DEEPER = 1
 """The deeper one's place in `References.models`, for what one of them tells."""
 OWN_CORE = 0.8
 """Of its cores' time: a rank that is given less shares them, or may not use them all."""
-INSIDE, ALONE, TOGETHER = "inside", "alone", "together"
-"""Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once."""
+INSIDE, ALONE, TOGETHER, EVERY = "inside", "alone", "together", "every"
+"""Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once; all
+ranks of all hosts in one ring."""
 
 
 def groups(slots: tuple[int, ...]) -> dict[str, list[list[int]]]:
     """The ranks that talk to each other, by kind, for hosts of so many ranks each.
 
     >>> groups((2, 2))
-    {'inside': [[0, 1], [2, 3]], 'alone': [[0, 2]], 'together': [[0, 2], [1, 3]]}
+    {'inside': [[0, 1], [2, 3]], 'alone': [[0, 2]], 'together': [[0, 2], [1, 3]], 'every': [[0, 1, 2, 3]]}
     """
     first = [sum(slots[:host]) for host in range(len(slots))]
     found = {INSIDE: [list(range(start, start + n)) for start, n in zip(first, slots, strict=True) if n > 1]}
     if len(slots) > 1:
         lines = [[start + local for start in first] for local in range(min(slots))]
-        found |= {ALONE: lines[:1], **({TOGETHER: lines} if len(lines) > 1 else {})}
+        found |= {ALONE: lines[:1]}
+        if len(lines) > 1:
+            found |= {TOGETHER: lines, EVERY: [list(range(sum(slots)))]}
     return {name: lines for name, lines in found.items() if lines}
 
 
@@ -168,7 +172,9 @@ def slowed(crowd: Sequence[dict[str, Any]]) -> float:
 def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     """The links inside a host, where it has several ranks, and between hosts, where there are several.
 
-    Between hosts one rank of each measures a port, all of them at once how they share it.
+    Between hosts one rank of each measures a port, all of them at once how they share it. What a message waits for
+    beside the wire is that of a ring of all ranks: tensor parallelism, which has most messages, crosses hosts in no
+    other way.
     """
     slots = len(results) // hosts
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
@@ -179,7 +185,11 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
-        tier = fit_tier(alone, hosts, f"{backend} between hosts", wire=True)
+        rows, ranks = alone, hosts
+        if ring := links_of(results, EVERY):
+            rows = [row for row in ring if row["op"] != "send"] + [row for row in alone if row["op"] == "send"]
+            ranks = len(results)
+        tier = fit_tier(rows, ranks, f"{backend} between hosts", wire=rate_of(alone, hosts))
         ports = shared_ports(alone, links_of(results, TOGETHER), slots)
         found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)

@@ -17,6 +17,7 @@ from bloomery.cluster.probe_fit import (
     fit_gemm,
     fit_tier,
     predicted,
+    rate_of,
 )
 from bloomery.cluster.probe_tables import CPU
 from bloomery.perf.collectives import collective_s, group_of
@@ -59,7 +60,7 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
         for op in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
         for size in (4 << 10, 64 << 10, 1 << 20, 8 << 20)
     ]
-    found = fit_tier(rows, ranks, wire=wire)
+    found = fit_tier(rows, ranks, wire=rate_of(rows, ranks) if wire else None)
     assert found.bandwidth_bytes_per_s == pytest.approx(2e9, rel=0.02)
     assert found.latency_s == pytest.approx(1e-4, rel=0.02)
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)

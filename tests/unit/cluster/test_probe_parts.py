@@ -36,7 +36,12 @@ def test_groups_are_hosts_one_line_across_them_and_all_lines() -> None:
     assert groups((1,)) == {}
     assert groups((4,)) == {"inside": [[0, 1, 2, 3]]}
     assert groups((1, 1, 1)) == {"alone": [[0, 1, 2]]}
-    assert groups((2, 2)) == {"inside": [[0, 1], [2, 3]], "alone": [[0, 2]], "together": [[0, 2], [1, 3]]}
+    assert groups((2, 2)) == {
+        "inside": [[0, 1], [2, 3]],
+        "alone": [[0, 2]],
+        "together": [[0, 2], [1, 3]],
+        "every": [[0, 1, 2, 3]],
+    }
 
 
 def test_ranks_wait_for_each_other_in_turns() -> None:
