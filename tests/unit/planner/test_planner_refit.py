@@ -15,7 +15,7 @@ from bloomery.spec.catalog import cluster
 from bloomery.spec.cluster import Cluster, Cut, Tier
 from bloomery.spec.layout import Layout
 from bloomery.spec.measured import Measured
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 
 MODEL = Model(name="toy", layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=4096, max_seq_len=256)
 LAYOUTS = (
@@ -59,13 +59,13 @@ def run(layout: Layout, step_s: float = 1.0, **more: object) -> Measured:
     return Measured.model_validate({**values, **more})
 
 
-def ran_on(truth: Cluster, layouts: tuple[Layout, ...] = LAYOUTS) -> list[Measured]:
+def ran_on(truth: Cluster, layouts: tuple[Layout, ...] = LAYOUTS, model: Model = MODEL) -> list[Measured]:
     """Runs that took exactly what the model says of a machine."""
-    asked = [run(layout) for layout in layouts]
+    asked = [run(layout, model=model) for layout in layouts]
     said = Runs(tuple(asked)).predict(truth)
     parts = [{name: float(seconds[i]) for name, seconds in said.parts.items() if seconds[i]} for i in range(len(asked))]
     return [
-        run(layout, float(said.step_s[i]), seconds=parts[i], allocated_bytes=float(said.memory_bytes[i]))
+        run(layout, float(said.step_s[i]), model=model, seconds=parts[i], allocated_bytes=float(said.memory_bytes[i]))
         for i, layout in enumerate(layouts)
     ]
 
@@ -144,18 +144,21 @@ def test_every_knob_moves_some_prediction_and_one_is_no_change(machine: Cluster)
         assert np.any(np.abs(asked.predict(turned(machine, {knob.name: 1.3})).step_s - before) > 1e-5 * before), knob
 
 
-def test_where_ranks_share_cores_or_a_pipeline_drains_only_sums_of_parts_say_something(machine: Cluster) -> None:
-    runs = ran_on(turned(machine, {"gemm": 0.85}))
+def test_where_ranks_wait_for_each_other_in_turns_only_sums_of_parts_say_something(machine: Cluster) -> None:
+    truth = turned(machine, {"gemm": 0.9})
+    mixture = MODEL.model_copy(update={"moe": MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=128)})
+    runs = ran_on(truth) + ran_on(truth, (Layout(dp=2, ep=2, micro_batch=2), Layout(dp=2, ep=2)), mixture)
     odd = [one.model_copy(update={"seconds": swapped(one)}) for one in runs]
     assert any(one.seconds != other.seconds for one, other in zip(runs, odd, strict=True))
     found = refit(odd, machine)
     assert found.kept == 1.0
-    assert found.factors["gemm"] == pytest.approx(0.85, abs=0.01)
+    assert found.factors["gemm"] == pytest.approx(0.9, abs=0.01)
     assert all(factor == pytest.approx(1.0, abs=0.02) for name, factor in found.factors.items() if name != "gemm")
 
 
 def swapped(one: Measured) -> dict[str, float]:
-    """Parts as a clock finds them: compute of ranks with half a core is waiting, a pipeline's drain is `other`."""
+    """Parts as a clock finds them: compute of ranks with half a core is waiting, a pipeline's drain is `other`, some of
+    an expert's products are waiting for the fullest."""
     seconds = dict(one.seconds)
     if one.layout.world_size > 2:
         moved = 0.3 * seconds["compute"]
@@ -164,6 +167,9 @@ def swapped(one: Measured) -> dict[str, float]:
     elif one.layout.pp > 1:
         moved = 0.5 * seconds["pp_comm"]
         seconds |= {"pp_comm": seconds["pp_comm"] - moved, "other": seconds["other"] + moved}
+    elif one.layout.ep > 1:
+        moved = 0.2 * seconds["gemm"]
+        seconds |= {"gemm": seconds["gemm"] - moved, "ep_comm": seconds["ep_comm"] + moved}
     return seconds
 
 
