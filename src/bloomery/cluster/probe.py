@@ -33,7 +33,7 @@ WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
 TURNS = 3
-"""Of the reference models and links, one after the other over all sets of ranks."""
+"""Of the reference models and links, one after the other over all sets of ranks; of more ranks than cores one less."""
 WORKER_TIMEOUT_S = 300
 
 
@@ -94,8 +94,17 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'s' if number > 1 else ''}"
 
 
-def _measured(hosts: Hosts, quick: bool, progress: Tell, what: str = "all", dtypes: Sequence[str] = ()) -> Results:
-    settings = {"quick": quick, "what": what, "dtypes": list(dtypes)}
+def _measured(
+    hosts: Hosts,
+    quick: bool,
+    progress: Tell,
+    what: str = "all",
+    dtypes: Sequence[str] = (),
+    before: Results | None = None,
+) -> Results:
+    """`before`: of an earlier turn, by whose share of the cores messages are timed in all of them."""
+    share = before[0]["core_share"] if before else None
+    settings = {"quick": quick, "what": what, "dtypes": list(dtypes), "core_share": share}
     return run_ranks(WORKER, hosts, settings, WORKER_TIMEOUT_S, _inner(progress))
 
 
@@ -107,7 +116,7 @@ def _again(sets: dict[Hosts, Results], number: int, progress: Tell) -> None:
     """
     for hosts, results in sets.items():
         progress(f"{_ranks(len(results))}, again ({number} of {TURNS})")
-        add_turn(results, _measured(hosts, False, progress, "turn", list(results[0]["gemm"])))
+        add_turn(results, _measured(hosts, False, progress, "turn", list(results[0]["gemm"]), results))
 
 
 def _crowd(sets: dict[int, Results], number: int, progress: Tell) -> None:
@@ -115,8 +124,8 @@ def _crowd(sets: dict[int, Results], number: int, progress: Tell) -> None:
     what such a rank is follows from one with cores of its own."""
     cores = len(os.sched_getaffinity(0))
     for ranks in crowded_sizes():
-        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number} of {TURNS})")
-        found = _measured(here(ranks), False, progress, "crowd")
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number - 1} of {TURNS - 1})")
+        found = _measured(here(ranks), False, progress, "crowd", before=sets.get(ranks))
         if ranks in sets:
             add_turn(sets[ranks], found)
         else:
@@ -149,7 +158,8 @@ STEPS_OF_RANKS = 4
 def steps(hosts: Hosts | None, *, quick: bool) -> int:
     """How often `progress` is told something."""
     sets = [here(ranks) for ranks in cut_sizes()] if hosts is None else [hosts]
-    links = [len(groups(tuple(h.slots for h in one.hosts))) for one in sets]
+    rings = not _gpu_count()
+    links = [len(groups(tuple(h.slots for h in one.hosts), rings=rings)) for one in sets]
     crowds = len(crowded_sizes()) if hosts is None else 0
     turn = sum(2 + kinds for kinds in links) + 3 * crowds
     return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (TURNS - 1) * turn)

@@ -1,4 +1,5 @@
-"""The links between ranks by message size: inside the hosts, and between them by one rank of each or by all at once.
+"""The links between ranks by message size: inside the hosts; between them by one rank of each, by all at once, and in
+a ring of all.
 
 On CPUs a message inside a host is timed as a step sends it, after a piece of compute. Messages sent one upon the
 other find every thread awake and on its core; after compute some wait until the scheduler's next tick for one that is
@@ -23,14 +24,17 @@ import torch
 import torch.distributed as dist
 
 from bloomery.cluster.meeting import Place
-from bloomery.cluster.probe_parts import ALONE, EVERY, INSIDE, OWN_CORE, TOGETHER, groups
+from bloomery.cluster.probe_parts import ALONE, INSIDE, OWN_CORE, RING, TOGETHER, groups
+from bloomery.spec.cluster import OPERATIONS, CollectiveName
 
 TOLD = {
     INSIDE: "inside a host",
     ALONE: "between hosts",
     TOGETHER: "between hosts, all at once",
-    EVERY: "of all ranks in a ring",
+    RING: "of all ranks in a ring",
 }
+IN_A_RING: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+"""Operations that go round."""
 ROUND_S = 0.1
 PIECE_S = 0.004
 """Of compute before each message."""
@@ -39,8 +43,7 @@ TRIAL = 50
 SHARE_S = 0.4
 """Of compute that shows what share of its cores a rank is given: longer than the period of a container's quota."""
 SLOW_S = 0.25
-"""A message that takes longer is sent once a round, in three rounds: a slow link must not make a probe last minutes."""
-SLOW_ROUNDS = 3
+"""A message that takes longer is sent once a turn: a slow link must not make a probe last minutes."""
 LONGEST_S = 1.0
 """After one that takes longer no larger ones are sent."""
 
@@ -74,17 +77,16 @@ def measure_links(place: Place, sizes: Sequence[int], rounds: int, share: float)
     round, seconds (`s`) as seen by this rank and those of its processor (`processor_s`); none where it took no part.
     `share`: `core_share`. Every rank must call it."""
     found = dict[str, list[dict[str, Any]]]()
-    for name, lines in groups(place.slots).items():
-        if name == EVERY and place.device.type != "cpu":
-            continue  # NCCL sends tier by tier
+    for name, lines in groups(place.slots, rings=place.device.type == "cpu").items():
         place.tell(f"links {TOLD[name]}")
         mine = None
         for line in lines:
             group = dist.new_group(line)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
-            timer = _timer(place.device, mine[0], after_compute=name in (INSIDE, EVERY), share=share)
-            found[name] = _measure(place.device, *mine, place.rank, sizes, rounds, timer)
+            timer = _timer(place.device, mine[0], after_compute=name in (INSIDE, RING), share=share)
+            names = IN_A_RING if name == RING else OPERATIONS
+            found[name] = _measure(place.device, *mine, place.rank, names, sizes, rounds, timer)
         dist.barrier()
     return found
 
@@ -116,6 +118,7 @@ def _measure(
     group: dist.ProcessGroup,
     line: list[int],
     rank: int,
+    names: Sequence[CollectiveName],
     sizes: Sequence[int],
     rounds: int,
     timer: Timer,
@@ -126,12 +129,13 @@ def _measure(
     for size in sizes:
         if last_s > LONGEST_S:
             break
-        for op, work in operations(device, group, line, rank, size).items():
+        works = operations(device, group, line, rank, size)
+        for op, work in ((name, works[name]) for name in names):
             with _slowest(device, group) as trial:
                 work()
             calls = max(1, min(20, round(ROUND_S / max(trial[0] + timer.between_s, 1e-6))))
             found = []
-            for _ in range(SLOW_ROUNDS if trial[0] > SLOW_S else rounds):
+            for _ in range(1 if trial[0] > SLOW_S else rounds):
                 dist.barrier(group)
                 found.append(timer.span(work, calls))
             by_round = {

@@ -14,6 +14,7 @@ from bloomery.cluster.probe_fit import (
     fit_tier,
     optimizer_rate,
     rate_of,
+    ring_latency_s,
     uncertainty,
 )
 from bloomery.cluster.probe_tables import tables_for
@@ -28,24 +29,25 @@ DEEPER = 1
 """The deeper one's place in `References.models`, for what one of them tells."""
 OWN_CORE = 0.8
 """Of its cores' time: a rank that is given less shares them, or may not use them all."""
-INSIDE, ALONE, TOGETHER, EVERY = "inside", "alone", "together", "every"
+INSIDE, ALONE, TOGETHER, RING = "inside", "alone", "together", "ring"
 """Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once; all
 ranks of all hosts in one ring."""
 
 
-def groups(slots: tuple[int, ...]) -> dict[str, list[list[int]]]:
-    """The ranks that talk to each other, by kind, for hosts of so many ranks each.
+def groups(slots: tuple[int, ...], *, rings: bool) -> dict[str, list[list[int]]]:
+    """The ranks that talk to each other, by kind, for hosts of so many ranks each. `rings`: not on GPUs, whose messages
+    go tier by tier.
 
-    >>> groups((2, 2))
-    {'inside': [[0, 1], [2, 3]], 'alone': [[0, 2]], 'together': [[0, 2], [1, 3]], 'every': [[0, 1, 2, 3]]}
+    >>> groups((2, 2), rings=True)
+    {'inside': [[0, 1], [2, 3]], 'alone': [[0, 2]], 'together': [[0, 2], [1, 3]], 'ring': [[0, 1, 2, 3]]}
     """
     first = [sum(slots[:host]) for host in range(len(slots))]
     found = {INSIDE: [list(range(start, start + n)) for start, n in zip(first, slots, strict=True) if n > 1]}
     if len(slots) > 1:
         lines = [[start + local for start in first] for local in range(min(slots))]
-        found |= {ALONE: lines[:1]}
-        if len(lines) > 1:
-            found |= {TOGETHER: lines, EVERY: [list(range(sum(slots)))]}
+        found |= {ALONE: lines[:1], **({TOGETHER: lines} if len(lines) > 1 else {})}
+        if rings:
+            found[RING] = [list(range(sum(slots)))]
     return {name: lines for name, lines in found.items() if lines}
 
 
@@ -185,13 +187,12 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
-        rows, ranks = alone, hosts
-        if ring := links_of(results, EVERY):
-            rows = [row for row in ring if row["op"] != "send"] + [row for row in alone if row["op"] == "send"]
-            ranks = len(results)
-        tier = fit_tier(rows, ranks, f"{backend} between hosts", wire=rate_of(alone, hosts))
+        tier = fit_tier(alone, hosts, f"{backend} between hosts", wire=rate_of(alone, hosts))
         ports = shared_ports(alone, links_of(results, TOGETHER), slots)
-        found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
+        tier = tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"})
+        if ring := links_of(results, RING):
+            tier = tier.model_copy(update={"latency_s": ring_latency_s(ring, (*found, tier), slots)})
+        found.append(tier)
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
 
 
@@ -201,19 +202,21 @@ def _occupied(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]])
     share = min(result["core_share"] for result in results)
     if share > OWN_CORE:
         return 0.0
+    share *= results[0]["threads"]
     return min(1.0, median(mean(row["processor_s"]) / share / mean(row["s"]) for row in rows if row["op"] == "send"))
 
 
 def links_of(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, Any]]:
     """Of every operation and size the mean over ranks, round by round: one that comes early waits for one that comes
-    late, and a step has as many of the one as of the other."""
+    late, and a step has as many of the one as of the other. Lines of a kind may have gone on for more rounds than
+    others: those count that all have."""
     found = dict[tuple[str, int], list[dict[str, Any]]]()
     for result in results:
         for row in result["links"].get(group, []):
             found.setdefault((row["op"], row["bytes"]), []).append(row)
 
     def by_round(rows: list[dict[str, Any]], what: str) -> list[float]:
-        return [mean(of_ranks) for of_ranks in zip(*(row[what] for row in rows), strict=True)]
+        return [mean(of_ranks) for of_ranks in zip(*(row[what] for row in rows), strict=False)]
 
     return [
         {"op": op, "bytes": size, **{what: by_round(rows, what) for what in ("s", "processor_s")}}

@@ -157,7 +157,6 @@ def measure(place: Place) -> dict[str, Any]:
         "rank": place.rank,
         "torch": torch.__version__,
         "device": device.type,
-        "threads": torch.get_num_threads(),
         "host": place.host,
         "cores": sorted(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().available / place.slots[place.host],
@@ -199,8 +198,9 @@ def _another_turn(place: Place, tables: Tables, at_least_s: float) -> dict[str, 
 
 
 def _links(place: Place, tables: Tables) -> dict[str, Any]:
-    share = core_share(place)
-    return {"core_share": share, "links": measure_links(place, tables.message_bytes, LINK_ROUNDS, share)}
+    share = place.settings["core_share"] or core_share(place)
+    links = measure_links(place, tables.message_bytes, LINK_ROUNDS, share)
+    return {"core_share": share, "threads": torch.get_num_threads(), "links": links}
 
 
 def main() -> None:

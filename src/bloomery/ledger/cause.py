@@ -42,7 +42,7 @@ _FASTER = {
     "gemm": "matrix products ran faster than the cluster file says",
     "attention": "fused attention ran faster than the one shape that was probed",
     "memory": "memory-bound operators stayed in the cache, or fewer are there than counted",
-    "host": "launches cost less than the probe's reference model, which thread start-up dominates",
+    "host": "launches cost less than those of the small kernels that were probed, or fewer are there than counted",
     "tp_comm": "messages were cheaper than probed, most likely because they stayed in the cache",
     "pp_comm": "the pipeline waited less than planned",
     "dp_comm": "more of the reduction was hidden behind the backward pass than planned",

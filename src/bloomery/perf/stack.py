@@ -11,9 +11,9 @@ Host time is counted in units of the accelerator's `launch_s`, the Python and au
 where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
 and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
 reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
-`tile_kernels` of attention to the keys of one context-parallel rank (all of our engine's as 100 runs on two cores had
-them). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what each
-collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
+`tile_kernels` of attention to the keys of one context-parallel rank (our engine's as 100 runs on two cores had them, in
+today's unit). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what
+each collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
 
 `eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its

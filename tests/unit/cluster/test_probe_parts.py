@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from bloomery.cluster.hostfile import Host, Hosts
-from bloomery.cluster.probe import slots_of
+from bloomery.cluster.probe import crowded, slots_of
 from bloomery.cluster.probe_fit import predicted
 from bloomery.cluster.probe_parts import accelerator, add_turn, groups, links_of, noise_of, shared_ports, slowed, tiers
 from bloomery.cluster.probe_tables import CUDA
+from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
 from bloomery.spec.cluster import Dtype
 from bloomery.spec.components import KINDS
 from bloomery.spec.errors import InputError
+from bloomery.spec.layout import Layout, LayoutBatch
 
 SIZES = (4 << 10, 1 << 20, 8 << 20)
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
@@ -33,15 +35,12 @@ def rows(rate: float, wave: float = 0.0) -> list[dict[str, object]]:
 
 
 def test_groups_are_hosts_one_line_across_them_and_all_lines() -> None:
-    assert groups((1,)) == {}
-    assert groups((4,)) == {"inside": [[0, 1, 2, 3]]}
-    assert groups((1, 1, 1)) == {"alone": [[0, 1, 2]]}
-    assert groups((2, 2)) == {
-        "inside": [[0, 1], [2, 3]],
-        "alone": [[0, 2]],
-        "together": [[0, 2], [1, 3]],
-        "every": [[0, 1, 2, 3]],
-    }
+    assert groups((1,), rings=True) == {}
+    assert groups((4,), rings=True) == {"inside": [[0, 1, 2, 3]]}
+    assert groups((1, 1, 1), rings=True) == {"alone": [[0, 1, 2]], "ring": [[0, 1, 2]]}
+    several = {"inside": [[0, 1], [2, 3]], "alone": [[0, 2]], "together": [[0, 2], [1, 3]]}
+    assert groups((2, 2), rings=False) == several
+    assert groups((2, 2), rings=True) == {**several, "ring": [[0, 1, 2, 3]]}
 
 
 def test_ranks_wait_for_each_other_in_turns() -> None:
@@ -69,9 +68,50 @@ def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
     assert between.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.02)
 
 
+def test_what_a_ring_waits_for_is_latency_and_leaves_the_wire_its_rate() -> None:
+    links = {"inside": rows(1e9), "alone": rows(1e8), "together": rows(5e7)}
+    alone = tiers([{"device": "cpu", "core_share": 1.0, "links": links}] * 4, hosts=2)
+
+    def messages(latency_s: float) -> list[dict[str, object]]:
+        slower = (alone[0], alone[1].model_copy(update={"latency_s": latency_s}))
+        machine = catalog.cluster("this-machine").model_copy(
+            update={"nodes": 2, "accelerators_per_node": 2, "tiers": slower, "cuts": ()}
+        )
+        group = group_of(LayoutBatch.of([Layout(tp=4)]), "tp")
+        return [
+            {
+                "op": op,
+                "bytes": n,
+                "s": [float(collective_s(machine, op, group, np.array([n]))[0])],
+                "processor_s": [0.0],
+            }
+            for op in ("all_reduce", "all_gather", "reduce_scatter")
+            for n in SIZES
+        ]
+
+    ring = [{"device": "cpu", "core_share": 1.0, "links": {**links, "ring": messages(7e-4)}}] * 4
+    inside, wire = tiers(ring, hosts=2)
+    assert wire.latency_s == pytest.approx(7e-4, rel=1e-3)
+    assert (inside, wire) == (alone[0], alone[1].model_copy(update={"latency_s": wire.latency_s}))
+
+
+def test_lines_that_stop_at_another_size_count_as_far_as_both_went() -> None:
+    long, short = {"links": {"alone": rows(1e8)}}, {"links": {"alone": rows(1e8)}}
+    add_turn([long, short], [{"links": {"alone": rows(1e8)}}, {"links": {"alone": rows(1e8)[:-1]}}])
+    assert [len(row["s"]) for row in links_of([long, short], "alone")] == [6] * 14 + [3]
+
+
+def test_ranks_on_one_core_are_slower_than_their_share_by_what_the_probe_found() -> None:
+    own = accelerator([machine(turn(1.0))])
+    shared = crowded(own, 4, 2, 1.05)
+    assert shared.ranks_per_core == 2
+    assert shared.peak("float32") == pytest.approx(own.peak("float32") / 2.1)
+    assert shared.launch_s == pytest.approx(own.launch_s * 2.1)
+
+
 def test_of_ranks_that_share_cores_a_send_is_told_how_busy_it_keeps_these() -> None:
     def occupied(share: float) -> float:
-        rank = {"device": "cpu", "core_share": share, "links": {"inside": rows(1e9)}}
+        rank = {"device": "cpu", "core_share": share, "threads": 1, "links": {"inside": rows(1e9)}}
         return tiers([rank] * 4, hosts=1)[0].occupied
 
     assert occupied(0.5) == pytest.approx(0.6)  # 30 % of its seconds, and the other rank's on the core as many
