@@ -116,11 +116,12 @@ def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> P
     return path
 
 
-def bloomery(*arguments: object) -> None:
-    """Run the console program; its own messages stand when it fails."""
+def bloomery(*arguments: object) -> str:
+    """What the console program says; where it fails its own messages stand."""
     done = subprocess.run([sys.executable, "-m", "bloomery", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
+    return done.stdout
 
 
 def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outcome:

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
 from train_speed import Outcome, Variant, Workload, bloomery, environments, ours, peer, samples_of
 
+from bloomery.ledger.reconcile import reconcile
 from bloomery.parallel.formats import has_float8_units
 from bloomery.spec.model import MixtureOfExperts, Model
 
@@ -73,6 +74,7 @@ def measured(
     print(f"\n{name} {work.dtype}{emulated}: predicted step {plan['step_time_s']:.4f} s; MFU by {plan['convention']}")
     print(f"  peak {peak / 1e12:.3g} TFLOP/s ({'data sheet' if known else 'best measured product'}) of {device}")
     show("bloomery", outcomes["bloomery"], plan["model_flops"] / peak)
+    print(told := bloomery("report", work.scratch / variant.name), flush=True)
     for peers_name, (python, script) in peers.items() if work.model.moe is None and work.dtype != "float8" else ():
         try:
             outcomes[peers_name] = peer(work, python, script, variant, samples)
@@ -91,6 +93,8 @@ def measured(
         "predicted_step_s": plan["step_time_s"],
         "planned_peak_flops_per_s": plan["peak_flops_per_s"],
         "systems": {system: vars(one) for system, one in outcomes.items()},
+        "report": told,
+        "reconciliation": reconcile(work.scratch / variant.name).to_json(),
     }
 
 

@@ -32,8 +32,9 @@ Results = list[dict[str, Any]]
 WORKER = "bloomery.cluster.probe_worker"
 STORAGE_BYTES = 64 << 20
 SYNCS = 5
-TURNS = 3
-"""Of the reference models and links, one after the other over all sets of ranks; of more ranks than cores one less."""
+TURNS, TURNS_ON_GPUS = 3, 2
+"""Of the reference models and links, one after the other over all sets of ranks; of more ranks than cores one less. A
+GPU that other work does not share is as fast in one minute as in the next."""
 WORKER_TIMEOUT_S = 300
 
 
@@ -50,7 +51,7 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
             measured[ranks] = _measured(here(ranks), quick, progress)
         if not quick:
             own = {here(ranks): results for ranks, results in measured.items()}
-            for number in range(2, TURNS + 1):
+            for number in range(2, turns() + 1):
                 _again(own, number, progress)
                 _crowd(crowd, number, progress)
         cuts = [
@@ -69,7 +70,7 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
         per_node = slots_of(hosts)
         progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
         results = _measured(hosts, quick, progress)
-        for number in range(2, TURNS + 1) if not quick else ():
+        for number in range(2, turns() + 1) if not quick else ():
             _again({hosts: results}, number, progress)
         parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
         one, links = accelerator(results), tiers(results, len(hosts.hosts))
@@ -115,7 +116,7 @@ def _again(sets: dict[Hosts, Results], number: int, progress: Tell) -> None:
     process than another: rounds that lie apart see it, repeats of one round do not.
     """
     for hosts, results in sets.items():
-        progress(f"{_ranks(len(results))}, again ({number} of {TURNS})")
+        progress(f"{_ranks(len(results))}, again ({number} of {turns()})")
         add_turn(results, _measured(hosts, False, progress, "turn", list(results[0]["gemm"]), results))
 
 
@@ -124,7 +125,7 @@ def _crowd(sets: dict[int, Results], number: int, progress: Tell) -> None:
     what such a rank is follows from one with cores of its own."""
     cores = len(os.sched_getaffinity(0))
     for ranks in crowded_sizes():
-        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number - 1} of {TURNS - 1})")
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number - 1} of {turns() - 1})")
         found = _measured(here(ranks), False, progress, "crowd", before=sets.get(ranks))
         if ranks in sets:
             add_turn(sets[ranks], found)
@@ -151,6 +152,11 @@ def crowded(whole: Accelerator, ranks: int, cores: int, slower: float) -> Accele
     return whole.model_copy(update=changed)
 
 
+def turns() -> int:
+    """Turns of a probe that is not quick."""
+    return TURNS_ON_GPUS if _gpu_count() else TURNS
+
+
 STEPS_OF_RANKS = 4
 """What a set of ranks tells of its kernels while it measures; each kind of link is told beside."""
 
@@ -162,7 +168,7 @@ def steps(hosts: Hosts | None, *, quick: bool) -> int:
     links = [len(groups(tuple(h.slots for h in one.hosts), rings=rings)) for one in sets]
     crowds = len(crowded_sizes()) if hosts is None else 0
     turn = sum(2 + kinds for kinds in links) + 3 * crowds
-    return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (TURNS - 1) * turn)
+    return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (turns() - 1) * turn)
 
 
 def _inner(progress: Tell) -> Tell:

@@ -40,8 +40,7 @@ RATES = tuple(kind for kind in KINDS if kind != "host")
 SMALL_HALF = 0.1
 """Weight of a link's half size against the errors of its messages."""
 Kinds = Mapping[str, float]
-"""Seconds of the compute of one step, by `spec.components.KINDS`, or {"compute": all of it} where nothing tells them
-apart."""
+"""Seconds of the compute of one step, by `spec.components.KINDS`."""
 
 
 def fit_gemm(rows: Sequence[dict[str, Any]]) -> tuple[float, GemmEfficiency]:
@@ -92,12 +91,14 @@ def calibrated(accelerator: Accelerator, references: References, measured: dict[
     """The accelerator made to agree with the compute of the reference models on one rank, in their order.
 
     `measured`: of `References.models`. Two differ in depth alone: the difference is what layers cost, the rest is the
-    ends. Where a profiler told the compute by kind, each kind's rate is made to agree: what operators get in a step,
-    with cold caches and new memory, is not what they get alone. What stays becomes the `compute_factor` of each format;
-    where no profiler did (a GPU) that is all. Launches stay as measured.
+    ends. Each kind's rate is made to agree: what operators get in a step, with cold caches and new memory, is not what
+    they get alone. Of a GPU bfloat16 tells, which is compiled as runs are. What stays becomes the `compute_factor` of
+    each format. Launches stay as measured.
     """
-    if all(len(model) > 1 for models in measured.values() for model in models):
-        accelerator = _by_kind(accelerator, references, measured)
+    telling = measured
+    if accelerator.kind == "gpu" and "bfloat16" in measured:
+        telling = {"bfloat16": measured["bfloat16"]}
+    accelerator = _by_kind(accelerator, references, telling)
     factors = dict[Dtype, ComputeFactor]()
     for dtype, models in measured.items():
         layer, ends = _layer_and_ends(models, references)
@@ -107,8 +108,8 @@ def calibrated(accelerator: Accelerator, references: References, measured: dict[
 
 
 def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dtype, Sequence[Kinds]]) -> Accelerator:
-    """Rates turned until a layer takes what it took, kind by kind, then what the host takes for memory solved; again
-    and again, because kinds lean on each other (a small product waits for memory)."""
+    """Rates turned until a layer takes what it took, kind by kind, then what a CPU takes for memory solved; again and
+    again, because kinds lean on each other (a small product waits for memory)."""
     machine, deeper = _machine(accelerator), references.deeper
     for _ in range(KIND_ROUNDS):
         factors = dict[str, float]()
@@ -121,6 +122,8 @@ def _by_kind(accelerator: Accelerator, references: References, measured: dict[Dt
             ]
             factors[kind] = exp(-mean(slower or [0.0]))
         machine = turned(machine, factors)
+        if accelerator.kind != "cpu":
+            continue
         allocation = _allocation(machine.accelerator, references, measured)
         one = machine.accelerator.model_copy(update={"allocation": allocation})
         machine = machine.model_copy(update={"accelerator": one})

@@ -90,7 +90,7 @@ CUDA = Tables(
     element_bytes=(384 * MIB, 512 * MIB, 1024 * MIB),
     message_bytes=(4 * KIB, 64 * KIB, 1 * MIB, 8 * MIB, 64 * MIB, 512 * MIB),
     references=References(
-        _pair((1, 2), 4096, 32, 11008, 16384, 4096), Layout(micro_batch=1), seq_len=4096, batch=2
+        _pair((1, 3), 3072, 24, 8192, 16384, 4096), Layout(micro_batch=2), seq_len=4096, batch=4
     ),
 )  # fmt: skip
 

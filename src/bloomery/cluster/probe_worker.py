@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch.autograd.profiler import profile, record_function
+from torch.autograd.profiler import record_function
 
 from bloomery.cluster.meeting import Place, join, leave
 from bloomery.cluster.probe_kernels import (
@@ -28,6 +28,7 @@ from bloomery.cluster.probe_links import core_share, measure_links, now
 from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
+from bloomery.parallel.compiled import compiler_problem
 from bloomery.parallel.engine import build
 from bloomery.parallel.formats import has_float8_units
 from bloomery.parallel.mesh import Mesh
@@ -35,7 +36,7 @@ from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
 from bloomery.train.optimizers import build_optimizers
-from bloomery.train.profiled_step import kinds_of
+from bloomery.train.profiled_step import kinds_of, kinds_on_gpu, profiler
 
 REFERENCE_WARM_UP = 2
 REFERENCE_ROUNDS = 5
@@ -59,7 +60,7 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str) -
     halves by round.
 
     `compute`: forward and backward; `optimizer`: gradient norm, clipping, AdamW and freeing the gradients; `shares` of
-    the compute by kind, from steps that a profiler slows (of a GPU: all of it is `compute`).
+    the compute by kind, from steps that a profiler slows.
     """
     reference = _Reference(place.device, model, how.layout, how.batch, how.seq_len, dtype)
     found: dict[str, list[float]] = {"compute": [], "optimizer": []}
@@ -68,15 +69,21 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str) -
         for half, seconds in reference.step().items():
             found[half].append(seconds)
     halves = {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
-    if place.device.type != "cpu":
-        return {**halves, "shares": {"compute": 1.0}}
     _together(place)
-    with profile(use_kineto=True) as profiled:
+    with profiler(place.device) as profiled:
         for _ in range(PROFILED_STEPS):
             with record_function(MARK + "compute"):
                 reference.engine.forward_backward(reference.batch)
             reference.optimizer.zero_grad()
-    return {**halves, "shares": kinds_of(profiled).shares}
+        now(place.device)  # until the last kernel has run
+    kinds = kinds_of(profiled) if place.device.type == "cpu" else kinds_on_gpu(profiled)
+    return {**halves, "shares": kinds.shares}
+
+
+def compiles(device: torch.device, dtype: str) -> bool:
+    """Whether reference models are compiled: on a GPU, as runs there are, in the formats that large models train in. A
+    CPU compiles only where a run is long."""
+    return device.type != "cpu" and dtype != "float32" and compiler_problem(device) is None
 
 
 class _Reference:
@@ -94,6 +101,7 @@ class _Reference:
             dtype=dtype,
             seed=0,
             measure=lambda _: nullcontext(),
+            compiled=compiles(device, dtype),
         )
         self.device, self.optimizer = device, build_optimizers(self.engine, Optimizer(lr=1e-4))
         tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)

@@ -18,7 +18,7 @@ from bloomery.perf.kernels import flash_attention_s, linear_s, memory_s, unfused
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import LARGE_TENSOR_BYTES, Passes
 from bloomery.perf.table import Table
-from bloomery.spec.cluster import PROBED, ComputeFactor
+from bloomery.spec.cluster import ComputeFactor
 from bloomery.spec.collective import by_recompute
 from bloomery.spec.errors import InputError
 
@@ -101,7 +101,7 @@ def moved(case: Case, layer: Work) -> Work:
     if device.upload_bytes_per_s is None:
         problem = "offload needs upload_bytes_per_s: the rate of the link to the host is not known"
         raise InputError(problem, where=f"accelerator {device.name}")
-    seconds = kept / (device.upload_bytes_per_s * (1.0 if device.source == PROBED else LINK_SHARE))
+    seconds = kept / (device.upload_bytes_per_s * (1.0 if device.probed else LINK_SHARE))
     behind = layer.backward + layer.recompute
     return replace(
         layer,

@@ -23,7 +23,7 @@ from bloomery.perf.stack import Stack
 from bloomery.perf.step import StepTimes
 from bloomery.perf.table import blocks
 from bloomery.spec.calibration import calibration
-from bloomery.spec.cluster import PROBED, Cluster, Dtype, Interval
+from bloomery.spec.cluster import Cluster, Dtype, Interval
 from bloomery.spec.collective import by_recompute
 from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.layout import LayoutBatch
@@ -211,7 +211,7 @@ def interval_of(cluster: Cluster) -> Interval:
     """90 % interval of measured / predicted on a cluster: as calibrated, else wider by the noise of its probe."""
     if cluster.interval is not None:
         return cluster.interval
-    interval = PROBED_INTERVAL if cluster.accelerator.source == PROBED else calibration().interval("prior")
+    interval = PROBED_INTERVAL if cluster.accelerator.probed else calibration().interval("prior")
     wider = 1.0 + max(0.0, cluster.noise - QUIET)
     return Interval(low=interval.low / wider, high=interval.high * wider)
 

@@ -1,10 +1,11 @@
 """`Precision`: bytes per element of everything a training step holds or moves. One choice for prediction and engine.
 
 GPU (Megatron's mixed precision, Rajbhandari et al. 2020, arXiv 1910.02054): 16-bit weights, float32 gradients, 12 bytes
-of optimizer state (float32 master weight and two moments). CPU (our engine): float32 master weights are the parameters,
-float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast over a residual stream of 16 bit. float8 is for the
-operands of a layer's matrix products; all else stays 16-bit (Micikevicius et al. 2022, arXiv 2209.05433), what
-is kept of a product's input for the backward pass too. float4 the same, a byte an element with its scales.
+of optimizer state (float32 master weight and two moments). CPUs and probed GPUs (our engine): float32 master weights
+are the parameters, float32 gradients, 8 bytes of AdamW moments; bfloat16 means autocast over a residual stream of 16
+bit. float8 is for the operands of a layer's matrix products; all else stays 16-bit (Micikevicius et al. 2022, arXiv
+2209.05433), what is kept of a product's input for the backward pass too. float4 the same, a byte an element with its
+scales.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def precision_of(accelerator: Accelerator, dtype: Dtype) -> Precision:
     if dtype == "float64":
         return Precision(parameter=8, gradient=8, optimizer=16, stream=8, operand=8, norm=8)
     operand = _WIDTH[dtype]
-    if accelerator.kind == "cpu" or dtype in ("float32", "tf32"):
+    if accelerator.kind == "cpu" or accelerator.probed or dtype in ("float32", "tf32"):
         narrow = max(2, operand)
         return Precision(parameter=4, gradient=4, optimizer=8, stream=narrow, operand=operand)
     return Precision(parameter=2, gradient=4, optimizer=12, stream=2, operand=operand)

@@ -72,6 +72,11 @@ class Accelerator(Noun):
     """Ranks that wait for each other wait for it."""
     source: str = ""
 
+    @property
+    def probed(self) -> bool:
+        """Whether `probe` measured it, so that our own engine is what runs on it."""
+        return self.source == PROBED
+
     def gemm_efficiency(self, dtype: Dtype) -> GemmEfficiency:
         """The efficiency surface for `dtype`, or the prior where none was measured."""
         return self.gemm.get(dtype, GemmEfficiency())

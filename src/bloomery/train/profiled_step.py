@@ -2,12 +2,13 @@
 
 Each rank writes RUN_DIR/profile/kinds_rank_00000.json: seconds of compute by kind (`ledger.kinds`), how long messages
 were under way, and the most bytes of tensors that lived at once. The profiler's own time is booked to `profile`; the
-step it slowed is left out of every average. On a GPU, where operators are not where the time goes, nothing is done.
+step it slowed is left out of every average. On a CPU operators are told apart, on a GPU its kernels (`ledger.kernels`).
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile, record_function
 
 from bloomery.ledger.clock import Clock, unmarked
+from bloomery.ledger.kernels import kinds_of_kernels
 from bloomery.ledger.kinds import MARK, TALK, Kinds, Span, kinds
 from bloomery.ledger.reconcile import PROFILED_STEP
 from bloomery.parallel.engine import Engine
@@ -29,7 +31,7 @@ from bloomery.train.record import Recorder
 LEAST_STEPS = 2 * PROFILED_STEP
 """A shorter run is not worth the two seconds that starting a profiler takes."""
 MEMORY_EVENT = "[memory]"
-NANOSECOND = 1e-9
+NANOSECOND, MICROSECOND = 1e-9, 1e-6
 
 
 class ProfiledStep:
@@ -37,17 +39,19 @@ class ProfiledStep:
 
     def __init__(self, folder: Path, rank: int, device: torch.device, steps: int, *, taken: bool) -> None:
         self._path = folder / "profile" / f"kinds_rank_{rank:05d}.json"
-        wanted = device.type == "cpu" and steps >= LEAST_STEPS and not taken
+        wanted = steps >= LEAST_STEPS and not taken
         self._step = PROFILED_STEP if wanted and not self._path.exists() else None
+        self._device = device
         self._profile: Any = None
 
     def before(self, step: int, recorder: Recorder, clock: Clock, engine: Engine, optimizers: Optimizers) -> None:
         """About to run `step` (counted from 1)."""
         if step != self._step:
             return
+        clock.catch_up("optimizer")
         with clock.bucket("profile"):
             self._peak_bytes, self._held = recorder.peak_bytes(), held_bytes(engine, optimizers)
-            self._profile = profiler()
+            self._profile = profiler(self._device)
             self._profile.__enter__()
         clock.mark = lambda bucket: record_function(MARK + bucket)
 
@@ -55,21 +59,39 @@ class ProfiledStep:
         """`step` is done. What the profiler took is no part of the run's memory."""
         if self._profile is None:
             return
+        clock.catch_up("optimizer")
         clock.mark = unmarked
         with clock.bucket("profile"):
             self._profile.__exit__(None, None, None)
-            allocated = self._held + most_bytes(allocations(self._profile), messages(self._profile))
-            account = {"step": step, **kinds_of(self._profile).to_json(NANOSECOND), "allocated_bytes": allocated}
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text(json.dumps(account, indent=1))
+            self._path.write_text(json.dumps({"step": step, **self._account(self._profile)}, indent=1))
             self._profile = self._step = None
             recorder.leave_out(self._peak_bytes)
 
+    def _account(self, profiled: Any) -> dict[str, Any]:
+        if self._device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            return {**kinds_on_gpu(profiled).to_json(MICROSECOND), "allocated_bytes": allocated}
+        allocated = self._held + most_bytes(allocations(profiled), messages(profiled))
+        return {**kinds_of(profiled).to_json(NANOSECOND), "allocated_bytes": allocated}
 
-def profiler() -> profile:
-    """Of a CPU's operators and memory. `torch.profiler` around it would import PyTorch's compiler to ask one setting:
-    75 MB that an uncompiled run never gives back."""
-    return profile(use_kineto=True, profile_memory=True)
+
+def profiler(device: torch.device) -> Any:
+    """Of a CPU's operators and memory, or of a GPU's kernels and where they were launched. `torch.profiler` imports
+    PyTorch's compiler to ask one setting: 75 MB that an uncompiled run on a CPU never gives back."""
+    if device.type == "cpu":
+        return profile(use_kineto=True, profile_memory=True)
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profile_device
+
+    return profile_device(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+
+
+def kinds_on_gpu(profiled: Any) -> Kinds:
+    """The account of the kernels that ran under `profiler` of a GPU, in microseconds."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiled.export_chrome_trace(trace.name)
+        return kinds_of_kernels(json.loads(Path(trace.name).read_text(encoding="utf-8"))["traceEvents"])
 
 
 def held_bytes(engine: Engine, optimizers: Optimizers) -> int:

@@ -13,7 +13,7 @@ from bloomery.cluster.probe_tables import CUDA
 from bloomery.perf.collectives import collective_s, group_of
 from bloomery.perf.kernels import gemm_efficiency
 from bloomery.spec import catalog
-from bloomery.spec.cluster import Dtype
+from bloomery.spec.cluster import PROBED, Dtype
 from bloomery.spec.components import KINDS
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, LayoutBatch
@@ -198,7 +198,9 @@ def test_hosts_whose_ranks_share_cores_say_so() -> None:
     assert found(0.97, [0, 1], [0, 1]) == 1
 
 
-H100 = catalog.accelerator("h100-sxm").model_copy(update={"kernel_s": 2e-6})  # a prior: no probe finds it
+H100 = catalog.accelerator("h100-sxm").model_copy(
+    update={"kernel_s": 2e-6, "source": PROBED}  # a prior, which no probe finds; and our engine is what runs there
+)
 H100_NAME = "NVIDIA H100 80GB HBM3"
 
 
@@ -217,8 +219,13 @@ def gpu(slower: float = 1.0, name: str = H100_NAME, reserved_bytes: float = 5e8)
         return {"m": m, "n": n, "k": k, "s": [2 * m * n * k / H100.peak(dtype) * slowness]}
 
     def reference(dtype: Dtype) -> list[dict[str, object]]:
-        steps = [slower * sum(kinds.values()) for kinds in predicted(H100, CUDA.references, dtype)]
-        return [{"compute": [s], "optimizer": [0.01], "shares": {"compute": 1.0}} for s in steps]
+        found = []
+        for kinds in predicted(H100, CUDA.references, dtype):
+            took = {kind: seconds * (slower if kind == "gemm" else 1.0) for kind, seconds in kinds.items()}
+            whole = sum(took.values())
+            shares = {kind: seconds / whole for kind, seconds in took.items()}
+            found.append({"compute": [whole], "optimizer": [0.01], "shares": shares})
+        return found
 
     batch, heads, seq, width = CUDA.attention[0]
     rate = H100.memory_bandwidth_bytes_per_s * H100.memory_efficiency
@@ -254,10 +261,17 @@ def test_a_gpu_comes_back_through_the_performance_models_own_formulas() -> None:
         assert found.compute_factor[dtype].ends == pytest.approx(1, rel=0.05)
 
 
-def test_large_layers_of_a_gpu_that_are_slower_than_their_kernels_say_nothing_of_launches() -> None:
+def test_products_of_a_gpu_that_are_slower_in_a_step_say_nothing_of_launches_or_other_kinds() -> None:
     whole, slow = accelerator([gpu()]), accelerator([gpu(slower=1.25)])
     assert slow.launch_s == whole.launch_s
-    assert slow.compute_factor["bfloat16"].layers == pytest.approx(1.25 * whole.compute_factor["bfloat16"].layers)
+    assert slow.peak("bfloat16") * slow.gemm["bfloat16"].ceiling == pytest.approx(
+        whole.peak("bfloat16") * whole.gemm["bfloat16"].ceiling / 1.25, rel=0.01
+    )
+    assert slow.memory_efficiency == pytest.approx(whole.memory_efficiency, rel=0.01)
+    assert slow.peak("bfloat16") * slow.attention["bfloat16"] == pytest.approx(
+        whole.peak("bfloat16") * whole.attention["bfloat16"], rel=0.01
+    )
+    assert slow.compute_factor["bfloat16"].layers == pytest.approx(1, rel=0.01)
 
 
 @pytest.mark.parametrize(
