@@ -44,7 +44,7 @@ model: {model}
 cluster: {cluster}
 layout: {{micro_batch: {micro_batch}}}
 data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
-train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
+train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000, keep_checkpoints: 1,
   dtype: {dtype}, float8: {{emulate: {emulated}}},
   profile: "{profile}",
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}
@@ -116,12 +116,11 @@ def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> P
     return path
 
 
-def bloomery(*arguments: object) -> str:
-    """What the console program says; where it fails its own messages stand."""
+def bloomery(*arguments: object) -> None:
+    """Run the console program; its own messages stand when it fails."""
     done = subprocess.run([sys.executable, "-m", "bloomery", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return done.stdout
 
 
 def ours(work: Workload, variant: Variant, cluster: Path | None = None) -> Outcome:

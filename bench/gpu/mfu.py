@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import kernels
 from train_speed import Outcome, Variant, Workload, bloomery, environments, ours, peer, samples_of
 
+from bloomery.ledger.parts import parts_of_step
 from bloomery.ledger.reconcile import reconcile
 from bloomery.parallel.formats import has_float8_units
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -74,7 +75,8 @@ def measured(
     print(f"\n{name} {work.dtype}{emulated}: predicted step {plan['step_time_s']:.4f} s; MFU by {plan['convention']}")
     print(f"  peak {peak / 1e12:.3g} TFLOP/s ({'data sheet' if known else 'best measured product'}) of {device}")
     show("bloomery", outcomes["bloomery"], plan["model_flops"] / peak)
-    print(told := bloomery("report", work.scratch / variant.name), flush=True)
+    found = reconcile(work.scratch / variant.name).to_json()
+    compare(found)
     for peers_name, (python, script) in peers.items() if work.model.moe is None and work.dtype != "float8" else ():
         try:
             outcomes[peers_name] = peer(work, python, script, variant, samples)
@@ -93,8 +95,7 @@ def measured(
         "predicted_step_s": plan["step_time_s"],
         "planned_peak_flops_per_s": plan["peak_flops_per_s"],
         "systems": {system: vars(one) for system, one in outcomes.items()},
-        "report": told,
-        "reconciliation": reconcile(work.scratch / variant.name).to_json(),
+        "reconciliation": found,
     }
 
 
@@ -107,6 +108,16 @@ def show(system: str, outcome: Outcome, least_s: float) -> None:
     """One line of a model's table; `least_s`: of a step at the peak."""
     mfu, memory = least_s / outcome.step_s, outcome.peak_bytes / 2**30
     print(f"  {system:12} {outcome.step_s:9.4f} s  MFU {mfu:6.1%}  {memory:6.2f} GiB", flush=True)
+
+
+def compare(found: dict[str, Any]) -> None:
+    """The parts of our step and its memory, predicted beside measured."""
+    for part in parts_of_step(found):
+        print(f"    {part.name:22} {part.predicted * 1e3:8.1f} ms predicted {part.measured * 1e3:8.1f} ms measured")
+    step, (rank,) = found["step_time_s"], found["ranks"]
+    memory = {side: (rank["memory_bytes"][side] or 0.0) / 2**30 for side in ("predicted", "measured")}
+    print(f"    step {step['predicted'] / step['measured'] - 1:+.1%};", end=" ")
+    print(f"memory {memory['predicted']:.2f} GiB predicted, {memory['measured']:.2f} measured", flush=True)
 
 
 def dtypes_of(options: argparse.Namespace) -> list[str]:

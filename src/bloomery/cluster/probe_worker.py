@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import psutil
@@ -26,6 +29,7 @@ from bloomery.cluster.probe_kernels import (
 )
 from bloomery.cluster.probe_links import core_share, measure_links, now
 from bloomery.cluster.probe_tables import CPU, References, Tables, tables_for
+from bloomery.ledger.clock import Device
 from bloomery.ledger.kinds import MARK
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.compiled import compiler_problem
@@ -35,6 +39,7 @@ from bloomery.parallel.mesh import Mesh
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
+from bloomery.train.gpu import Gpu
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profiled_step import kinds_of, kinds_on_gpu, profiler
 
@@ -63,12 +68,8 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str) -
     the compute by kind, from steps that a profiler slows.
     """
     reference = _Reference(place.device, model, how.layout, how.batch, how.seq_len, dtype)
-    found: dict[str, list[float]] = {"compute": [], "optimizer": []}
     _together(place)
-    for _ in range(REFERENCE_WARM_UP + REFERENCE_ROUNDS):
-        for half, seconds in reference.step().items():
-            found[half].append(seconds)
-    halves = {half: rounds_s[REFERENCE_WARM_UP:] for half, rounds_s in found.items()}
+    halves = {half: found[REFERENCE_WARM_UP:] for half, found in reference.steps(REFERENCE_WARM_UP + REFERENCE_ROUNDS)}
     _together(place)
     with profiler(place.device) as profiled:
         for _ in range(PROFILED_STEPS):
@@ -76,8 +77,11 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str) -
                 reference.engine.forward_backward(reference.batch)
             reference.optimizer.zero_grad()
         now(place.device)  # until the last kernel has run
-    kinds = kinds_of(profiled) if place.device.type == "cpu" else kinds_on_gpu(profiled)
-    return {**halves, "shares": kinds.shares}
+    if place.device.type == "cpu":
+        return {**halves, "shares": kinds_of(profiled).shares}
+    found = kinds_on_gpu(profiled)
+    # A device stands still for its host, which a profiler slows: by kind of kernel alone.
+    return {**halves, "shares": replace(found, compute=found.compute | {"host": 0.0}).shares}
 
 
 def compiles(device: torch.device, dtype: str) -> bool:
@@ -107,16 +111,36 @@ class _Reference:
         tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)
         self.batch = Batch(tokens, tokens, tokens.numel())
 
-    def step(self) -> dict[str, float]:
-        """Seconds of its halves."""
-        started = now(self.device)
-        loss = self.engine.forward_backward(self.batch)
-        between = now(self.device)
-        norm = self.engine.statistics(loss).grad_norm
-        self.optimizer.clip(norm / 2, norm)
-        self.engine.update(self.optimizer)
-        self.optimizer.zero_grad()
-        return {"compute": between - started, "optimizer": now(self.device) - between}
+    def steps(self, number: int) -> list[tuple[str, list[float]]]:
+        """Seconds of the halves of so many steps, one upon the other: by a device's own clock, since its host works
+        ahead of it as in training."""
+        clock: Device = _Host() if self.device.type == "cpu" else Gpu(self.device)
+        moments = [clock.mark()]
+        for _ in range(number):
+            loss = self.engine.forward_backward(self.batch)
+            moments.append(clock.mark())
+            norm = self.engine.statistics(loss).grad_norm
+            self.optimizer.clip(norm / 2, norm)
+            self.engine.update(self.optimizer)
+            self.optimizer.zero_grad()
+            moments.append(clock.mark())
+        seconds = [clock.seconds(earlier, later) for earlier, later in pairwise(moments)]
+        return [("compute", seconds[::2]), ("optimizer", seconds[1::2])]
+
+
+class _Host:
+    """A CPU's clock, as `Gpu` is a device's."""
+
+    def mark(self) -> float:
+        """Now."""
+        return time.perf_counter()
+
+    def seconds(self, earlier: float, later: float) -> float:
+        """Between two moments."""
+        return later - earlier
+
+    def wait(self) -> None:
+        """It does what it is given at once."""
 
 
 CROWD_TURNS, CROWD_ROUNDS = 2, 3
@@ -133,7 +157,8 @@ def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
     for ranks, kind in ((place.world_size, "shared"), (len(os.sched_getaffinity(0)), "own")) * CROWD_TURNS:
         _together(place)
         if place.rank < ranks:
-            found[kind] += [sum(reference.step().values()) for _ in range(1 + CROWD_ROUNDS)][1:]
+            halves = dict(reference.steps(1 + CROWD_ROUNDS)).values()
+            found[kind] += [sum(halves_of_step) for halves_of_step in zip(*halves, strict=True)][1:]
     return found
 
 

@@ -293,6 +293,7 @@ COMPILED_GPU = replace(
     routed=Passes(4, 4),
     accumulate=3.0,
     kernels=Passes(30, 60),
+    expert_kernels=Passes(100, 100),
     end_kernels=Passes(30, 60),
     tile_kernels=Passes(0, 0),
     saved_width=(2, 3),

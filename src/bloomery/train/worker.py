@@ -8,7 +8,6 @@ import os
 import platform
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import CORRUPTED, GAVE_UP, Job, read_job
+from bloomery.train.gpu import Gpu
 from bloomery.train.loop import run
 from bloomery.train.reexecution import repeat_bits
 from bloomery.train.session import CorruptionError
@@ -57,28 +57,6 @@ def main() -> int:
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
     return code
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A CUDA device as the clock sees it: by events on the stream that computes."""
-
-    device: torch.device
-
-    def mark(self) -> torch.cuda.Event:
-        """An event behind all work handed over so far."""
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, earlier: torch.cuda.Event, later: torch.cuda.Event) -> float:
-        """Between two events."""
-        later.synchronize()
-        return float(earlier.elapsed_time(later)) / 1e3
-
-    def wait(self) -> None:
-        """Until the device is idle."""
-        torch.cuda.synchronize(self.device)
 
 
 def device_of(job: Job, local_rank: int) -> torch.device:
