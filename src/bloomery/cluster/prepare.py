@@ -22,7 +22,7 @@ from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.cluster import Dtype
-from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders
+from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, checkpoints_to_come
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.fitting import fitted
@@ -276,7 +276,8 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     """
     checkpoints = folder / "checkpoints"
     averages = 0 if job.averaging.method == "none" else 1
-    check_space(checkpoints, parameter_count(job.model), job.keep_checkpoints, averages)
+    to_come = checkpoints_to_come(checkpoints, keep=job.keep_checkpoints, every=job.checkpoint_every, steps=job.steps)
+    check_space(checkpoints, parameter_count(job.model), to_come, averages)
     if job.memory_every:
         check_memory(parameter_count(job.model), folder, averages=averages)
     with run_lock(folder):

@@ -385,10 +385,11 @@ def _ranks(
         gap = max(abs(sum(x["buckets"].values()) - x["wall_s"]) / max(x["wall_s"], 1e-9) for x in mine)
         pipeline_rank = rank * max(len(stages), 1) // world_size
         peak = max((line.get("peak_memory_bytes") or 0 for line in mine), default=0)
-        predicted = stages[pipeline_rank].value if stages else estimate.memory_bytes
+        stage = stages[pipeline_rank] if stages else estimate.memory
         wall = float(sum(line["wall_s"] for line in mine))
-        memory = Compared(predicted, float(peak) if peak else None)
-        allocated = Compared(predicted, accounts.allocated_bytes(rank))
+        memory = Compared(stage.value, float(peak) if peak else None)
+        tensors = stage.value - sum(part.value for part in stage.children if part.name == "reserved")
+        allocated = Compared(tensors, accounts.allocated_bytes(rank))
         totals.append(RankTotal(rank, pipeline_rank, wall, buckets, float(gap), memory, allocated))
     return tuple(totals)
 

@@ -24,8 +24,9 @@ from bloomery.spec.model import MixtureOfExperts
 
 def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
-    Our engine drops outputs of norms and activation functions; per operator a stack drops the share that it repeats;
-    with unfused attention it drops the scores.
+    Our engine drops outputs of norms and activation functions, which a compiler makes again anyway where products read
+    them in a narrower format; per operator a stack drops the share that it repeats; with unfused attention it drops the
+    scores.
 
     With c-byte elements, e = query width, g = kv width: norms' inputs 2 sbh (stream); inputs of the two blocks 2 sbh c;
     queries, keys, values sb(e + 2g)c/t; attention's output sb e c/t; ffn sbf c/t per kept tensor; dropout masks 2 sbh.
@@ -49,7 +50,8 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
         # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
         outputs = operators - _selective_outer_bytes(case)
         widths = stack.saved_widths(model) - (2 if model.gated else 1)
-        return whole, stack.kept * (outputs + widths * inside * width * precision.stream)
+        again = stack.kept * (outputs + widths * inside * width * precision.stream)
+        return (whole - again, 0.0 * again) if stack.fuses and precision.operand < precision.stream else (whole, again)
     each = 2 * precision.stream + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores

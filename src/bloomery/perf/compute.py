@@ -244,17 +244,18 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)
 
-    inner = _inner_norm_bytes(case)
+    inner, casts = _inner_norm_bytes(case), _cast_bytes(case, moe)
 
     def seconds(
-        norm: float, residual: float, projections: float, activation: float, rotary: float, routed: float
+        cast: Any, norm: float, residual: float, projections: float, activation: float, rotary: float, routed: float
     ) -> Any:
         n_bytes = 2 * (norm + residual) * stream + projections * whole + routed * copies
-        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + norm * inner + _cast_bytes(case)
+        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + norm * inner + cast
         return memory_s(case.accelerator, stack.traffic * n_bytes)
 
     parts = (norm, stack.residual, stack.projections, activation, stack.rotary, stack.routed)
-    return seconds(*(part.forward for part in parts)), seconds(*(part.backward for part in parts))
+    forward, backward = ([getattr(part, way) for part in parts] for way in ("forward", "backward"))
+    return seconds(casts[0], *forward), seconds(casts[1], *backward)
 
 
 def _outputs_again(case: Case, moe: bool) -> Any:
@@ -277,12 +278,26 @@ def _inner_norm_bytes(case: Case) -> Any:
     return case.tokens * precision.stream / case.lay.tp * normed
 
 
-def _cast_bytes(case: Case) -> Any:
-    """Casts in one direction of a layer: the input of each projection is read wide and written narrow."""
-    if case.precision.operand >= case.precision.stream:
-        return 0.0
-    inputs = 5 if case.model.gated else 4
-    return inputs * case.tokens * case.model.hidden * (case.precision.stream + case.precision.operand)
+def _cast_bytes(case: Case, moe: bool) -> tuple[Any, Any]:
+    """Casts of a layer (forward, backward): the input of each projection is read wide and written narrow.
+
+    Our engine scales each operand to its range (`parallel.float8`), so it reads it twice: inputs and weights in both
+    passes, gradients of outputs with two casts, one for each product they are in.
+    """
+    model, lay, wide, narrow = case.model, case.lay, case.precision.stream, case.precision.operand
+    if narrow >= wide:
+        return 0.0, 0.0
+    if not case.stack.fuses:
+        each = (5 if model.gated else 4) * case.tokens * model.hidden * (wide + narrow)
+        return each, each
+    held, ffn = (case.moe_layer, 0) if moe else (case.dense_layer, model.ffn_hidden)
+    if moe and model.moe is not None:
+        ffn = model.moe.shared_experts * model.moe.expert_ffn_hidden
+    inputs = case.tokens * (2 * model.hidden + (model.output_width + ffn) / lay.tp)
+    inside = model.query_width + 2 * model.kv_width + (2 if model.gated else 1) * ffn
+    outputs = case.tokens * (2 * model.hidden + inside / lay.tp)
+    forward = inputs * (2 * wide + narrow) + held.dense(lay) * (2 * case.precision.parameter + narrow)
+    return forward, forward + outputs * (3 * wide + 2 * narrow)
 
 
 def _accumulation(case: Case, held: Held) -> Any:
@@ -291,9 +306,10 @@ def _accumulation(case: Case, held: Held) -> Any:
 
 
 def _casts(case: Case, held: Held) -> Any:
-    """Autocast's copies of the weights, unless they are gathered narrow, and their gradients back to wide ones. (Of
-    experts that ZeRO leaves whole the copies are not counted.)"""
-    return cast_s(case, np.where(case.lay.gathers, 1, 2) * _elements(case, held))
+    """Autocast's copies of the weights, unless they are gathered narrow or narrower still for each product, and their
+    gradients back to wide ones. (Of experts that ZeRO leaves whole the copies are not counted.)"""
+    scaled = case.stack.fuses and case.precision.operand < case.precision.stream
+    return cast_s(case, np.where(case.lay.gathers | scaled, 1, 2) * _elements(case, held))
 
 
 def cast_s(case: Case, elements: Any) -> Any:

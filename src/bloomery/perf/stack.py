@@ -15,7 +15,9 @@ reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are
 today's unit). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what
 each collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
 
-`eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
+`eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`); one that
+`fuses` makes again what stands between products where these read it narrower than it is (1.3 B parameters in float8 on
+an H200: 35.6 GiB, 42.4 if it were kept).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
 copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
 stack departs from its precision's.
@@ -107,6 +109,7 @@ class Stack:
     expert_factor: float = 1.0
     expert_overlap: float = 0.0
     tile_kernels: Passes = Passes(0, 0)
+    fuses: bool = False
 
     @property
     def whole_gradients(self) -> bool:
@@ -298,6 +301,7 @@ COMPILED_GPU = replace(
     tile_kernels=Passes(0, 0),
     saved_width=(2, 3),
     serial_launch=False,
+    fuses=True,
 )
 """Our engine on GPUs, layers compiled one by one: what stands between products is one kernel, launched beside the
 device's work. Passes are counted from what Inductor fuses; a probe measures what they take. Messages are not hidden."""

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +167,15 @@ def fence_held(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def check_space(checkpoints: Path, parameters: int, keep: int, averages: int = 0) -> None:
-    """Raise InputError when the disk cannot hold the checkpoints to come: those kept and the one being written, with so
-    many averages of the weights in each."""
+def checkpoints_to_come(checkpoints: Path, *, keep: int, every: int, steps: int) -> int:
+    """How many a run of so many steps has yet to find room for: those it keeps and the one being written."""
+    return max(1, min(keep + 1, ceil(steps / every)) - len(checkpoint_folders(checkpoints)))
+
+
+def check_space(checkpoints: Path, parameters: int, count: int, averages: int = 0) -> None:
+    """Raise InputError when the disk cannot hold so many checkpoints more, with so many averages of the weights in
+    each."""
     existing = next(path for path in (checkpoints, *checkpoints.absolute().parents) if path.exists())
-    count = max(1, keep + 1 - len(checkpoint_folders(checkpoints)))
     need, free = parameters * (BYTES_PER_PARAMETER + 4 * averages) * count, shutil.disk_usage(existing).free
     if need > free:
         raise InputError(

@@ -104,13 +104,14 @@ def test_fresh_does_not_touch_a_run_that_is_being_trained(run: Run) -> None:
     assert (folder / "checkpoints" / "step_000002").is_dir()
 
 
+@pytest.mark.parametrize(("steps", "number"), [(2, 1), (150, 2), (1000, 3)])
 def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_folder_is_written(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, steps: int, number: int
 ) -> None:
     usage = shutil.disk_usage(run.out)._replace(free=1000)
     monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match="no space left for checkpoints: 3 of them"):
-        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    with pytest.raises(InputError, match=f"no space left for checkpoints: {number} of them"):
+        prepare.prepare_pretraining(changed(run, steps=steps), world_size=None, fresh=False)
     assert not (Path(run.out) / "tiny" / "run.yaml").exists()
 
 

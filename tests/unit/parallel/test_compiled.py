@@ -13,7 +13,12 @@ from bloomery.parallel.batch import Batch
 from bloomery.parallel.compiled import compile_stage, compiler_problem
 from bloomery.parallel.engine import StepStatistics, build
 from bloomery.parallel.mesh import Mesh
-from bloomery.spec.layout import Layout
+from bloomery.perf.activations import layer_activation_bytes
+from bloomery.perf.case import Case
+from bloomery.spec.catalog import accelerator, cluster
+from bloomery.spec.cluster import PROBED, Dtype
+from bloomery.spec.float8 import Float8
+from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
 
 MODEL = Model(layers=3, hidden=16, heads=2, ffn_hidden=32, vocab=32, max_seq_len=8)
@@ -77,3 +82,45 @@ def test_no_pool_of_compilers_is_made_unless_somebody_asks(
     with config.patch(compile_threads=8):  # as many as there are cores, as it was found at import
         compile_stage(Transformer(MODEL), torch.device("cpu"))
         assert config.compile_threads == expected
+
+
+def kept_bytes(layers: int, dtype: str, seq_len: int) -> int:
+    """Of a compiled model's tensors for the backward pass, its parameters left out."""
+    model = Model(layers=layers, hidden=128, heads=2, ffn_hidden=352, vocab=64, max_seq_len=seq_len)
+    layout = Layout(micro_batch=1)
+    engine = build(
+        model, layout, Mesh(layout, CPU, 0, None), seq_len=seq_len, global_batch=1, dtype=dtype, seed=0,
+        measure=Clock().bucket, compiled=True, float8=Float8(emulate=True),
+    )  # fmt: skip
+    tokens = torch.zeros(1, seq_len, dtype=torch.long)
+    batch = Batch(tokens, tokens, tokens.numel())
+    engine.forward_backward(batch)
+    known = {parameter.untyped_storage().data_ptr() for parameter in engine.parameters().values()}
+    found = dict[int, int]()
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        engine.forward_backward(batch)
+    return sum(found.values())
+
+
+@pytest.mark.skipif(compiler_problem(CPU) is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_a_compiled_layer_keeps_what_a_plan_for_gpus_counts(dtype: Dtype) -> None:
+    """CPUs fuse as GPUs do; attention over so many tokens is one operator on both."""
+    torch.compiler.reset()
+    seq_len = 1024
+    measured = kept_bytes(2, dtype, seq_len) - kept_bytes(1, dtype, seq_len)
+    device = accelerator("h100-sxm").model_copy(update={"source": PROBED})
+    one = Case.of(
+        Model(layers=1, hidden=128, heads=2, ffn_hidden=352, vocab=64, max_seq_len=seq_len),
+        cluster("generic-8xh100").model_copy(update={"accelerator": device}),
+        LayoutBatch.of([Layout(micro_batch=1)]), global_batch=1, seq_len=seq_len, dtype=dtype,
+    )  # fmt: skip
+    weights = 2 * (4 * 128**2 + 3 * 128 * 352) if dtype == "bfloat16" else 0
+    assert measured == pytest.approx(float(layer_activation_bytes(one)[0][0]) + weights, rel=0.03)

@@ -15,7 +15,7 @@ from bloomery.cluster.measuring import Tell
 from bloomery.cluster.prepare import chosen_layout, predicted, run_folder
 from bloomery.cluster.probe import cut_sizes
 from bloomery.planner.search import run_dtype
-from bloomery.spec.commit import BYTES_PER_PARAMETER, checkpoint_folders
+from bloomery.spec.commit import BYTES_PER_PARAMETER, checkpoints_to_come
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -33,7 +33,10 @@ def needs_of(run: Run | None, hosts: Hosts | None) -> tuple[Needs, Path]:
     layout = chosen_layout(run, None)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     folder = run_folder(run)
-    missing = max(1, run.train.keep_checkpoints + 1 - len(checkpoint_folders(folder / "checkpoints")))
+    train = run.train
+    missing = checkpoints_to_come(
+        folder / "checkpoints", keep=train.keep_checkpoints, every=train.checkpoint_every, steps=train.n_steps
+    )
     return Needs(
         ranks=ranks if hosts else min(layout.world_size, run.cluster.accelerators_per_node),
         peers=layout.world_size,
