@@ -229,7 +229,7 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
 
     def residuals(x: np.ndarray) -> np.ndarray:
         link = tier(x)
-        expected = [_message_s((link,), op, ranks, size, ranks) for op in OPERATIONS for size in times[op]]
+        expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
         found = [seconds for op in OPERATIONS for seconds in times[op].values()]
         # Of two ranks latency and half size cost the same: what either explains is taken for latency.
         return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(smallest)))
@@ -239,27 +239,27 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
     return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
 
 
-def ring_latency_s(rows: Sequence[dict[str, Any]], tiers: tuple[Tier, ...], slots: int) -> float:
-    """Latency of a hop of the last tier, between hosts of `slots` ranks, at which a ring of all of them takes what it
-    took: what messages wait for beside the wire, whose rate and operations stay."""
-    from scipy.optimize import least_squares
+def with_operations(tier: Tier, rows: Sequence[dict[str, Any]], ranks: int) -> Tier:
+    """The tier with factors for the operations that it has none of, at which their messages take what they took, on
+    geometric average over the sizes."""
+    factors = dict(tier.op_factor)
+    for op in OPERATIONS:
+        slower = [
+            log(mean(row["s"]) / _message_s(tier, op, ranks, row["bytes"]))
+            for row in rows
+            if row["op"] == op not in (*tier.op_factor, "all_reduce")
+        ]
+        if slower:
+            factors[op] = exp(mean(slower))
+    return tier.model_copy(update={"op_factor": factors})
 
-    *inside, wire = tiers
 
-    def residuals(x: np.ndarray) -> np.ndarray:
-        links = (*inside, wire.model_copy(update={"latency_s": float(np.exp(x[0]))}))
-        expected = [_message_s(links, row["op"], wire.span, row["bytes"], slots) for row in rows]
-        return np.log(np.array(expected) / np.array([mean(row["s"]) for row in rows]))
-
-    return float(np.exp(least_squares(residuals, [log(wire.latency_s)], loss="soft_l1", f_scale=0.3).x[0]))
-
-
-def _message_s(tiers: tuple[Tier, ...], op: CollectiveName, ranks: int, size: float, slots: int) -> float:
+def _message_s(tier: Tier, op: CollectiveName, ranks: int, size: float) -> float:
     """Seconds by the performance model's own formula."""
     device = Accelerator(
         name="any", kind="cpu", peak_flops_per_s={"float32": 1.0}, memory_bytes=1.0, memory_bandwidth_bytes_per_s=1.0
     )
-    machine = Cluster(accelerators_per_node=slots, accelerator=device, tiers=tiers)
+    machine = Cluster(accelerators_per_node=tier.span, accelerator=device, tiers=(tier,))
     group = Group(np.array([ranks]), np.array([1]))
     return float(collective_s(machine, op, group, np.array([size]))[0])
 

@@ -14,8 +14,8 @@ from bloomery.cluster.probe_fit import (
     fit_tier,
     optimizer_rate,
     rate_of,
-    ring_latency_s,
     uncertainty,
+    with_operations,
 )
 from bloomery.cluster.probe_tables import tables_for
 from bloomery.spec.catalog import data_sheets_of
@@ -174,9 +174,9 @@ def slowed(crowd: Sequence[dict[str, Any]]) -> float:
 def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     """The links inside a host, where it has several ranks, and between hosts, where there are several.
 
-    Between hosts one rank of each measures a port, all of them at once how they share it. What a message waits for
-    beside the wire is that of a ring of all ranks: tensor parallelism, which has most messages, crosses hosts in no
-    other way.
+    Between hosts one rank of each measures a port, all of them at once how they share it. Operations that go round are
+    those of a ring of all ranks, with what their messages wait for beside the wire: tensor parallelism, which has most
+    of them, crosses hosts in no other way. The wire's rate is one rank's.
     """
     slots = len(results) // hosts
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
@@ -187,12 +187,11 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
-        tier = fit_tier(alone, hosts, f"{backend} between hosts", wire=rate_of(alone, hosts))
+        ring, wire = links_of(results, RING), rate_of(alone, hosts)
+        rows, ranks = (ring, len(results)) if ring else (alone, hosts)
+        tier = with_operations(fit_tier(rows, ranks, f"{backend} between hosts", wire=wire), alone, hosts)
         ports = shared_ports(alone, links_of(results, TOGETHER), slots)
-        tier = tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"})
-        if ring := links_of(results, RING):
-            tier = tier.model_copy(update={"latency_s": ring_latency_s(ring, (*found, tier), slots)})
-        found.append(tier)
+        found.append(tier.model_copy(update={"span": len(results), "ports_per_node": ports, "flat": backend == "gloo"}))
     return tuple(found) or (Tier(name="none", span=1, bandwidth_bytes_per_s=1e9, ports_per_node=1, latency_s=0.0),)
 
 

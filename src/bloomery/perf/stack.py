@@ -15,9 +15,9 @@ reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are
 today's unit). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what
 each collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
 
-`eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`); one that
-`fuses` makes again what stands between products where these read it narrower than it is (1.3 B parameters in float8 on
-an H200: 35.6 GiB, 42.4 if it were kept).
+`eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
+One that `fuses` makes what stands between products again where these read it narrower than it is (1.3 B parameters in
+float8 on an H200: 35.6 GiB, 42.4 if it were kept).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
 copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
 stack departs from its precision's.

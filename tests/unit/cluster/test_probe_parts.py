@@ -68,31 +68,26 @@ def test_hosts_have_a_tier_inside_and_a_flat_one_between_them() -> None:
     assert between.bandwidth_bytes_per_s == pytest.approx(1e8, rel=0.02)
 
 
-def test_what_a_ring_waits_for_is_latency_and_leaves_the_wire_its_rate() -> None:
+def test_operations_that_go_round_are_those_of_a_ring_of_all_and_leave_the_wire_its_rate() -> None:
     links = {"inside": rows(1e9), "alone": rows(1e8), "together": rows(5e7)}
     alone = tiers([{"device": "cpu", "core_share": 1.0, "links": links}] * 4, hosts=2)
-
-    def messages(latency_s: float) -> list[dict[str, object]]:
-        slower = (alone[0], alone[1].model_copy(update={"latency_s": latency_s}))
-        machine = catalog.cluster("this-machine").model_copy(
-            update={"nodes": 2, "accelerators_per_node": 2, "tiers": slower, "cuts": ()}
-        )
-        group = group_of(LayoutBatch.of([Layout(tp=4)]), "tp")
-        return [
-            {
-                "op": op,
-                "bytes": n,
-                "s": [float(collective_s(machine, op, group, np.array([n]))[0])],
-                "processor_s": [0.0],
-            }
-            for op in ("all_reduce", "all_gather", "reduce_scatter")
-            for n in SIZES
-        ]
-
-    ring = [{"device": "cpu", "core_share": 1.0, "links": {**links, "ring": messages(7e-4)}}] * 4
-    inside, wire = tiers(ring, hosts=2)
-    assert wire.latency_s == pytest.approx(7e-4, rel=1e-3)
-    assert (inside, wire) == (alone[0], alone[1].model_copy(update={"latency_s": wire.latency_s}))
+    true = alone[1].model_copy(update={"latency_s": 7e-4, "op_factor": {**alone[1].op_factor, "all_gather": 1.4}})
+    machine = catalog.cluster("this-machine").model_copy(
+        update={"nodes": 2, "accelerators_per_node": 2, "tiers": (alone[0], true), "cuts": ()}
+    )
+    group = group_of(LayoutBatch.of([Layout(tp=4)]), "tp")
+    ring = [
+        {"op": op, "bytes": n, "s": [float(collective_s(machine, op, group, np.array([n]))[0])], "processor_s": [0.0]}
+        for op in ("all_reduce", "all_gather", "reduce_scatter")
+        for n in SIZES
+    ]
+    inside, wire = tiers([{"device": "cpu", "core_share": 1.0, "links": {**links, "ring": ring}}] * 4, hosts=2)
+    assert inside == alone[0]
+    assert wire.bandwidth_bytes_per_s == alone[1].bandwidth_bytes_per_s
+    assert wire.latency_s == pytest.approx(7e-4, rel=0.05)
+    assert wire.op_factor["all_gather"] == pytest.approx(1.4, rel=0.05)
+    assert wire.op_factor["reduce_scatter"] == pytest.approx(true.op_factor["reduce_scatter"], rel=0.05)
+    assert wire.op_factor["send"] < alone[1].op_factor["send"]  # it waits for less than the ring's messages
 
 
 def test_lines_that_stop_at_another_size_count_as_far_as_both_went() -> None:
