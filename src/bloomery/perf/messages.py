@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from bloomery.perf.case import PART, Case
-from bloomery.perf.collectives import collective_s, group_of
+from bloomery.perf.collectives import Group, collective_s, group_of
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
@@ -159,8 +159,9 @@ def _experts_s(case: Case) -> Inner:
     return Inner(forward, backward, 0.0, 0.0, experts=forward + backward)
 
 
-def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
-    """Seconds (forward, backward) in which `pipeline_rank` sends to its neighbours in one micro-batch, all chunks.
+def sends(case: Case, pipeline_rank: np.ndarray | int, group: Group) -> tuple[Any, Any]:
+    """Seconds (forward, backward) in which `pipeline_rank` sends to its neighbours in one micro-batch, all chunks;
+    `group`: the stages that do, all of a pipeline or those on one node.
 
     Stacks with scatter-gather send 1/tp of a stage's activation from each
     tensor-parallel rank (Narayanan et al. 2021, 4.1), as sequence parallelism does.
@@ -168,7 +169,7 @@ def sends(case: Case, pipeline_rank: np.ndarray | int) -> tuple[Any, Any]:
     rows = pipeline_collectives(
         case.model, case.lay, pipeline_rank, seq_len=case.seq_len, stream_bytes=case.precision.stream
     )
-    group, seconds = group_of(case.lay, "pp"), {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
+    seconds = {"forward": 0.0 * case.tokens, "backward": 0.0 * case.tokens}
     cut = np.where((case.lay.sequence_parallel == 0) & case.stack.scatter_gather, case.lay.tp, 1)
     for row in rows:
         seconds[row.phase] = row.count * collective_s(case.cluster, "send", group, row.bytes_each / cut)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.case import ZBV, Case
-from bloomery.perf.collectives import group_of
+from bloomery.perf.collectives import Group, group_of
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.layout import LayoutBatch
 
@@ -51,9 +51,15 @@ def stages_per_core(cluster: Cluster, lay: LayoutBatch) -> tuple[np.ndarray, np.
     ranks = cluster.accelerator.ranks_per_core
     if ranks == 1:
         return (np.ones(len(lay)),) * 2
-    inside = group_of(lay, "pp").members(cluster.accelerators_per_node)
+    inside = stages_inside(cluster, lay).size
     sharing = np.minimum(ranks, inside)
     return sharing, np.where(inside < lay.pp, 1.0, sharing)
+
+
+def stages_inside(cluster: Cluster, lay: LayoutBatch) -> Group:
+    """The stages of a pipeline that lie on one node."""
+    group = group_of(lay, "pp")
+    return Group(group.members(cluster.accelerators_per_node), group.stride)
 
 
 def felt_s(compute: Any, messages: Any, sharing: Any, occupied: Any) -> Any:

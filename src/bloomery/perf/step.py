@@ -12,6 +12,7 @@ import numpy as np
 
 from bloomery.perf.busy import busy_s
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
+from bloomery.perf.collectives import Group, group_of
 from bloomery.perf.compute import Work, cast_s, stage_work
 from bloomery.perf.flops import model_flops, weights_share
 from bloomery.perf.kernels import memory_s
@@ -25,6 +26,7 @@ from bloomery.perf.pipeline import (
     over_ranks,
     pipeline_s,
     rank_counts,
+    stages_inside,
     stages_per_core,
     v_bubble_s,
 )
@@ -154,9 +156,11 @@ def _kept_share(case: Case) -> Any:
 class Sends(Table):
     """Pipeline messages of one micro-batch, in seconds: each rank waits for one transfer each way and chunk. The first
     rank sends forward for all of its chunks, the last one backward; every rank's share is the same. On a V those
-    between its ends do."""
+    between its ends do. `occupied`: seconds in which those of stages on one node, which share cores, leave them to no
+    other stage."""
 
     seconds: Any
+    occupied: Any
     chunks: Any
 
     @classmethod
@@ -164,7 +168,15 @@ class Sends(Table):
         """Of k cases of a layout without its recomputation and ZeRO stage."""
         last, between = case.lay.pp - 1, np.minimum(1, case.lay.pp - 1)
         forward, backward = np.where(case.lay.v_shaped, between, 0), np.where(case.lay.v_shaped, between, last)
-        return cls(sends(case, forward)[0] + sends(case, backward)[1], case.lay.vpp.astype(np.float64))
+
+        def both(group: Group) -> Any:
+            return sends(case, forward, group)[0] + sends(case, backward, group)[1]
+
+        occupied = 0.0 * case.tokens
+        if case.accelerator.ranks_per_core > 1:
+            inside = stages_inside(case.cluster, case.lay)
+            occupied = case.cluster.tiers[0].occupied * ends_of_sends(inside.size) * both(inside)
+        return cls(both(group_of(case.lay, "pp")), occupied, case.lay.vpp.astype(np.float64))
 
 
 SENDS = (*MESH, "outermost", "sequence_parallel", "micro_batch", "vpp", "v_shaped")
@@ -274,11 +286,11 @@ class StepTimes:
         return stages_per_core(self.case.cluster, self.case.lay)
 
     def _sends_s(self, block: slice, micro: MicroBatch) -> Any:
-        seconds, sharing = self._sends[block].seconds, self._sharing[1][block]
-        if np.all(sharing == 1):
-            return seconds
-        ends = ends_of_sends(self.case.lay.pp[block]) * (sharing > 1)
-        return felt_s(micro.slowest, seconds, sharing, self.case.cluster.tiers[0].occupied * ends * seconds)
+        send, (some, every) = self._sends[block], (sharing[block] for sharing in self._sharing)
+        if np.all(some == 1):
+            return send.seconds
+        felt = felt_s(micro.slowest, send.seconds, every, send.occupied)
+        return np.where(every > 1, felt, send.seconds + np.where(some > 1, send.occupied, 0.0))
 
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward."""

@@ -15,6 +15,7 @@ from bloomery.perf.activations import Activations
 from bloomery.perf.activations import in_flight as most_in_flight
 from bloomery.perf.busy import busy_s
 from bloomery.perf.case import Case
+from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates
 from bloomery.perf.flops import weights_share
@@ -132,8 +133,9 @@ def _transfers(whole: Case, i: int) -> dict[str, float]:
     case = _copies(whole, i, 1)
     # On a V the first rank sends forward once, down, and the last one backward once, down from the tip.
     times = 1.0 if case.lay.v_shaped[0] else float(case.lay.vpp[0])
-    forward = sends(case, 0)[0][0] / times
-    backward = sends(case, case.lay.pp - 1)[1][0] / times
+    stages = group_of(case.lay, "pp")
+    forward = sends(case, 0, stages)[0][0] / times
+    backward = sends(case, case.lay.pp - 1, stages)[1][0] / times
     return {"forward_send_s": float(forward), "backward_send_s": float(backward)}
 
 
