@@ -42,7 +42,7 @@ def _peak_bytes(layout: Layout, dtype: str, rendezvous: str | None) -> int:
         for _ in range(STEPS - 1):
             _step(engine, optimizer, layout)
         held = held_bytes(engine, optimizer)
-        with profiler(torch.device("cpu")) as profiled:
+        with profiler(torch.device("cpu"), memory=True) as profiled:
             _step(engine, optimizer, layout)
         return held + most_bytes(allocations(profiled), messages(profiled))
     finally:

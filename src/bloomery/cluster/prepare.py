@@ -29,7 +29,7 @@ from bloomery.spec.fitting import fitted
 from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout, check_recomputable
+from bloomery.spec.layout_rules import check_layout, check_recomputable, fits_compiler
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Averaging, Run
@@ -363,9 +363,8 @@ def _compiled(run: Run, layout: Layout, dtype: str, step_time_s: float) -> bool:
         raise InputError("routing depends on the data: mixtures of experts run uncompiled", where="train.compile")
     if wanted != "auto":
         return wanted
-    # Messages break a layer into a dozen programs: what is then saved has not been measured.
-    alone = layout.tp * layout.cp == 1 and run.model.moe is None
-    if not alone or selective or layout.offload != "none":
+    offloaded = layout.offload != "none"
+    if not fits_compiler(run.model, tp=layout.tp, cp=layout.cp, selective=selective, offloaded=offloaded):
         return False
     return compilation_pays(step_time_s, steps, narrow=dtype in NARROW)
 

@@ -51,7 +51,7 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
             measured[ranks] = _measured(here(ranks), quick, progress)
         if not quick:
             own = {here(ranks): results for ranks, results in measured.items()}
-            for number in range(2, turns() + 1):
+            for number in range(2, turns(_gpu_count() > 0) + 1):
                 _again(own, number, progress)
                 _crowd(crowd, number, progress)
         cuts = [
@@ -70,7 +70,7 @@ def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Te
         per_node = slots_of(hosts)
         progress(f"{len(hosts.hosts)} hosts of {per_node} ranks")
         results = _measured(hosts, quick, progress)
-        for number in range(2, turns() + 1) if not quick else ():
+        for number in range(2, turns(results[0]["device"] == "cuda") + 1) if not quick else ():
             _again({hosts: results}, number, progress)
         parts = {"name": "these-hosts", "nodes": len(hosts.hosts)}
         one, links = accelerator(results), tiers(results, len(hosts.hosts))
@@ -116,7 +116,8 @@ def _again(sets: dict[Hosts, Results], number: int, progress: Tell) -> None:
     process than another: rounds that lie apart see it, repeats of one round do not.
     """
     for hosts, results in sets.items():
-        progress(f"{_ranks(len(results))}, again ({number} of {turns()})")
+        of = turns(results[0]["device"] == "cuda")
+        progress(f"{_ranks(len(results))}, again ({number} of {of})")
         add_turn(results, _measured(hosts, False, progress, "turn", list(results[0]["gemm"]), results))
 
 
@@ -125,7 +126,7 @@ def _crowd(sets: dict[int, Results], number: int, progress: Tell) -> None:
     what such a rank is follows from one with cores of its own."""
     cores = len(os.sched_getaffinity(0))
     for ranks in crowded_sizes():
-        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number - 1} of {turns() - 1})")
+        progress(f"{ranks} ranks on {cores} core{'s' if cores > 1 else ''} ({number - 1} of {TURNS - 1})")
         found = _measured(here(ranks), False, progress, "crowd", before=sets.get(ranks))
         if ranks in sets:
             add_turn(sets[ranks], found)
@@ -152,9 +153,9 @@ def crowded(whole: Accelerator, ranks: int, cores: int, slower: float) -> Accele
     return whole.model_copy(update=changed)
 
 
-def turns() -> int:
+def turns(gpus: bool) -> int:
     """Turns of a probe that is not quick."""
-    return TURNS_ON_GPUS if _gpu_count() else TURNS
+    return TURNS_ON_GPUS if gpus else TURNS
 
 
 STEPS_OF_RANKS = 4
@@ -168,7 +169,7 @@ def steps(hosts: Hosts | None, *, quick: bool) -> int:
     links = [len(groups(tuple(h.slots for h in one.hosts), rings=rings)) for one in sets]
     crowds = len(crowded_sizes()) if hosts is None else 0
     turn = sum(2 + kinds for kinds in links) + 3 * crowds
-    return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (turns() - 1) * turn)
+    return 1 + sum(1 + STEPS_OF_RANKS + kinds for kinds in links) + (0 if quick else (turns(not rings) - 1) * turn)
 
 
 def _inner(progress: Tell) -> Tell:
@@ -194,7 +195,7 @@ def _provenance(facts: dict[str, Any], noise: float, hosts: Hosts | None) -> dic
         "cpu": str(environment.get("cpu", "")),
         "cores": str(len(os.sched_getaffinity(0))),
         "torch": str(facts["torch"]),
-        "peak": "best measured matrix product of the cut",
+        "peak": "best matrix product of the cut, alone or as its reference models have it",
         "bfloat16": _bfloat16_note(facts),
         "noise": f"measured to {noise:.1%} (standard error of repeats, of the noisiest kind)",
     }

@@ -8,6 +8,7 @@ compute: nothing else of the host's work is felt.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def kinds_of_kernels(events: Iterable[dict[str, Any]]) -> Kinds:
         for event in complete
         if event.get("cat") in LAUNCHES and "correlation" in event.get("args", {})
     }
-    marks = [(_span(event), event["name"].removeprefix(MARK)) for event in complete if _is_mark(event)]
+    buckets = _Buckets([(_span(event), event["name"].removeprefix(MARK)) for event in complete if _is_mark(event)])
     compute, launches = dict.fromkeys(KINDS, 0.0), 0
     ours, all_work, total = list[Span](), list[Span](), dict[str, list[Span]]()
     for event in complete:
@@ -55,7 +56,7 @@ def kinds_of_kernels(events: Iterable[dict[str, Any]]) -> Kinds:
             continue
         span, name = _span(event), str(event["name"])
         all_work.append(span)
-        bucket = _bucket(marks, launched.get(event.get("args", {}).get("correlation"), span[0])) if marks else COMPUTE
+        bucket = buckets.at(launched.get(event.get("args", {}).get("correlation"), span[0]))
         if TALK.search(name):
             total.setdefault(bucket, []).append(span)
         elif bucket == COMPUTE:
@@ -70,10 +71,30 @@ def _is_mark(event: dict[str, Any]) -> bool:
     return event.get("cat") == "user_annotation" and str(event["name"]).startswith(MARK)
 
 
-def _bucket(marks: Sequence[tuple[Span, str]], moment: float) -> str:
-    """The innermost mark around a moment; empty outside all."""
-    around = [(begin, name) for (begin, end), name in marks if begin <= moment <= end]
-    return max(around)[1] if around else ""
+class _Buckets:
+    """Which bucket ran when: the innermost mark around a moment. Without any mark all is compute."""
+
+    def __init__(self, marks: Sequence[tuple[Span, str]]) -> None:
+        self._moments, self._names = [float("-inf")], ["" if marks else COMPUTE]
+        open_marks = list[tuple[float, str]]()
+        for (begin, end), name in sorted(marks, key=lambda mark: (mark[0][0], -mark[0][1])):
+            self._close(open_marks, until=begin)
+            self._change(begin, name)
+            open_marks.append((end, name))
+        self._close(open_marks, until=float("inf"))
+
+    def _close(self, open_marks: list[tuple[float, str]], *, until: float) -> None:
+        while open_marks and open_marks[-1][0] <= until:
+            end, _ = open_marks.pop()
+            self._change(end, open_marks[-1][1] if open_marks else "")
+
+    def _change(self, moment: float, name: str) -> None:
+        self._moments.append(moment)
+        self._names.append(name)
+
+    def at(self, moment: float) -> str:
+        """Empty outside all marks."""
+        return self._names[bisect_right(self._moments, moment) - 1]
 
 
 def _idle(ours: Sequence[Span], all_work: Sequence[Span]) -> float:

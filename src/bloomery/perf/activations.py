@@ -19,6 +19,7 @@ from bloomery.perf.ranks import Ranks
 from bloomery.perf.table import Table
 from bloomery.spec.collective import by_recompute
 from bloomery.spec.layout import LayoutBatch
+from bloomery.spec.layout_rules import fits_compiler
 from bloomery.spec.model import MixtureOfExperts
 
 
@@ -41,7 +42,10 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
         outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.stream
-    feed_forward = stack.saved_widths(model) * inside * width * precision.stream
+    fused, widths = _fused(case), np.asarray(stack.saved_widths(model))
+    if stack.fuses and model.gated:
+        widths = np.where(fused, widths, widths + 1)
+    feed_forward = widths * inside * width * precision.stream
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
         whole = linear + max(4, precision.stream) * model.heads * inside
@@ -49,12 +53,19 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
             return whole, stack.selective_share * whole
         # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
         outputs = operators - _selective_outer_bytes(case)
-        widths = stack.saved_widths(model) - (2 if model.gated else 1)
+        widths = widths - (2 if model.gated else 1)
         again = stack.kept * (outputs + widths * inside * width * precision.stream)
-        return (whole - again, 0.0 * again) if stack.fuses and precision.operand < precision.stream else (whole, again)
+        gone = fused & (precision.operand < precision.stream)
+        return whole - np.where(gone, again, 0.0), np.where(gone, 0.0, again)
     each = 2 * precision.stream + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _fused(case: Case) -> Any:
+    """Where a compiler sees whole layers, (n,); what selective recomputation keeps is the same either way."""
+    lay = case.lay
+    return case.stack.fuses & fits_compiler(case.model, tp=lay.tp, cp=lay.cp, selective=0, offloaded=lay.offload)
 
 
 def layer_kept_bytes(case: Case, lay: LayoutBatch) -> tuple[Any, Any]:

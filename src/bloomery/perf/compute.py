@@ -63,7 +63,9 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     written = _elementwise(case, moe)
     blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), written]
     forward = attention_forward + sum(block[0] for block in blocks)
-    backward = attention_backward + sum(block[1] for block in blocks) + _casts(case, held) + _joined(case, held)
+    backward = (
+        attention_backward + sum(block[1] for block in blocks) + _casts(case, held, scaled=True) + _joined(case, held)
+    )
     experts: Any = case.model.moe.experts / case.lay.ep if moe and case.model.moe else 0
     narrow, tiles = case.dtype in ("float8", "float4"), np.where(case.lay.cp > 1, case.lay.cp, 0)
     kernels = case.stack.layer_kernels(experts=experts, narrow=narrow, tiles=tiles)
@@ -305,11 +307,14 @@ def _accumulation(case: Case, held: Held) -> Any:
     return memory_s(case.accelerator, _elements(case, held) * (case.stack.accumulate * case.precision.gradient))
 
 
-def _casts(case: Case, held: Held) -> Any:
-    """Autocast's copies of the weights, unless they are gathered narrow or narrower still for each product, and their
-    gradients back to wide ones. (Of experts that ZeRO leaves whole the copies are not counted.)"""
-    scaled = case.stack.fuses and case.precision.operand < case.precision.stream
-    return cast_s(case, np.where(case.lay.gathers | scaled, 1, 2) * _elements(case, held))
+def _casts(case: Case, held: Held, *, scaled: bool = False) -> Any:
+    """Autocast's copies of the weights, unless they are gathered narrow, and their gradients back to wide ones. (Of
+    experts that ZeRO leaves whole the copies are not counted.) `scaled`: in 8 bit, dense ones are cast for each product
+    instead."""
+    elements = np.where(case.lay.gathers, 1, 2) * _elements(case, held)
+    if scaled and case.stack.fuses and case.precision.operand < case.precision.stream:
+        elements = elements - np.where(case.lay.gathers, 0, 1) * held.dense(case.lay)
+    return cast_s(case, elements)
 
 
 def cast_s(case: Case, elements: Any) -> Any:

@@ -304,7 +304,8 @@ COMPILED_GPU = replace(
     fuses=True,
 )
 """Our engine on GPUs, layers compiled one by one: what stands between products is one kernel, launched beside the
-device's work. Passes are counted from what Inductor fuses; a probe measures what they take. Messages are not hidden."""
+device's work. Passes are counted from what Inductor fuses; a probe measures what they take. Messages are not hidden.
+Layouts that are not compiled (`layout_rules.fits_compiler`) have the memory of plain operators, but these passes."""
 
 
 def stack_of(accelerator: Accelerator) -> Stack:

@@ -168,8 +168,11 @@ def fence_held(run_folder: Path) -> Iterator[None]:
 
 
 def checkpoints_to_come(checkpoints: Path, *, keep: int, every: int, steps: int) -> int:
-    """How many a run of so many steps has yet to find room for: those it keeps and the one being written."""
-    return max(1, min(keep + 1, ceil(steps / every)) - len(checkpoint_folders(checkpoints)))
+    """How many a run of so many steps has yet to find room for: no more than it keeps and the one being written, beside
+    those that are there, and than it has yet to write."""
+    there = checkpoint_folders(checkpoints)
+    done = step_of(there[0]) if there else 0
+    return max(1, min(keep + 1 - len(there), ceil(steps / every) - done // every))
 
 
 def check_space(checkpoints: Path, parameters: int, count: int, averages: int = 0) -> None:

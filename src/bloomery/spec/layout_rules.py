@@ -165,3 +165,12 @@ def check_recomputable(model: Model, layout: Layout) -> None:
             raise InputError(
                 f"comparing gradients {reason}", where="train.guard.recompute_every", found=layout.describe()
             )
+
+
+def fits_compiler(model: Model, *, tp: Any, cp: Any, selective: Any, offloaded: Any) -> Any:
+    """Whether layers of a layout, or of each of some (n,), are compiled unless a run says otherwise: routing depends on
+    the data, messages break a layer into a dozen programs (what is then saved has not been measured), and a compiled
+    layer decides itself what it keeps."""
+    if model.moe is not None:
+        return np.zeros(np.shape(tp), dtype=bool)
+    return (tp * cp == 1) & (selective == 0) & (offloaded == 0)

@@ -51,12 +51,12 @@ class ProfiledStep:
         clock.catch_up("optimizer")
         with clock.bucket("profile"):
             self._peak_bytes, self._held = recorder.peak_bytes(), held_bytes(engine, optimizers)
-            self._profile = profiler(self._device)
+            self._profile = profiler(self._device, memory=True)
             self._profile.__enter__()
         clock.mark = lambda bucket: record_function(MARK + bucket)
 
     def after(self, step: int, recorder: Recorder, clock: Clock) -> None:
-        """`step` is done. What the profiler took is no part of the run's memory."""
+        """`step` is done. What the profiler took is no part of a CPU's memory that is measured."""
         if self._profile is None:
             return
         clock.catch_up("optimizer")
@@ -76,11 +76,12 @@ class ProfiledStep:
         return {**kinds_of(profiled).to_json(NANOSECOND), "allocated_bytes": allocated}
 
 
-def profiler(device: torch.device) -> Any:
-    """Of a CPU's operators and memory, or of a GPU's kernels and where they were launched. `torch.profiler` imports
-    PyTorch's compiler to ask one setting: 75 MB that an uncompiled run on a CPU never gives back."""
+def profiler(device: torch.device, *, memory: bool = False) -> Any:
+    """Of a CPU's operators, with `memory` of what they allocate too (which takes the host time), or of a GPU's kernels
+    and where they were launched. `torch.profiler` imports PyTorch's compiler to ask one setting: 75 MB that an
+    uncompiled run on a CPU never gives back."""
     if device.type == "cpu":
-        return profile(use_kineto=True, profile_memory=True)
+        return profile(use_kineto=True, profile_memory=memory)
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profile_device
 

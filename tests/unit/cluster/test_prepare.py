@@ -275,3 +275,15 @@ def test_compilation_is_refused_where_the_engine_decides_what_layers_keep(run: R
         prepare.prepare_pretraining(wanted, world_size=1, fresh=False)
     left = changed(run, compile="auto", steps=10**9).model_copy(update={"layout": layout})
     assert not prepare.prepare_pretraining(left, world_size=1, fresh=False)[1].compiled
+
+
+@pytest.mark.parametrize(
+    ("there", "steps", "number"),
+    [((), 1000, 3), ((100, 200), 1000, 1), ((50,), 150, 2), ((100, 150), 250, 1), ((100,), 100, 1)],
+)
+def test_room_is_asked_for_checkpoints_to_come_beside_those_that_no_schedule_made(
+    tmp_path: Path, there: tuple[int, ...], steps: int, number: int
+) -> None:
+    for step in there:
+        (tmp_path / f"step_{step:06d}").mkdir()
+    assert commit.checkpoints_to_come(tmp_path, keep=2, every=100, steps=steps) == number

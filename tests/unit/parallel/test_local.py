@@ -28,7 +28,7 @@ engine = build(model, Layout(), mesh, seq_len=8, global_batch=2, dtype="float32"
 tokens = torch.zeros(2, 8, dtype=torch.int64)
 for name in ("adamw", "muon"):
     optimizers = build_optimizers(engine, Optimizer(name=name))
-    with profiler(torch.device("cpu")):
+    with profiler(torch.device("cpu"), memory=True):
         loss = engine.forward_backward(Batch(tokens, tokens, 16))
         optimizers.clip(1.0, engine.statistics(loss).grad_norm)
         engine.update(optimizers)

@@ -1,6 +1,7 @@
 """Memory against Korthikanti's formulas (arXiv 2205.05198) and ZeRO's (arXiv 1910.02054)."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from bloomery.perf.case import Case
 from bloomery.perf.memory import _logits_of_a_chunk, memory_of, peak_bytes, worst_memory
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.spec import catalog
+from bloomery.spec.cluster import PROBED, Dtype
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.loss import loss_rows
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -214,3 +216,20 @@ def test_each_kind_of_zero_has_its_own_peak_however_many_are_asked_together() ->
             stack=EAGER_CPU,
         )  # fmt: skip
         assert peak_bytes(one) == pytest.approx(sum(memory_of(one, one.first).values()))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8"])
+def test_on_a_probed_gpu_layers_that_no_compiler_sees_keep_what_plain_operators_keep(dtype: Dtype) -> None:
+    device = catalog.accelerator("h100-sxm").model_copy(update={"source": PROBED})
+    machine = catalog.cluster("generic-8xh100").model_copy(update={"accelerator": device})
+    model = Model(layers=2, hidden=1024, heads=8, ffn_hidden=2816, vocab=8192, max_seq_len=2048)
+
+    def kept(stack: Stack | None, **layout: Any) -> float:
+        lay = LayoutBatch.of([Layout(micro_batch=4, **layout)])
+        one = Case.of(model, machine, lay, global_batch=8, seq_len=2048, dtype=dtype, stack=stack)
+        return float(layer_activation_bytes(one)[0][0])
+
+    plain = replace(EAGER_CPU, serial_launch=False)
+    assert kept(None) < kept(plain)
+    for cut in ({"tp": 2}, {"offload": "activations"}):
+        assert kept(None, **cut) == kept(plain, **cut)

@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bloomery.perf.case import Case
 from bloomery.perf.pipeline import ends_of_sends, felt_s, pipeline_s, stages_per_core
+from bloomery.perf.stack import EAGER_CPU
+from bloomery.perf.step import StepTimes
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.model import Model
 
 
 def played(stages: list[float], micro_batches: int, cores: float) -> float:
@@ -76,3 +80,24 @@ def test_a_slow_stage_holds_the_others_up_only_beyond_its_share() -> None:
         shared = [2 * one for one in work]  # two ranks a core
         found = pipeline_s(32, 1, 4, slowest=max(shared), together=sum(shared), sharing=2.0)
         assert found == pytest.approx(played(work, 32, 2), rel=0.03)
+
+
+def test_messages_inside_a_host_keep_its_shared_cores_busy_however_far_the_pipeline_goes() -> None:
+    cluster = catalog.cluster("generic-8xa100")
+    crowded = cluster.accelerator.model_copy(update={"ranks_per_core": 2.0})
+    model = Model(layers=4, hidden=256, heads=4, ffn_hidden=704, vocab=1024, max_seq_len=256)
+
+    def step_s(layout: Layout, occupied: float) -> float:
+        inside, *across = cluster.tiers
+        tiers = (inside.model_copy(update={"occupied": occupied, "latency_s": 1e-3, "span": 2}), *across)
+        machine = cluster.model_copy(
+            update={"nodes": 2, "accelerators_per_node": 2, "accelerator": crowded, "tiers": tiers}
+        )
+        lay = LayoutBatch.of([layout])
+        one = Case.of(model, machine, lay, global_batch=8, seq_len=256, dtype="float32", stack=EAGER_CPU)
+        return float(StepTimes(one).step_s(slice(None))[0])
+
+    # Eight micro-batches; of two stages on a host one message each way and both of its ends.
+    longer = step_s(Layout(pp=4, micro_batch=1), 0.5) - step_s(Layout(pp=4, micro_batch=1), 0.0)
+    assert longer > 8 * 2 * 0.5 * 1e-3
+    assert step_s(Layout(pp=2, tp=2, micro_batch=1), 0.5) == step_s(Layout(pp=2, tp=2, micro_batch=1), 0.0)

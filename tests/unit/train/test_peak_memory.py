@@ -49,7 +49,7 @@ def measured_bytes(model: Model, layout: Layout) -> int:
 
         step()
         held = held_bytes(engine, optimizers)
-        with profiler(torch.device("cpu")) as profiled:
+        with profiler(torch.device("cpu"), memory=True) as profiled:
             step()
         return held + most_bytes(allocations(profiled))
     finally:
