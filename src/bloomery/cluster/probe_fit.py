@@ -240,18 +240,30 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
 
 
 def with_operations(tier: Tier, rows: Sequence[dict[str, Any]], ranks: int) -> Tier:
-    """The tier with factors for the operations that it has none of, at which their messages take what they took, on
-    geometric average over the sizes."""
-    factors = dict(tier.op_factor)
+    """The tier with the operations that it has no factor of, at which messages among so many ranks take what they
+    took."""
     for op in OPERATIONS:
-        slower = [
-            log(mean(row["s"]) / _message_s(tier, op, ranks, row["bytes"]))
-            for row in rows
-            if row["op"] == op not in (*tier.op_factor, "all_reduce")
-        ]
-        if slower:
-            factors[op] = exp(mean(slower))
-    return tier.model_copy(update={"op_factor": factors})
+        times = {row["bytes"]: mean(row["s"]) for row in rows if row["op"] == op}
+        if times and op not in (*tier.op_factor, "all_reduce"):
+            tier = _with_operation(tier, op, times, ranks)
+    return tier
+
+
+def _with_operation(tier: Tier, op: CollectiveName, times: Mapping[int, float], ranks: int) -> Tier:
+    """One with a latency of its own, and a factor of its time on the wire. `times`: seconds by bytes."""
+    from scipy.optimize import least_squares
+
+    def told(x: np.ndarray) -> Tier:
+        latency, factor = map(float, np.exp(x))
+        own = {"op_factor": {**tier.op_factor, op: factor}, "op_latency_s": {**tier.op_latency_s, op: latency}}
+        return tier.model_copy(update=own)
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        expected = [_message_s(told(x), op, ranks, size) for size in times]
+        return np.log(np.array(expected) / np.array(list(times.values())))
+
+    start = np.log([times[min(times)], 1.0])
+    return told(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
 
 
 def _message_s(tier: Tier, op: CollectiveName, ranks: int, size: float) -> float:

@@ -10,7 +10,7 @@ Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for
 et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
 (NCCL 2.4). B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size)
 (Hockney 1994, Parallel Computing 20: half-performance length).
-`Tier.op_factor` multiplies.
+`Tier.op_factor` multiplies; an operation may have a latency of its own (`Tier.op_latency_s`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
         share, factor = both_ways * (fan - 1) / fan, tier.op_factor.get(op, 1.0)
         # What does not depend on the message comes first: messages of several kinds of rank share it.
         slope = factor / rank_bandwidth(cluster, tier) * share
-        total = total + (factor * tier.latency_s * hops + slope * tier.half_size_bytes) + slope / below * n_bytes
+        total = total + (tier.hop_s(op) * hops + slope * tier.half_size_bytes) + slope / below * n_bytes
         below = np.maximum(below, within)
     return np.asarray(total)
 
@@ -118,8 +118,9 @@ def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, bo
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
         rate = np.where(within > below, np.minimum(rate, tier.bandwidth_bytes_per_s * ports), rate)
         hops = both_ways * (within - 1)
-        seconds = tier.latency_s * hops + hops / within * (n_bytes + tier.half_size_bytes) / rate
-        answer = np.where(within > below, np.maximum(answer, tier.op_factor.get(op, 1.0) * seconds), answer)
+        on_wire_s = hops / within * (n_bytes + tier.half_size_bytes) / rate
+        seconds = tier.hop_s(op) * hops + tier.op_factor.get(op, 1.0) * on_wire_s
+        answer = np.where(within > below, np.maximum(answer, seconds), answer)
         below = np.maximum(below, within)
     return np.asarray(answer)
 
@@ -134,8 +135,9 @@ def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
-        seconds = tier.latency_s + (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
-        answer = np.where(within > below, tier.op_factor.get("send", 1.0) * seconds, answer)
+        on_wire_s = (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
+        seconds = tier.hop_s("send") + tier.op_factor.get("send", 1.0) * on_wire_s
+        answer = np.where(within > below, seconds, answer)
         below = np.maximum(below, within)
     return np.asarray(answer)
 
@@ -148,7 +150,8 @@ def _all_to_all_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         peers = within - below
         moved = n_bytes * peers / group.size + tier.half_size_bytes * (peers > 0)
-        seconds = peers * tier.latency_s + moved / rank_bandwidth(cluster, tier)
-        slowest = np.maximum(slowest, tier.op_factor.get("all_to_all", 1.0) * seconds)
+        on_wire_s = moved / rank_bandwidth(cluster, tier)
+        seconds = peers * tier.hop_s("all_to_all") + tier.op_factor.get("all_to_all", 1.0) * on_wire_s
+        slowest = np.maximum(slowest, seconds)
         below = np.maximum(below, within)
     return np.asarray(slowest)

@@ -90,7 +90,7 @@ def _pace(device: Accelerator, factor: float) -> dict[str, Any]:
 
 
 def _latency(tier: Tier, factor: float) -> dict[str, Any]:
-    return {"latency_s": tier.latency_s * factor}
+    return tier.waiting(factor)
 
 
 def _bandwidth(tier: Tier, factor: float) -> dict[str, Any]:
@@ -98,11 +98,15 @@ def _bandwidth(tier: Tier, factor: float) -> dict[str, Any]:
 
 
 def _messages(tier: Tier, factor: float) -> dict[str, Any]:
-    return {"latency_s": tier.latency_s * factor, "bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s / factor}
+    return {**tier.waiting(factor), "bandwidth_bytes_per_s": tier.bandwidth_bytes_per_s / factor}
 
 
 def _operation(op: CollectiveName, tier: Tier, factor: float) -> dict[str, Any]:
-    return {"op_factor": {**tier.op_factor, op: tier.op_factor.get(op, 1.0) * factor}}
+    apart = {op: tier.op_latency_s[op] * factor} if op in tier.op_latency_s else {}
+    return {
+        "op_factor": {**tier.op_factor, op: tier.op_factor.get(op, 1.0) * factor},
+        "op_latency_s": {**tier.op_latency_s, **apart},
+    }
 
 
 KNOBS = (

@@ -86,9 +86,8 @@ def changes(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
     yield "+10 % memory capacity", _accelerator(cluster, memory_bytes=accelerator.memory_bytes * tenth_more)
 
 
-def _tier(cluster: Cluster, number: int, **factors: float) -> Cluster:
-    tier = cluster.tiers[number]
-    better = tier.model_copy(update={name: getattr(tier, name) * factor for name, factor in factors.items()})
+def _tier(cluster: Cluster, number: int, **values: Any) -> Cluster:
+    better = cluster.tiers[number].model_copy(update=values)
     return cluster.model_copy(update={"tiers": (*cluster.tiers[:number], better, *cluster.tiers[number + 1 :])})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -108,7 +108,8 @@ class Tier(Noun):
     """One level of the network. `bandwidth_bytes_per_s` is one port, one direction.
 
     A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
-    `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring).
+    `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring), and where
+    `op_latency_s` has a latency for it, its time on the wire alone: sends wait otherwise than a ring's hops do.
     `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
     `occupied`: between ranks that take turns on cores, in what share of a send's time these are busy with it.
     """
@@ -120,8 +121,18 @@ class Tier(Noun):
     latency_s: float = Field(ge=0)
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
     op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
+    op_latency_s: dict[CollectiveName, Annotated[float, Field(ge=0)]] = {}
     flat: bool = False
     occupied: float = Field(default=0.0, ge=0, le=1)
+
+    def hop_s(self, op: CollectiveName) -> float:
+        """Latency of one hop of an operation, its factor in it."""
+        return self.op_latency_s.get(op, self.op_factor.get(op, 1.0) * self.latency_s)
+
+    def waiting(self, factor: float) -> dict[str, Any]:
+        """What changes where every latency is so many times as long."""
+        apart = {op: seconds * factor for op, seconds in self.op_latency_s.items()}
+        return {"latency_s": self.latency_s * factor, "op_latency_s": apart}
 
 
 class Storage(Noun):
