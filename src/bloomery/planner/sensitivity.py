@@ -76,8 +76,9 @@ def changes(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
         tier = cluster.tiers[number]
         outside = tier.span > cluster.accelerators_per_node
         name = f"network-card bandwidth ({tier.name})" if outside else f"{tier.name} bandwidth"
-        yield f"+10 % {name}", _tier(cluster, number, bandwidth_bytes_per_s=tenth_more)
-        yield f"-10 % {tier.name} latency", _tier(cluster, number, latency_s=tenth_less)
+        faster = tier.bandwidth_bytes_per_s * tenth_more
+        yield f"+10 % {name}", _tier(cluster, number, bandwidth_bytes_per_s=faster)
+        yield f"-10 % {tier.name} latency", _tier(cluster, number, **tier.waiting(tenth_less))
     peaks = {dtype: peak * tenth_more for dtype, peak in accelerator.peak_flops_per_s.items()}
     yield "+10 % peak FLOP/s", _accelerator(cluster, peak_flops_per_s=peaks)
     yield "+10 % memory bandwidth", _accelerator(cluster, **_memory_bandwidth(accelerator, tenth_more))
