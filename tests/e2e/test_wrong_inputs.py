@@ -137,8 +137,9 @@ def test_no_disk_space_is_said_before_anything_is_written(tmp_path: Path, full_d
 def test_a_disk_too_small_for_checkpoints_is_said_before_training(tmp_path: Path, full_disk: Path) -> None:
     text = {"vocab": 512, "text": [str(Path(json.__file__).parent)], "folder": str(tmp_path / "data")}
     assert bloomery("data", "build", run_file(tmp_path, data=text), cwd=tmp_path).returncode == 0
-    path = run_file(tmp_path, data=text, out=str(full_disk / "runs"))
-    refused(bloomery("train", path, cwd=tmp_path), "no space left for checkpoints", str(full_disk))
+    several = {**TINY["train"], "steps": 3, "checkpoint_every": 1}  # one alone would fit
+    path = run_file(tmp_path, data=text, train=several, out=str(full_disk / "runs"))
+    refused(bloomery("train", path, cwd=tmp_path), "no space left for checkpoints: 3 of them", str(full_disk))
     assert not list(full_disk.iterdir())
 
 
