@@ -110,11 +110,11 @@ def test_a_bad_stretch_of_data_is_undone_and_passed_over_the_same_way_twice(tmp_
     for name in ("first", "second"):
         described = describe(tmp_path, name, data, {"dp": 2}, guard={"max_skips": 1})
         faults = [{"kind": "nan", "rank": 1, "samples": (48, 64)}]
-        crash = [{"kind": "kill", "rank": 0, "step": 9}] if name == "second" else []
+        crash = [{"kind": "kill", "rank": 0, "step": 8}] if name == "second" else []
         folder, code = train(described, faults + crash)
         assert code == 0
         ends.append(final_bits(folder))
-        # The crash comes before the next checkpoint: the trouble is met, and left behind, once more.
+        # The crash comes before the next checkpoint is begun: the trouble is met, and left behind, once more.
         for undone in events(folder, "rewound"):
             assert (undone["step"], undone["to"], undone["samples_passed_over"]) == (7, 6, [48, 64])
         assert len(events(folder, "rewound")) == 1 + len(crash)
