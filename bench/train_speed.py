@@ -44,7 +44,7 @@ model: {model}
 cluster: {cluster}
 layout: {{micro_batch: {micro_batch}}}
 data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
-train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000, keep_checkpoints: 1,
+train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
   dtype: {dtype}, float8: {{emulate: {emulated}}},
   profile: "{profile}",
   compile: {compiled}, optimizer: {{lr: 0.001, weight_decay: 0.1, clip: 1.0, schedule: constant, warmup: 0.0}}}}

@@ -69,7 +69,7 @@ def measure_reference(place: Place, model: Model, how: References, dtype: str) -
     """
     reference = _Reference(place.device, model, how.layout, how.batch, how.seq_len, dtype)
     _together(place)
-    halves = {half: found[REFERENCE_WARM_UP:] for half, found in reference.steps(REFERENCE_WARM_UP + REFERENCE_ROUNDS)}
+    halves = {half: s[REFERENCE_WARM_UP:] for half, s in reference.steps(REFERENCE_WARM_UP + REFERENCE_ROUNDS).items()}
     _together(place)
     with profiler(place.device) as profiled:
         for _ in range(PROFILED_STEPS):
@@ -110,7 +110,7 @@ class _Reference:
         tokens = torch.randint(0, model.vocab, (sequences, seq_len), device=device)
         self.batch = Batch(tokens, tokens, tokens.numel())
 
-    def steps(self, number: int) -> list[tuple[str, list[float]]]:
+    def steps(self, number: int) -> dict[str, list[float]]:
         """Seconds of the halves of so many steps, one upon the other: by a device's own clock, since its host works
         ahead of it as in training."""
         clock: Device = _Host() if self.device.type == "cpu" else Gpu(self.device)
@@ -124,7 +124,7 @@ class _Reference:
             self.optimizer.zero_grad()
             moments.append(clock.mark())
         seconds = [clock.seconds(earlier, later) for earlier, later in pairwise(moments)]
-        return [("compute", seconds[::2]), ("optimizer", seconds[1::2])]
+        return {"compute": seconds[::2], "optimizer": seconds[1::2]}
 
 
 class _Host:
@@ -156,7 +156,7 @@ def measure_crowd(place: Place, how: References) -> dict[str, list[float]]:
     for ranks, kind in ((place.world_size, "shared"), (len(os.sched_getaffinity(0)), "own")) * CROWD_TURNS:
         _together(place)
         if place.rank < ranks:
-            halves = dict(reference.steps(1 + CROWD_ROUNDS)).values()
+            halves = reference.steps(1 + CROWD_ROUNDS).values()
             found[kind] += [sum(halves_of_step) for halves_of_step in zip(*halves, strict=True)][1:]
     return found
 

@@ -69,10 +69,10 @@ def felt_s(compute: Any, messages: Any, sharing: Any, occupied: Any) -> Any:
     return np.maximum(compute + occupied, compute / sharing + messages) - compute
 
 
-def ends_of_sends(pp: Any) -> Any:
-    """How many ends of its sends a stage has, on average, for each one that it waits for: both neighbours' if it has
-    both."""
-    return 2 * (pp - 1) / pp
+def ends_of_sends(stages: Any) -> Any:
+    """How many ends of sends among so many stages each of them has, on average, for each one that it waits for: both
+    neighbours' if it has both."""
+    return 2 * (stages - 1) / stages
 
 
 def pipeline_s(micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, sharing: Any = 1.0) -> Any:

@@ -290,7 +290,7 @@ class StepTimes:
         if np.all(some == 1):
             return send.seconds
         felt = felt_s(micro.slowest, send.seconds, every, send.occupied)
-        return np.where(every > 1, felt, send.seconds + np.where(some > 1, send.occupied, 0.0))
+        return np.where(every > 1, felt, send.seconds + send.occupied)
 
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
         """Seconds from the first forward to the end of the last backward."""
