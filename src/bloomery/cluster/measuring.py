@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import IO, Any
 
 from bloomery.cluster.hostfile import Host, Hosts
@@ -53,11 +54,9 @@ class _Rank:
 
     def send(self, value: dict[str, Any]) -> None:
         """One JSON line on its standard input; one that has ended already is noticed by its end."""
-        try:
+        with suppress(BrokenPipeError):
             self.stdin.write(json.dumps(value) + "\n")
             self.stdin.flush()
-        except BrokenPipeError:
-            pass
 
     def problem(self) -> str:
         """Its last words."""
@@ -69,7 +68,8 @@ class _Rank:
         """Kill it."""
         self.process.kill()
         self.process.wait()
-        self.stdin.close()
+        with suppress(BrokenPipeError):  # closing tries once more to say what a dead rank did not read
+            self.stdin.close()
 
 
 def run_ranks(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,20 @@ def test_a_rank_that_fails_or_is_silent_is_named(
 
 
 def test_a_shell_that_cannot_reach_a_host_is_told_in_its_own_words(module: str) -> None:
+    complains = (sys.executable, "-c", "import sys; sys.exit('no route to ' + sys.argv[1])")
+    with pytest.raises(BloomeryError, match="no route to"):
+        run_ranks(module, Hosts(HOSTS, complains), {"do": "well"}, 30)
+
+
+def test_a_shell_that_has_ended_before_it_is_told_anything_is_told_in_its_own_words(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
     complains = (sys.executable, "-c", "import sys; sys.exit('no route to ' + sys.argv[1])")
     with pytest.raises(BloomeryError, match="no route to"):
         run_ranks(module, Hosts(HOSTS, complains), {"do": "well"}, 30)
