@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import exp, hypot, log, sqrt
 
 import numpy as np
 
@@ -33,8 +34,8 @@ PROBED_INTERVAL = Interval(low=0.87, high=1.15)
 """90 % interval of measured / predicted where the accelerator's constants were measured here, set from runs of two
 `make loop` (2026-11-27, two hardware threads of a CPU); elsewhere it is the calibration's, for software that no run
 named."""
-QUIET = 0.05
-"""A quiet machine is measured better than to this; the interval above holds that much already."""
+NINETY = 1.645
+"""Standard deviations either side of the mean of a normal distribution that 90 % of it lie within."""
 
 
 @dataclass(frozen=True)
@@ -208,12 +209,16 @@ def estimate_case(case: Case) -> Estimates:
 
 
 def interval_of(cluster: Cluster) -> Interval:
-    """90 % interval of measured / predicted on a cluster: as calibrated, else wider by the noise of its probe."""
+    """90 % interval of measured / predicted on a cluster: as calibrated, else wider by the noise of its probe.
+
+    A run meets the machine in as uncertain a state as the probe did: their difference has twice the noise's variance,
+    which adds to that of the model's own error.
+    """
     if cluster.interval is not None:
         return cluster.interval
     interval = PROBED_INTERVAL if cluster.accelerator.probed else calibration().interval("prior")
-    wider = 1.0 + max(0.0, cluster.noise - QUIET)
-    return Interval(low=interval.low / wider, high=interval.high * wider)
+    apart = NINETY * sqrt(2) * cluster.noise
+    return Interval(low=exp(-hypot(log(interval.low), apart)), high=exp(hypot(log(interval.high), apart)))
 
 
 def _one(estimates: Estimates) -> Estimate:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bloomery.perf.estimate import Estimates, estimate
+from bloomery.perf.estimate import Estimates, estimate, interval_of
 from bloomery.perf.result import Estimate
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Passes, Stack
 from bloomery.spec import catalog
@@ -192,6 +192,17 @@ def test_ranks_wait_for_the_slowest_at_their_innermost_messages() -> None:
         assert uneven.step_time_s[i] - even.step_time_s[i] == pytest.approx(0.05 * compute_s[i])
     assert uneven.step_time_s[4] == even.step_time_s[4]
     assert sum(uneven.components.values()) == pytest.approx(uneven.step_time_s)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+def test_a_probed_interval_holds_nine_of_ten_runs_of_a_machine_as_noisy_as_its_probe(noise: float) -> None:
+    quiet = SELENE.model_copy(update={"accelerator": SELENE.accelerator.model_copy(update={"source": "bloomery probe"})})
+    alone, noisy = (interval_of(quiet.model_copy(update={"noise": of})) for of in (0.0, noise))
+    chance, n = np.random.default_rng(0), 100_000
+    own_error = np.log(alone.high / alone.low) / 2 / 1.645 * chance.standard_normal(n)
+    of_probe, of_run = noise * chance.standard_normal((2, n))
+    ratio = np.sqrt(alone.high * alone.low) * np.exp(own_error + of_run - of_probe)
+    assert ((ratio > noisy.low) & (ratio < noisy.high)).mean() == pytest.approx(0.9, abs=0.005)
 
 
 def test_an_unknown_peak_is_an_error_not_a_guess() -> None:
