@@ -22,7 +22,7 @@ def table() -> list[Case]:
         schedules = (
             ["micro_batch=2", "micro_batch=1,vpp=2", "micro_batch=2,schedule=gpipe"] if pp > 1 else ["micro_batch=4"]
         )
-        zeros = ([0, 2] if pp > 1 else [0, 2, 3]) if dp > 1 else [0]
+        zeros = [0, 2, 3] if dp > 1 else [0]
         sequence = ["false", "true"] if tp > 1 else ["false"]
         for schedule, zero, sp in product(schedules, zeros, sequence):
             layouts.append(f"tp={tp},pp={pp},dp={dp},zero={zero},sp={sp},{schedule}")
@@ -31,6 +31,7 @@ def table() -> list[Case]:
         Case("llama", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("llama", "tp=2,recompute=full,micro_batch=4"),
         Case("llama", "dp=2,zero=3,recompute=full,micro_batch=2"),
+        Case("llama", "pp=2,dp=4,replicas=2,zero=3,recompute=full,micro_batch=1"),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", masked=True),
         Case("llama", "dp=2,micro_batch=2", masked=True),
         Case("llama", "pp=2,micro_batch=8"),
@@ -121,6 +122,7 @@ def uneven() -> list[Case]:
         Case("llama", "pp=2,dp=2,zero=2,micro_batch=2,stage_layers=3+1"),
         Case("deep", "pp=2,vpp=2,micro_batch=2,stage_layers=1+3+2+2"),
         Case("deep", "pp=2,dp=2,zero=2,vpp=4,micro_batch=1"),
+        Case("deep", "pp=2,dp=2,zero=3,micro_batch=1,vpp=2,stage_layers=1+3+2+2"),
         Case("deep", "pp=3,vpp=2,micro_batch=1,stage_layers=2+1+1+1+1+2,schedule=zbv"),
         Case("deep", "pp=2,dp=2,zero=2,micro_batch=1,stage_layers=1+3+2+2,schedule=dualpipev"),
     ]
@@ -157,6 +159,7 @@ def tied_across_stages() -> list[Case]:
         Case("tied", "pp=2,micro_batch=2"),
         Case("tied", "pp=2,vpp=2,dp=2,micro_batch=1"),
         Case("tied", "pp=4,dp=2,zero=2,micro_batch=1"),
+        Case("tied", "pp=2,dp=2,zero=3,micro_batch=1"),
         Case("tied", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2"),
         Case("tied-gpt", "tp=2,pp=2,sp=true,micro_batch=2"),
         Case("tied-gpt", "pp=2,dp=2,micro_batch=2"),
@@ -264,6 +267,7 @@ BFLOAT16 = [
 ] + [
     Case("gpt", "tp=2,sp=true,micro_batch=2", dtype="bfloat16"),
     Case("gpt", "pp=2,dp=2,zero=2,vpp=2,micro_batch=1", dtype="bfloat16"),
+    Case("gpt", "pp=2,dp=2,zero=3,vpp=2,micro_batch=1", dtype="bfloat16"),
     Case("tied", "tp=2,dp=2,zero=3,sp=true,micro_batch=2", dtype="bfloat16"),
     Case("deepseek", "dp=4,replicas=2,zero=2,micro_batch=2", dtype="bfloat16"),
     Case("llama", "dp=2,zero=3,micro_batch=2", dtype="bfloat16", optimizer="muon"),

@@ -28,6 +28,7 @@ SAME = [
         ("mixtral", "dp=2,ep=2,zero=3,micro_batch=2"),
         ("deepseek", "dp=4,ep=2,zero=3,micro_batch=1"),
         ("tied", "pp=2,dp=2,zero=2,micro_batch=1"),
+        ("tied", "pp=2,dp=2,zero=3,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=2,micro_batch=1,schedule=zbv"),
     )

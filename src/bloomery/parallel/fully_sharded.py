@@ -90,6 +90,9 @@ def shard_over_data(
         alone |= _shard_layer(layer, mesh, axis, policy)
     fill(stage, "")
     fully_shard(stage, mesh=axis, reshard_after_forward=False, mp_policy=policy, ignored_params=alone)
+    if mesh.layout.pp > 1 and mesh.layout.zero_stage == 3:
+        # PyTorch's pipeline stage asks before each backward pass to keep what it gathers until the step's end.
+        stage.set_reshard_after_backward = _freed_anyway
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -101,6 +104,10 @@ def shard_over_data(
                 module.set_custom_reduce_scatter(MeasuredReduceScatter(measure))
     if narrow is not None:
         _keep_wide(stage, table)
+
+
+def _freed_anyway(_: bool) -> None:
+    """In the place of FSDP's `set_reshard_after_backward`: its own default, to give parameters back, stays."""
 
 
 def _keep_wide(stage: Transformer, table: Mapping[str, Parameter]) -> None:

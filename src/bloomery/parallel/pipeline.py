@@ -171,6 +171,11 @@ class _SeveralChunks(_PipelineScheduleRuntime):
         self._sent_back: list[dist.Work] = []
         self._comp_type_to_function_map |= {SEND_F: self._send, SEND_B: self._send_back}
 
+    def leave_gathering_to_layers(self) -> None:
+        """ZeRO 3: each layer is gathered for its own turn, the schedule gathers nothing."""
+        self._comp_type_to_function_map |= {UNSHARD: _nothing, RESHARD: _nothing}
+        self.unsharded_stages |= {stage.stage_index for stage in self._stages}
+
     def _stage_of(self, action: _Action) -> Any:
         return next(stage for stage in self._stages if stage.stage_index == action.stage_index)
 
@@ -195,6 +200,10 @@ class _SeveralChunks(_PipelineScheduleRuntime):
         schedules._wait_batch_p2p(self._sent_back)
         self._sent_back = []
         return found
+
+
+def _nothing(_: _Action, __: Any) -> None:
+    pass
 
 
 class _Interleaved(_SeveralChunks, ScheduleInterleaved1F1B):
@@ -260,7 +269,10 @@ def schedule_over(
     """PyTorch's schedule of that name over one rank's stages."""
     if layout.vpp > 1:
         several = _SEVERAL_CHUNKS[layout.schedule](list(stages), micro_batches, loss_fn=loss, scale_grads=False)
-        _gather_once(several)
+        if layout.zero_stage == 3:
+            several.leave_gathering_to_layers()
+        else:
+            _gather_once(several)
         return several
     # PyTorch's 1F1B refuses fewer micro-batches than stages; all of them are then in flight anyway, as in GPipe.
     kind = ScheduleGPipe if layout.schedule == "gpipe" or micro_batches < layout.pp else Schedule1F1B

@@ -107,8 +107,8 @@ def enumerate_layouts(
     """All layouts of `model` on `world_size` ranks that keep every rule, with the rules that refused the others.
 
     `spans`: accelerators in a unit of each link tier, smaller than the world (a node). A rule concerns the mesh and how
-    the batch is cut (`CUTTING`), or the mesh and how memory is saved (`SAVING`); one alone concerns both halves and is
-    asked last. So each half is judged with the other at its mildest (a test compares with a loop over everything); a
+    the batch is cut (`CUTTING`), or the mesh and how memory is saved (`SAVING`); those of ZeRO on a V concern both
+    halves and are asked last. So each half is judged with the other at its mildest (a test compares with a loop over everything); a
     refusal in one half counts for all that the other half would have made of it.
     """
     mesh = meshes(model, world_size, runnable_only=runnable_only)
@@ -132,7 +132,7 @@ def enumerate_layouts(
     saves = np.bincount(save_mesh, minlength=len(mesh))
     kept = keep(_batch(model, seq_len, mesh[cut_mesh], cutting=cutting[cut]), saves[cut_mesh])
     lay = _product(model, seq_len, mesh, (cut_mesh[kept], cutting[cut[kept]]), (save_mesh, saving[save]))
-    if runnable_only and model.tie_embeddings:
+    if runnable_only:
         lay = lay.take(_keep(runnable_problems(model, lay), refused, each=1))
     return Enumeration(
         world_size=world_size,

@@ -103,9 +103,9 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     rules: list[tuple[str, str, Any]] = [
         *_expert_rules(model, lay),
         (
-            "zero3_pipeline",
-            "ZeRO 3 would gather every stage for every micro-batch: with pp > 1 use ZeRO 2",
-            (lay.zero_stage == 3) & (lay.pp > 1),
+            "zero3_v",
+            "under a V gradients of weights have turns of their own, when ZeRO 3 has freed the weights: use ZeRO 2",
+            (lay.zero_stage == 3) & lay.v_shaped,
         ),
         ("order", "the engine numbers ranks with pp outermost", lay.outermost == OUTERMOST.index("dp")),
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),

@@ -196,7 +196,9 @@ def test_ranks_wait_for_the_slowest_at_their_innermost_messages() -> None:
 
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
 def test_a_probed_interval_holds_nine_of_ten_runs_of_a_machine_as_noisy_as_its_probe(noise: float) -> None:
-    quiet = SELENE.model_copy(update={"accelerator": SELENE.accelerator.model_copy(update={"source": "bloomery probe"})})
+    quiet = SELENE.model_copy(
+        update={"accelerator": SELENE.accelerator.model_copy(update={"source": "bloomery probe"})}
+    )
     alone, noisy = (interval_of(quiet.model_copy(update={"noise": of})) for of in (0.0, noise))
     chance, n = np.random.default_rng(0), 100_000
     own_error = np.log(alone.high / alone.low) / 2 / 1.645 * chance.standard_normal(n)

@@ -145,6 +145,7 @@ def test_each_rule_says_what_it_wants(text: str, words: str) -> None:
     [
         ("pp=2,stage_layers=32+0", "llama-3-8b", "no stage without layers"),
         ("pp=2,dp=2,zero=2,schedule=zbv", "qwen2.5-0.5b", "FSDP cannot cut for two stages"),
+        ("pp=2,dp=2,zero=3,schedule=dualpipev", "llama-3-8b", "when ZeRO 3 has freed the weights: use ZeRO 2"),
         ("dp=6,zero=3", "mixtral-8x7b", "ZeRO cuts experts over dp/ep ranks"),
     ],
 )
