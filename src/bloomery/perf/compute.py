@@ -218,6 +218,7 @@ def _attention(case: Case) -> tuple[Any, Any]:
             lay.micro_batch,
             head_dim=model.head_dim if stack.eager else (model.head_dim + model.value_head_dim) / 2,
             causal=causal,
+            queries=case.seq_len / lay.cp,
         )
         return forward / stack.attention_factor, backward / stack.attention_factor
     return unfused_attention_s(

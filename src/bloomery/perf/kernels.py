@@ -47,16 +47,26 @@ def linear_s(
 
 
 def flash_attention_s(
-    accelerator: Accelerator, dtype: Dtype, seq_len: Any, width: Any, sequences: Any, *, head_dim: float, causal: bool
+    accelerator: Accelerator,
+    dtype: Dtype,
+    seq_len: Any,
+    width: Any,
+    sequences: Any,
+    *,
+    head_dim: float,
+    causal: bool,
+    queries: Any,
 ) -> tuple[Any, Any]:
     """Seconds (forward, backward) of fused attention over `width` = heads x head_dim of one rank.
+
+    `queries`: how many one kernel has of a sequence, fewer than `seq_len` under context parallelism.
 
     4 s^2 width FLOP a sequence, half of it when the kernel skips the masked part; backward 2.5 x forward, since scores
     are computed again (Dao 2023, arXiv 2307.08691, whose figures 4 to 6 show narrow heads and short sequences slower).
     """
     flops = 4.0 * seq_len**2 * width * sequences * (0.5 if causal else 1.0)
     shape = head_dim / (head_dim + accelerator.attention_width_half.get(dtype, 0.0))
-    shape = shape * seq_len / (seq_len + accelerator.attention_seq_half)
+    shape = shape * queries / (queries + accelerator.attention_seq_half)
     forward = flops / (accelerator.peak(dtype) * accelerator.attention_efficiency(dtype) * shape)
     return forward, 2.5 * forward
 

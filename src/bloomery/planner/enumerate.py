@@ -108,8 +108,8 @@ def enumerate_layouts(
 
     `spans`: accelerators in a unit of each link tier, smaller than the world (a node). A rule concerns the mesh and how
     the batch is cut (`CUTTING`), or the mesh and how memory is saved (`SAVING`); those of ZeRO on a V concern both
-    halves and are asked last. So each half is judged with the other at its mildest (a test compares with a loop over everything); a
-    refusal in one half counts for all that the other half would have made of it.
+    halves and are asked last. So each half is judged with the other at its mildest (a test compares with a loop over
+    everything); a refusal in one half counts for all that the other half would have made of it.
     """
     mesh = meshes(model, world_size, runnable_only=runnable_only)
     cutting, saving = cuttings(model, global_batch), savings(world_size)
