@@ -22,7 +22,7 @@ def table() -> list[Case]:
         schedules = (
             ["micro_batch=2", "micro_batch=1,vpp=2", "micro_batch=2,schedule=gpipe"] if pp > 1 else ["micro_batch=4"]
         )
-        zeros = [0, 2, 3] if dp > 1 else [0]
+        zeros = ([0, 2] if pp > 1 else [0, 2, 3]) if dp > 1 else [0]
         sequence = ["false", "true"] if tp > 1 else ["false"]
         for schedule, zero, sp in product(schedules, zeros, sequence):
             layouts.append(f"tp={tp},pp={pp},dp={dp},zero={zero},sp={sp},{schedule}")
@@ -31,6 +31,9 @@ def table() -> list[Case]:
         Case("llama", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("llama", "tp=2,recompute=full,micro_batch=4"),
         Case("llama", "dp=2,zero=3,recompute=full,micro_batch=2"),
+        Case("llama", "pp=2,dp=2,zero=3,micro_batch=1"),
+        Case("llama", "pp=2,dp=2,zero=3,micro_batch=2,schedule=gpipe"),
+        Case("gpt", "tp=2,pp=2,dp=2,zero=3,sp=true,vpp=2,micro_batch=1"),
         Case("llama", "pp=2,dp=4,replicas=2,zero=3,recompute=full,micro_batch=1"),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2", masked=True),
         Case("llama", "dp=2,micro_batch=2", masked=True),
@@ -220,6 +223,7 @@ def expert_cases() -> list[Case]:
         "dp=4,ep=2,zero=1,micro_batch=1",
         "dp=8,ep=2,replicas=2,zero=3,micro_batch=1",
         "dp=2,ep=2,zero=3,micro_batch=2,recompute=selective",
+        "pp=2,dp=4,ep=2,zero=3,micro_batch=1",
         "cp=2,micro_batch=4",
         "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )

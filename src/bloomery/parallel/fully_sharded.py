@@ -91,8 +91,7 @@ def shard_over_data(
     fill(stage, "")
     fully_shard(stage, mesh=axis, reshard_after_forward=False, mp_policy=policy, ignored_params=alone)
     if mesh.layout.pp > 1 and mesh.layout.zero_stage == 3:
-        # PyTorch's pipeline stage asks before each backward pass to keep what it gathers until the step's end.
-        stage.set_reshard_after_backward = _freed_anyway
+        _each_micro_batch_for_itself(stage)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -106,8 +105,17 @@ def shard_over_data(
         _keep_wide(stage, table)
 
 
-def _freed_anyway(_: bool) -> None:
-    """In the place of FSDP's `set_reshard_after_backward`: its own default, to give parameters back, stays."""
+def _each_micro_batch_for_itself(stage: Any) -> None:
+    """ZeRO 3 in a pipeline.
+
+    PyTorch's stage asks before each backward pass to keep what it gathers until the step's end: the default, to give it
+    back, stays. And FSDP would gather ahead what was last used before a micro-batch's first unit, another one's last.
+    """
+    stage.set_reshard_after_backward = lambda _: None
+    layers = [[module for module in layer.modules() if isinstance(module, FSDPModule)] for layer in stage.blocks()]
+    units = [unit for layer in layers for unit in reversed(layer)]
+    for before, unit in zip([stage, *units], units, strict=False):
+        unit.set_modules_to_backward_prefetch([before])  # the stage's own is gathered all the while
 
 
 def _keep_wide(stage: Transformer, table: Mapping[str, Parameter]) -> None:
