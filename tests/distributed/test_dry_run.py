@@ -252,6 +252,8 @@ def test_predicted_activations_are_within_one_percent(name: str, layout: str) ->
         "tp=2,pp=2,dp=2,zero=2,sp=true",
         "pp=2,dp=2,vpp=2,micro_batch=1",
         "pp=2,dp=2,zero=2,vpp=4",
+        "pp=2,dp=2,zero=3,micro_batch=1",
+        "pp=2,dp=2,zero=3,vpp=2,micro_batch=1",
         "pp=2,dp=2,schedule=zbv",
     ],
 )

@@ -16,7 +16,7 @@ from bloomery.spec.layout import Layout
 
 
 def table() -> list[Case]:
-    """tp x pp x dp in {1,2}^3, with every way the engine can run each."""
+    """tp x pp x dp in {1,2}^3, with every way the engine can run each (of ZeRO 3 in pipelines a few), and the rest."""
     layouts = []
     for tp, pp, dp in product((1, 2), repeat=3):
         schedules = (
@@ -31,7 +31,8 @@ def table() -> list[Case]:
         Case("llama", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2,recompute=full"),
         Case("llama", "tp=2,recompute=full,micro_batch=4"),
         Case("llama", "dp=2,zero=3,recompute=full,micro_batch=2"),
-        Case("llama", "pp=2,dp=2,zero=3,micro_batch=1"),
+        Case("llama", "pp=4,dp=2,zero=3,micro_batch=1"),
+        Case("llama", "cp=2,pp=2,zero=3,micro_batch=2"),
         Case("llama", "pp=2,dp=2,zero=3,micro_batch=2,schedule=gpipe"),
         Case("gpt", "tp=2,pp=2,dp=2,zero=3,sp=true,vpp=2,micro_batch=1"),
         Case("llama", "pp=2,dp=4,replicas=2,zero=3,recompute=full,micro_batch=1"),
@@ -223,7 +224,8 @@ def expert_cases() -> list[Case]:
         "dp=4,ep=2,zero=1,micro_batch=1",
         "dp=8,ep=2,replicas=2,zero=3,micro_batch=1",
         "dp=2,ep=2,zero=3,micro_batch=2,recompute=selective",
-        "pp=2,dp=4,ep=2,zero=3,micro_batch=1",
+        "pp=2,dp=4,ep=2,zero=3,micro_batch=1,recompute=full",
+        "pp=2,dp=2,ep=2,zero=3,micro_batch=1",
         "cp=2,micro_batch=4",
         "cp=2,dp=2,ep=2,zero=1,micro_batch=2,recompute=full",
     )

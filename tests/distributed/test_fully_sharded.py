@@ -30,6 +30,7 @@ SAME = [
         ("tied", "pp=2,dp=2,zero=2,micro_batch=1"),
         ("tied", "pp=2,dp=2,zero=3,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
+        ("llama", "pp=2,dp=2,zero=3,vpp=2,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=2,micro_batch=1,schedule=zbv"),
     )
 ]

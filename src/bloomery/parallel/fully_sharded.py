@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -113,9 +114,10 @@ def _each_micro_batch_for_itself(stage: Any) -> None:
     """
     stage.set_reshard_after_backward = lambda _: None
     layers = [[module for module in layer.modules() if isinstance(module, FSDPModule)] for layer in stage.blocks()]
+    # Forward, a layer's experts end before the layer that holds them.
     units = [unit for layer in layers for unit in reversed(layer)]
-    for before, unit in zip([stage, *units], units, strict=False):
-        unit.set_modules_to_backward_prefetch([before])  # the stage's own is gathered all the while
+    for before, unit in pairwise([stage, *units]):
+        unit.set_modules_to_backward_prefetch([before])  # what the stage itself holds is gathered by then
 
 
 def _keep_wide(stage: Transformer, table: Mapping[str, Parameter]) -> None:
@@ -186,8 +188,8 @@ class FullySharded:
         self._units = [unit for stage in self._stages for unit in stage.modules() if isinstance(unit, FSDPModule)]
 
     def begin(self, *, last: bool, free: bool) -> None:
-        """A micro-batch begins: gradients are reduced after the `last` of a step; `free`: parameters are given back
-        after each backward pass, not only after the last."""
+        """A micro-batch begins where there is no pipeline: gradients are reduced after the `last` of a step; `free`:
+        parameters are given back after each backward pass, not only after the last."""
         for stage in self._stages:
             stage.set_requires_gradient_sync(last)
             stage.set_is_last_backward(last)

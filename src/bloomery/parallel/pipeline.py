@@ -173,7 +173,10 @@ class _SeveralChunks(_PipelineScheduleRuntime):
 
     def leave_gathering_to_layers(self) -> None:
         """ZeRO 3: each layer is gathered for its own turn, the schedule gathers nothing."""
-        self._comp_type_to_function_map |= {UNSHARD: _nothing, RESHARD: _nothing}
+        for rank, actions in self.pipeline_order_with_comms.items():
+            kept = [action for action in actions if action.computation_type not in (UNSHARD, RESHARD)]
+            self.pipeline_order_with_comms[rank] = kept
+        # PyTorch computes on no stage that it has not gathered.
         self.unsharded_stages |= {stage.stage_index for stage in self._stages}
 
     def _stage_of(self, action: _Action) -> Any:
@@ -200,10 +203,6 @@ class _SeveralChunks(_PipelineScheduleRuntime):
         schedules._wait_batch_p2p(self._sent_back)
         self._sent_back = []
         return found
-
-
-def _nothing(_: _Action, __: Any) -> None:
-    pass
 
 
 class _Interleaved(_SeveralChunks, ScheduleInterleaved1F1B):

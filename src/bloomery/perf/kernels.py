@@ -59,7 +59,7 @@ def flash_attention_s(
 ) -> tuple[Any, Any]:
     """Seconds (forward, backward) of fused attention over `width` = heads x head_dim of one rank.
 
-    `queries`: how many one kernel has of a sequence, fewer than `seq_len` under context parallelism.
+    `queries`: how many one kernel has of a sequence at most, fewer than `seq_len` under context parallelism.
 
     4 s^2 width FLOP a sequence, half of it when the kernel skips the masked part; backward 2.5 x forward, since scores
     are computed again (Dao 2023, arXiv 2307.08691, whose figures 4 to 6 show narrow heads and short sequences slower).

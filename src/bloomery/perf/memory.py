@@ -143,8 +143,8 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     gathered = precision.gathered * (dense + experts)
     buffers = np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0)
     if case.stack.eager:
-        # FSDP reduces after the last micro-batch: whole gradients until then.
-        sharded = sharded & (case.micro_batches == 1)
+        # FSDP reduces after the last micro-batch, in a pipeline after its backward pass: whole gradients until then.
+        sharded = sharded & (case.micro_batches == 1) & (lay.pp == 1)
         if precision.stream < precision.parameter:
             # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
             # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).

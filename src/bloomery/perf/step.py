@@ -292,8 +292,8 @@ class StepTimes:
         felt = felt_s(micro.slowest, send.seconds, every, send.occupied)
         return np.where(every > 1, felt, send.seconds + send.occupied)
 
-    def _path_s(self, block: slice, micro: MicroBatch, send: Sends) -> Any:
-        """Seconds from the first forward to the end of the last backward."""
+    def _path_s(self, block: slice, micro: MicroBatch, data: DataParallel, send: Sends) -> Any:
+        """Seconds from the first forward to the end of the last backward; of ZeRO 3's gathers in the bubble."""
         sends_s = self._sends_s(block, micro)
         path = pipeline_s(
             micro.count,
@@ -302,6 +302,7 @@ class StepTimes:
             slowest=micro.slowest + sends_s,
             together=micro.together + micro.ranks * sends_s,
             sharing=self._sharing[0][block],
+            apart=_gathers_of_a_turn_s(self.case, micro, data),
         )
         folded = np.flatnonzero(self.case.lay.v_shaped[block])
         if not len(folded):
@@ -324,7 +325,7 @@ class StepTimes:
         after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
         if self.case.accelerator.skew:
             after = after + sum(self._waits(block).values())
-        return self._path_s(block, micro, send) + self._tied(block) + after
+        return self._path_s(block, micro, data, send) + self._tied(block) + after
 
     def _waits(self, block: slice) -> dict[str, Any]:
         """Seconds in which ranks wait for the slowest of them, at the messages that they send most often. A pipeline's
@@ -356,7 +357,7 @@ class StepTimes:
             "cp_comm": mean.context + waits["cp_comm"],
             "ep_comm": mean.experts + waits["ep_comm"],
             "pp_comm": pp_comm + self._tied(block),
-            "bubble": self._path_s(block, micro, send) - mean.busy - pp_comm,
+            "bubble": self._path_s(block, micro, data, send) - mean.busy - pp_comm,
             "dp_comm": exposed + waits["dp_comm"],
             "optimizer": data.optimizer,
             "other": data.other,
@@ -376,12 +377,24 @@ def _exposed_and_stretched(case: Case, micro: MicroBatch, data: DataParallel, se
     """
     stack = case.stack
     gathers = data.gather + micro.count * data.gather_each
-    reduce, gather = data.reduce, gathers
+    reduce, gather = data.reduce, _exposed_gathers_s(case, micro, data, gathers)
     if stack.gradient_overlap:
         room = micro.backward * (stack.gradient_overlap / send.chunks)
         reduce = np.maximum(data.reduce - room, data.reduce * data.bucket)
-        room = micro.compute * (stack.gather_overlap * micro.count)
-        gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
     drained = data.ends * (micro.drain / send.chunks)
     exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)
     return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0)
+
+
+def _exposed_gathers_s(case: Case, micro: MicroBatch, data: DataParallel, gathers: Any) -> Any:
+    """Of a step's gathers those that its compute does not hide."""
+    if not case.stack.gradient_overlap:
+        return gathers
+    room = micro.compute * (case.stack.gather_overlap * micro.count)
+    return np.maximum(gathers - room, gathers * (data.bucket / 2))
+
+
+def _gathers_of_a_turn_s(case: Case, micro: MicroBatch, data: DataParallel) -> Any:
+    """What ZeRO 3 adds to a micro-batch on a rank, forward and backward, on the one where it is most."""
+    exposed = _exposed_gathers_s(case, micro, data, micro.count * data.gather_each)
+    return exposed.max(axis=0) / micro.count + data.hooks_each

@@ -132,7 +132,7 @@ def enumerate_layouts(
     saves = np.bincount(save_mesh, minlength=len(mesh))
     kept = keep(_batch(model, seq_len, mesh[cut_mesh], cutting=cutting[cut]), saves[cut_mesh])
     lay = _product(model, seq_len, mesh, (cut_mesh[kept], cutting[cut[kept]]), (save_mesh, saving[save]))
-    if runnable_only:
+    if runnable_only and np.any(lay.v_shaped & (lay.zero_stage >= 2)):
         lay = lay.take(_keep(runnable_problems(model, lay), refused, each=1))
     return Enumeration(
         world_size=world_size,

@@ -227,7 +227,7 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
     if pp > 1:
-        # Parameters stay gathered over the micro-batches of a pipeline: gathering for each of them is nobody's choice.
+        # Parameters stay gathered over the micro-batches of a pipeline: no published run that we know gathers for each.
         stage = min(stage, 2)
     order, vpp = _pipeline(row, model, profile, pp, micro_batches)
     sequence = yes(row, "sequence_parallel")

@@ -1,7 +1,8 @@
 """The planned step of one layout: stage times from the performance model, their timeline, memory over time.
 
 The same figures as `perf.estimate`'s, taken apart by stage: compute and tensor-parallel messages of a micro-batch, or
-the host's launches where those take longer. After the pipeline come the gradients that nothing hid, and the optimizer.
+the host's launches where those take longer. After the pipeline come the gradients that nothing hid, and the optimizer;
+ZeRO 3's gathers, which every slot has a part of, stand there too.
 """
 
 from __future__ import annotations

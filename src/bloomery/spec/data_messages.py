@@ -156,7 +156,8 @@ def data_collectives(
         rows.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 2) * held, gathered)
         third.add(site, axis, "all_gather", "forward", cut * (lay.zero_stage == 3) * held, gathered)
         if unit.site != "ends":
-            # What lies outside the layers stays gathered from forward to backward.
+            # What lies outside the layers stays gathered until a backward pass has ended; in a pipeline whatever comes
+            # next gathers it again: as often as there are micro-batches.
             third.add(site, axis, "all_gather", "backward", cut * (lay.zero_stage == 3) * held, gathered)
     for row in routing_row(model, lay, shape.moe_layers):
         rows.add(*row)

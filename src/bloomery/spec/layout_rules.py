@@ -102,17 +102,17 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     lay = layouts
     rules: list[tuple[str, str, Any]] = [
         *_expert_rules(model, lay),
-        (
-            "zero3_v",
-            "under a V gradients of weights have turns of their own, when ZeRO 3 has freed the weights: use ZeRO 2",
-            (lay.zero_stage == 3) & lay.v_shaped,
-        ),
         ("order", "the engine numbers ranks with pp outermost", lay.outermost == OUTERMOST.index("dp")),
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
             "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
             lay.v_shaped & (lay.zero_stage >= 2) & model.tie_embeddings,
+        ),
+        (
+            "zero3_v",
+            "under a V gradients of weights have turns of their own, when ZeRO 3 has freed the weights: use ZeRO 2",
+            (lay.zero_stage == 3) & lay.v_shaped,
         ),
     ]
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]

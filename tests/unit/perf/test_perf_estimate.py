@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bloomery.perf.case import Case
+from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate, interval_of
 from bloomery.perf.result import Estimate
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Passes, Stack
@@ -194,12 +196,28 @@ def test_ranks_wait_for_the_slowest_at_their_innermost_messages() -> None:
     assert sum(uneven.components.values()) == pytest.approx(uneven.step_time_s)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+def test_a_kernel_of_a_context_parallel_rank_is_as_slow_as_its_queries_are_few() -> None:
+    def attention_s(cp: int, half: float) -> float:
+        device = SELENE.accelerator.model_copy(update={"attention_seq_half": half})
+        cluster, lay = SELENE.model_copy(update={"accelerator": device}), LayoutBatch.of([Layout(cp=cp)])
+        found = Case.of(GPT3, cluster.cut(cp), lay, global_batch=4, seq_len=2048, dtype="bfloat16", stack=GPU)
+        return float(stage_work(found, found.kinds).forward[0, 0])
+
+    # Half of the work at half the length: what shortness costs stays.
+    alone, cut = (attention_s(cp, 500.0) - attention_s(cp, 0.0) for cp in (1, 2))
+    assert cut == pytest.approx(alone, rel=1e-6)
+    assert alone > 0
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
 def test_a_probed_interval_holds_nine_of_ten_runs_of_a_machine_as_noisy_as_its_probe(noise: float) -> None:
     quiet = SELENE.model_copy(
         update={"accelerator": SELENE.accelerator.model_copy(update={"source": "bloomery probe"})}
     )
     alone, noisy = (interval_of(quiet.model_copy(update={"noise": of})) for of in (0.0, noise))
+    assert noisy.low < alone.low < 1 < alone.high < noisy.high
+    calibrated = quiet.model_copy(update={"noise": noise, "interval": alone})
+    assert interval_of(calibrated) == alone
     chance, n = np.random.default_rng(0), 100_000
     own_error = np.log(alone.high / alone.low) / 2 / 1.645 * chance.standard_normal(n)
     of_probe, of_run = noise * chance.standard_normal((2, n))

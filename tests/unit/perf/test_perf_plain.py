@@ -141,7 +141,7 @@ def plain_step_s(case: Case) -> float:
 
     slowest = max(one["busy"] for one in found) + send_s
     path = m * slowest + max(over("busy", send_s) - slowest, 0.0) / vpp
-    exposed, beside = [], []
+    exposed, gathers, beside = [], [], []
     drain = over("backward") / pp / vpp
     for one, behind in zip(found, (0, int(case.fullest.index[0]) if pp > 2 else 0, pp - 1), strict=True):
         reduce, gather = one["reduce"], one["gather"]
@@ -149,18 +149,25 @@ def plain_step_s(case: Case) -> float:
             reduce = max(reduce - stack.gradient_overlap * one["backward"] / vpp, reduce / one["layers"])
             gather = max(gather - stack.gather_overlap * m * one["compute"], gather / one["layers"] / 2)
         exposed.append(max(reduce - behind * drain, 0.0) + gather)
+        gathers.append(gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)
     tied = messages_s(case, case.first, lambda row: row.axis == "ends")[0] if stack.eager else 0.0
     world = messages_s(case, case.first, lambda row: row.axis == "world")[0]
     # Gathered once and reduced once a step; ZeRO 3 gathers for each micro-batch's two passes instead.
     cuts = {2: 2.0, 3: 2 * m + 1}.get(int(lay.zero_stage[0]), 0.0) * max(one["layers"] for one in found)
-    host = cuts * stack.shard_kernels * case.accelerator.launch_s
+    launched_s = stack.shard_kernels * case.accelerator.launch_s
+    host = cuts * launched_s
     if int(lay.zero_stage[0]) >= 2:
         rate = case.accelerator.memory_bandwidth_bytes_per_s * case.accelerator.memory_efficiency
         # Once a step, and what ZeRO 3 gathers for each micro-batch: each on the rank that has most of it.
         apart = [["all_gather", "reduce_scatter"]] if lay.zero_stage[0] == 2 else [["all_gather"], ["reduce_scatter"]]
-        host += stack.shard_passes / rate * sum(max(copied_bytes(case, one, *ops) for one in ranks) for ops in apart)
+        copied = [stack.shard_passes / rate * max(copied_bytes(case, one, *ops) for one in ranks) for ops in apart]
+        host += sum(copied)
+        if lay.zero_stage[0] == 3:
+            # What every micro-batch waits for the stages that fill before and drain behind its own wait for, too.
+            each = (max(gathers) + copied[0]) / m + 2 * max(one["layers"] for one in found) * launched_s
+            path += (pp - 1) / vpp * each
     return (
         path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + host + stack.step_overhead_s
     )
