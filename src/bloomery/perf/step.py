@@ -292,8 +292,9 @@ class StepTimes:
         felt = felt_s(micro.slowest, send.seconds, every, send.occupied)
         return np.where(every > 1, felt, send.seconds + send.occupied)
 
-    def _path_s(self, block: slice, micro: MicroBatch, data: DataParallel, send: Sends) -> Any:
-        """Seconds from the first forward to the end of the last backward; of ZeRO 3's gathers in the bubble."""
+    def _path_s(self, block: slice, micro: MicroBatch, send: Sends, gathers_s: Any) -> Any:
+        """Seconds from the first forward to the end of the last backward; of `gathers_s`, what ZeRO 3 adds to a rank's
+        micro-batch, what filling and draining take."""
         sends_s = self._sends_s(block, micro)
         path = pipeline_s(
             micro.count,
@@ -302,7 +303,7 @@ class StepTimes:
             slowest=micro.slowest + sends_s,
             together=micro.together + micro.ranks * sends_s,
             sharing=self._sharing[0][block],
-            apart=_gathers_of_a_turn_s(self.case, micro, data),
+            apart=gathers_s,
         )
         folded = np.flatnonzero(self.case.lay.v_shaped[block])
         if not len(folded):
@@ -321,11 +322,11 @@ class StepTimes:
         """Seconds of some layouts' steps: the pipeline's path, which holds what ranks compute and send meanwhile, and
         what it does not hide. `components` takes the same apart."""
         micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
-        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+        exposed, stretched, gathers_s = _beside(self.case, micro, data, send)
         after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
         if self.case.accelerator.skew:
             after = after + sum(self._waits(block).values())
-        return self._path_s(block, micro, data, send) + self._tied(block) + after
+        return self._path_s(block, micro, send, gathers_s) + self._tied(block) + after
 
     def _waits(self, block: slice) -> dict[str, Any]:
         """Seconds in which ranks wait for the slowest of them, at the messages that they send most often. A pipeline's
@@ -346,7 +347,7 @@ class StepTimes:
         mean, batch = self._means[block], self.case.global_batch
         batch = batch[block] if np.ndim(batch) else batch
         flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
-        exposed, stretched = _exposed_and_stretched(self.case, micro, data, send)
+        exposed, stretched, gathers_s = _beside(self.case, micro, data, send)
         ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * self._sends_s(block, micro)
         waits = self._waits(block)
         return {
@@ -357,7 +358,7 @@ class StepTimes:
             "cp_comm": mean.context + waits["cp_comm"],
             "ep_comm": mean.experts + waits["ep_comm"],
             "pp_comm": pp_comm + self._tied(block),
-            "bubble": self._path_s(block, micro, data, send) - mean.busy - pp_comm,
+            "bubble": self._path_s(block, micro, send, gathers_s) - mean.busy - pp_comm,
             "dp_comm": exposed + waits["dp_comm"],
             "optimizer": data.optimizer,
             "other": data.other,
@@ -369,32 +370,22 @@ def _hooks_s(micro: MicroBatch, data: DataParallel) -> Any:
     return data.hooks + micro.count * data.hooks_each
 
 
-def _exposed_and_stretched(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any]:
-    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it).
+def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any, Any]:
+    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it, what ZeRO 3
+    adds to a micro-batch).
 
     Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind all compute of the step;
     the last bucket (one layer's share) never hides. A later stage also hides in the pipeline's draining.
     """
     stack = case.stack
     gathers = data.gather + micro.count * data.gather_each
-    reduce, gather = data.reduce, _exposed_gathers_s(case, micro, data, gathers)
+    reduce, gather = data.reduce, gathers
     if stack.gradient_overlap:
         room = micro.backward * (stack.gradient_overlap / send.chunks)
         reduce = np.maximum(data.reduce - room, data.reduce * data.bucket)
+        room = micro.compute * (stack.gather_overlap * micro.count)
+        gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
     drained = data.ends * (micro.drain / send.chunks)
     exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)
-    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0)
-
-
-def _exposed_gathers_s(case: Case, micro: MicroBatch, data: DataParallel, gathers: Any) -> Any:
-    """Of a step's gathers those that its compute does not hide."""
-    if not case.stack.gradient_overlap:
-        return gathers
-    room = micro.compute * (case.stack.gather_overlap * micro.count)
-    return np.maximum(gathers - room, gathers * (data.bucket / 2))
-
-
-def _gathers_of_a_turn_s(case: Case, micro: MicroBatch, data: DataParallel) -> Any:
-    """What ZeRO 3 adds to a micro-batch on a rank, forward and backward, on the one where it is most."""
-    exposed = _exposed_gathers_s(case, micro, data, micro.count * data.gather_each)
-    return exposed.max(axis=0) / micro.count + data.hooks_each
+    each = np.where(data.gather_each > 0, gather, 0.0).max(axis=0) / micro.count + data.hooks_each
+    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0), each
