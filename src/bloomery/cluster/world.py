@@ -19,7 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
@@ -183,10 +183,12 @@ class World:
         self._lenient_until = 0.0
 
     def signal(self, number: int) -> None:
-        """Send a signal to every process that runs."""
+        """Send a signal to every process that runs. One may have ended and not be known to have: its parent, which
+        it is forked from, tells its code a moment after it is gone."""
         for process in self.processes:
             if process.pid is not None and process.exitcode is None:
-                os.kill(process.pid, number)
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, number)
 
     def beats(self) -> list[Beat]:
         """The last sign of life of every rank here; one that cannot be read just now is the one before."""
