@@ -39,6 +39,13 @@ RATES = tuple(kind for kind in KINDS if kind != "host")
 """Kinds that one rate is turned for; of the host the launch is measured as it is, the rest follows (`_allocation`)."""
 SMALL_HALF = 0.1
 """Weight of a link's half size against the errors of its messages."""
+OWN_LATENCY = 0.1
+"""Weight of an operation's own latency being a ring's, likewise."""
+GO_ROUND: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter")
+"""Operations whose messages go round a ring; the others are sent to whom they are for."""
+OVERLAP_STARTS = (0.05, 0.5)
+"""From where the overlap of latency and wire is sought: near none, messages that wait longer than their bytes take tell
+nothing of it."""
 Kinds = Mapping[str, float]
 """Seconds of the compute of one step, by `spec.components.KINDS`."""
 
@@ -201,42 +208,54 @@ def rate_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, wire: float | None = None) -> Tier:
-    """Latency, bandwidth and half size of all-reduce and a factor for each other operation, all from all messages: the
-    least error of the logarithm, in which one that other work disturbed counts with its distance.
+    """Latency, bandwidth, half size or overlap of all-reduce and a factor for each other operation that goes round, all
+    from all their messages: the least error of the logarithm, in which one that other work disturbed counts with its
+    distance.
 
-    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`. `wire`: the
-    bandwidth where it is known, since one holds for all sizes.
+    all_reduce = 2 (n-1) latency + 2 (n-1)/n (bytes + half size) / bandwidth, as in `perf.collectives`, where gloo's
+    bytes may travel in a share of the latency. `wire`: the bandwidth where it is known, since one holds for all sizes.
     """
     from scipy.optimize import least_squares
 
-    times: dict[CollectiveName, dict[int, float]] = {op: {} for op in OPERATIONS}
+    times: dict[CollectiveName, dict[int, float]] = {op: {} for op in GO_ROUND}
     for row in rows:
-        times[row["op"]][row["bytes"]] = mean(row["s"])
-    others = [op for op in OPERATIONS if op != "all_reduce" and times[op]]
-    smallest = min(times["all_reduce"])
+        if row["op"] in times:
+            times[row["op"]][row["bytes"]] = mean(row["s"])
+    others = [op for op in GO_ROUND if op != "all_reduce" and times[op]]
+    smallest, wire_at = min(times["all_reduce"]), 2 + len(others)
+    waits = name.startswith("gloo")  # its threads, for a core; NCCL's kernels do not
 
     def tier(x: np.ndarray) -> Tier:
-        latency, half, *factors = np.exp(x[: 2 + len(others)])
+        latency, half, *factors = np.exp(x[:wire_at])
         return Tier(
             name=name,
             span=ranks,
-            bandwidth_bytes_per_s=wire or float(np.exp(x[-1])),
+            bandwidth_bytes_per_s=wire or float(np.exp(x[wire_at])),
             ports_per_node=ranks,
             latency_s=float(latency),
             half_size_bytes=float(half),
             op_factor=dict(zip(others, map(float, factors), strict=True)),
+            overlap=float(x[-1]) if waits else 0.0,
         )
 
     def residuals(x: np.ndarray) -> np.ndarray:
         link = tier(x)
-        expected = [_message_s(link, op, ranks, size) for op in OPERATIONS for size in times[op]]
-        found = [seconds for op in OPERATIONS for seconds in times[op].values()]
-        # Of two ranks latency and half size cost the same: what either explains is taken for latency.
+        expected = [_message_s(link, op, ranks, size) for op in GO_ROUND for size in times[op]]
+        found = [seconds for op in GO_ROUND for seconds in times[op].values()]
+        # Of so many ranks latency and half size cost the same: what either explains is taken for latency.
         return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(smallest)))
 
     latency_s = times["all_reduce"][smallest] / (2 * (ranks - 1))
-    start = np.log([latency_s, smallest, *(1.0 for _ in others), *(() if wire else (rate_of(rows, ranks),))])
-    return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
+    start = [log(latency_s), log(smallest), *(0.0 for _ in others), *(() if wire else (log(rate_of(rows, ranks)),))]
+    if not waits:
+        return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
+    bounds = np.append([-np.inf] * len(start), 0.0), np.append([np.inf] * len(start), 1.0)
+    fits = [
+        least_squares(residuals, [*start, overlap], bounds=bounds, loss="soft_l1", f_scale=0.3)
+        for overlap in OVERLAP_STARTS
+    ]
+    best = tier(min(fits, key=lambda fit: fit.cost).x)
+    return best.model_copy(update={"overlap": round(best.overlap, 3)})
 
 
 def with_operations(tier: Tier, rows: Sequence[dict[str, Any]], ranks: int) -> Tier:
@@ -260,7 +279,9 @@ def _with_operation(tier: Tier, op: CollectiveName, times: Mapping[int, float], 
 
     def residuals(x: np.ndarray) -> np.ndarray:
         expected = [_message_s(told(x), op, ranks, size) for size in times]
-        return np.log(np.array(expected) / np.array(list(times.values())))
+        # Of ranks that share a core short messages may seem to take nothing.
+        prior = OWN_LATENCY * (x[0] - log(tier.latency_s))
+        return np.append(np.log(np.array(expected) / np.array(list(times.values()))), prior)
 
     start = np.log([times[min(times)], 1.0])
     return told(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from bloomery.cluster.meeting import Place
+from bloomery.cluster.probe_fit import GO_ROUND
 from bloomery.cluster.probe_parts import ALONE, INSIDE, OWN_CORE, RING, TOGETHER, groups
 from bloomery.spec.cluster import OPERATIONS, CollectiveName
 
@@ -33,8 +34,6 @@ TOLD = {
     TOGETHER: "between hosts, all at once",
     RING: "of all ranks in a ring",
 }
-IN_A_RING: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scatter")
-"""Operations that go round."""
 ROUND_S = 0.1
 PIECE_S = 0.004
 """Of compute before each message."""
@@ -85,7 +84,7 @@ def measure_links(place: Place, sizes: Sequence[int], rounds: int, share: float)
             mine = (group, line) if place.rank in line else mine
         if mine is not None:
             timer = _timer(place.device, mine[0], after_compute=name in (INSIDE, RING), share=share)
-            names = IN_A_RING if name == RING else OPERATIONS
+            names = GO_ROUND if name == RING else OPERATIONS
             found[name] = _measure(place.device, *mine, place.rank, names, sizes, rounds, timer)
         dist.barrier()
     return found
@@ -131,6 +130,7 @@ def _measure(
             break
         works = operations(device, group, line, rank, size)
         for op, work in ((name, works[name]) for name in names):
+            talks = op != "send" or line.index(rank) ^ 1 < len(line)  # the last of an odd number sends to nobody
             with _slowest(device, group) as trial:
                 work()
             calls = max(1, min(20, round(ROUND_S / max(trial[0] + timer.between_s, 1e-6))))
@@ -142,7 +142,8 @@ def _measure(
                 "s": [max(1e-6, span.s / calls) for span in found],
                 "processor_s": [max(0.0, span.processor_s / calls) for span in found],
             }
-            rows.append({"op": op, "bytes": size, **by_round})
+            if talks:
+                rows.append({"op": op, "bytes": size, **by_round})
             last_s = trial[0] if op == "all_reduce" else last_s
     return rows
 

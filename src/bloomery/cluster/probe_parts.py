@@ -176,14 +176,16 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
 
     Between hosts one rank of each measures a port, all of them at once how they share it. Operations that go round are
     those of a ring of all ranks, with what their messages wait for beside the wire: tensor parallelism, which has most
-    of them, crosses hosts in no other way. The wire's rate is one rank's.
+    of them, crosses hosts in no other way. The wire's rate is one rank's. Sends and all-to-all have a latency and a rate
+    of their own on every tier.
     """
     slots = len(results) // hosts
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
     found = list[Tier]()
     if slots > 1:
         rows = links_of(results, INSIDE)
-        found.append(fit_tier(rows, slots, backend).model_copy(update={"occupied": _occupied(results, rows)}))
+        tier = with_operations(fit_tier(rows, slots, backend), rows, slots)
+        found.append(tier.model_copy(update={"occupied": _occupied(results, rows)}))
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]

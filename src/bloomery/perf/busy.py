@@ -23,16 +23,17 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     stack, lay = case.stack, case.lay
     forward = work.forward + inner.forward + work.moved_forward
     backward = work.backward + work.recompute + inner.backward + work.moved_backward
-    call_s: Any = stack.collective_kernels * stack.host_factor * case.accelerator.launch_s
+    device = case.accelerator
+    call_s: Any = stack.call_kernels(device.ranks_per_core) * stack.host_factor * device.launch_s
     if stack.serial_launch:
         return forward + call_s * inner.calls_forward, backward + call_s * inner.calls_backward
     pipeline = group_of(lay, "pp")
     crosses = (lay.pp > 1) & (pipeline.size * pipeline.stride > case.cluster.accelerators_per_node)
     stall_s = np.where(crosses, stack.pipeline_stall_s * lay.tp, 0.0)
 
-    def longest(device: Any, host: Any, calls: Any) -> Any:
+    def longest(queue: Any, host: Any, calls: Any) -> Any:
         host = host + call_s * calls
-        return np.maximum(_longer(device, host), host + stall_s * calls)
+        return np.maximum(_longer(queue, host), host + stall_s * calls)
 
     return (
         longest(forward, work.host_forward, inner.calls_forward),

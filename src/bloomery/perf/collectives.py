@@ -9,7 +9,8 @@ crosses a node's border once, rings side by side share the ports.
 Per tier with f members: ring all-reduce 2(f-1) a + 2(f-1)/f S/B, half of it for all-gather and reduce-scatter (Thakur
 et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is at most a double tree's, 2 ceil(log2 f) a
 (NCCL 2.4). B is a rank's share of its node's ports; a message of S bytes reaches B S/(S + half size)
-(Hockney 1994, Parallel Computing 20: half-performance length).
+(Hockney 1994, Parallel Computing 20: half-performance length). Where bytes travel in a share of a hop's latency
+(`Tier.overlap`), a hop of a ring takes the longer of a and (1 - share) a + its bytes / B.
 `Tier.op_factor` multiplies; an operation may have a latency of its own (`Tier.op_latency_s`).
 """
 
@@ -102,9 +103,17 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
         share, factor = both_ways * (fan - 1) / fan, tier.op_factor.get(op, 1.0)
         # What does not depend on the message comes first: messages of several kinds of rank share it.
         slope = factor / rank_bandwidth(cluster, tier) * share
-        total = total + (tier.hop_s(op) * hops + slope * tier.half_size_bytes) + slope / below * n_bytes
+        fixed = tier.hop_s(op) * hops + slope * tier.half_size_bytes
+        total = total + _beside_waits(tier, fixed, slope / below * n_bytes, tier.hop_s(op) * hops)
         below = np.maximum(below, within)
     return np.asarray(total)
+
+
+def _beside_waits(tier: Tier, fixed_s: Any, on_wire_s: Any, waits_s: Any) -> Any:
+    """Seconds of hops that wait for `waits_s` in all (which are in `fixed_s`), while bytes may travel."""
+    if not tier.overlap:
+        return fixed_s + on_wire_s
+    return np.maximum(waits_s, fixed_s + on_wire_s - tier.overlap * waits_s)
 
 
 def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, both_ways: float) -> np.ndarray:
@@ -119,7 +128,8 @@ def _ring_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any, bo
         rate = np.where(within > below, np.minimum(rate, tier.bandwidth_bytes_per_s * ports), rate)
         hops = both_ways * (within - 1)
         on_wire_s = hops / within * (n_bytes + tier.half_size_bytes) / rate
-        seconds = tier.hop_s(op) * hops + tier.op_factor.get(op, 1.0) * on_wire_s
+        waits_s = tier.hop_s(op) * hops
+        seconds = _beside_waits(tier, waits_s, tier.op_factor.get(op, 1.0) * on_wire_s, waits_s)
         answer = np.where(within > below, np.maximum(answer, seconds), answer)
         below = np.maximum(below, within)
     return np.asarray(answer)

@@ -9,8 +9,9 @@ what a stack really moves over what was counted.
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
 `kernels` of a layer, `expert_kernels` more where tokens are routed, `each_expert` for each expert that a rank holds
 where their products are launched one by one (`narrow_kernels` times as many in 8 and 4 bit), `end_kernels` of embedding
-and head, `collective_kernels` of one tensor-parallel collective, `shard_kernels` of gathering one layer's parameters or
-reducing its gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
+and head, `collective_kernels` of one tensor-parallel collective (`waking_kernels` more where the rank's core idles
+until it is there: it sleeps, caches are cold), `shard_kernels` of gathering one layer's parameters or reducing its
+gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passes` over them),
 `tile_kernels` of attention to the keys of one context-parallel rank (our engine's as 100 runs on two cores had them, in
 today's unit). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what
 each collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
@@ -109,6 +110,7 @@ class Stack:
     expert_factor: float = 1.0
     expert_overlap: float = 0.0
     tile_kernels: Passes = Passes(0, 0)
+    waking_kernels: float = 0.0
     fuses: bool = False
 
     @property
@@ -129,6 +131,10 @@ class Stack:
             forward = forward + more.forward + self.each_expert.forward * each
             backward = backward + more.backward + self.each_expert.backward * each
         return Passes(forward, backward)
+
+    def call_kernels(self, ranks_per_core: float) -> float:
+        """Of one collective. Where ranks take turns on a core (seen of two), another one keeps it awake."""
+        return self.collective_kernels + (self.waking_kernels if ranks_per_core == 1 else 0.0)
 
     def norm(self, model: Model) -> Passes:
         """Passes of one norm."""
@@ -247,7 +253,7 @@ EAGER_CPU = Stack(
     kernels=Passes(130, 175),
     expert_kernels=Passes(175, 220),
     selective_share=None,
-    collective_kernels=42.0,
+    collective_kernels=8.0,
     shard_kernels=315.0,
     shard_passes=4.0,
     end_kernels=Passes(87, 130),
@@ -272,8 +278,13 @@ EAGER_CPU = Stack(
     expert_spread=0.3,
     serial_launch=True,
     tile_kernels=Passes(44, 74),
+    waking_kernels=34.0,
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
+
+`collective_kernels`: a layer of width 64 on a process group that sends nothing, 4 to 8 a call more than without. Both
+together: what such a call took in runs on two cores, each its rank's own; of two ranks a core `waking_kernels` was not
+found (`bench/NOTES.md`).
 
 `expert_imbalance`: of three runs of `bench/loop.py`, 8 experts over 2 or 4 ranks, in a router's first steps (1.05, 1.34
 and 1.42 times the mean, over all layers). `expert_spread`: the fifth step of both mixtures of `bench/loop.py` with six
@@ -297,14 +308,17 @@ COMPILED_GPU = replace(
     accumulate=3.0,
     kernels=Passes(30, 60),
     expert_kernels=Passes(100, 100),
+    collective_kernels=42.0,
     end_kernels=Passes(30, 60),
     tile_kernels=Passes(0, 0),
+    waking_kernels=0.0,
     saved_width=(2, 3),
     serial_launch=False,
     fuses=True,
 )
 """Our engine on GPUs, layers compiled one by one: what stands between products is one kernel, launched beside the
-device's work. Passes are counted from what Inductor fuses; a probe measures what they take. Messages are not hidden.
+device's work. Passes are counted from what Inductor fuses; a probe measures what they take. Messages are not hidden;
+a call of one takes the host what it takes on CPUs (not measured).
 Layouts that are not compiled (`layout_rules.fits_compiler`) have the memory of plain operators, but these passes."""
 
 

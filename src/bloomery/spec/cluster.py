@@ -110,6 +110,7 @@ class Tier(Noun):
     A tier spans groups of up to `span` accelerators; `ports_per_node` ports are shared by a node's accelerators.
     `op_factor` multiplies the ring time of an operation (gloo's reduce-scatter costs about twice the ring), and where
     `op_latency_s` has a latency for it, its time on the wire alone: sends wait otherwise than a ring's hops do.
+    `overlap`: in what share of the latency of a ring's hop its bytes travel: it waits for a core of their receiver.
     `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
     `occupied`: between ranks that take turns on cores, in what share of a send's time these are busy with it.
     """
@@ -122,6 +123,7 @@ class Tier(Noun):
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
     op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
     op_latency_s: dict[CollectiveName, Annotated[float, Field(ge=0)]] = {}
+    overlap: float = Field(default=0.0, ge=0, le=1)
     flat: bool = False
     occupied: float = Field(default=0.0, ge=0, le=1)
 

@@ -83,6 +83,7 @@ def test_operations_that_go_round_are_those_of_a_ring_of_all_and_leave_the_wire_
     ]
     inside, wire = tiers([{"device": "cpu", "core_share": 1.0, "links": {**links, "ring": ring}}] * 4, hosts=2)
     assert inside == alone[0]
+    assert {*inside.op_latency_s} == {*wire.op_latency_s} == {"send", "all_to_all"}
     assert wire.bandwidth_bytes_per_s == alone[1].bandwidth_bytes_per_s
     assert wire.latency_s == pytest.approx(7e-4, rel=0.05)
     assert wire.op_factor["all_gather"] == pytest.approx(1.4, rel=0.05)

@@ -114,14 +114,18 @@ def test_a_rank_that_even_sigkill_does_not_end_is_named_and_not_waited_for(monke
 
 def test_a_signal_passes_over_a_rank_that_is_gone_before_its_code_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its parent is another process: between its end and the news of it there is no such process."""
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    kill, told = worlds.os.kill, list[int]()
-    monkeypatch.setattr(worlds.os, "kill", lambda pid, number: told.append(pid) if pid == 1 else kill(pid, number))
+    told = list[int]()
+
+    def kill(pid: int, _: int) -> None:
+        if pid == 1:
+            raise ProcessLookupError(pid)
+        told.append(pid)
+
+    monkeypatch.setattr(worlds.os, "kill", kill)
     world = World.__new__(World)
-    world.processes = [SimpleNamespace(pid=pid, exitcode=None) for pid in (gone.pid, 1)]  # type: ignore[misc]
+    world.processes = [SimpleNamespace(pid=pid, exitcode=None) for pid in (1, 2)]  # type: ignore[misc]
     world.signal(signal.SIGTERM)
-    assert told == [1]
+    assert told == [2]
 
 
 def test_messages_between_hosts_take_the_interface_that_hosts_meet_at(

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bloomery.perf.collectives import Group, collective_s, group_of
-from bloomery.spec.cluster import Accelerator, Cluster, Tier
+from bloomery.spec.cluster import Accelerator, Cluster, CollectiveName, Tier
 from bloomery.spec.layout import Layout, LayoutBatch
 
 FAST = Tier(name="inside", span=8, bandwidth_bytes_per_s=100e9, ports_per_node=8, latency_s=1e-6)
@@ -105,6 +105,35 @@ def test_message_size_and_operation_factor_count() -> None:
     assert small == pytest.approx(2 * (collective_s(plain, "all_reduce", group(2, 1), 1e6) - 2e-6))
     slow = collective_s(cluster(op_factor={"all_gather": 2.0}), "all_gather", group(2, 1), 1e6)
     assert slow == pytest.approx(2 * collective_s(plain, "all_gather", group(2, 1), 1e6))
+
+
+@pytest.mark.parametrize("op", ["all_reduce", "all_gather", "reduce_scatter"])
+@pytest.mark.parametrize("n", [2, 4])
+def test_bytes_that_travel_while_a_hop_waits_are_not_counted_twice(op: CollectiveName, n: int) -> None:
+    hops, half = (n - 1) * (2 if op == "all_reduce" else 1), 0.25
+    waits_s, sizes = hops * 1e-6, np.array([0.0, 1e3, 1e5, 1e6])
+    wire_s = collective_s(cluster(latency_s=0.0), op, group(n, 1), sizes)
+    found = collective_s(cluster(latency_s=1e-6, overlap=half), op, group(n, 1), sizes)
+    assert found == pytest.approx(np.maximum(waits_s, (1 - half) * waits_s + wire_s))
+    assert np.all(found >= wire_s) and np.all(np.diff(found) >= 0)
+    assert found[1] == pytest.approx(waits_s)  # all of it has come by then
+    both = collective_s(cluster(latency_s=1e-6, overlap=half), op, group(16, 1), sizes)
+    apart = collective_s(cluster(latency_s=1e-6), op, group(16, 1), sizes)
+    assert np.all(both[1:] < apart[1:]) and both[0] == apart[0]
+    assert apart[-1] - both[-1] == pytest.approx(half * 7e-6 * (2 if op == "all_reduce" else 1))  # inside the nodes
+
+
+def test_a_ring_over_hosts_overlaps_too_and_a_send_does_not() -> None:
+    def seconds(op: CollectiveName, overlap: float, n_bytes: float) -> float:
+        flat = SLOW.model_copy(update={"overlap": overlap, "flat": True, "latency_s": 1e-3})
+        hosts = cluster().model_copy(update={"tiers": (FAST, flat)})
+        return float(collective_s(hosts, op, group(2, 8), n_bytes)[0])
+
+    assert seconds("all_reduce", 0.5, 1e9) == pytest.approx(seconds("all_reduce", 0.0, 1e9) - 0.5 * 2e-3)
+    assert seconds("all_reduce", 0.5, 8.0) == pytest.approx(2e-3)
+    sent: tuple[CollectiveName, ...] = ("send", "all_to_all")
+    for op in sent:
+        assert seconds(op, 0.5, 1e9) == seconds(op, 0.0, 1e9)
 
 
 def test_a_tree_bounds_latency_on_gpus() -> None:
