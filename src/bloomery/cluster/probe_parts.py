@@ -176,8 +176,8 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
 
     Between hosts one rank of each measures a port, all of them at once how they share it. Operations that go round are
     those of a ring of all ranks, with what their messages wait for beside the wire: tensor parallelism, which has most
-    of them, crosses hosts in no other way. The wire's rate is one rank's. Sends and all-to-all have a latency and a rate
-    of their own on every tier.
+    of them, crosses hosts in no other way. The wire's rate is one rank's. Sends and all-to-all have a latency and a
+    rate of their own on every tier.
     """
     slots = len(results) // hosts
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
