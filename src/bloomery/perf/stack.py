@@ -282,7 +282,7 @@ EAGER_CPU = Stack(
 )
 """Our engine on CPU: eager PyTorch, one kernel after the other, gloo on the same cores (so nothing is hidden).
 
-`collective_kernels`: a layer of width 64 on a process group that sends nothing, 4 to 8 a call more than without. Both
+`collective_kernels`: a layer of width 64 on a process group that sends nothing, 0 to 8 a call more than without. Both
 together: what such a call took in runs on two cores, each its rank's own; of two ranks a core `waking_kernels` was not
 found (`bench/NOTES.md`).
 
