@@ -103,8 +103,9 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
         share, factor = both_ways * (fan - 1) / fan, tier.op_factor.get(op, 1.0)
         # What does not depend on the message comes first: messages of several kinds of rank share it.
         slope = factor / rank_bandwidth(cluster, tier) * share
-        fixed = tier.hop_s(op) * hops + slope * tier.half_size_bytes
-        total = total + _beside_waits(tier, fixed, slope / below * n_bytes, tier.hop_s(op) * hops)
+        waits_s = tier.hop_s(op) * hops
+        fixed_s = waits_s + slope * tier.half_size_bytes
+        total = total + _beside_waits(tier, fixed_s, slope / below * n_bytes, waits_s)
         below = np.maximum(below, within)
     return np.asarray(total)
 

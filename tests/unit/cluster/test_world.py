@@ -123,7 +123,7 @@ def test_a_signal_passes_over_a_rank_that_is_gone_before_its_code_is_told(monkey
 
     monkeypatch.setattr(worlds.os, "kill", kill)
     world = World.__new__(World)
-    world.processes = [SimpleNamespace(pid=pid, exitcode=None) for pid in (1, 2)]  # type: ignore[misc]
+    world.processes = [SimpleNamespace(pid=pid, exitcode=None) for pid in (1, 2)]
     world.signal(signal.SIGTERM)
     assert told == [2]
 

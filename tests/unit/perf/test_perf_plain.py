@@ -104,10 +104,8 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
         shown * (backward_s + back) / m,
     )
     device = [float(np.max(work.forward)) + tensor[0], float(np.max(work.backward + work.recompute)) + tensor[1]]
-    call_s, stall_s = (
-        (stack.collective_kernels + stack.waking_kernels) * stack.host_factor * case.accelerator.launch_s,
-        0.0,
-    )
+    call_kernels = stack.collective_kernels + stack.waking_kernels
+    call_s, stall_s = call_kernels * stack.host_factor * case.accelerator.launch_s, 0.0
     if stack.serial_launch:
         device = [device[0] + call_s * calls / m, device[1] + call_s * calls_back / m]
     else:
