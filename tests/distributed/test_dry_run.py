@@ -255,6 +255,7 @@ def test_predicted_activations_are_within_one_percent(name: str, layout: str) ->
         "pp=2,dp=2,zero=3,micro_batch=1",
         "pp=2,dp=2,zero=3,vpp=2,micro_batch=1",
         "pp=2,dp=2,schedule=zbv",
+        "pp=2,dp=2,zero=3,schedule=zbv",
     ],
 )
 def test_small_steps_carried_on_equal_the_whole_step(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,8 @@ def stabilised() -> list[Case]:
 
 
 def on_a_v() -> list[Case]:
-    """Two chunks a rank, rank 0 at both ends, the backward pass in two parts (whole where layers are recomputed)."""
+    """Two chunks a rank, rank 0 at both ends, the backward pass in two parts (whole where layers are recomputed, or
+    their weights given back)."""
     return [
         Case("deep", "pp=4,micro_batch=1,schedule=zbv"),
         Case("deep", "pp=4,micro_batch=1,schedule=dualpipev"),
@@ -117,6 +118,12 @@ def on_a_v() -> list[Case]:
         Case("gpt", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=1,schedule=zbv"),
         Case("llama", "tp=2,pp=2,sp=true,micro_batch=2,schedule=zbv,recompute=full"),
         Case("llama", "pp=2,micro_batch=1,schedule=dualpipev,recompute=full"),
+        Case("llama", "pp=2,dp=2,zero=3,micro_batch=1,schedule=zbv", masked=True),
+        Case("deep", "cp=2,pp=4,zero=3,micro_batch=1,schedule=dualpipev"),
+        Case("gpt", "tp=2,pp=2,dp=2,zero=3,sp=true,micro_batch=1,schedule=dualpipev,recompute=selective"),
+        Case("deep", "pp=2,dp=2,zero=3,micro_batch=1,schedule=zbv,stage_layers=1+3+2+2,recompute=full+none+none+full"),
+        Case("mixtral", "pp=2,dp=2,ep=2,zero=3,micro_batch=1,schedule=zbv"),
+        Case("llama", "cp=2,pp=2,zero=3,micro_batch=2,schedule=zbv"),
     ]
 
 

@@ -32,6 +32,7 @@ SAME = [
         ("llama", "pp=2,dp=2,zero=2,vpp=2,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=3,vpp=2,micro_batch=1"),
         ("llama", "pp=2,dp=2,zero=2,micro_batch=1,schedule=zbv"),
+        ("llama", "pp=2,dp=2,zero=3,micro_batch=1,schedule=zbv"),
     )
 ]
 NEAR = [

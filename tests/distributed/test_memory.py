@@ -32,6 +32,8 @@ CASES = (
     ("pp=2,dp=2,zero=3,micro_batch=4", "float32"),
     ("pp=2,dp=2,zero=3,micro_batch=1", "float32"),
     ("pp=2,dp=2,zero=3,micro_batch=1,vpp=2", "float32"),
+    ("pp=2,dp=2,zero=3,micro_batch=1,schedule=zbv", "float32"),
+    ("pp=2,dp=2,zero=3,micro_batch=1,schedule=dualpipev,recompute=full", "float32"),
 )
 
 

@@ -317,12 +317,12 @@ def flights(case: Case, ranks: Ranks) -> list[Flight]:
     fullest = Flight(times)
     if case.stack.eager:
         fullest = Flight(times, times * lay.vpp, _messages_held(case, ranks, times))
-    zbv = lay.schedule == ZBV
-    if not np.any(zbv):
+    waits = (lay.schedule == ZBV) & ~lay.frees  # as `Layout.splits_backward` has it
+    if not np.any(waits):
         return [fullest]
-    going = replace(fullest, waiting=np.where(zbv, 0.5, 0.0))
-    at_the_end = np.where(zbv, (lay.pp + ranks.index) / 2, times)
-    return [fullest, going, replace(fullest, times=at_the_end, waiting=np.where(zbv, ranks.index + 0.5, 0.0))]
+    going = replace(fullest, waiting=np.where(waits, 0.5, 0.0))
+    at_the_end = np.where(waits, (lay.pp + ranks.index) / 2, times)
+    return [fullest, going, replace(fullest, times=at_the_end, waiting=np.where(waits, ranks.index + 0.5, 0.0))]
 
 
 def _messages_held(case: Case, ranks: Ranks, times: Any) -> Any:

@@ -57,7 +57,7 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     for the layouts each tells apart."""
     # The engine's gradients are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
-    flight, flight_of = case.over("pp", "vpp", "schedule", "micro_batches", "stages")
+    flight, flight_of = case.over("pp", "vpp", "schedule", "frees", "micro_batches", "stages")
     kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
     gradients = held.pop("gradients") + 0.0 * state.holders.layers
@@ -135,8 +135,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     whole = precision.parameter * (dense + experts)
     layer = _largest_layer(case, ranks)
     ends = ranks.first * case.embedding.dense(lay) + ranks.last * case.lone_head.dense(lay)
-    # Besides the gathered weights, the gradient of the layer under reduction is whole.
-    window = (2 * layer + ends) * precision.gathered + layer * precision.gradient
+    window = (2 * layer + ends) * precision.gathered + layer * _reduced_gradient(case)
     # Megatron's and DeepSpeed's ZeRO 2 keep 16-bit weights whole anyway; FSDP keeps its shards beside the whole.
     shards = precision.parameter * _cut(case, dense, experts, lay.zero_stage >= 2)
     sharded = lay.zero_stage >= 2
@@ -168,6 +167,12 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
         "optimizer": states,
         "buffers": buffers,
     }
+
+
+def _reduced_gradient(case: Case) -> Any:
+    """Bytes an element of the gradient of the layer under reduction, which is whole beside ZeRO 3's gathered weights.
+    In a pipeline our engine reduces when no activations are left, and the peak is past."""
+    return case.precision.gradient * np.where(case.lay.pp > 1, not case.stack.eager, True)
 
 
 def _looked_up(case: Case, ranks: Ranks) -> Any:
@@ -219,7 +224,7 @@ def _window_opens(case: Case) -> bool:
 def _opened_after_the_loss(case: Case, ranks: Ranks) -> Any:
     """Of ZeRO 3's window (`state_bytes`) what is not there when the loss is computed: the last layer's weights are
     given back, only the buffer that brought them stays until the next comes; nothing is reduced."""
-    more = case.precision.gathered + case.precision.gradient
+    more = case.precision.gathered + _reduced_gradient(case)
     return np.where(case.lay.frees, _largest_layer(case, ranks) * more, 0.0)
 
 

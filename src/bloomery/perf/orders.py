@@ -51,7 +51,9 @@ def most_in_flight(layout: Layout, micro_batches: int, rank: int) -> tuple[tuple
     micro_batches = min(micro_batches, ROUNDS * layout.pp)
     values: dict[str, Any] = {"pp": layout.pp, "vpp": layout.vpp, "schedule": layout.schedule}
     if layout.v_shaped:
-        values["recompute"] = layout.recomputes  # it decides which backward passes are split
+        # Of everything else it matters alone which backward passes are split.
+        split = [layout.splits_backward(stage) for stage in range(layout.n_stages)]
+        values["recompute"] = tuple("none" if apart else "full" for apart in split)
     return _most_in_flight(Layout(**values), micro_batches, rank)
 
 

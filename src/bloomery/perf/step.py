@@ -311,7 +311,9 @@ class StepTimes:
         lay, each = self.case.lay, send.seconds[folded] / 4
         turn = self._turns.table.take(self._turns.index[block][folded])
         schedule, pp = lay.schedule[block][folded], lay.pp[block][folded]
-        bubble = v_bubble_s(schedule, pp, turn.forward + each, turn.inputs + each, turn.weights)
+        split = np.where(lay.frees[block][folded], 0.0, turn.weights)  # as `Layout.splits_backward` has it
+        inputs = turn.inputs + turn.weights - split
+        bubble = v_bubble_s(schedule, pp, turn.forward + each, inputs + each, split)
         path[folded] = (micro.count * (micro.slowest + send.seconds))[folded] + bubble
         return path
 

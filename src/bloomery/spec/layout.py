@@ -112,8 +112,9 @@ class Layout(Noun):
     def splits_backward(self, stage: int) -> bool:
         """Whether a stage's gradients of weights have their own turn in the schedule. Layers that are recomputed or
         offloaded have theirs at once: they would be recomputed, or brought back, once more (PyTorch asks for gradients
-        weight by weight)."""
-        return self.v_shaped and self.recomputes[stage] == "none" and self.offload == "none"
+        weight by weight). So have those that ZeRO 3 cuts: their weights would be gathered once more."""
+        plain = self.offload == "none" and self.zero_stage < 3
+        return self.v_shaped and plain and self.recomputes[stage] == "none"
 
     def stages_on(self, pipeline_rank: int) -> tuple[int, ...]:
         """The stages of a pipeline rank, in their order."""

@@ -109,11 +109,6 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
             "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
             lay.v_shaped & (lay.zero_stage >= 2) & model.tie_embeddings,
         ),
-        (
-            "zero3_v",
-            "under a V gradients of weights have turns of their own, when ZeRO 3 has freed the weights: use ZeRO 2",
-            (lay.zero_stage == 3) & lay.v_shaped,
-        ),
     ]
     return [LayoutProblem(rule, reason, np.asarray(broken, dtype=bool)) for rule, reason, broken in rules]
 

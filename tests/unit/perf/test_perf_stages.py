@@ -93,6 +93,9 @@ def test_chunks_in_flight_are_those_of_the_schedule(schedule: str) -> None:
         "tp=2,pp=2,vpp=2,dp=4,recompute=full+selective+none+none",
         "tp=2,pp=2,vpp=2,dp=4,recompute=none+none+full+selective",
         "tp=2,pp=2,dp=4,schedule=zbv,recompute=full+none+none+selective",
+        "tp=2,pp=2,dp=4,zero=3,schedule=zbv",
+        "tp=2,pp=2,dp=4,zero=3,schedule=dualpipev",
+        "tp=2,pp=2,dp=4,zero=3,schedule=zbv,recompute=full+none+none+selective",
     ],
 )
 def test_the_peak_is_that_of_the_schedule_played_turn_by_turn(layout: str) -> None:
