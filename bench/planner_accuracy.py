@@ -133,12 +133,11 @@ def unseen_models(runs: Sequence[Published], table: Calibration) -> tuple[np.nda
 def order(runs: Sequence[Published], ratios: np.ndarray) -> Ranking | None:
     """How predictions of runs that were not seen order layouts; `ratios`: predicted over measured."""
     unknown = (None,) * 5
-    rows = [
-        Row(run.id, run.source, run.measured_s, float(ratio * run.measured_s), *unknown, skipped_reason="")
+    return ranking(
+        (Row(run.id, run.source, run.measured_s, float(ratio * run.measured_s), *unknown, skipped_reason=""), run)
         for run, ratio in zip(runs, ratios, strict=True)
         if run.measured_s and not APART & set(run.flags)
-    ]
-    return ranking(rows, {run.id: run for run in runs})
+    )
 
 
 def in_order(runs: Sequence[Published], sources: dict[str, np.ndarray]) -> np.ndarray:
@@ -199,7 +198,8 @@ def page(
         lines += ["| order of layouts, groups of at least three | groups | regret | Kendall tau |", "|---|--:|--:|--:|"]
         lines += [f"| {name} | {_order(one)} |" for name, one in orders.items() if one] + [""]
     if memory:
-        text = f"What does not fit: precision {memory.precision:.1%}, recall {memory.recall:.1%} over"
+        precision = "unknown" if memory.precision is None else f"{memory.precision:.1%}"
+        text = f"What does not fit: precision {precision}, recall {memory.recall:.1%} (goals 95%) over"
         lines += [f"{text} {memory.out_of_memory} layouts that ran out of memory and {memory.ran} that ran.", ""]
     lines += [
         "## By source",

@@ -84,10 +84,9 @@ def _judgements(found: Validation) -> list[str]:
         lines.append(f"order of layouts in {order.groups} groups: {figures}")
     if found.memory:
         fit = found.memory
-        lines.append(
-            f"does not fit: precision {fit.precision:.1%}, recall {fit.recall:.1%} "
-            f"({fit.out_of_memory} did not, {fit.ran} ran)"
-        )
+        precision = "unknown" if fit.precision is None else f"{fit.precision:.1%}"
+        counts = f"({fit.out_of_memory} did not, {fit.ran} ran)"
+        lines.append(f"does not fit: precision {precision}, recall {fit.recall:.1%} {counts}")
         lines.append(f"{fit.false_alarms_elsewhere} of {fit.elsewhere} runs of other sources are said not to fit")
     return lines
 

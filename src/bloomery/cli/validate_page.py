@@ -85,7 +85,9 @@ def _chips(found: Validation) -> list[str]:
         order = found.ranking
         chips.append(f"order in {order.groups} groups: regret {order.regret:.2%}, Kendall tau {order.kendall_tau:.2f}")
     if found.memory:
-        chips.append(f"does not fit: precision {found.memory.precision:.1%}, recall {found.memory.recall:.1%}")
+        told = found.memory.precision
+        precision = "unknown" if told is None else f"{told:.1%}"
+        chips.append(f"does not fit: precision {precision}, recall {found.memory.recall:.1%}")
     return chips
 
 

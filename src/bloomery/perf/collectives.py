@@ -73,9 +73,13 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
     return Group(lay.pp, stages) if axis == "pp" else Group(lay.dp, data)
 
 
-def rank_bandwidth(cluster: Cluster, tier: Tier) -> float:
-    """Bytes/s one rank gets on a tier while its whole node uses it: its share of the ports, one port at most."""
-    return tier.bandwidth_bytes_per_s * min(1.0, tier.ports_per_node / cluster.accelerators_per_node)
+def rank_bandwidth(cluster: Cluster, tier: Tier, within: Any) -> Any:
+    """Bytes/s one rank gets on a tier while its whole node uses it: its share of the ports, one port at most; less in a
+    group that has few ranks `within` the tier where they are linked pair by pair."""
+    rate: Any = tier.bandwidth_bytes_per_s * min(1.0, tier.ports_per_node / cluster.accelerators_per_node)
+    for most, share in sorted(tier.mesh_share.items(), reverse=True):
+        rate = np.where(within <= most, share * tier.bandwidth_bytes_per_s, rate)
+    return rate
 
 
 def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: Any) -> np.ndarray:
@@ -102,7 +106,7 @@ def collective_s(cluster: Cluster, op: CollectiveName, group: Group, n_bytes: An
             hops = np.minimum(hops, 2 * np.ceil(np.log2(fan)))
         share, factor = both_ways * (fan - 1) / fan, tier.op_factor.get(op, 1.0)
         # What does not depend on the message comes first: messages of several kinds of rank share it.
-        slope = factor / rank_bandwidth(cluster, tier) * share
+        slope = factor / rank_bandwidth(cluster, tier, within) * share
         waits_s = tier.hop_s(op) * hops
         fixed_s = waits_s + slope * tier.half_size_bytes
         total = total + _beside_waits(tier, fixed_s, slope / below * n_bytes, waits_s)
@@ -146,7 +150,8 @@ def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
-        on_wire_s = (n_bytes + tier.half_size_bytes) / (tier.bandwidth_bytes_per_s * ports)
+        rate = tier.bandwidth_bytes_per_s * ports * tier.mesh_share.get(2, 1.0)
+        on_wire_s = (n_bytes + tier.half_size_bytes) / rate
         seconds = tier.hop_s("send") + tier.op_factor.get("send", 1.0) * on_wire_s
         answer = np.where(within > below, seconds, answer)
         below = np.maximum(below, within)
@@ -161,7 +166,7 @@ def _all_to_all_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         peers = within - below
         moved = n_bytes * peers / group.size + tier.half_size_bytes * (peers > 0)
-        on_wire_s = moved / rank_bandwidth(cluster, tier)
+        on_wire_s = moved / rank_bandwidth(cluster, tier, within)
         seconds = peers * tier.hop_s("all_to_all") + tier.op_factor.get("all_to_all", 1.0) * on_wire_s
         slowest = np.maximum(slowest, seconds)
         below = np.maximum(below, within)

@@ -17,6 +17,8 @@ USUAL = "usual"
 """The name of software that no report names, which the calibration has one set of constants for."""
 FLASH_SINCE = 2023
 """The year from which training with fused attention was common."""
+CORE_SINCE = 2024
+"""The year from which Megatron-LM's own scripts train on Megatron-Core (its releases of 2023 had both)."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,17 @@ INTERNEVO = Profile(replace(PUBLISHED, name="internevo"), zero_stage=1, gated=Tr
 XLA = Profile(replace(PUBLISHED, name="xla"), zero_stage=0)
 
 KNOWN = (
-    (r"aleph alpha|efficient parallelization layouts", NEOX),
-    (r"nanotron|ultra-scale", NANOTRON),
-    (r"llm-foundry|mosaicml|composer", COMPOSER),
+    (r"aleph ?alpha|efficient parallelization layouts|\bneox\b|gpt ?neox", NEOX),
+    (r"nanotron|ultra ?scale", NANOTRON),
+    (r"llm ?foundry|mosaicml|composer", COMPOSER),
     (r"torchtitan|fsdp|automodel|kempner", FSDP),
     (r"internevo|internlm", INTERNEVO),
-    (r"jax|pax|maxtext|levanter|xla", XLA),
-    (r"megatron-bridge|megatron-core|nemo|mlperf|dgx cloud|megascale|megatron-moe", MEGATRON_CORE),
-    (r"deepspeed|vtrain|bigscience|bloom|glm-130b", MEGATRON_DEEPSPEED),
+    (r"\bjax|\bpax|maxtext|levanter|\bxla", XLA),
+    (r"megatron (bridge|moe)|(megatron|\bm) ?core\b|nemo|ml ?perf|dgx ?c(loud)?\b|megascale", MEGATRON_CORE),
+    (r"deepspeed|vtrain|bigscience|bloom|glm ?130b", MEGATRON_DEEPSPEED),
     (r"megatron|korthikanti|activation recomputation|dlperf|libai", MEGATRON),
 )
-
+"""Names in a source, its hyphens and underscores read as spaces."""
 
 FSDP_COMPILED = replace(FSDP, stack=replace(FSDP.stack, name="fsdp-compiled"))
 XLA_TE = replace(XLA, stack=replace(XLA.stack, name="xla-te"))
@@ -118,13 +120,18 @@ VARIANTS = (
 """(profile, words in a report's notes or reference, what it then is): the same software with other kernels."""
 
 
-def profile_of(source: str, words: str, year: float | None, flash_attention: bool | None) -> Profile:
-    """The profile of a published run; `words`: its notes and reference; `flash_attention`: None where it is silent."""
-    text = source.lower()
+def profile_of(
+    source: str, words: str, year: float | None, flash_attention: bool | None, *, eight_bit: bool = False
+) -> Profile:
+    """The profile of a published run; `words`: its notes and reference; `flash_attention`: None where it is silent;
+    `eight_bit`: whether the accelerator has units for 8-bit floats, as none had in Megatron's early years."""
+    text = re.sub(r"[-_\s]+", " ", source.lower())
     found = next((profile for pattern, profile in KNOWN if re.search(pattern, text)), None)
     if found is None:
         before = flash_attention is False or (year or FLASH_SINCE) < FLASH_SINCE
         found = _unnamed(MEGATRON if before else MEGATRON_CORE)
+    if found is MEGATRON and (eight_bit or (year or 0) >= CORE_SINCE):
+        found = MEGATRON_CORE
     for plain, pattern, variant in VARIANTS:
         if found is plain and re.search(pattern, words.lower()):
             found = variant

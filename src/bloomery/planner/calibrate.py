@@ -35,6 +35,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "gemm_k_half": 0.5,
         "memory_efficiency": 0.15,
         "attention": 0.3,
+        "power_exponent": 0.7,
         "attention_width_half": 0.3,
         "attention_seq_half": 0.5,
         "kernel_s": 0.5,

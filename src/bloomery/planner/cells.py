@@ -106,12 +106,12 @@ def recompute(text: str) -> Literal["none", "selective", "full"] | None:
     word = text.lower()
     if not word:
         return None
+    if word in NO or re.search(r"disabled|not used|\bno\b|without", word):
+        return "none"
     if re.search(r"selective|core|attention", word):
         return "selective"
     if word in YES or re.search(r"full|block|uniform|all|every", word):
         return "full"
-    if word in NO:
-        return "none"
     raise Unusable(f"recompute not understood: {text!r}")
 
 
@@ -134,15 +134,59 @@ def says_dense(text: str) -> bool:
 
 
 def experts(text: str) -> tuple[int, int, int] | None:
-    """(experts, experts a token, shared ones) from `128/8`, `256/8+1 shared`, `8x2`, `8 experts top-2`; None for a
-    dense model. Raises Unusable."""
+    """(experts, experts a token, shared ones) from `128/8`, `256/8+1 shared`, `8x2`, `8 experts top-2`, `256 routed + 1
+    shared, top-8`, and of models that are named after it, `8x7B`, two a token; None for a dense model. Raises Unusable.
+    """
     word = text.lower()
     if not word or says_dense(word):
         return None
-    found = re.fullmatch(r"(\d+)\s*(?:/|x|experts?,?\s*top[- ]?)\s*(\d+)(?:\s*\+\s*(\d+)(?:\s*shared)?)?", word)
-    if found is None:
+    named = re.fullmatch(r"(\d+)\s*x\s*\d+(?:\.\d+)?\s*b", word)
+    pair = re.match(r"(\d+)\s*[/x]\s*(\d+)(?![/\d])", word)
+    apart = re.match(r"(\d+)\s*(?:routed\b|experts?\b)", word), re.search(r"top[- ]?(\d+)|(\d+) active", word)
+    if named:
+        n, top_k = int(named[1]), 2
+    elif pair:
+        n, top_k = int(pair[1]), int(pair[2])
+    elif apart[0] and apart[1]:
+        n, top_k = int(apart[0][1]), int(apart[1][1] or apart[1][2])
+    else:
         raise Unusable(f"experts not understood: {text!r}")
-    n, top_k, shared = (int(group or 0) for group in found.groups())
+    shared = re.search(r"\+\s*(\d+)\b|(\d+)\s*shared", word)
     if not 0 < top_k <= n:
         raise Unusable(f"{top_k} of {n} experts a token")
-    return n, top_k, shared
+    return n, top_k, int(shared[1] or shared[2]) if shared else 0
+
+
+def zero_stage(text: str) -> int | None:
+    """ZeRO's stage from `3`, `ZeRO-3`, `FSDP`, `distributed optimizer`; None for a blank cell. Raises Unusable for an
+    unknown word."""
+    word = text.lower()
+    if not word:
+        return None
+    if (found := first_number(re.sub(r"fsdp ?[12]", "fsdp", word))) is not None:
+        if found not in (0, 1, 2, 3):
+            raise Unusable(f"zero_stage not understood: {text!r}")
+        return round(found)
+    if word in NO or re.search(r"ddp|replicat", word):
+        return 0
+    if re.search(r"grad_op", word):
+        return 2
+    if re.search(r"fsdp|full[_ -]?shard|fully", word):
+        return 3
+    if re.search(r"dist\w*[ -]?opt|optimi[sz]er", word):
+        return 1
+    raise Unusable(f"zero_stage not understood: {text!r}")
+
+
+def flags(text: str) -> tuple[str, ...]:
+    """The flags of a row, whatever stands between them."""
+    return tuple(flag for flag in re.split(r"[;,|\s]+", text.lower()) if flag)
+
+
+def out_of_memory(text: str) -> bool | None:
+    """Whether an outcome says that a layout did not fit (a blank one, in a file of such layouts); None where it says
+    neither that nor that it ran."""
+    word = text.lower()
+    if not word or re.search(r"oom|out.?of.?memory|not.?fit", word):
+        return True
+    return False if word in (*YES, "ok", "ran", "success", "fits", "fit", "completed", "passed") else None

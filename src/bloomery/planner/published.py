@@ -17,12 +17,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bloomery.perf.flops import model_flops, recomputed_flops
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.planner.cells import (
     Unusable,
     experts,
     first_number,
+    flags,
     gated,
     integer,
     number,
@@ -32,11 +32,13 @@ from bloomery.planner.cells import (
     says_dense,
     schedule,
     yes,
+    zero_stage,
 )
-from bloomery.spec.cluster import Cluster, Dtype
+from bloomery.planner.conventions import counted_flops, counts_recomputation
+from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.errors import InputError
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
-from bloomery.spec.layout import V_SCHEDULES, Layout, LayoutBatch, Schedule
+from bloomery.spec.layout import V_SCHEDULES, Layout, Schedule
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.splits import balanced_split
@@ -108,12 +110,11 @@ def published(row: Mapping[str, str]) -> Published:
     """The question a row asks. Raises Unusable."""
     if "tpu" in row["accelerator"].lower():
         raise Unusable("TPU: not a kind of accelerator that is modelled")
-    words = f"{row.get('notes', '')} {row.get('source_ref', '')}"
-    profile = profile_of(row["source"], words, first_number(row.get("year", "")), yes(row, "flash_attention"))
-    model = _model(row, profile)
     chip = accelerator_called(row["accelerator"])
     if chip is None:
         raise Unusable("accelerator unknown" if not row["accelerator"] else f"no data sheet of {row['accelerator']}")
+    profile = _profile(row, chip)
+    model = _model(row, profile)
     n_gpus = integer(row, "n_gpus")
     cluster = cluster_around(chip, n_gpus, number(row, "gpus_per_node"), row.get("interconnect", ""))
     layout, scale, micro_batches = _layout(row, model, profile, n_gpus)
@@ -129,10 +130,17 @@ def published(row: Mapping[str, str]) -> Published:
         global_batch=layout.micro_batch * layout.dp * micro_batches,
         seq_len=integer(row, "seq_len"),
         scale=scale,
-        measured_s=_measured_s(row, model, layout, n_gpus),
-        flags=tuple(flag for flag in row.get("flags", "").split(";") if flag),
+        measured_s=_measured_s(row, model, layout, cluster, dtype),
+        flags=flags(row.get("flags", "")),
         n_gpus=n_gpus,
     )
+
+
+def _profile(row: Mapping[str, str], chip: Accelerator) -> Profile:
+    """What its software is."""
+    words = f"{row.get('notes', '')} {row.get('source_ref', '')}"
+    year, flash = first_number(row.get("year", "")), yes(row, "flash_attention")
+    return profile_of(row["source"], words, year, flash, eight_bit="float8" in chip.peak_flops_per_s)
 
 
 def _model(row: Mapping[str, str], profile: Profile) -> Model:
@@ -216,12 +224,14 @@ def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, in
 
 def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int) -> tuple[Layout, float, int]:
     """The layout, the share of whole micro-batches that the batch fills, and micro-batches a step."""
-    zero = first_number(row.get("zero_stage", ""))
-    stage = profile.zero_stage if zero is None else round(zero)
+    zero = zero_stage(row.get("zero_stage", ""))
+    stage = profile.zero_stage if zero is None else zero
     tp, pp, dp, cp = _cuts(row, stage, n_gpus)
     if pp > model.layers:
         raise Unusable(f"{pp} stages for {model.layers} layers")
     batch = integer(row, "global_batch") / dp
+    if batch < 1:
+        raise Unusable(f"{integer(row, 'global_batch')} sequences for {dp} data-parallel ranks")
     stated = number(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
@@ -299,19 +309,22 @@ def _dtype(row: Mapping[str, str], cluster: Cluster) -> Dtype:
     return found
 
 
-def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, n_gpus: int) -> float | None:
-    """Seconds of a step: as printed, or from tokens/s, or from FLOP/s where the convention is known."""
-    batch, seq_len = integer(row, "global_batch"), integer(row, "seq_len")
+def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, cluster: Cluster, dtype: Dtype) -> float | None:
+    """Seconds of a step: as printed, or from tokens/s, from FLOP/s, or from a share of the accelerator's peak."""
+    batch, seq_len, n_gpus = integer(row, "global_batch"), integer(row, "seq_len"), integer(row, "n_gpus")
     seconds, rate = number(row, "iteration_time_s"), number(row, "tokens_per_s_per_gpu")
     if seconds:
         return seconds
     if rate:
         return batch * seq_len / (rate * n_gpus)
-    tflops, convention = number(row, "tflops_per_gpu"), row.get("flops_convention", "").lower()
-    if not tflops:
+    convention = row.get("flops_convention", "")
+    mfu, hfu = number(row, "mfu"), number(row, "hfu")
+    recomputed = counts_recomputation(convention)
+    if tflops := number(row, "tflops_per_gpu"):
+        per_s = tflops * 1e12
+    elif share := mfu or hfu:
+        per_s, recomputed = (share / 100 if share > 1 else share) * cluster.accelerator.peak(dtype), not mfu
+    else:
         return None
-    flops = model_flops(model, global_batch=batch, seq_len=seq_len)
-    if "recompute" in convention and re.search(r"include|incl\.|hfu|96bslh", convention):
-        index = LayoutBatch.of([layout]).recompute
-        flops += float(recomputed_flops(model, index, global_batch=batch, seq_len=seq_len)[0])
-    return flops / (tflops * 1e12 * n_gpus)
+    flops = counted_flops(convention, model, layout, global_batch=batch, seq_len=seq_len, recomputed=recomputed)
+    return flops / (per_s * n_gpus)

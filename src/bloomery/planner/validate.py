@@ -8,14 +8,14 @@ flags are scored apart; rows that cannot be modelled keep their reason.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from bloomery.planner.cells import Unusable
+from bloomery.planner.cells import Unusable, out_of_memory
 from bloomery.planner.published import Published, usable
 from bloomery.planner.questions import Questions, interval_of
 from bloomery.spec.calibration import Calibration
@@ -108,9 +108,9 @@ class Ranking:
 @dataclass(frozen=True)
 class MemoryScore:
     """Of 'does not fit': precision and recall over layouts that were tried on the same machines, and false alarms among
-    runs of other sources, which all fitted."""
+    runs of other sources, which all fitted. Precision is None where none of those that ran is known."""
 
-    precision: float
+    precision: float | None
     recall: float
     out_of_memory: int
     ran: int
@@ -148,67 +148,74 @@ def validate(
 ) -> Validation:
     """Score the rows of a file (`published.read_rows`) under a calibration.
 
-    `memory_rows`: layouts that were tried; those whose `outcome` is OOM did not fit.
+    `memory_rows`: layouts that were tried; their `outcome` says which did not fit (those without one) and which ran.
     """
-    runs: dict[str, Published] = {}
-    answered = _answers(rows, table, runs)
-    tried = [row for row in memory_rows or [] if row.get("outcome", "OOM").upper() in ("OOM", "OUT_OF_MEMORY")]
-    refused = _answers(tried, table, {}, ran=False)
-    headline = [row for row in answered if row.scored and not row.flagged]
-    skipped: dict[str, int] = defaultdict(int)
-    for row in [*answered, *refused]:
-        if row.skipped_reason:
-            skipped[row.skipped_reason] += 1
+    answered = _answers(rows, table)
+    tried: dict[bool | None, list[dict[str, str]]] = defaultdict(list)
+    for row in memory_rows or []:
+        tried[out_of_memory(row.get("outcome", ""))].append(row)
+    refused = [row for row, _ in _answers(tried[True], table, timed=False)]
+    beside = [replace(row, ran=True) for row, _ in _answers(tried[False], table, timed=False)]
+    unclear = [_unanswered(row, f"outcome {row['outcome']!r} says nothing of memory") for row in tried[None]]
+    scored = [(row, run) for row, run in answered if run is not None and row.scored]
+    headline = [(row, run) for row, run in scored if not row.flagged]
+    every = [*(row for row, _ in answered), *refused, *beside, *unclear]
+    skipped = Counter(row.skipped_reason for row in every if row.skipped_reason)
+    good = [row for row, _ in headline]
     return Validation(
-        rows=(*answered, *refused),
-        groups=_by_source(headline),
-        flagged=_by_source([row for row in answered if row.scored and row.flagged]),
-        overall=Score.of(headline) if headline else None,
-        ranking=ranking(headline, runs),
-        memory=_memory(answered, refused) if refused else None,
-        skipped=dict(sorted(skipped.items(), key=lambda item: -item[1])),
+        rows=tuple(every),
+        groups=_by_source(good),
+        flagged=_by_source([row for row, _ in scored if row.flagged]),
+        overall=Score.of(good) if good else None,
+        ranking=ranking(headline),
+        memory=_memory([*(row for row, _ in answered), *beside], refused) if refused else None,
+        skipped=dict(skipped.most_common()),
     )
 
 
 def _answers(
-    rows: list[dict[str, str]], table: Calibration, runs: dict[str, Published], *, ran: bool = True
-) -> list[Row]:
-    """Each row's answer in the file's order; `runs` gathers the questions by id."""
+    rows: list[dict[str, str]], table: Calibration, *, timed: bool = True
+) -> list[tuple[Row, Published | None]]:
+    """Each row's answer with the question it was, if it was one, in the file's order."""
     asked = list(usable(rows))
-    questions = Questions.of([question for _, question in asked if isinstance(question, Published)])
-    predicted_s, peak_bytes = questions.predict_s(table), questions.peak_bytes(table)
-    answers, place = list[Row](), 0
+    runs = [question for _, question in asked if isinstance(question, Published)]
+    questions = Questions.of(runs)
+    predictions = zip(questions.predict_s(table), questions.peak_bytes(table), strict=True)
+    answers: list[tuple[Row, Published | None]] = []
     for row, question in asked:
-        name = " ".join(filter(None, (row.get("model_name", ""), row.get("accelerator", ""))))
         if isinstance(question, Unusable):
-            answers.append(
-                Row(row["id"], row["source"], None, None, None, None, None, None, None, str(question), name, ran=ran)
-            )
-            continue
-        runs[question.id] = question
-        seconds, peak = float(predicted_s[place]), float(peak_bytes[place])
-        low, high = interval_of(question, table)
-        room = question.cluster.accelerator.memory_bytes
-        answers.append(
-            Row(
-                id=question.id,
-                source=question.source,
-                measured_s=question.measured_s,
-                predicted_s=seconds,
-                low_s=low * seconds,
-                high_s=high * seconds,
-                predicted_peak_bytes=peak,
-                fits=peak <= room,
-                p_fits=0.5 * (1 + math.erf(math.log(room / peak) / MEMORY_SPREAD / math.sqrt(2))),
-                skipped_reason="" if question.measured_s or not ran else "no measured time that can be converted",
-                name=f"{question.model.name} on {question.n_gpus} {question.cluster.accelerator.name}: "
-                + question.layout.describe(),
-                flagged=bool(APART & set(question.flags)),
-                ran=ran,
-            )
-        )
-        place += 1
+            answers.append((_unanswered(row, str(question), ran=timed), None))
+        else:
+            seconds, peak = next(predictions)
+            answers.append((_answered(question, float(seconds), float(peak), table, timed=timed), question))
     return answers
+
+
+def _unanswered(row: Mapping[str, str], reason: str, *, ran: bool = False) -> Row:
+    """A row that could not be modelled."""
+    name = " ".join(filter(None, (row.get("model_name", ""), row.get("accelerator", ""))))
+    return Row(row["id"], row["source"], None, None, None, None, None, None, None, reason, name, ran=ran)
+
+
+def _answered(run: Published, seconds: float, peak: float, table: Calibration, *, timed: bool) -> Row:
+    """A row with its prediction; `timed`: one whose file is about times."""
+    low, high = interval_of(run, table)
+    chip = run.cluster.accelerator
+    return Row(
+        id=run.id,
+        source=run.source,
+        measured_s=run.measured_s,
+        predicted_s=seconds,
+        low_s=low * seconds,
+        high_s=high * seconds,
+        predicted_peak_bytes=peak,
+        fits=peak <= chip.memory_bytes,
+        p_fits=0.5 * (1 + math.erf(math.log(chip.memory_bytes / peak) / MEMORY_SPREAD / math.sqrt(2))),
+        skipped_reason="" if run.measured_s or not timed else "no measured time that can be converted",
+        name=f"{run.model.name} on {run.n_gpus} {chip.name}: {run.layout.describe()}",
+        flagged=bool(APART & set(run.flags)),
+        ran=timed,
+    )
 
 
 def _by_source(rows: Iterable[Row]) -> dict[str, Score]:
@@ -219,23 +226,18 @@ def _by_source(rows: Iterable[Row]) -> dict[str, Score]:
     return {source: Score.of(found) for source, found in ordered}
 
 
-def ranking(rows: Sequence[Row], runs: Mapping[str, Published]) -> Ranking | None:
+def ranking(scored: Iterable[tuple[Row, Published]]) -> Ranking | None:
     """How well layouts of one model, number of accelerators, sequence and batch are ordered; None without any group, or
     where all took the same time."""
     from scipy.stats import kendalltau
 
-    together: dict[object, list[Row]] = defaultdict(list)
-    for row in rows:
-        run = runs[row.id]
-        batch = round(run.global_batch * run.scale)
-        together[row.source, run.model, run.cluster.accelerator.name, run.n_gpus, run.seq_len, batch, run.dtype].append(
-            row
-        )
+    together: dict[object, dict[object, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row, run in scored:
+        batch, chip = round(run.global_batch * run.scale), run.cluster.accelerator.name
+        same = (row.source, run.model, chip, run.n_gpus, run.seq_len, batch, run.dtype)
+        together[same][run.layout].append(row)
     regrets, taus = [], []
-    for found in together.values():
-        by_layout: dict[object, list[Row]] = defaultdict(list)
-        for row in found:
-            by_layout[runs[row.id].layout].append(row)
+    for by_layout in together.values():
         if len(by_layout) < FEWEST_LAYOUTS:
             continue
         # A layout that was measured several times counts once, with its median.
@@ -255,7 +257,7 @@ def _memory(ran: Sequence[Row], refused: Sequence[Row]) -> MemoryScore:
     elsewhere = [row.fits for row in ran if row.fits is not None and row.source not in sources and not row.flagged]
     caught, alarms = found.count(False), beside.count(False)
     return MemoryScore(
-        precision=caught / max(1, caught + alarms),
+        precision=caught / max(1, caught + alarms) if beside else None,
         recall=caught / max(1, len(found)),
         out_of_memory=len(found),
         ran=len(beside),

@@ -16,6 +16,8 @@ from bloomery.spec.base import Noun
 from bloomery.spec.cluster import OPERATIONS, Accelerator, Dtype, GemmEfficiency, Interval, Tier
 from bloomery.spec.files import read_yaml, to_yaml
 
+CEILING = 0.95
+"""No product reaches more of its peak."""
 PATH = Path(__file__).parent / "catalog" / "calibration.yaml"
 NARROW: tuple[Dtype, ...] = ("bfloat16", "float16", "tf32", "float8", "float4")
 """Formats of the matrix units that share one efficiency surface; float8 and float4 have their own ceilings."""
@@ -35,6 +37,10 @@ class ArchitectureConstants(Noun):
     attention: float = Field(default=0.48, gt=0, le=1, description="share of peak of fused attention")
     attention_width_half: float = Field(default=20.0, gt=0, description="head_dim at which it has half its rate")
     attention_seq_half: float = Field(default=300.0, gt=0, description="sequence length of the same")
+    watts_per_tflops: float | None = Field(
+        default=None, gt=0, description="board power over 16-bit peak of the device whose shares of peak these are"
+    )
+    power_exponent: float = Field(default=0.3, gt=0, description="how products gain from more board power than that")
     kernel_s: float = Field(default=2e-6, gt=0, description="device time of a kernel beyond its work")
     launch_s: float = Field(default=5e-6, gt=0, description="host time of a launch on the usual hosts")
     link_factor: float = Field(default=1.25, gt=0, description="time on the inner links over the data sheet's")
@@ -47,15 +53,16 @@ class ArchitectureConstants(Noun):
 
         def surface(dtype: Dtype) -> GemmEfficiency:
             own = {"float8": self.gemm_ceiling_8bit, "float4": self.gemm_ceiling_4bit}
-            ceiling = own.get(dtype, self.gemm_ceiling)
+            ceiling = min(own.get(dtype, self.gemm_ceiling) * clock, CEILING)
             return GemmEfficiency(
                 ceiling=ceiling, m_half=self.gemm_half, n_half=self.gemm_half, k_half=self.gemm_k_half
             )
 
+        clock = self._clock(bare)
         dtypes = [dtype for dtype in NARROW if dtype in bare.peak_flops_per_s]
         values = {
             "gemm": {dtype: surface(dtype) for dtype in dtypes},
-            "attention": dict.fromkeys(dtypes, self.attention),
+            "attention": dict.fromkeys(dtypes, min(self.attention * clock, CEILING)),
             "memory_efficiency": self.memory_efficiency,
             "kernel_s": self.kernel_s,
             "launch_s": self.launch_s,
@@ -65,6 +72,14 @@ class ArchitectureConstants(Noun):
             widths = dict.fromkeys(dtypes, self.attention_width_half)
             values |= {"attention_width_half": widths, "attention_seq_half": self.attention_seq_half}
         return bare.model_copy(update={name: value for name, value in values.items() if name not in stated})
+
+    def _clock(self, bare: Accelerator) -> float:
+        """What its board power does to the rate of products, over that of the device whose shares of peak these are:
+        large products run at the clock that the power allows (data sheets print peaks at the highest)."""
+        peak = bare.peak_flops_per_s.get("float16")
+        if self.watts_per_tflops is None or not peak or not bare.tdp_w:
+            return 1.0
+        return float((bare.tdp_w / (peak / 1e12) / self.watts_per_tflops) ** self.power_exponent)
 
     def link(self, tier: Tier, factor: float = 1.0) -> Tier:
         """The tier inside a node with its factor and latency; `factor`: a stack's over the usual."""

@@ -82,18 +82,19 @@ def data_sheets_of(device: str) -> list[Accelerator]:
     """Those that a driver's name for a device may mean, by its product number: `NVIDIA H100 80GB HBM3` is one of the
     catalog's `h100-...`, and does not say which. None where the number is not known."""
     words = set(re.split(r"[^a-z0-9]+", device.lower()))
+    return [data_sheet(name) for name in names("accelerators") if product_number(name) in words]
 
-    def number(name: str) -> str:
-        return next((word for word in name.split("-") if any(map(str.isdigit, word))), name)
 
-    return [data_sheet(name) for name in names("accelerators") if number(name) in words]
+def product_number(name: str) -> str:
+    """What tells an accelerator of the catalog from other products: `h100` of `h100-sxm`, `4090` of `rtx-4090`."""
+    return next((word for word in name.split("-") if any(map(str.isdigit, word))), name)
 
 
 def fabric(accelerator_name: str) -> dict[str, Any]:
-    """The usual links around an accelerator: the entry of its first word, over the defaults."""
-    table = _table("fabrics")
-    first = accelerator_name.split("-")[0]
-    return {**table["default"], **table.get(first, {})}
+    """The usual links around an accelerator: the entry of its first two words or of the first, over the defaults."""
+    table, words = _table("fabrics"), accelerator_name.split("-")
+    name = "-".join(words[:2])
+    return {**table["default"], **table.get(name if name in table else words[0], {})}
 
 
 def cluster(name: str) -> Cluster:

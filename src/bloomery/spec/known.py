@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
-from bloomery.spec.catalog import data_sheet, fabric, model, names
+from bloomery.spec.catalog import data_sheet, fabric, model, names, product_number
 from bloomery.spec.cluster import Accelerator, Cluster, Tier
 from bloomery.spec.model import Model
 
@@ -19,19 +20,22 @@ LINK, NETWORK = "link", "network"
 
 
 def accelerator_called(text: str) -> Accelerator | None:
-    """The entry whose words the text has most of; its first word must be there. `A100-80GB-SXM` is `a100-80gb`."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    """The entry whose words the text has most of; its product number must be there. `A100-80GB-SXM` is `a100-80gb`, as
+    are `A100SXM4 80G` and `a100_80 GiB`. A board power that it tells is the entry's then (`H100 HBM2e 500W`)."""
+    said = re.sub(r"(\d+)[ _-]?g(i?b)?\b", r"\1gb", text.lower())
     best: tuple[int, float] | None = None
     chosen = None
     for name in names("accelerators"):
         parts = name.split("-")
-        if parts[0] not in words or ("pcie" in parts) != ("pcie" in words):
+        known = re.search(rf"(?<![a-z0-9]){product_number(name)}(?!\d)", said)
+        if not known or ("pcie" in parts) != ("pcie" in said):
             continue
         entry = data_sheet(name)
-        rank = (sum(part in words for part in parts), entry.memory_bytes)
+        rank = (sum(part in said for part in parts), entry.memory_bytes)
         if best is None or rank > best:
             best, chosen = rank, entry
-    return chosen
+    power = re.search(r"\b(\d{3,4}) ?w\b", said)
+    return chosen.model_copy(update={"tdp_w": float(power[1])}) if chosen and power else chosen
 
 
 def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, interconnect: str) -> Cluster:
@@ -44,8 +48,12 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     in_node = min(n_gpus, round(gpus_per_node or node))
     usual_cards = round(usual["cards"] * max(1.0, in_node / node))
     cards, card = _cards(interconnect, in_node, usual_cards, usual["card"]) or (usual_cards, usual["card"])
-    span = max(in_node, min(int(usual["span"]), n_gpus))
-    tiers = [Tier(name=LINK, span=span, bandwidth_bytes_per_s=usual["link"], ports_per_node=in_node, latency_s=0.0)]
+    # Only a rack's links reach beyond what is called a node.
+    span = max(in_node, min(int(usual["span"]), n_gpus)) if usual["span"] > node else in_node
+    # Larger nodes than usual are built around a switch (DGX-2).
+    mesh = usual.get("mesh", {}) if (gpus_per_node or node) <= node else {}
+    inside: dict[str, Any] = {"span": span, "ports_per_node": in_node, "latency_s": 0.0, "mesh_share": mesh}
+    tiers = [Tier(name=LINK, bandwidth_bytes_per_s=usual["link"], **inside)]
     nodes = -(-n_gpus // in_node)
     if nodes * in_node > span:
         tiers.append(
@@ -61,7 +69,11 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
 
 
 INSIDE = re.compile(r"nvlink|nvswitch|nvl\d|xgmi|pcie", re.IGNORECASE)
-RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*(GB|Gb|gb|GigaBit|Gigabit|gigabit)")
+RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*(GB|TB|[GTgt]b|[GgTt]iga[Bb]it|GE|G\b)")
+GENERATION = re.compile(r"\b(EDR|HDR|NDR|XDR)[ -]?(\d{3})?\b(?!\s*[GgTt\d])")
+GENERATION_NAMED = re.compile(r"\b(EDR|HDR|NDR|XDR)")
+GENERATIONS = {"EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800}
+"""Gb/s of four lanes of InfiniBand (IBTA roadmap)."""
 
 
 def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float] | None:
@@ -69,15 +81,18 @@ def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float
     `400 Gb/s per GPU`, `100 Gb/s InfiniBand` (one card); what no usual card (of `card` bytes/s) reaches is the node's.
     Clauses about links inside a node say nothing of it."""
     for clause in re.split(r"[,;+]|\band\b", text.replace("\u00d7", "x")):
-        found = None if INSIDE.search(clause) else RATE.search(clause)
+        spelled = GENERATION.sub(lambda name: f"{name[2] or GENERATIONS[name[1]]}Gb", clause)
+        found = None if INSIDE.search(clause) else RATE.search(spelled)
         if found is None:
             continue
-        rate = float(found[2]) * (1e9 if found[3] == "GB" else GIGABIT)
+        rate = float(found[2]) * (1e9 if found[3].endswith("B") else GIGABIT)
+        rate *= 1000 if found[3][0] in "Tt" else 1
         if found[1]:
             return int(found[1]), rate
         if re.search(r"per (gpu|accelerator|rank)", clause, re.IGNORECASE):
             return in_node, rate
-        if rate > card or re.search(r"per (node|server|host)", clause, re.IGNORECASE):
+        named = GENERATION_NAMED.search(clause)  # a port's rate, whatever is usual
+        if (rate > card and not named) or re.search(r"per (node|server|host)", clause, re.IGNORECASE):
             cards = max(1, round(rate / CARD))
             return cards, rate / cards
         return (1 if rate <= ALONE else usual), rate

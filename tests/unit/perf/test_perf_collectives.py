@@ -52,6 +52,20 @@ def test_eight_ranks_a_node_share_two_ports() -> None:
     assert seconds[0] == pytest.approx(6 * 10e-6 + 2 * 3 / 4 * 1e9 / (10e9 * 2 / 8))
 
 
+def test_few_ranks_of_a_mesh_have_the_links_between_them() -> None:
+    switched = cluster()
+    shares = {2: 1 / 7, 4: 3 / 7}
+    meshed = cluster(mesh_share=shares)
+    for size, share in ((2, 1 / 7), (3, 3 / 7), (4, 3 / 7), (8, 1.0)):
+        for op in ("all_reduce", "all_gather", "all_to_all"):
+            wire = collective_s(switched, op, group(size, 1), 1e9) - collective_s(switched, op, group(size, 1), 0)
+            found = collective_s(meshed, op, group(size, 1), 1e9) - collective_s(meshed, op, group(size, 1), 0)
+            assert found == pytest.approx(wire / share)
+    wire = collective_s(switched, "send", group(8, 1), 1e9) - collective_s(switched, "send", group(8, 1), 0)
+    found = collective_s(meshed, "send", group(8, 1), 1e9) - collective_s(meshed, "send", group(8, 1), 0)
+    assert found == pytest.approx(wire * 7)
+
+
 def test_a_group_over_two_tiers_sends_only_its_share_across() -> None:
     seconds = collective_s(cluster(), "all_reduce", group(16, 1), 8e9)
     inside = 14 * 1e-6 + 2 * 7 / 8 * 8e9 / 100e9

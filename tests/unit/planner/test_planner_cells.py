@@ -8,13 +8,16 @@ from bloomery.planner.cells import (
     Unusable,
     experts,
     first_number,
+    flags,
     gated,
     number,
     number_format,
+    out_of_memory,
     recompute,
     said,
     schedule,
     yes,
+    zero_stage,
 )
 
 
@@ -30,7 +33,8 @@ def test_number_formats(text: str, found: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [("Full", "full"), ("uniform", "full"), ("block", "full"), ("selective (core_attn)", "selective"), ("None", "none"),
-     ("0", "none"), ("1", "full"), ("", None)],
+     ("0", "none"), ("1", "full"), ("disabled", "none"), ("not used", "none"), ("no activation checkpointing", "none"),
+     ("", None)],
 )  # fmt: skip
 def test_recomputation(text: str, found: str | None) -> None:
     assert recompute(text) == found
@@ -56,6 +60,7 @@ def test_an_order_that_is_not_understood_makes_its_row_unusable() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [("128/8", (128, 8, 0)), ("256/8+1 shared", (256, 8, 1)), ("8x2", (8, 2, 0)), ("8 experts top-2", (8, 2, 0)),
+     ("8x7B", (8, 2, 0)), ("8 experts (top-2)", (8, 2, 0)), ("256 routed + 1 shared, top-8", (256, 8, 1)),
      ("dense", None), ("0", None), ("", None)],
 )  # fmt: skip
 def test_experts(text: str, found: tuple[int, int, int] | None) -> None:
@@ -86,3 +91,36 @@ def test_yes_and_no() -> None:
     with pytest.raises(Unusable):
         yes({"x": "perhaps"}, "x")
     assert [gated({"activation": text}) for text in ("SwiGLU", "silu", "gelu", "")] == [True, True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("3", 3), ("ZeRO-1", 1), ("2.0", 2), ("FSDP", 3), ("FSDP2", 3), ("full_shard", 3), ("SHARD_GRAD_OP", 2),
+     ("distributed optimizer", 1), ("DDP", 0), ("none", 0), ("", None)],
+)  # fmt: skip
+def test_stages_of_zero(text: str, found: int | None) -> None:
+    assert zero_stage(text) == found
+
+
+@pytest.mark.parametrize("text", ["7", "some"])
+def test_no_stage_of_zero(text: str) -> None:
+    with pytest.raises(Unusable):
+        zero_stage(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("OOM", True), ("out of memory", True), ("CUDA OOM", True), ("does not fit", True), ("", True), ("ok", False),
+     ("Success", False), ("OTHER_ERROR", None), ("timeout", None)],
+)  # fmt: skip
+def test_outcomes(text: str, found: bool | None) -> None:
+    assert out_of_memory(text) == found
+
+
+def test_flags_stand_apart_by_whatever_means() -> None:
+    assert flags("layout_inferred; Pathological,noisy_40pct|x") == (
+        "layout_inferred",
+        "pathological",
+        "noisy_40pct",
+        "x",
+    )

@@ -80,8 +80,9 @@ def test_rows_that_cannot_be_modelled_are_counted_with_their_reason() -> None:
     assert any("TPU" in reason for reason in found.skipped)
 
 
-def test_flagged_runs_are_scored_apart() -> None:
-    found = validate([row(id="a"), row(id="b", flags="noisy_40pct", iteration_time_s=99)], calibration())
+@pytest.mark.parametrize("flags", ["noisy_40pct", "layout_inferred; Noisy_40pct", "source_issue|other"])
+def test_flagged_runs_are_scored_apart(flags: str) -> None:
+    found = validate([row(id="a"), row(id="b", flags=flags, iteration_time_s=99)], calibration())
     assert found.overall is not None and found.overall.n == 1
     assert [score.n for score in found.flagged.values()] == [1]
 
@@ -92,8 +93,25 @@ def test_what_ran_out_of_memory_judges_the_memory_model() -> None:
     found = validate([fits], calibration(), memory_rows=[bursts, {**bursts, "outcome": "OTHER_ERROR"}])
     assert found.memory is not None
     assert (found.memory.precision, found.memory.recall, found.memory.out_of_memory) == (1, 1, 1)
-    assert found.rows[-1].p_fits is not None and found.rows[-1].p_fits < 1e-3
-    assert found.rows[0].p_fits is not None and found.rows[0].p_fits > 0.9
+    ran, refused, unclear = found.rows
+    assert refused.p_fits is not None and refused.p_fits < 1e-3
+    assert ran.p_fits is not None and ran.p_fits > 0.9
+    assert "OTHER_ERROR" in unclear.skipped_reason and found.skipped[unclear.skipped_reason] == 1
+
+
+def test_layouts_that_ran_may_stand_in_the_file_of_those_that_did_not() -> None:
+    bursts = row(id="b", tp=1, pp=1, vpp=1, dp=64, iteration_time_s="", outcome="CUDA out of memory")
+    found = validate([row(id="a", source="another")], calibration(), memory_rows=[bursts])
+    assert found.memory is not None and (found.memory.precision, found.memory.ran) == (None, 0)
+    tried = [bursts, row(id="c", iteration_time_s="", outcome="ok")]
+    found = validate([row(id="a", source="another")], calibration(), memory_rows=tried)
+    assert found.memory is not None and (found.memory.precision, found.memory.ran) == (1, 1)
+
+
+def test_rows_of_one_name_are_different_runs() -> None:
+    apart = grid(calibration())
+    alike = validate([{**one, "id": "same"} for one in apart], calibration())
+    assert alike.ranking == validate(apart, calibration()).ranking
 
 
 def test_a_fit_finds_the_constants_that_made_the_runs() -> None:
@@ -234,6 +252,26 @@ def test_micro_batches_that_are_not_told_are_those_of_the_software() -> None:
         assert found.global_batch == 4 * found.layout.micro_batch and found.scale == pytest.approx(
             batch / found.global_batch
         )
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "stack"),
+    [
+        ("Megatron-LM SC21 Table 1", {"year": 2021}, "megatron"),
+        ("Megatron Core README", {"year": 2023}, "megatron-core"),
+        ("NVIDIA Megatron_Bridge", {}, "megatron-core"),
+        ("Megatron-LM README", {"year": 2023, "accelerator": "H100-80GB-SXM"}, "megatron-core"),
+        ("Megatron-LM", {"year": 2024}, "megatron-core"),
+        ("ML Perf training v4", {}, "megatron-core"),
+        ("DGXC benchmarks", {}, "megatron-core"),
+        ("GPT-NeoX 20B", {}, "neox"),
+        ("Aleph-Alpha sweep", {}, "neox"),
+        ("Megatron_DeepSpeed", {"year": 2022}, "megatron-deepspeed"),
+        ("somebody's blog", {"year": 2022}, "usual"),
+    ],
+)
+def test_software_is_known_however_its_name_is_spelt(source: str, change: dict[str, Any], stack: str) -> None:
+    assert published(row(source=source, **change)).profile.stack.name == stack
 
 
 @pytest.mark.parametrize(

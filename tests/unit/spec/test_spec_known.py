@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from bloomery.spec import catalog
+from bloomery.spec.calibration import calibration
 from bloomery.spec.known import accelerator_called, cluster_around, model_called
 
 GBIT = 1e9 / 8
@@ -25,6 +27,13 @@ GBIT = 1e9 / 8
         ("4x HDR InfiniBand (200 Gb/s each)", 4, 200 * GBIT),
         ("3200 Gbps EFA", 16, 200 * GBIT),
         ("InfiniBand HDR 200 Gb/s", 8, 200 * GBIT),
+        ("8x400G NDR", 8, 400 * GBIT),
+        ("4x NDR 400", 4, 400 * GBIT),
+        ("4x HDR", 4, 200 * GBIT),
+        ("InfiniBand EDR", 1, 100 * GBIT),
+        ("HDR100", 1, 100 * GBIT),
+        ("400 Gb/s NDR InfiniBand", 8, 400 * GBIT),
+        ("1.6 Tbps", 8, 200 * GBIT),
         ("intra-node NVLink", 8, 25e9),
         ("", 8, 25e9),
     ],
@@ -55,3 +64,48 @@ def test_models(text: str, name: str) -> None:
     found = model_called(text)
     assert found is not None and found.name == name
     assert model_called("mine") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("A100-80GB-SXM", "a100-80gb"), ("A100-40G", "a100-40gb"), ("A100 40 GB", "a100-40gb"),
+     ("A100SXM4-80GB", "a100-80gb"), ("V100-16G", "v100-16gb"), ("V100SXM2-32GB", "v100-32gb"),
+     ("V100-PCIE-16GB", "v100-pcie-16gb"), ("H100SXM", "h100-sxm"), ("H100-PCIE-80GB", "h100-pcie"),
+     ("GB200NVL72", "gb200"), ("RTX 3090", None), ("A1000", None)],
+)  # fmt: skip
+def test_accelerators(text: str, name: str | None) -> None:
+    found = accelerator_called(text)
+    assert (found and found.name) == name
+
+
+def test_cards_without_nvlink_have_the_bus() -> None:
+    rates = {name: cluster_around(catalog.data_sheet(name), 8, 8, "").tiers[0].bandwidth_bytes_per_s
+             for name in ("a100-80gb", "a100-pcie-80gb", "h100-pcie")}  # fmt: skip
+    assert rates == {"a100-80gb": 300e9, "a100-pcie-80gb": 31.5e9, "h100-pcie": 63e9}
+
+
+@pytest.mark.parametrize(("gpus_per_node", "span"), [(8, 8), (4, 4), (1, 1), (None, 8)])
+def test_links_end_with_the_node_where_no_rack_is_linked(gpus_per_node: float | None, span: int) -> None:
+    chip = accelerator_called("H200")
+    assert chip is not None
+    assert cluster_around(chip, 32, gpus_per_node, "").tiers[0].span == span
+
+
+def test_a_cube_mesh_is_no_switch() -> None:
+    chip = catalog.data_sheet("v100-32gb")
+    assert set(cluster_around(chip, 8, 8, "").tiers[0].mesh_share) == {2, 4}
+    assert not cluster_around(chip, 16, 16, "").tiers[0].mesh_share
+
+
+def test_products_run_at_the_clock_that_the_board_power_allows() -> None:
+    names = ("gb200", "gb300", "b200", "b300")
+    ceilings = {name: catalog.accelerator(name).gemm["bfloat16"].ceiling for name in names}
+    exponent = calibration().architecture("gb200").power_exponent
+    assert ceilings["gb300"] / ceilings["gb200"] == pytest.approx((1400 / 1200) ** exponent)
+    assert ceilings["b300"] / ceilings["b200"] == pytest.approx((1100 / 1000) ** exponent)
+    throttled = accelerator_called("H100-96GB-SXM HBM2e 500W (Grand Teton)")
+    assert throttled is not None and throttled.tdp_w == 500
+    usual = catalog.data_sheet("h100-sxm")
+    hopper = calibration().architecture("h100-sxm")
+    assert hopper.accelerator(usual).gemm["bfloat16"].ceiling == pytest.approx(hopper.gemm_ceiling, rel=1e-3)
+    assert hopper.accelerator(throttled).gemm["bfloat16"].ceiling < hopper.gemm_ceiling
