@@ -301,9 +301,10 @@ def activation_bytes(case: Case, ranks: Ranks, gone: Any = 0.0) -> Any:
 
 def peak_in_flight(moments: Sequence[Flight], each: Flight, gone: Any = 0.0) -> Any:
     """The most bytes in flight at any of `moments` (`flights`); `gone`: what else is no longer there at those at which
-    weights wait."""
+    weights wait, where any do."""
     fullest, *waiting = moments
-    return reduce(np.maximum, [fullest.bytes(each), *(moment.bytes(each) - gone for moment in waiting)])
+    then = (moment.bytes(each) - np.where(np.greater(moment.waiting, 0), gone, 0.0) for moment in waiting)
+    return reduce(np.maximum, [fullest.bytes(each), *then])
 
 
 def flights(case: Case, ranks: Ranks) -> list[Flight]:

@@ -55,8 +55,8 @@ def _fragments(case: Case) -> float:
 def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     """Peak bytes on each of `Case.holders`, shape (holders, m), of m layouts after another: the parts of `memory_of`
     for the layouts each tells apart."""
-    # The engine's gradients are whole while micro-batches are still to come.
-    state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.eager else ()))
+    # Gradients that are whole while micro-batches are still to come.
+    state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.sums_whole else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "frees", "micro_batches", "stages")
     kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
@@ -141,16 +141,16 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     sharded = lay.zero_stage >= 2
     gathered = precision.gathered * (dense + experts)
     buffers = np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0)
-    if case.stack.eager:
-        # FSDP reduces after the last micro-batch, in a pipeline after its backward pass: whole gradients until then.
+    if case.stack.sums_whole:
+        # Our FSDP reduces after the last micro-batch, in a pipeline after its backward pass: whole until then.
         sharded = sharded & (case.micro_batches == 1) & (lay.pp == 1)
-        if precision.stream < precision.parameter:
-            # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
-            # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).
-            copied = experts if precision.operand < precision.stream else dense + experts - _looked_up(case, ranks)
-            alone = (lay.zero_stage == 3) & (lay.ep > 1) & (lay.shards == lay.ep)
-            copied = np.where(lay.zero_stage >= 2, experts * alone, copied)
-            buffers = buffers + precision.stream * copied
+    if case.stack.eager and precision.stream < precision.parameter:
+        # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
+        # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).
+        copied = experts if precision.operand < precision.stream else dense + experts - _looked_up(case, ranks)
+        alone = (lay.zero_stage == 3) & (lay.ep > 1) & (lay.shards == lay.ep)
+        copied = np.where(lay.zero_stage >= 2, experts * alone, copied)
+        buffers = buffers + precision.stream * copied
     states = precision.optimizer * _cut(case, dense, experts, lay.zero_stage >= 1)
     if case.optimizer == "muon":
         # One moment instead of two: that of the second is not kept for the layers' matrices.
@@ -172,7 +172,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
 def _reduced_gradient(case: Case) -> Any:
     """Bytes an element of the gradient of the layer under reduction, which is whole beside ZeRO 3's gathered weights.
     In a pipeline our engine reduces when no activations are left, and the peak is past."""
-    return case.precision.gradient * np.where(case.lay.pp > 1, not case.stack.eager, True)
+    return case.precision.gradient * np.where(case.lay.pp > 1, not case.stack.sums_whole, True)
 
 
 def _looked_up(case: Case, ranks: Ranks) -> Any:
@@ -201,7 +201,8 @@ def _logits(case: Case, ranks: Ranks) -> Any:
 def _gone_while_weights_wait(case: Case, ranks: Ranks, logits: Any) -> Any:
     """Of `logits` (`_logits`) what is no longer there when a micro-batch has gone back and its weights wait: all but
     the gradients of the head, of its input and of the last norm's."""
-    return logits - ranks.last * (_head_gradient(case) + end_bytes(case))
+    left = ranks.last * (_head_gradient(case) + end_bytes(case))
+    return logits - left if case.stack.eager else np.maximum(logits - left, 0.0)
 
 
 def _head_gradient(case: Case) -> Any:

@@ -37,8 +37,9 @@ class Profile:
     as_many_as_stages: bool = False
 
 
-PUBLISHED = replace(GPU, selective_share=0.0)
-"""Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept anyway."""
+PUBLISHED = replace(GPU, selective_share=0.0, sums_whole=False)
+"""Runs with fused attention: Megatron's selective recomputation repeats its core, of which nothing is kept anyway.
+FSDP and DeepSpeed reduce each micro-batch's gradients unless told otherwise."""
 
 MEGATRON = Profile(replace(MEGATRON_2022, name="megatron"), recompute="full")
 MEGATRON_DEEPSPEED = Profile(

@@ -16,6 +16,9 @@ gradients where ZeRO 2 or 3 cuts them (FSDP's hooks; its copies are `shard_passe
 today's unit). `host_factor` multiplies: slower or faster Python, or none (compiled graphs). `pipeline_stall_s` is what
 each collective waits on the host, per tensor-parallel rank, while pipeline messages cross nodes.
 
+Under ZeRO 2 and 3 a stack that `sums_whole` adds up whole gradients over a step's micro-batches and reduces them once,
+as our engine does: its messages are a step's, its gradients are cut where there is one micro-batch alone.
+
 `eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
 One that `fuses` makes what stands between products again where these read it narrower than it is (1.3 B parameters in
 float8 on an H200: 35.6 GiB, 42.4 if it were kept).
@@ -112,6 +115,7 @@ class Stack:
     tile_kernels: Passes = Passes(0, 0)
     waking_kernels: float = 0.0
     fuses: bool = False
+    sums_whole: bool = False
 
     @property
     def whole_gradients(self) -> bool:
@@ -189,6 +193,7 @@ GPU = Stack(
     saved_width=(2, 3),
     step_overhead_s=2e-3,
     serial_launch=False,
+    sums_whole=True,
 )
 """Flash attention, partly fused element-wise kernels, gradients reduced beside the backward pass (2023 on)."""
 
@@ -269,6 +274,7 @@ EAGER_CPU = Stack(
     pipeline_stall_s=0.0,
     gradient_bytes=None,
     eager=True,
+    sums_whole=True,
     kept=1.0,
     logits_bytes=6.0,
     logits_gathered=False,

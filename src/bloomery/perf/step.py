@@ -376,8 +376,8 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
     """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it, what ZeRO 3
     adds to a micro-batch).
 
-    Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind all compute of the step;
-    the last bucket (one layer's share) never hides. A later stage also hides in the pipeline's draining.
+    Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind what that leaves of all
+    compute; the last bucket (one layer's share) never hides. A later stage also hides in the pipeline's draining.
     """
     stack = case.stack
     gathers = data.gather + micro.count * data.gather_each
@@ -385,7 +385,7 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
     if stack.gradient_overlap:
         room = micro.backward * (stack.gradient_overlap / send.chunks)
         reduce = np.maximum(data.reduce - room, data.reduce * data.bucket)
-        room = micro.compute * (stack.gather_overlap * micro.count)
+        room = np.maximum(micro.compute * (stack.gather_overlap * micro.count) - (data.reduce - reduce), 0.0)
         gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
     drained = data.ends * (micro.drain / send.chunks)
     exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)

@@ -112,8 +112,8 @@ class Tier(Noun):
     `op_latency_s` has a latency for it, its time on the wire alone: sends wait otherwise than a ring's hops do.
     `overlap`: in what share of the latency of a ring's hop its bytes travel: it waits for a core of their receiver.
     `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
-    `mesh_share`: where accelerators are linked pair by pair and not through a switch, what share of its bandwidth a rank
-    has in a group of at most so many inside the tier; of two, that is what a send has.
+    `mesh_share`: where accelerators are linked pair by pair and not through a switch, what share of its bandwidth a
+    rank has in a group of at most so many inside the tier; of two, that is what a send has.
     `occupied`: between ranks that take turns on cores, in what share of a send's time these are busy with it.
     """
 

@@ -37,6 +37,8 @@ LAYOUTS = [
     Layout(tp=4, pp=16, dp=1, schedule="gpipe"),
     Layout(tp=8, pp=2, dp=4, stage_layers=(50, 46), zero_stage=2),
     Layout(tp=4, cp=2, pp=8),
+    Layout(tp=8, pp=4, dp=2, schedule="zbv"),
+    Layout(tp=2, cp=4, dp=8, zero_stage=3, recompute="full"),
 ]
 
 
@@ -104,9 +106,11 @@ def test_yuans_paper_layout_comes_near_the_reported_efficiency() -> None:
     layout = Layout(tp=8, pp=38, dp=7, recompute="full")
     yuan, cluster = catalog.model("yuan-1.0-245b"), catalog.cluster("yuan-1.0")
     of_its_time = predict([layout], model=yuan, cluster=cluster, batch=3360, dtype="float16", stack=MEGATRON_2022)
-    assert of_its_time.hfu[0] == pytest.approx(0.448, rel=0.10)
+    assert of_its_time.hfu[0] == pytest.approx(0.448, abs=0.02)
+    steps = 180e9 / (3360 * 2048)
+    assert 14 * 0.94 <= steps * of_its_time.step_time_s[0] / 86400 <= 16  # 6 % of it were lost to failures, as planned
     today = predict([layout], model=yuan, cluster=cluster, batch=3360, dtype="float16")
-    assert today.hfu[0] == pytest.approx(0.448, rel=0.15)
+    assert of_its_time.hfu[0] < today.hfu[0] < 0.49
     assert today.fits[0]
 
 
@@ -248,6 +252,26 @@ def test_better_hardware_is_never_slower(layout: Layout, factor: float) -> None:
     ]
     for change in changes:
         assert predict([layout], cluster=SELENE.model_copy(update=change)).step_time_s[0] <= slow * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_hides_a_reduction_hides_no_gathering_too(stage: int) -> None:
+    """Few micro-batches of messages as long as what they hide behind: faster compute once made the step slower."""
+    layout = Layout(dp=32, zero_stage=stage, micro_batch=2, recompute="selective")
+    model, cluster = catalog.model("gpt3-13b"), catalog.cluster("aws-p4d-like")
+    device, seconds = cluster.accelerator, []
+    for factor in (1.0, 1.1, 1.5, 2.0, 3.0, 10.0):
+        peaks = {dtype: factor * peak for dtype, peak in device.peak_flops_per_s.items()}
+        faster = {"accelerator": device.model_copy(update={"peak_flops_per_s": peaks})}
+        seconds.append(predict([layout], model=model, cluster=cluster.model_copy(update=faster)).step_time_s[0])
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_our_engine_adds_up_whole_gradients_whatever_it_runs_on() -> None:
+    one, several = Layout(dp=8, zero_stage=2, micro_batch=8), Layout(dp=8, zero_stage=2, micro_batch=4)
+    model, cluster = catalog.model("llama-3-8b"), catalog.cluster("generic-8xh100")
+    found = predict([one, several], model=model, cluster=cluster).memory_bytes["gradients"]
+    assert found[1] == pytest.approx(8 * found[0])
 
 
 @given(st.sampled_from(LAYOUTS))

@@ -148,7 +148,8 @@ def plain_step_s(case: Case) -> float:
         reduce, gather = one["reduce"], one["gather"]
         if stack.gradient_overlap:
             reduce = max(reduce - stack.gradient_overlap * one["backward"] / vpp, reduce / one["layers"])
-            gather = max(gather - stack.gather_overlap * m * one["compute"], gather / one["layers"] / 2)
+            free = max(stack.gather_overlap * m * one["compute"] - (one["reduce"] - reduce), 0.0)
+            gather = max(gather - free, gather / one["layers"] / 2)
         exposed.append(max(reduce - behind * drain, 0.0) + gather)
         gathers.append(gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
