@@ -19,7 +19,8 @@ from pathlib import Path
 from bloomery.cluster.crew import Crew
 from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
-from bloomery.cluster.world import Outcome, Stopping, pause, supervise
+from bloomery.cluster.stopping import Stopping
+from bloomery.cluster.world import Outcome, pause, supervise
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.ledger.waiting import job_started, requeues
