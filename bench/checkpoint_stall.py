@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bloomery.cluster.world import Stopping, supervise, threads_per_rank
+from bloomery.cluster.stopping import Stopping
+from bloomery.cluster.world import supervise, threads_per_rank
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import Supervision

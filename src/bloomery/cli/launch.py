@@ -41,7 +41,8 @@ def launch(
 ) -> None:
     """Start a run on a scheduler's hosts, follow it with the line of a local run, and let it outlive the follower.
 
-    Ctrl-C leaves the job running. A job stopped ahead of its time limit saves and goes on by itself, bit for bit.
+    Ctrl-C leaves the job running; by ssh all hosts save and stop. A job stopped ahead of its time limit saves and goes
+    on by itself, bit for bit.
     """
     from bloomery.cluster.sites.order import order
     from bloomery.spec.catalog import read_run

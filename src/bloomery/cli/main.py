@@ -41,6 +41,8 @@ VERBS: dict[str, tuple[str, str]] = {
 }
 
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C."""
 EPILOG = "Start with `bloomery demo`, or write a run.yaml (see examples/) and `bloomery plan` it."
 
 
@@ -87,6 +89,8 @@ def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
         raise InputError(f"{problem}; see `{name} --help`", where=name) from None
     except Abort:
         raise KeyboardInterrupt from None
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if isinstance(code, int) and code:
         raise SystemExit(code)
 

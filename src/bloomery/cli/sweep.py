@@ -69,7 +69,7 @@ def train_point(run: Run, point: Point, folder: Path) -> float:
     values = run.model_dump(mode="json")
     values |= {"name": point.name, "model": point.model.model_dump(mode="json"), "out": str(folder), "layout": "auto"}
     values["data"] |= {"folder": str(data_folder(run))}
-    values["train"] |= {"tokens": point.tokens, "steps": None, "checkpoint_every": 10**9}
+    values["train"] |= {"tokens": point.tokens, "steps": None, "checkpoint_every": 10**9, "profile": ""}
     values |= {"compare": {}, "align": []}
     description = folder / f"{point.name}.yaml"
     write_atomically(description, to_yaml(values))

@@ -28,7 +28,8 @@ def train(
 ) -> None:
     """Pre-train as planned, after `bloomery data build`: starts the processes the layout needs itself.
 
-    The same command goes on from the newest checkpoint. Exit code 75: stopped by a signal, after saving.
+    The same command goes on from the newest checkpoint. Exit code 75: stopped by a signal or Ctrl-C, after saving.
+    A second Ctrl-C ends at once.
     """
     import sys
 

@@ -30,7 +30,8 @@ from bloomery.cluster.channel import (
 )
 from bloomery.cluster.interfaces import interface_of
 from bloomery.cluster.place import Place
-from bloomery.cluster.world import Outcome, Share, Stopping, World, pause, running
+from bloomery.cluster.stopping import Stopping
+from bloomery.cluster.world import Outcome, Share, World, pause, running
 from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
@@ -87,7 +88,7 @@ class Leader:
             self._tell(number, {"do": "start", "start": self._start, "port": port, **ranks})
         share = Share(range(each), world_size, _url(here, port), interface_of(here), usual_s=usual_s)
         with running(module, folder, share, self.settings, self.stopping) as world:
-            outcome = self._watched(world, each)
+            outcome = Outcome(STOPPED_BY_SIGNAL) if self.stopping.asked else self._watched(world, each)
         self._broadcast({"do": "end"})
         return world.told(outcome)
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from bloomery.cluster.crew import Crew
 from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
-from bloomery.cluster.world import Outcome, Stopping, pause, supervise
+from bloomery.cluster.stopping import STOPS, Stopping
+from bloomery.cluster.world import Outcome, pause, supervise
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import JsonLines, read_lines
 from bloomery.ledger.waiting import job_started, requeues
-from bloomery.spec.commit import take_fence
+from bloomery.spec.commit import checkpoint_folders, step_of, take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
@@ -131,6 +132,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
             if outcome.code in (2, 3):
                 raise SystemExit(outcome.code)
             if stopping.asked:
+                _record_unsaved(folder, outcome)
                 return STOPPED_BY_SIGNAL
             if outcome.code == CORRUPTED:
                 forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
@@ -251,6 +253,16 @@ def _record(folder: Path, outcome: Outcome, then: str) -> None:
     if then:
         where = f"in step {outcome.step + 1}" if outcome.step >= 0 else "before the first step"
         print(f"warning: rank {outcome.rank} {outcome.cause} {where}; {then}", file=sys.stderr, flush=True)
+
+
+def _record_unsaved(folder: Path, outcome: Outcome) -> None:
+    """A run that was told to stop could not save. A rank that the signal itself ended had not begun to listen to it,
+    and had nothing to save."""
+    if outcome.cause in {f"killed by {number.name}" for number in STOPS}:
+        return
+    saved = max((step_of(one) for one in checkpoint_folders(folder / "checkpoints")), default=0)
+    lost = f", steps after {saved} are lost" if outcome.step > saved else ""
+    _record(folder, outcome, f"stopping as told{lost}")
 
 
 def _asked_within(stopping: Stopping, seconds: float) -> bool:

@@ -21,12 +21,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import _children  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
+from bloomery.cluster.stopping import STOPS, Stopping
 from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
@@ -34,8 +35,6 @@ from bloomery.spec.files import write_atomically
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.reliability import Supervision
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
-"""What asks a run to finish its step, save and leave."""
 POLL_S = 0.05
 STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
@@ -134,7 +133,20 @@ def forking(*modules: str) -> ForkServerContext:
         _end_fork_server()
         _imported.update(modules)
         context.set_forkserver_preload(sorted(_imported))
+    _start_deaf()
     return context
+
+
+def _start_deaf() -> None:
+    """A terminal or a scheduler signals every process. The one that ranks are forked from would die of it, even in the
+    middle of its imports, and a rank whose parent is gone cannot be told from one that failed. So it starts with those
+    signals held back, and ranks do too: what comes for one before it listens (`_rank`) waits until then."""
+    resource_tracker.ensure_running()  # started later, it would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOPS})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_fork_server() -> None:
@@ -173,14 +185,18 @@ class World:
             context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
             for rank in share.ranks
         ]
-        self.processes[0].start()
-        self.forked_s = time.monotonic() - self.started  # its own clock runs from here
-        for process in self.processes[1:]:
-            process.start()
         self.ending_s = 0.0
         self._noticed: float | None = None
         self._polled = self.started
         self._lenient_until = 0.0
+        try:
+            self.processes[0].start()
+            self.forked_s = time.monotonic() - self.started  # its own clock runs from here
+            for process in self.processes[1:]:
+                process.start()
+        except BaseException:
+            self.kill()  # a second Ctrl-C: nobody else knows of those that are there
+            raise
 
     def signal(self, number: int) -> None:
         """Send a signal to every process that runs. One may have ended and not be known to have: its parent, which
@@ -278,9 +294,10 @@ class World:
         self.signal(signal.SIGKILL)
         until = time.monotonic() + KILLED_WITHIN_S
         for process in self.processes:
-            process.join(max(0.0, until - time.monotonic()))
+            if process.pid is not None:
+                process.join(max(0.0, until - time.monotonic()))
         left = [(rank, process) for rank, process in zip(self.share.ranks, self.processes, strict=True)
-                if process.exitcode is None]  # fmt: skip
+                if process.pid is not None and process.exitcode is None]  # fmt: skip
         for _, process in left:
             _children.discard(process)  # else this process would wait for them at its own end, without a word
         self.ending_s = time.monotonic() - (self._noticed or time.monotonic())
@@ -326,41 +343,13 @@ def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
 
     forked = time.perf_counter()
     die_with_parent(SERVER)
-    for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)  # the process it is forked from ignores them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # and not SIGINT: Ctrl-C is answered by the supervisor alone
     os.environ.clear()
     os.environ.update(environment)
     os.environ["BLOOMERY_FORKED"] = repr(forked)
     warnings.simplefilter("ignore")
     sys.argv = [module, folder]
     sys.exit(importlib.import_module(module).main())
-
-
-class Stopping:
-    """Whether SIGTERM or SIGUSR1 has come; while a world runs it gets the signal too."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.world: World | None = None
-
-    def __call__(self, number: int, _: object) -> None:
-        self.asked = True
-        if self.world is not None:
-            self.world.signal(number)
-
-    def ask(self) -> None:
-        """As if SIGTERM had come: another host of the run was told to stop."""
-        self(signal.SIGTERM, None)
-
-    @contextmanager
-    def handled(self) -> Iterator[Stopping]:
-        """Handle both signals inside."""
-        before = {number: signal.signal(number, self) for number in STOPS}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def supervise(
@@ -378,7 +367,8 @@ def supervise(
     """
     share = Share(range(len(slots)), len(slots), slots=tuple(slots), usual_s=usual_s)
     with running(module, folder, share, settings, stopping) as world:
-        outcome = world.watch(stop_after_s)
+        # Asked before there were ranks to pass it on to: nothing has been done that could be saved.
+        outcome = Outcome(STOPPED_BY_SIGNAL) if stopping.asked else world.watch(stop_after_s)
     return world.told(outcome)
 
 

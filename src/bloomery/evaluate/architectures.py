@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bloomery.evaluate import expert_configs as experts
+from bloomery.evaluate.config_keys import NUMBER, TEXT, TEXTS, TRUTH, WHOLE, check_kinds, require_keys
 from bloomery.evaluate.rope_parameters import rope_of, rope_parameters_of
 from bloomery.model.names import Family
 from bloomery.spec.errors import InputError, nearest_match
@@ -44,12 +45,25 @@ _GPT2_KEYS = {
 _ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu2": "relu2"}
 _SILU: Values = {"hidden_act": "silu"}
 _MLA_KEYS = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_FURTHER_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
+"""How many layers beyond the last predict further tokens."""
+_KINDS = {
+    **dict.fromkeys((*_LLAMA_KEYS.values(), *_GPT2_KEYS.values(), *_MLA_KEYS, *_FURTHER_LAYERS), WHOLE),
+    **dict.fromkeys(("sliding_window", "max_window_layers", "first_k_dense_replace"), WHOLE),
+    **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon"), NUMBER),
+    **dict.fromkeys(("tie_word_embeddings", "use_sliding_window", "attention_bias", "mlp_bias"), TRUTH),
+    "layer_types": TEXTS,
+    "activation_function": TEXT,
+}
+"""What is read here; `rope_parameters` and `expert_configs` know their own keys."""
+_NEEDED = ("layers", "hidden", "heads", "vocab")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One family. `keys`: our names to theirs; `fixed`: what must stand there (and does where it is absent);
-    `default`: theirs where a key is absent; `read` and `write`: what needs more than a name."""
+    `default`: theirs where a key is absent, which a null does not stand for; `needed`: what must stand there besides
+    what every model has; `read` and `write`: what needs more than a name."""
 
     class_name: str
     read: Callable[[Config, str], Values]
@@ -57,6 +71,7 @@ class Architecture:
     keys: dict[str, str] = field(default_factory=lambda: _LLAMA_KEYS)
     fixed: Values = field(default_factory=dict)
     default: Values = field(default_factory=dict)
+    needed: tuple[str, ...] = ()
 
 
 def family_of(model: Model) -> Family:
@@ -124,6 +139,8 @@ def model_of(config: Config, name: str, where: str) -> Model:
     """The structure a config.json describes. Raises InputError for what this product would compute differently."""
     architecture = ARCHITECTURES[family_in(config, where)]
     config = {**architecture.default, **config}
+    check_kinds(config, _KINDS, where)
+    require_keys(config, (*(architecture.keys[ours] for ours in _NEEDED), *architecture.needed), where)
     for key, accepted in {**architecture.fixed, "quantization_config": None, "partial_rotary_factor": 1.0}.items():
         if config.get(key, accepted) not in (accepted, None):
             raise InputError("not supported", where=f"{where}: {key}", found=config[key], accepted=[accepted])
@@ -134,21 +151,30 @@ def model_of(config: Config, name: str, where: str) -> Model:
 def family_in(config: Config, where: str) -> Family:
     """The family a config.json names. Raises InputError for one that is not read."""
     names = {architecture.class_name: family for family, architecture in ARCHITECTURES.items()}
-    found = str((config.get("architectures") or ["?"])[0])
+    check_kinds(config, {"architectures": TEXTS}, where)
+    found = (config.get("architectures") or ["?"])[0]
     if found not in names:
         near = nearest_match(found, names)
         raise InputError("an architecture that is not read", where=where, found=found, accepted=names, nearest=near)
     return names[found]
 
 
+def further_layers(config: Config) -> int:
+    """How many layers a directory may have beyond its model's."""
+    return max(config.get(key) or 0 for key in _FURTHER_LAYERS)
+
+
 def _window(config: Config, where: str, first: int = 0) -> int | None:
     """Sliding window of every layer (from layer `first` on). Raises InputError where only some layers have one."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is None or window >= config.get("max_position_embeddings", window + 1):
+    if window is None or window >= (config.get("max_position_embeddings") or window + 1):
         return None
-    layers = config.get("num_hidden_layers") or 0
+    layers = config["num_hidden_layers"]
     default = ["full_attention"] * first + ["sliding_attention"] * max(0, layers - first)
-    kinds = set((config.get("layer_types") or default)[:layers])
+    named = config.get("layer_types") or default
+    if len(named) < layers:
+        raise InputError(f"a kind for each of {layers} layers is expected", where=f"{where}: layer_types", found=named)
+    kinds = set(named[:layers])
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:
@@ -204,7 +230,7 @@ def _to_gpt2(model: Model) -> Values:
 
 
 def _mixtral(config: Config, where: str) -> Values:
-    return {**_mistral(config, where), "moe": experts.mixtral(config)}
+    return {**_mistral(config, where), "moe": experts.mixtral(config, where)}
 
 
 def _to_mixtral(model: Model) -> Values:
@@ -222,18 +248,18 @@ def _to_qwen3_moe(model: Model) -> Values:
     return {**windowed, **_to_mistral(model), **experts.to_qwen3_moe(model.moe)}
 
 
-def _deepseek(config: Config, where: str, moe: Values) -> Values:
+def _deepseek(config: Config, where: str, read: Callable[[Config, str], Values]) -> Values:
     mla = {key: config.get(key) for key in _MLA_KEYS if config.get(key) is not None}
-    routed = moe["first_dense_layers"] < config["num_hidden_layers"]
-    return {"mla": mla, "moe": moe if routed else None, **rope_of(config, where)}
+    routed = config["first_k_dense_replace"] < config["num_hidden_layers"]
+    return {"mla": mla, "moe": read(config, where) if routed else None, **rope_of(config, where)}
 
 
 def _deepseek_v2(config: Config, where: str) -> Values:
-    return _deepseek(config, where, experts.deepseek_v2(config, where))
+    return _deepseek(config, where, experts.deepseek_v2)
 
 
 def _deepseek_v3(config: Config, where: str) -> Values:
-    return _deepseek(config, where, experts.deepseek_v3(config))
+    return _deepseek(config, where, experts.deepseek_v3)
 
 
 def _to_deepseek(model: Model) -> Values:
@@ -247,34 +273,32 @@ def _to_deepseek(model: Model) -> Values:
 
 
 _DEEPSEEK_KEYS = {ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"}
+_DEEPSEEK_NEEDED = ("first_k_dense_replace", *(key for key in _MLA_KEYS if key != "q_lora_rank"))
 _DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6}
 """The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms."""
-_QWEN_DEFAULT = {"rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_ROPE = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
+_MISTRAL = {**_ROPE, "num_key_value_heads": 8, "sliding_window": 4096}
+_QWEN = {
+    **_ROPE,
+    "num_key_value_heads": 32,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 ARCHITECTURES: dict[Family, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default={"rms_norm_eps": 1e-6}),
-    "mistral": Architecture(
-        "MistralForCausalLM", _mistral, _to_mistral, fixed=_SILU, default={"rms_norm_eps": 1e-6, "sliding_window": 4096}
-    ),
+    "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default=_ROPE),
+    "mistral": Architecture("MistralForCausalLM", _mistral, _to_mistral, fixed=_SILU, default=_MISTRAL),
     "qwen2": Architecture(
-        "Qwen2ForCausalLM",
-        _qwen2,
-        _to_qwen,
-        fixed=_SILU,
-        default=_QWEN_DEFAULT,
+        "Qwen2ForCausalLM", _qwen2, _to_qwen, fixed=_SILU, default=_QWEN, needed=("max_window_layers",)
     ),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         _qwen3,
         _to_qwen,
         fixed={**_SILU, "attention_bias": False},
-        default={
-            "rms_norm_eps": 1e-6,
-            "head_dim": 128,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-            "sliding_window": 4096,
-        },
+        default={**_QWEN, "head_dim": 128},
+        needed=("max_window_layers",),
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -288,13 +312,19 @@ ARCHITECTURES: dict[Family, Architecture] = {
         },
         default={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
     ),
-    "mixtral": Architecture("MixtralForCausalLM", _mixtral, _to_mixtral, fixed=_SILU),
+    "mixtral": Architecture(
+        "MixtralForCausalLM",
+        _mixtral,
+        _to_mixtral,
+        fixed=_SILU,
+        default={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+    ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
         _qwen3_moe,
         _to_qwen3_moe,
         fixed={**_SILU, "attention_bias": False},
-        default={"rms_norm_eps": 1e-6, "use_sliding_window": False},
+        default={**_ROPE, "num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096},
     ),
     "deepseek_v2": Architecture(
         "DeepseekV2ForCausalLM",
@@ -302,7 +332,8 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
         fixed={**_DEEPSEEK_FIXED, "mlp_bias": False, "norm_topk_prob": False},
-        default={"first_k_dense_replace": 0},
+        default={**_ROPE, "first_k_dense_replace": 0},
+        needed=_DEEPSEEK_NEEDED,
     ),
     "deepseek_v3": Architecture(
         "DeepseekV3ForCausalLM",
@@ -310,6 +341,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
         fixed={**_DEEPSEEK_FIXED, "rope_interleave": True},
-        default={"first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
+        default={**_ROPE, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
+        needed=_DEEPSEEK_NEEDED,
     ),
 }

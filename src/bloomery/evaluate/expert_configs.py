@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bloomery.evaluate.config_keys import NUMBER, TEXT, TRUTH, WHOLE, WHOLES, check_kinds, require_keys
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts
 
@@ -33,9 +34,20 @@ _DEEPSEEK = {
     "normalize_top_k": "norm_topk_prob",
     "routed_scaling_factor": "routed_scaling_factor",
 }
+_KINDS = {
+    **dict.fromkeys((*_MIXTRAL.values(), *_QWEN3.values(), *_DEEPSEEK.values(), "n_group", "topk_group"), WHOLE),
+    **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), NUMBER),
+    "norm_topk_prob": TRUTH,
+    "topk_method": TEXT,
+    "mlp_only_layers": WHOLES,
+    "decoder_sparse_step": WHOLE,
+}
+_NEEDED = ("experts", "top_k", "expert_ffn_hidden")
 
 
-def _read(config: Config, names: dict[str, str]) -> Values:
+def _read(config: Config, names: dict[str, str], where: str) -> Values:
+    check_kinds(config, _KINDS, where)
+    require_keys(config, (names[ours] for ours in _NEEDED), where)
     return {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
 
 
@@ -43,9 +55,9 @@ def _written(moe: MixtureOfExperts, names: dict[str, str]) -> Values:
     return {theirs: getattr(moe, ours) for ours, theirs in names.items()}
 
 
-def mixtral(config: Config) -> Values:
+def mixtral(config: Config, where: str) -> Values:
     """A softmax over the chosen is one over all, made to add up to one again."""
-    return {**_read(config, _MIXTRAL), "normalize_top_k": True}
+    return {**_read(config, _MIXTRAL, where), "normalize_top_k": True}
 
 
 def to_mixtral(moe: MixtureOfExperts) -> Values:
@@ -55,13 +67,14 @@ def to_mixtral(moe: MixtureOfExperts) -> Values:
 
 def qwen3_moe(config: Config, where: str) -> Values:
     """`mlp_only_layers` may name the first layers only. Raises InputError for dense layers anywhere else."""
+    # The family's own files say `num_experts`; transformers 5 writes the name that all families share.
+    config = {"num_experts": config.get("num_local_experts"), **config}
+    routed = _read(config, _QWEN3, where)
     dense, step = sorted(config.get("mlp_only_layers") or []), config.get("decoder_sparse_step", 1)
     if dense != list(range(len(dense))) or step != 1:
         found = {"mlp_only_layers": dense, "decoder_sparse_step": step}
         raise InputError("dense layers must be the first ones", where=where, found=found)
-    # The family's own files say `num_experts`; transformers 5 writes the name that all families share.
-    experts = {"experts": config["num_local_experts"]} if "num_local_experts" in config else {}
-    return {"normalize_top_k": False, **experts, **_read(config, _QWEN3), "first_dense_layers": len(dense)}
+    return {"normalize_top_k": False, **routed, "first_dense_layers": len(dense)}
 
 
 def to_qwen3_moe(moe: MixtureOfExperts) -> Values:
@@ -72,12 +85,12 @@ def to_qwen3_moe(moe: MixtureOfExperts) -> Values:
 
 def deepseek_v2(config: Config, where: str) -> Values:
     """Softmax scores, the best expert of a group stands for it. Raises InputError for another `topk_method`."""
-    methods = {"greedy": False, "group_limited_greedy": True}
+    routed, methods = _read(config, _DEEPSEEK, where), {"greedy": False, "group_limited_greedy": True}
     method = config.get("topk_method", "greedy")
     if method not in methods:
         raise InputError("not supported", where=f"{where}: topk_method", found=method, accepted=methods)
     groups = {"groups": config.get("n_group") or 1, "top_groups": config.get("topk_group") or 1}
-    return {"normalize_top_k": False, **_read(config, _DEEPSEEK), **(groups if methods[method] else {})}
+    return {"normalize_top_k": False, **routed, **(groups if methods[method] else {})}
 
 
 def to_deepseek_v2(moe: MixtureOfExperts) -> Values:
@@ -87,12 +100,13 @@ def to_deepseek_v2(moe: MixtureOfExperts) -> Values:
     return {**_written(moe, _DEEPSEEK), **groups, "topk_method": "group_limited_greedy" if grouped else "greedy"}
 
 
-def deepseek_v3(config: Config) -> Values:
+def deepseek_v3(config: Config, where: str) -> Values:
     """Sigmoid scores, balanced by a bias; the two best experts of a group stand for it."""
+    routed = _read(config, _DEEPSEEK, where)
     groups = {"groups": config.get("n_group") or 1, "top_groups": config.get("topk_group") or 1}
     # With one group its figure decides nothing.
     score = {"group_score": "two_best"} if groups["groups"] > 1 else {}
-    return {**_read(config, _DEEPSEEK), **groups, **score, "scoring": "sigmoid", "balancing": "bias"}
+    return {**routed, **groups, **score, "scoring": "sigmoid", "balancing": "bias"}
 
 
 def to_deepseek_v3(moe: MixtureOfExperts) -> Values:

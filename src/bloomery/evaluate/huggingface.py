@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE, Tokenizer
 from bloomery.data.tokenizer import read as read_tokenizer
-from bloomery.evaluate.architectures import config_of, family_in, model_of
+from bloomery.evaluate.architectures import config_of, family_in, further_layers, model_of
 from bloomery.evaluate.opening import OpenRun
 from bloomery.evaluate.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, ends_of, token_settings
 from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
@@ -133,8 +133,7 @@ def _read_tensors(source: Path, model: Model, config: dict[str, Any]) -> dict[st
             expected = part.to_theirs([torch.empty(shapes[name], device="meta") for name in part.ours])
             theirs = [files.read(name, like.shape) for name, like in zip(part.theirs, expected, strict=True)]
             found |= zip(part.ours, part.to_ours(theirs), strict=True)
-        further = max(int(config.get(key) or 0) for key in ("num_nextn_predict_layers", "num_mtp_layers"))
-        beyond = range(model.layers, model.layers + further)
+        beyond = range(model.layers, model.layers + further_layers(config))
         files.refuse_others({name for part in parts for name in part.theirs}, beyond)
     return {name: found[name].contiguous() for name in shapes}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from bloomery.evaluate.config_keys import MAPPING, NUMBER, TEXT, check_kinds, require_keys
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
@@ -28,23 +29,28 @@ _FIELDS: dict[str, dict[str, str]] = {
     },
 }
 """Our field of each rule to theirs."""
-_PLAIN = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_PLAIN = {"rope_type": TEXT, "type": TEXT, "rope_theta": NUMBER, "partial_rotary_factor": NUMBER}
 
 
 def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a `Model`. Raises InputError for a rule or key that is not known."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    place = f"{where}: rope_parameters"
+    check_kinds(config, {"rope_parameters": MAPPING, "rope_scaling": MAPPING, "rope_theta": NUMBER}, where)
+    spelt = "rope_scaling" if not config.get("rope_parameters") and config.get("rope_scaling") else "rope_parameters"
+    place, rope = f"{where}: {spelt}", dict(config.get(spelt) or {})
+    check_kinds(rope, _PLAIN, place)
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    theta = rope.get("rope_theta")
+    if theta is None:
+        require_keys(config, ["rope_theta"], where)
+        theta = config["rope_theta"]
     if kind != "default" and kind not in _FIELDS:
         raise InputError("a rule of rotary positions that is not read", where=place, found=kind, accepted=_FIELDS)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor") not in (1.0, None):
         raise InputError("rotary positions on a part of each head are not supported", where=place, found=rope)
     if kind == "default":
         return {"rope_theta": theta}
     fields = _FIELDS[kind]
-    unknown = set(rope) - _PLAIN - set(fields.values())
+    unknown = set(rope) - set(_PLAIN) - set(fields.values())
     if unknown:
         raise InputError("not supported", where=place, found=", ".join(sorted(unknown)), accepted=fields.values())
     if "original_max_seq_len" in fields:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bloomery.evaluate.config_keys import MAPPING, TEXT, check_kinds, require_keys
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 
@@ -27,13 +28,24 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def _places(index: Path) -> dict[str, str]:
+    """The file of each tensor."""
+    values = read_config(index)
+    check_kinds(values, {"weight_map": MAPPING}, str(index))
+    require_keys(values, ["weight_map"], str(index))
+    places, where = dict(values["weight_map"]), f"{index}: weight_map"
+    check_kinds(places, dict.fromkeys(places, TEXT), where)
+    require_keys(places, places, where)
+    return places
+
+
 class TensorFiles:
     """Reads tensors by name; each file is opened once. A name may lack its first part, as in files of a bare model."""
 
     def __init__(self, source: Path) -> None:
         self.source = source
         index = source / INDEX
-        self.places = dict[str, str](read_config(index)["weight_map"]) if index.is_file() else dict[str, str]()
+        self.places = _places(index) if index.is_file() else dict[str, str]()
         self._stack, self._files = ExitStack(), dict[str, Any]()
         if not self.places:
             self.places = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)

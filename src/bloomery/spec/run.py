@@ -147,6 +147,12 @@ class Train(Noun):
         return self
 
     @model_validator(mode="after")
+    def _window_in_run(self) -> Train:
+        if self.profile and step_window(self.profile)[0] > self.n_steps:
+            raise ValueError(f"profile: {self.profile} begins after the last of {self.n_steps} steps")
+        return self
+
+    @model_validator(mode="after")
     def _possible_ramp(self) -> Train:
         problem = ramp_problem(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len)
         if problem is None and self.course.last.steps < 1:

@@ -66,7 +66,7 @@ def run(job: Job, folder: Path, mesh: Mesh, clock: Clock, heartbeat: Heartbeat |
 def _step(session: Session, step: int) -> int:
     """One optimizer step. Returns the number of the next one: `step` + 1, or an earlier one after a rewind."""
     job, engine, clock = session.job, session.engine, session.clock
-    session.profile.before(step + 1)
+    session.profile.before(step + 1, clock)
     session.sample.before(step + 1, session.recorder, clock, engine, session.optimizers)
     with clock.bucket("data"):
         batch = session.batches.get(step)
@@ -108,9 +108,8 @@ def _step(session: Session, step: int) -> int:
         with clock.bucket("startup"):
             heap.give_back()
     session.sample.after(step + 1, session.recorder, clock)
-    if session.profile.ends_after(step + 1):  # a step that enters this bucket is not like the others
-        with clock.bucket("profile"):
-            session.recorder.event("profiled", **(session.profile.close(step + 1) or {}))
+    if session.profile.ends_after(step + 1):
+        session.recorder.event("profiled", **(session.profile.close(step + 1, clock) or {}))
     pauses = ((job.checkpoint_every, save), (job.memory_every, keep_in_memory), (job.evaluate_every, evaluate))
     for every, pause in pauses if step < done < job.steps else ():
         if every and done % every == 0:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from bloomery.ledger.clock import Clock
 from bloomery.ledger.exposure import exposure_of_trace
 from bloomery.spec.run import step_window
 
@@ -26,25 +27,31 @@ class ProfileWindow:
         self._folder, self._rank = folder / "profile", rank
         self._profile: Any = None
 
-    def before(self, step: int) -> None:
-        """About to run `step` (counted from 1)."""
+    def before(self, step: int, clock: Clock) -> None:
+        """About to run `step` (counted from 1). To start a profiler takes seconds: whoever looks on is told."""
         if self._steps is None or self._profile is not None or not self._steps[0] <= step <= self._steps[1]:
             return
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._first = step
-        self._profile = profile(activities=activities)
-        self._profile.start()
+        clock.catch_up("optimizer")
+        with clock.bucket("profile"):
+            self._first = step
+            self._profile = profile(activities=activities)
+            self._profile.start()
 
     def ends_after(self, step: int) -> bool:
         """Whether `step`, which is done, was the last one of an open window: `close` it."""
         return self._profile is not None and self._steps is not None and step >= self._steps[1]
 
-    def close(self, step: int) -> dict[str, Any] | None:
+    def close(self, step: int, clock: Clock) -> dict[str, Any] | None:
         """End the window now, whatever it has: the account of communication in it; None when none is open."""
         if self._profile is None:
             return None
+        with clock.bucket("profile"):
+            return self._closed(step)
+
+    def _closed(self, step: int) -> dict[str, Any]:
         self._profile.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         trace = self._folder / f"steps_{self._first}-{step}_rank_{self._rank:05d}.json.gz"

@@ -64,7 +64,7 @@ class Session:
 
     def close(self) -> None:
         """Flush and end what runs beside the steps."""
-        self.profile.close(self.job.steps)
+        self.profile.close(self.job.steps, self.clock)
         self.writer.close()
         self.batches.close()
         self.recorder.close()

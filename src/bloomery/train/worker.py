@@ -6,8 +6,11 @@ import faulthandler
 import json
 import os
 import platform
+import re
 import signal
 import sys
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,11 +20,15 @@ from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.files import write_atomically
 from bloomery.spec.job import CORRUPTED, GAVE_UP, Job, read_job
 from bloomery.train.gpu import Gpu
 from bloomery.train.loop import run
 from bloomery.train.reexecution import repeat_bits
 from bloomery.train.session import CorruptionError
+
+PEER_LOST = re.compile(r"gloo/transport/\S*\] (.* by peer)")
+"""What gloo says where the other end of a connection is gone."""
 
 
 def main() -> int:
@@ -56,7 +63,22 @@ def main() -> int:
         # A disk that filled up, most often. What was half-written has no commit and is never read.
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
+    except RuntimeError as error:
+        lost = PEER_LOST.search(str(error))
+        if lost is None:
+            raise
+        return _without_peers(folder, lost[1])
     return code
+
+
+def _without_peers(folder: Path, what: str) -> int:
+    """Another rank has ended: the supervisor names it. Where this one noticed is kept, and is not what went wrong."""
+    rank = int(os.environ.get("RANK", "0"))
+    kept = folder / "hangs" / f"lost_peers_rank_{rank:05d}.txt"
+    with suppress(OSError):
+        write_atomically(kept, traceback.format_exc())
+    print(f"rank {rank} lost its peers: {what}; see {kept}", file=sys.stderr, flush=True)
+    return 1
 
 
 def device_of(job: Job, local_rank: int) -> torch.device:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from bloomery.cli import main as command_line
 
@@ -72,6 +73,23 @@ def test_a_wrong_value_is_one_line_and_exit_code_2(
     assert captured.out == ""
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert words in captured.err
+
+
+@pytest.mark.parametrize("verb", ["catalog", "data"])
+def test_ctrl_c_is_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    group = typer.Typer(pretty_exceptions_enable=False)
+    group.command("inspect")(interrupted)
+    group.command("build")(interrupted)
+    monkeypatch.setattr("bloomery.cli.catalog.catalog", interrupted)
+    monkeypatch.setattr("bloomery.cli.data.app", group)
+    assert called(monkeypatch, verb, *(["inspect"] if verb == "data" else [])) == 130
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "stopped by the user; nothing half-written is taken for good\n")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["data"]])

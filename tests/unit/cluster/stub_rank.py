@@ -46,6 +46,7 @@ def host() -> None:
     from bloomery.cluster.place import Place
     from bloomery.cluster.supervisor import launch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is deaf to Ctrl-C
     world.PRELOADED[:] = ["bloomery.cluster.forked_from"]
     folder, place = Path(sys.argv[1]), Place.parse(sys.argv[2], sys.argv[3])
     if place.node:

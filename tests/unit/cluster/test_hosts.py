@@ -20,7 +20,7 @@ from bloomery.cluster import hosts as hosts_of_a_run
 from bloomery.cluster.channel import Channel, LostError, free_port, listen, proof, the_secret
 from bloomery.cluster.hosts import Leader, TemporaryError
 from bloomery.cluster.place import Place
-from bloomery.cluster.world import Stopping
+from bloomery.cluster.stopping import Stopping
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
@@ -115,12 +115,14 @@ def test_a_signal_at_any_host_stops_all(hosts: Make) -> None:
     assert one.codes() == [75, 0]
 
 
-def test_a_signal_to_every_process_of_a_job_stops_it_as_one_to_a_host_does(hosts: Make) -> None:
-    """As `scancel --signal` sends it: the process that ranks are forked from gets it too, and must outlive them."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_every_process_of_a_job_stops_it_as_one_to_a_host_does(hosts: Make, number: int) -> None:
+    """As `scancel --signal` or a terminal's Ctrl-C sends it: the process that ranks are forked from gets it too, and
+    must outlive them."""
     one = hosts({rank: ["wait"] for rank in range(4)})
     one.wait_for(1)
     for pid in [other for process in one.processes for other in below(process.pid)]:
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     assert one.codes() == [75, 0]
     assert not (one.folder / "events.jsonl").exists() or not [
         event for event in read_lines(one.folder / "events.jsonl") if event["event"] == "worker_failed"

@@ -1,14 +1,28 @@
-"""What one command leaves for the next."""
+"""What one command leaves for the next, and says of how it ended."""
 
 from __future__ import annotations
 
 import json
 import platform
 from pathlib import Path
+from typing import Any
 
-from bloomery.cluster.supervisor import SUPERVISION_FILE, usual_before
+import pytest
+
+from bloomery.cluster import supervisor
+from bloomery.cluster.supervisor import SUPERVISION_FILE, launch, usual_before
+from bloomery.cluster.world import Outcome
 from bloomery.ledger.heartbeat import PHASES
+from bloomery.ledger.sinks import read_lines
+from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, write_job
 from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+from bloomery.spec.run import Optimizer
+
+JOB = Job(
+    name="pretrain", model=Model(layers=1, hidden=8, heads=1, vocab=8), layout=Layout(dp=2), dtype="float32", seed=0,
+    seq_len=8, global_batch=4, steps=90, optimizer=Optimizer(), data="", heldout="",
+)  # fmt: skip
 
 
 def test_only_the_same_layout_on_the_same_host_knows_how_long_phases_take(tmp_path: Path) -> None:
@@ -26,3 +40,31 @@ def test_only_the_same_layout_on_the_same_host_knows_how_long_phases_take(tmp_pa
     with (tmp_path / SUPERVISION_FILE).open("a") as stream:
         stream.write(json.dumps({"layout": layout.describe(), "host": here, "usual_s": [1.0]}) + "\n")
     assert usual_before(tmp_path, layout) == ()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "said"),
+    [
+        (
+            Outcome(1, 1, "killed by SIGKILL", 33, "communicate"),
+            "in step 34; stopping as told, steps after 20 are lost",
+        ),
+        (Outcome(1, 1, "killed by SIGKILL", 20, "compute"), "in step 21; stopping as told"),
+        (Outcome(1, 1, "killed by SIGTERM", -1, "startup"), ""),  # it did not listen yet
+        (Outcome(STOPPED_BY_SIGNAL, step=33), ""),
+    ],
+)
+def test_a_stop_in_which_a_rank_failed_says_what_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], outcome: Outcome, said: str
+) -> None:
+    def one_start(*given: Any) -> Outcome:
+        given[4].ask()
+        return outcome
+
+    write_job(tmp_path, JOB)
+    (tmp_path / "checkpoints" / "step_000020").mkdir(parents=True)
+    monkeypatch.setattr(supervisor, "_one_start", one_start)
+    assert launch("none", tmp_path, 2) == STOPPED_BY_SIGNAL
+    assert capsys.readouterr().err == (f"warning: rank 1 {outcome.cause} {said}\n" if said else "")
+    failures = [(event["rank"], event["cause"]) for event in read_lines(tmp_path / "events.jsonl")]
+    assert failures == ([(1, "killed by SIGKILL")] if said else [])

@@ -7,6 +7,8 @@ import platform
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -17,9 +19,10 @@ from bloomery.cluster import world as worlds
 from bloomery.cluster.world import Share, World, _environment, forking, imported_for
 from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError
-from bloomery.spec.job import Job
+from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.run import Optimizer
 
 
@@ -78,6 +81,75 @@ def test_what_ranks_are_forked_from_imports_what_another_layout_needs(modules: t
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+def holds_back(*numbers: signal.Signals) -> None:
+    """Ends with 1 where one of these signals would be heard."""
+    sys.exit(int(not set(numbers) <= signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+
+def test_what_ranks_are_forked_from_is_deaf_from_its_first_moment_on() -> None:
+    """A terminal's Ctrl-C and a scheduler's signals come to it too, while it still imports."""
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    context = forking("symtable")
+    [line] = [line for line in Path(f"/proc/{worlds.forkserver._forkserver._forkserver_pid}/status")
+              .read_text().splitlines() if line.startswith("SigBlk:")]  # fmt: skip
+    held = int(line.split()[1], 16)
+    assert all(held >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
+    process = context.Process(target=holds_back, args=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+class Interrupted:
+    """A rank's process whose start is broken off by Ctrl-C, or not."""
+
+    pid: int | None = None
+    exitcode: int | None = None
+    joined = 0
+
+    def __init__(self, breaks: bool) -> None:
+        self.breaks = breaks
+
+    def start(self) -> None:
+        """There, or not."""
+        if self.breaks:
+            raise KeyboardInterrupt
+        self.pid = 999_999_999
+
+    def join(self, timeout: float) -> None:
+        """One that was never started has no end to wait for."""
+        assert self.pid is not None and timeout > 0
+        self.exitcode, self.joined = -9, self.joined + 1
+
+
+def test_a_start_that_is_broken_off_leaves_no_rank_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    processes, killed = [Interrupted(False), Interrupted(True), Interrupted(False)], list[tuple[int, int]]()
+    made = iter(processes)
+    context = SimpleNamespace(Process=lambda **_: next(made))
+    monkeypatch.setattr(worlds, "read_job", lambda _: None)
+    monkeypatch.setattr(worlds, "imported_for", lambda _: [])
+    monkeypatch.setattr(worlds, "forking", lambda *_: context)
+    monkeypatch.setattr(worlds.os, "kill", lambda pid, number: killed.append((pid, number)))
+    with pytest.raises(KeyboardInterrupt):
+        World("none", tmp_path, Share(range(3), 3), tmp_path, Supervision())
+    assert killed == [(999_999_999, signal.SIGKILL)]
+    assert [process.joined for process in processes] == [1, 0, 0]
+
+
+def test_a_run_that_was_told_to_stop_before_it_had_ranks_does_not_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def running(*_: object) -> Iterator[SimpleNamespace]:
+        stopping.ask()  # while ranks are being started
+        yield SimpleNamespace(watch=lambda _: pytest.fail("it goes on"), told=lambda outcome: outcome)
+
+    stopping = worlds.Stopping()
+    monkeypatch.setattr(worlds, "running", running)
+    assert worlds.supervise("none", tmp_path, (0,), Supervision(), stopping).code == STOPPED_BY_SIGNAL
 
 
 class Undying:

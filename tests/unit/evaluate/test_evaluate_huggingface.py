@@ -75,7 +75,7 @@ def edited(folder: Path, **changes: object) -> Path:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"intermediate_size": 47}, "wrong shape"),
-        ({"num_attention_heads": None}, "heads"),
+        ({"num_attention_heads": None}, r"json: num_attention_heads: this key is required"),
     ],
 )
 def test_what_would_compute_differently_is_refused(
@@ -84,6 +84,66 @@ def test_what_would_compute_differently_is_refused(
     with pytest.raises(InputError, match=words):
         import_directory(edited(hugging_face(), **changes), tmp_path / "run")
     assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], **WINDOWED}
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": None}, "hidden_size: this key is required"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers: a whole number is expected; found '2'"),
+        ({"max_position_embeddings": [64]}, r"max_position_embeddings: a whole number is expected; found \[64\]"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: a list of texts is expected; found 'LlamaForCausalLM'"),
+        ({"rope_parameters": "yarn"}, "rope_parameters: a mapping is expected; found 'yarn'"),
+        (
+            {"rope_parameters": {"rope_type": ["yarn"]}},
+            r"rope_parameters: rope_type: text is expected; found \['yarn'\]",
+        ),
+        ({"rope_scaling": {"type": 3}}, "rope_scaling: type: text is expected; found 3"),
+        ({"rope_theta": None}, "rope_theta: this key is required"),
+        ({"attention_bias": "no"}, "attention_bias: true or false is expected; found 'no'"),
+        ({**QWEN2, "sliding_window": "8"}, "sliding_window: a whole number is expected; found '8'"),
+        ({**QWEN2, "max_window_layers": None}, "max_window_layers: this key is required"),
+        ({**QWEN2, "layer_types": 7}, "layer_types: a list of texts is expected; found 7"),
+        ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types: a kind for each of 2 layers is expected"),
+        ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers: a whole number is expected; found 'one'"),
+        ({**DEEPSEEK, "first_k_dense_replace": None}, "first_k_dense_replace: this key is required"),
+        ({**DEEPSEEK, "first_k_dense_replace": "1"}, "first_k_dense_replace: a whole number is expected; found '1'"),
+        (
+            {**DEEPSEEK, "first_k_dense_replace": 0, "n_group": "2", "n_routed_experts": 4},
+            "n_group: a whole number is expected; found '2'",
+        ),
+        ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank: this key is required"),
+        ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts: this key is required"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "n_layer: this key is required"),
+    ],
+)
+def test_a_wrong_value_is_named_with_file_and_key_as_they_are_spelt_there(
+    hugging_face: Make, tmp_path: Path, changes: dict, words: str
+) -> None:
+    with pytest.raises(InputError, match=rf"config\.json: {words}") as caught:
+        import_directory(edited(hugging_face(), **changes), tmp_path / "run")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({}, "weight_map: this key is required"),
+        ({"weight_map": [1]}, r"weight_map: a mapping is expected; found \[1\]"),
+        ({"weight_map": {"model.norm.weight": 3}}, r"weight_map: model\.norm\.weight: text is expected; found 3"),
+        ({"weight_map": {"model.norm.weight": None}}, r"weight_map: model\.norm\.weight: this key is required"),
+    ],
+)
+def test_a_wrong_shard_index_is_named_with_its_key(hugging_face: Make, tmp_path: Path, index: dict, words: str) -> None:
+    source = hugging_face()
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match=rf"index\.json: {words}"):
+        import_directory(source, tmp_path / "run")
 
 
 def test_a_shard_index_cannot_point_outside_its_directory(hugging_face: Make, tmp_path: Path) -> None:

@@ -201,3 +201,40 @@ def test_a_structure_that_no_family_has_is_not_exported(
     model = load_directory(directory(name)).model.model_copy(update=changes)
     with pytest.raises(InputError, match=words):
         config_of(model)
+
+
+LEAST: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 128,
+    "intermediate_size": 48,
+    "max_position_embeddings": 9000,
+}
+LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "q_lora_rank": None}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+
+
+@pytest.mark.parametrize(
+    ("family", "further"),
+    [
+        ("Llama", {}),
+        ("Mistral", {}),
+        ("Qwen2", {}),
+        ("Qwen2", {"use_sliding_window": True, "max_window_layers": 0}),
+        ("Qwen3", {}),
+        ("GPT2", {"n_embd": 256, "n_layer": 2, "n_head": 128}),
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        ("Qwen3Moe", {**ROUTED, "num_experts": 4}),
+        ("Qwen3Moe", {**ROUTED, "num_experts": 4, "use_sliding_window": True}),
+        ("DeepseekV2", {**ROUTED, "n_routed_experts": 4, **LATENT}),
+        ("DeepseekV3", {**ROUTED, "n_routed_experts": 16, **LATENT}),
+    ],
+)
+def test_what_a_file_leaves_out_is_what_transformers_takes(family: str, further: dict[str, Any]) -> None:
+    said = {**LEAST, **further}
+    whole = getattr(transformers, f"{family}Config")(**said).to_dict()
+    named = {"architectures": [_class(family)]}
+    least, full = (model_of(config | named, "m", "config.json") for config in (said, whole))
+    for key in ("rope_theta", "kv_heads", "head_dim", "norm_eps", "sliding_window", "tie_embeddings"):
+        assert getattr(least, key) == getattr(full, key), key

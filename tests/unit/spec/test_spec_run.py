@@ -34,6 +34,12 @@ def test_a_profile_window_is_two_steps_in_order(window: str) -> None:
         Train.checked({"profile": window})
 
 
+def test_a_profile_window_begins_within_the_run() -> None:
+    assert Train.checked({"profile": "12-30", "steps": 12}).profile == "12-30"  # what there is of it
+    with pytest.raises(InputError, match="profile: 13-30 begins after the last of 12 steps"):
+        Train.checked({"profile": "13-30", "steps": 12})
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
+from bloomery.train import profile as profiles
 from bloomery.train.loop import run
 
 STEPS = 3
@@ -123,3 +126,28 @@ def test_the_numbers_of_a_step_are_waited_for_in_a_bucket_of_messages(monkeypatc
     with pretend(Layout(dp=2), 0) as mesh:
         sum_over_world(torch.ones(3), mesh, measure)
     assert order == ["other", "read", "left"]
+
+
+@pytest.mark.parametrize("window", ["2-3", "2-9"])  # closed by its last step, or by the run's end
+def test_a_profiler_starts_and_stops_where_nobody_is_hurried(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: str
+) -> None:
+    said, during = ["other"], list[str]()
+
+    class Profiler:
+        """Takes seconds, as a real one does; here it tells what a supervisor sees meanwhile."""
+
+        def start(self) -> None:
+            during.append(said[-1])
+
+        stop = start
+
+        def export_chrome_trace(self, path: str) -> None:
+            during.append(said[-1])
+            with gzip.open(path, "wt", encoding="utf-8") as stream:
+                json.dump({"traceEvents": []}, stream)
+
+    monkeypatch.setattr(profiles, "profile", lambda **_: Profiler())
+    steps = trained(job.model_copy(update={"profile": window}), tmp_path / "run", Clock(entered=said.append))
+    assert during == ["profile"] * 3
+    assert ["profile" in buckets for buckets in steps[:2]] == [False, True]

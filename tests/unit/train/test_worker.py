@@ -1,8 +1,10 @@
-"""Which device a rank takes: what the run was planned for, never one that is not there."""
+"""Which device a rank takes: what the run was planned for, never one that is not there. And its last words."""
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
+from bloomery.train import worker
 from bloomery.train.worker import device_of
 
 
@@ -54,3 +57,39 @@ def test_a_job_of_before_is_read_as_it_was_run() -> None:
     values = job("cpu").model_dump(mode="json")
     del values["device"]
     assert Job.checked(values, where="job.json").device == "gpu"
+
+
+@pytest.fixture
+def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Rank 3 of a run, whose training ends with an error of these words: its exit code."""
+
+    def ended(words: str) -> int:
+        def run(*_: Any) -> int:
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(worker, "run", run)
+        return worker.main()
+
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.delenv("BLOOMERY_SCRATCH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path)])
+    monkeypatch.setattr(worker, "read_job", lambda _: job("cpu"))
+    monkeypatch.setattr(worker.meshes, "start", lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    return ended
+
+
+@pytest.mark.parametrize("what", ["Read error [127.0.0.1]:7: Connection reset by peer", "Connection closed by peer"])
+def test_a_rank_that_lost_another_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], failing: Any, what: str
+) -> None:
+    assert failing(f"[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] {what}. This is typically\ncaused") == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"rank 3 lost its peers: {what}; see ") and said.count("\n") == 1
+    [kept] = (tmp_path / "hangs").iterdir()
+    assert str(kept) in said and "Traceback" in kept.read_text()
+
+
+def test_an_error_of_its_own_keeps_its_traceback(failing: Any) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        failing("shapes do not fit; reset by peer")
