@@ -94,6 +94,13 @@ def test_the_catalog_lists_each_kind(kind: str) -> None:
     assert all(entry["name"] in table.stdout and entry["source"] for entry in entries)
 
 
+def test_the_source_of_a_number_is_told_whole_in_a_hundred_columns() -> None:
+    shown = bloomery("catalog", "failures").stdout
+    assert "…" not in shown
+    entries = json.loads(bloomery("catalog", "failures", "--json").stdout)
+    assert all(word in shown for entry in entries for word in entry["source"].split())
+
+
 def test_a_wrong_kind_suggests_the_nearest() -> None:
     result = bloomery("catalog", "model")
     assert result.returncode == 2
