@@ -59,7 +59,7 @@ def _entries(kind: str) -> list[dict[str, Any]]:
 
 
 def _table(kind: str, width: int) -> Table:
-    """One table of `width` columns; the source is cut, or left out, where it does not fit (--json has it)."""
+    """One table of `width` columns; the source goes on in lines of its own, or is left out where there is no room."""
     from rich.table import Table
 
     kinds = {"models": _model, "accelerators": _accelerator, "clusters": _cluster, "failures": _failure_rate}
@@ -71,7 +71,7 @@ def _table(kind: str, width: int) -> Table:
     if widths[-1] < LEAST_SOURCE:
         columns, widths, rows = columns[:-1], widths[:-1], [cells[:-1] for cells in rows]
     for column, room in zip(columns, widths, strict=True):
-        table.add_column(column, width=room, no_wrap=True, overflow="ellipsis")
+        table.add_column(column, width=room, no_wrap=column != "source", overflow="fold")
     for cells in rows:
         table.add_row(*cells)
     return table

@@ -278,10 +278,10 @@ def pareto(front: Front, against: str) -> Figure:
         )
     prices = [p.cost if p.cost is not None else p.accelerator_hours for p in shown]
     title = "GiB per rank" if against == "memory" else ("money, $" if priced else "accelerator-hours")
-    axis = {"title": {"text": title}, **({} if against == "memory" else _log_ticks(prices))}
+    axis = {"title": {"text": title}, **({} if against == "memory" else log_axis(prices))}
     layout = chart_layout(
         380,
-        xaxis={"title": {"text": "step, seconds"}, **_log_ticks([point.step_time_s for point in shown])},
+        xaxis={"title": {"text": "step, seconds"}, **log_axis([point.step_time_s for point in shown])},
         yaxis=axis,
         margin={"l": 56, "r": 16, "t": 28, "b": 120},
         legend=LEGEND_BELOW,
@@ -289,11 +289,18 @@ def pareto(front: Front, against: str) -> Figure:
     return {"data": traces, "layout": layout}
 
 
-def _log_ticks(values: list[float]) -> dict[str, Any]:
-    """A logarithmic axis with ticks at 1, 2 and 5 times each power of ten that the values span."""
+COARSE, FINE = (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+ENOUGH_TICKS = 4
+
+
+def log_axis(values: list[float]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5 times each power of ten of its span, more in a short one."""
     low, high = min(values) / 1.3, max(values) * 1.3
     decades = range(floor(log10(low)), ceil(log10(high)) + 1)
-    ticks = [k * 10.0**d for d in decades for k in (1, 2, 5) if low <= k * 10.0**d <= high]
+    for factors in (COARSE, FINE):
+        ticks = [k * 10.0**d for d in decades for k in factors if low <= k * 10.0**d <= high]
+        if len(ticks) >= ENOUGH_TICKS:
+            break
     words = [f"{v / 1e6:g} M" if v >= 1e6 else f"{v / 1e3:g} k" if v >= 1e3 else f"{v:g}" for v in ticks]
     return {"type": "log", "range": [log10(low), log10(high)], "tickvals": ticks, "ticktext": words}
 

@@ -12,6 +12,8 @@ WIDTH = 100
 FULL_WIDTH = 92
 """Narrower terminals are shown fewer columns: one cut short would show a wrong figure."""
 LEFT_OUT = ("90 %", "top loss")
+REFUSALS = 6
+"""Families of each kind that are told, those of most layouts."""
 BAR = 40
 
 
@@ -138,12 +140,16 @@ def _print_refusals(console: Console, plan: Plan) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(justify="right")
     table.add_column()
-    for refusal in plan.refusals[:6]:
+    for refusal in plan.refusals[:REFUSALS]:
         table.add_row(f"{refusal.count:,}", refusal.reason)
-    for memory in plan.memory_refusals[:6]:
+    for memory in plan.memory_refusals[:REFUSALS]:
         short = f"{three(memory.least_shortage_bytes / GIB)} GiB short at least"
         table.add_row(f"{memory.count:,}", f"memory: {memory.family}, {short} ({memory.tightest})")
     console.print(table)
+    left = [*plan.refusals[REFUSALS:], *plan.memory_refusals[REFUSALS:]]
+    if left:
+        layouts = sum(refusal.count for refusal in left)
+        console.print(f"and {len(left)} more famil{'ies' if len(left) > 1 else 'y'}, {layouts:,} layouts (--json)")
 
 
 def three(value: float) -> str:

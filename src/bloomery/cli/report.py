@@ -67,8 +67,9 @@ def _ms(seconds: float | None) -> str:
 
 def _memory(rank: dict[str, Any]) -> list[str]:
     """Predicted and measured peak of tensors in MiB, their ratio, and what the process took in all."""
-    tensors, whole = rank["allocated_bytes"], rank["memory_bytes"]
-    pair = tensors if tensors["measured"] else whole
+    from bloomery.ledger.parts import peak_memory
+
+    pair, whole = peak_memory(rank)[0], rank["memory_bytes"]
     shown = ["-" if pair[side] is None else f"{pair[side] / 2**20:,.1f} MiB" for side in ("predicted", "measured")]
     ratio = "-" if pair["ratio"] is None else f"{pair['ratio']:.2f}"
     return [*shown, ratio, "" if whole["measured"] is None else f"process {whole['measured'] / 2**20:,.0f} MiB"]

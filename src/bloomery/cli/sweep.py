@@ -20,12 +20,14 @@ def sweep(
         "sweep.jsonl"
     ),
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document with the rows.")] = False,
 ) -> None:
     """Train an IsoFLOP grid on this machine and write {parameters, tokens, loss} a run; loss is the held-out one."""
     import json
     import sys
 
     from bloomery.cli.budget import quantity
+    from bloomery.cli.console import print_json
     from bloomery.cluster.prepare import data_folder
     from bloomery.ledger.sinks import read_lines
     from bloomery.planner.sweep import isoflop_grid
@@ -54,6 +56,10 @@ def sweep(
         row = {"run": point.name, "flops": point.flops, "parameters": point.parameters, "tokens": point.tokens}
         with out.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({**row, "loss": loss}) + "\n")
+    if as_json:
+        names = {point.name for point in grid}
+        print_json({"file": str(out), "runs": [row for row in read_lines(out) if row.get("run") in names]})
+        return
     print(f"{out}: {len(grid)} runs; `bloomery budget fit {out}` fits a law to them")
 
 

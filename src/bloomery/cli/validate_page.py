@@ -12,6 +12,9 @@ from bloomery.ledger.markup import table, text
 from bloomery.ledger.page_parts import script_json, shared_parts
 from bloomery.planner.validate import Row, Score, Validation
 
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
+"""One after the other, as often as all colours are used up."""
+LEGEND = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "font": {"size": 11}}
 BAND = 0.10
 """Half width of the band drawn around equality."""
 
@@ -66,8 +69,8 @@ def scatter(rows: list[Row]) -> Figure:
                 "text": [f"{row.id}: {row.name}<br>{row.ratio - 1:+.1%}" for row in found],
                 "hovertemplate": "%{text}<br>measured %{x:.3g} s, predicted %{y:.3g} s<extra></extra>",
                 "marker": {
-                    "color": MUTED if found[0].flagged else SERIES[place % len(SERIES)],
-                    "symbol": "circle-open" if found[0].flagged else "circle",
+                    **_mark(place),
+                    **({"color": MUTED, "symbol": "circle-open"} if found[0].flagged else {}),
                     "size": 6,
                     "opacity": 0.7,
                 },
@@ -75,8 +78,12 @@ def scatter(rows: list[Row]) -> Figure:
         )
     axis = {"type": "log", "title": {"text": "measured seconds a step"}}
     upward = {"type": "log", "title": {"text": "predicted seconds a step"}}
-    layout = chart_layout(680, xaxis=axis, yaxis=upward, legend={"orientation": "h", "y": -0.12, "font": {"size": 11}})
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": chart_layout(680, xaxis=axis, yaxis=upward, legend=LEGEND)}
+
+
+def _mark(place: int) -> dict[str, str]:
+    """A colour and a symbol that no other source has."""
+    return {"color": SERIES[place % len(SERIES)], "symbol": SYMBOLS[place // len(SERIES) % len(SYMBOLS)]}
 
 
 def _chips(found: Validation) -> list[str]:
@@ -108,5 +115,8 @@ def _cells(name: str, score: Score) -> list[str]:
 
 
 def _skipped(found: Validation) -> str:
+    """The section of what was left out; none where nothing was."""
+    if not found.skipped:
+        return ""
     rows = [[f"{count:,}", text(reason)] for reason, count in found.skipped.items()]
-    return table(("rows", "why they were not modelled"), rows, left=2)
+    return f"<section>\n<h2>Left out</h2>\n{table(('rows', 'why they were not modelled'), rows, left=2)}\n</section>"

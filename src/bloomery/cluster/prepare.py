@@ -29,7 +29,7 @@ from bloomery.spec.fitting import fitted
 from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout, check_recomputable, fits_compiler
+from bloomery.spec.layout_rules import check_guard, check_layout, fits_compiler
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Averaging, Run
@@ -86,6 +86,7 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
             world_size=None if train.supervision.elastic else world_size,
             run=True,
         )
+    check_guard(run.model, layout, train.guard)
     return layout
 
 
@@ -157,8 +158,6 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     check_trackers(run.train.metrics)
     layout = chosen_layout(run, world_size)
     dtype = _dtype(run, layout)
-    if run.train.guard.recompute_every:
-        check_recomputable(run.model, layout)
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})

@@ -73,7 +73,7 @@ def _row(folder: Path) -> RunRow:
         steps=steps[-1]["step"] if steps else 0,
         planned_steps=run.train.n_steps,
         loss=steps[-1]["loss"] if steps else None,
-        bits_per_byte=_last_bits(folder, heldout),
+        bits_per_byte=last_bits(folder, heldout),
         tokens_per_s=steps[-1].get("tokens_per_s") if steps else None,
         step_time_s=compared.measured if compared else None,
         step_time_error=None if ratio is None else ratio - 1,
@@ -99,7 +99,7 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(bars[min(7, int(8 * value / top))] for value in values)
 
 
-def _last_bits(folder: Path, heldout: list[float]) -> float | None:
+def last_bits(folder: Path, heldout: list[float]) -> float | None:
     """Bits per byte after pre-training: as `evaluate` found them, else as training last did."""
     path = folder / "evaluation.json"
     if path.is_file():

@@ -60,3 +60,9 @@ def parts_of_step(reconciliation: dict[str, Any]) -> list[Part]:
         for key, pair in {**kinds, **rest}.items()
     ]
     return [row for row in rows if row.predicted or row.measured]
+
+
+def peak_memory(rank: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Predicted and measured peak of a rank's tensors and True; of its process and False where no step was profiled."""
+    tensors: dict[str, Any] = rank["allocated_bytes"]
+    return (tensors, True) if tensors["measured"] else (rank["memory_bytes"], False)

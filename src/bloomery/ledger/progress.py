@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from bloomery.ledger.overview import last_bits
 from bloomery.ledger.sinks import parse_lines
 from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job, read_job
@@ -73,15 +74,16 @@ def progress(folder: Path, now: float | None = None) -> Progress:
     pace = [row["step_time_s"] for row in steps[-20:] if row.get("step_time_s")]
     step_time_s = sorted(pace)[len(pace) // 2] if pace else None
     silent_s = _silent_s(folder, time.time() if now is None else now)
+    state = _state(events, done, silent_s, step_time_s)
     notable = [event for event in events if event.get("event") not in ROUTINE]
     return Progress(
         name=job.name if folder.parent.name == "align" else folder.name,
         folder=str(folder),
-        state=_state(events, done, silent_s, step_time_s),
+        state=state,
         step=done,
         steps=job.steps,
         loss=last.get("loss"),
-        bits_per_byte=bits[-1] if bits else None,
+        bits_per_byte=last_bits(folder, bits) if state == "finished" else next(reversed(bits), None),
         tokens_per_s=last.get("tokens_per_s"),
         mfu=last.get("mfu"),
         memory_bytes=last.get("memory_bytes"),

@@ -18,7 +18,7 @@ from bloomery.ledger.markup import (
     table,
     text,
 )
-from bloomery.ledger.parts import NAMES
+from bloomery.ledger.parts import NAMES, peak_memory
 
 COLOURS = {
     "compute": "#c2531d",
@@ -225,14 +225,15 @@ def communication(facts: Facts) -> str:
 
 
 def memory(facts: Facts) -> str:
-    """Predicted parts over measured peak, rank by rank."""
+    """Predicted parts over the measured peak of tensors, rank by rank; beside it what the process took."""
     ranks, parts = facts["reconciliation"]["ranks"], facts["memory_parts"]
-    figures = [pair[side] or 0.0 for r in ranks for pair in [r["memory_bytes"]] for side in ("predicted", "measured")]
+    figures = [pair[side] or 0.0 for pair, _ in map(peak_memory, ranks) for side in ("predicted", "measured")]
     whole = max([*figures, 1.0])
     rows, names = [], dict[str, str]()
     for rank in ranks:
-        pair = rank["memory_bytes"]
+        pair, of_tensors = peak_memory(rank)
         children = parts[rank["pipeline_rank"]]["children"] if parts else []
+        children = [child for child in children if not (of_tensors and child["name"] == "reserved")]
         shown = [
             (f"{child['name']}: {gib(child['value'])}", child["value"], PART_COLOURS[i % len(PART_COLOURS)])
             for i, child in enumerate(children)
@@ -241,8 +242,9 @@ def memory(facts: Facts) -> str:
         planned = bar(shown, whole, f"rank {rank['rank']}, predicted {gib(pair['predicted'])}")
         real = bar([(f"measured: {gib(pair['measured'])}", pair["measured"] or 0.0, MEASURED)], whole, "measured")
         cells = [gib(pair["predicted"]), gib(pair["measured"]), ratio(pair["ratio"])]
+        cells.append(gib(rank["memory_bytes"]["measured"]))
         rows.append([f"<b>rank {rank['rank']}</b>", f'<div class="pair">{planned}{real}</div>', *cells])
-    head = ["", "", "predicted", "measured", "ratio"]
+    head = ["", "", "predicted", "measured", "ratio", "process"]
     key = legend([*names.items(), ("measured peak", MEASURED)])
     limit = f'<p class="quiet">Limit of one rank: {gib(facts["memory_limit_bytes"])}.</p>'
     return key + table(head, rows, left=2) + limit

@@ -16,7 +16,7 @@ import numpy as np
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.planner.by_stage import with_stages_apart
-from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts
+from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts, without
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
@@ -24,7 +24,7 @@ from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
 from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout, runnable_problems
+from bloomery.spec.layout_rules import check_layout, guard_problems, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
 
@@ -185,6 +185,7 @@ def evaluate(
         runnable_only=runnable_only,
         spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
+    found = without(found, guard_problems(run.model, found.layouts, run.train.guard))
     for phase in run.train.course.phases[:-1]:
         found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
@@ -230,7 +231,8 @@ def mean_step_s(run: Run, world: Evaluated, i: int) -> float:
 def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
     layout = world.layouts.layout(i)
     one = world.layouts.take(np.array([i]))
-    obstacles = tuple(problem.reason for problem in runnable_problems(run.model, one) if problem.broken[0])
+    problems = [*runnable_problems(run.model, one), *guard_problems(run.model, one, run.train.guard)]
+    obstacles = tuple(problem.reason for problem in problems if problem.broken[0])
     short = float(shortage_bytes(world.estimates, world.cluster)[i])
     return Row(
         name=name,

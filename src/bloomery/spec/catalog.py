@@ -53,8 +53,23 @@ def _resolved(kind: str, value: Any, where: str, folder: Path) -> Any:
     if isinstance(value, dict) and "extends" in value:
         own = {key: item for key, item in value.items() if key != "extends"}
         below = _resolved(kind, value["extends"], f"{where}.extends", folder)
-        return merge(below, {key: _over_a_name(below.get(key), item) for key, item in own.items()})
+        merged = merge(below, {key: _over_a_name(below.get(key), item) for key, item in own.items()})
+        _check_cuts_apart(below, merged, where)
+        return merged
     return value
+
+
+def _check_cuts_apart(below: Any, above: Any, where: str) -> None:
+    """Raise InputError where a cluster with cuts is changed beside them: each cut has its own accelerator and tiers."""
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return
+    if not below.get("cuts") or below["cuts"] != above.get("cuts"):
+        return
+    for part in ("accelerator", "tiers"):
+        if above.get(part) != below.get(part):
+            problem = "this cluster is described cut by cut, so this would change nothing"
+            accepted = [f"cluster.cuts.{number}.{part}" for number in range(len(below["cuts"]))]
+            raise InputError(problem, where=f"{where}.{part}", accepted=accepted)
 
 
 def _over_a_name(below: Any, value: Any) -> Any:
@@ -158,9 +173,11 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
     Raises InputError (file, key path, found, accepted, nearest) on the first fault.
     """
     path = Path(path)
-    values = override(read_yaml(path), assignments)
+    described = read_yaml(path)
+    values = override(described, assignments)
     if "model" in values:
         values["model"] = _resolved("models", values["model"], f"{path}: model", path.parent)
     if "cluster" in values:
+        _check_cuts_apart(described.get("cluster"), values["cluster"], f"{path}: cluster")
         values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
     return Run.checked(values, where=str(path))

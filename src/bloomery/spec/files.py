@@ -119,12 +119,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
+    """`above` over `below`, mapping by mapping; one that numbers items of a list changes these (cuts: {0: ...})."""
+    return {**below, **{key: _over(below.get(key), value) for key, value in above.items()}}
+
+
+def _over(below: Any, above: Any) -> Any:
+    if not isinstance(above, Mapping):
+        return above
+    if isinstance(below, Mapping):
+        return merge(below, above)
+    if isinstance(below, list) and above and {str(key) for key in above} <= {str(i) for i in range(len(below))}:
+        changes = {str(key): value for key, value in above.items()}
+        return [_over(item, changes[str(i)]) if str(i) in changes else item for i, item in enumerate(below)]
+    return above
 
 
 EXTENDED = ("model", "cluster", "cluster.accelerator")

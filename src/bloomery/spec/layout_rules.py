@@ -12,6 +12,7 @@ import numpy as np
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import OUTERMOST, SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import GuardSettings
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",
-            "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: use ZeRO 0",
+            "under a V both ends of a tied model share one parameter, which FSDP cannot cut for two stages: "
+            "use ZeRO 0 or 1",
             lay.v_shaped & (lay.zero_stage >= 2) & model.tie_embeddings,
         ),
     ]
@@ -134,6 +136,19 @@ def _expert_rules(model: Model, lay: LayoutBatch) -> list[tuple[str, str, Any]]:
     ]
 
 
+def guard_problems(model: Model, layouts: LayoutBatch, guard: GuardSettings) -> list[LayoutProblem]:
+    """Where the engine cannot compute one micro-batch's gradient apart from all others, in a run that asks for it."""
+    if not guard.recompute_every:
+        return []
+    rules: list[tuple[str, str, Any]] = [
+        ("recomputed_pp", "needs pp = 1", layouts.pp > 1),
+        ("recomputed_zero", "needs ZeRO 0 or 1: later stages cut gradients over ranks", layouts.zero_stage > 1),
+        ("recomputed_moe", "does not cover mixtures of experts", np.full(len(layouts), model.moe is not None)),
+    ]
+    asked = "comparing gradients (train.guard.recompute_every)"
+    return [LayoutProblem(rule, f"{asked} {reason}", np.asarray(broken)) for rule, reason, broken in rules]
+
+
 def check_layout(
     model: Model, layout: Layout, *, global_batch: int, seq_len: int, world_size: int | None = None, run: bool = False
 ) -> None:
@@ -149,17 +164,11 @@ def check_layout(
             raise InputError(problem.reason, where="layout", found=layout.describe())
 
 
-def check_recomputable(model: Model, layout: Layout) -> None:
-    """Raise InputError where the engine cannot compute one micro-batch's gradient apart from all others."""
-    for reason, found in (
-        ("needs pp = 1", layout.pp > 1),
-        ("needs ZeRO 0 or 1: later stages cut gradients over ranks", layout.zero_stage > 1),
-        ("does not cover mixtures of experts", model.moe is not None),
-    ):
-        if found:
-            raise InputError(
-                f"comparing gradients {reason}", where="train.guard.recompute_every", found=layout.describe()
-            )
+def check_guard(model: Model, layout: Layout, guard: GuardSettings) -> None:
+    """Raise InputError with the first of the `guard_problems`."""
+    for problem in guard_problems(model, LayoutBatch.of([layout]), guard):
+        if problem.broken[0]:
+            raise InputError(problem.reason, where="train.guard.recompute_every", found=layout.describe())
 
 
 def fits_compiler(model: Model, *, tp: Any, cp: Any, selective: Any, offloaded: Any) -> Any:

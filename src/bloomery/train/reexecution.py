@@ -4,7 +4,7 @@ Each data-parallel rank also computes the first micro-batch of the next one; wit
 again. Ranks that hold the same rectangles do the same operations in the same order, so one bit that differs is an
 error. Before weights change the step is computed anew; when that does not agree either, the rank is at fault.
 
-Not covered: pipelines, gradients cut over ranks (ZeRO 2, 3), mixtures of experts; `layout_rules.check_recomputable`.
+Not covered: pipelines, gradients cut over ranks (ZeRO 2, 3), mixtures of experts; `layout_rules.guard_problems`.
 """
 
 from __future__ import annotations

@@ -43,6 +43,16 @@ def test_a_running_run_says_how_far_and_how_long(tmp_path: Path) -> None:
     assert found.losses[-1] == pytest.approx(4.2)
 
 
+def test_what_an_evaluation_found_is_shown_as_in_the_list_of_runs(tmp_path: Path) -> None:
+    rows = [row(99), {"step": 100, "heldout_bits_per_byte": 3.897}]
+    folder = stage(tmp_path / "mine", rows, [{"event": "finished", "step": 100}])
+    assert progress(folder).bits_per_byte == 3.897
+    (folder / "evaluation.json").write_text('{"pretrain": {"bits_per_byte": 3.904}}')
+    assert progress(folder).bits_per_byte == 3.904
+    (folder / "events.jsonl").write_text("")  # evaluated half-way, and gone on
+    assert progress(folder).bits_per_byte == 3.897
+
+
 def test_silence_and_the_end_are_told_apart(tmp_path: Path) -> None:
     silent = stage(tmp_path / "a", [row(1)], [])
     for name in ("metrics.jsonl", "events.jsonl"):

@@ -13,7 +13,7 @@ import synthetic_run
 from bloomery.ledger.facts import gather
 from bloomery.ledger.page_parts import finite
 from bloomery.ledger.report import render, write
-from bloomery.ledger.sections import events
+from bloomery.ledger.sections import events, memory
 from bloomery.spec.errors import InputError
 
 
@@ -73,6 +73,17 @@ def test_every_figure_of_the_component_table_is_the_json_one(page: Page, facts: 
     for component in facts["reconciliation"]["components"]:  # type: ignore[index]
         for side in ("predicted", "measured"):
             assert f"{component['seconds'][side] * 1e3:,.1f}" in page.visible
+
+
+def test_memory_compares_tensors_with_tensors_where_a_step_was_profiled(facts: dict[str, object]) -> None:
+    rank = facts["reconciliation"]["ranks"][0]  # type: ignore[index]
+    rank["memory_bytes"] = {"predicted": 40 * 2**20, "measured": 120 * 2**20, "ratio": 3.0}
+    rank["allocated_bytes"] = {"predicted": 32 * 2**20, "measured": 33 * 2**20, "ratio": 33 / 32}
+    shown = Page(memory(facts)).visible
+    assert "32.0 MiB" in shown and "33.0 MiB" in shown and "120.0 MiB" in shown
+    assert "40.0 MiB" not in shown
+    rank["allocated_bytes"]["measured"] = None
+    assert "40.0 MiB" in Page(memory(facts)).visible
 
 
 def test_the_page_says_its_language_and_title(page: Page) -> None:

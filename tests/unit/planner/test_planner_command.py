@@ -6,9 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from bloomery.cli.plan_tables import REFUSALS, console_of_tables, print_plan
+from bloomery.planner.enumerate import Refusal
+from bloomery.planner.search import plan
+from bloomery.spec.catalog import read_run
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -26,6 +32,15 @@ def test_a_plan_stays_within_a_hundred_columns(example: str) -> None:
     assert max(map(len, result.stdout.splitlines())) <= 100
     for word in ("MFU", "HFU", "Why the first one won", "Refused", "PF-days as 6ND", "Where the step goes"):
         assert word in result.stdout
+
+
+def test_refusals_that_are_not_shown_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(read_run(EXAMPLES / "demo.yaml"), runnable_only=True)
+    shown = tuple(Refusal(f"rule {number}", "", 1000) for number in range(REFUSALS))
+    left = (Refusal("another", "", 40), Refusal("one more", "", 2))
+    for refusals, told in ((shown + left, True), (shown, False)):
+        print_plan(console_of_tables(), replace(found, refusals=refusals, memory_refusals=()))
+        assert ("and 2 more families, 42 layouts (--json)" in capsys.readouterr().out) == told
 
 
 def test_the_papers_row_of_yuan_is_whole() -> None:
@@ -77,6 +92,13 @@ def test_the_catalog_lists_each_kind(kind: str) -> None:
     assert max(map(len, table.stdout.splitlines())) <= 100
     entries = json.loads(bloomery("catalog", kind, "--json").stdout)
     assert all(entry["name"] in table.stdout and entry["source"] for entry in entries)
+
+
+def test_the_source_of_a_number_is_told_whole_in_a_hundred_columns() -> None:
+    shown = bloomery("catalog", "failures").stdout
+    assert "…" not in shown
+    entries = json.loads(bloomery("catalog", "failures", "--json").stdout)
+    assert all(word in shown for entry in entries for word in entry["source"].split())
 
 
 def test_a_wrong_kind_suggests_the_nearest() -> None:

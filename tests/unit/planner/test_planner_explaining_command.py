@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from bloomery.cli.plan_figures import log_axis
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), "")
 
@@ -58,6 +60,18 @@ def test_a_trace_is_of_the_layout_that_was_given(tmp_path: Path) -> None:
     trace = json.loads(path.read_text(encoding="utf-8"))
     assert trace["otherData"]["layout"] == "pp4 dp2 mb1"
     assert {event["tid"] for event in trace["traceEvents"] if event["ph"] == "X"} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.8, 1.3], ["0.8", "1", "1.2", "1.5"]),
+        ([3.0, 9.0], ["2.5", "3", "4", "5", "6", "8", "10"]),
+        ([1.0, 100.0], ["1", "2", "5", "10", "20", "50", "100"]),
+    ],
+)
+def test_a_short_logarithmic_axis_has_finer_ticks(values: list[float], words: list[str]) -> None:
+    assert log_axis(values)["ticktext"] == words
 
 
 def test_a_folder_where_a_file_is_written_is_wrong_input(tmp_path: Path) -> None:

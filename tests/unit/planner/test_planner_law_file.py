@@ -73,6 +73,18 @@ def test_a_sweep_becomes_a_law_that_a_budget_answers_with(tmp_path: Path, monkey
     assert besiroglu["parameters"] == pytest.approx(float(law("besiroglu").optimal(0.01 * 8.64e19)[0]))
 
 
+def test_a_sweep_answers_with_its_rows_as_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sweep.jsonl"
+    path.write_text('{"run": "of another grid", "loss": 9}\n')
+    monkeypatch.setattr(sweep_command, "train_point", lambda *_: 2.5)
+    sweep(run_file(tmp_path), flops="1e15", sizes="2M,4M", out=path, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["file"] == str(path)
+    assert [(row["flops"], row["loss"]) for row in answer["runs"]] == [(1e15, 2.5)] * 2
+
+
 def test_ones_own_law_reads_back_judges_choices_and_says_how_far_it_is_stretched(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(LAW + "fitted_flops: [1.0e15, 1.0e18]\n")

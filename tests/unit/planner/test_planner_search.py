@@ -17,7 +17,7 @@ from bloomery.spec import catalog
 from bloomery.spec.components import COMPONENTS
 from bloomery.spec.errors import InputError, LimitError
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout
+from bloomery.spec.layout_rules import check_guard, check_layout
 from bloomery.spec.run import Run
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -47,6 +47,22 @@ def test_every_layout_in_a_runnable_answer_passes_the_trainers_check(name: str) 
         assert row.layout.world_size in run.cluster.world_sizes()
         assert not row.obstacles
         assert row.fits
+
+
+def test_a_run_that_compares_gradients_gets_a_layout_that_the_trainer_takes() -> None:
+    plain, compared = (planned("demo", f"train.guard.recompute_every={every}", top=100) for every in (0, 100))
+    assert any(row.layout.pp > 1 or row.layout.zero_stage > 1 for row in plain[1].best)
+    run, answer = compared
+    for row in answer.best:
+        check_guard(run.model, row.layout, run.train.guard)
+    reasons = [refusal.reason for refusal in answer.refusals]
+    assert any("recompute_every) needs pp = 1" in reason for reason in reasons)
+    assert answer.n_enumerated == plain[1].n_enumerated
+
+
+def test_a_given_layout_that_the_guard_cannot_cover_is_marked() -> None:
+    _, answer = planned("demo", "train.guard.recompute_every=100", "layout={pp: 2}")
+    assert any("recompute_every) needs pp = 1" in obstacle for obstacle in answer.compare[0].obstacles)
 
 
 def test_a_ramp_leaves_only_layouts_that_all_of_its_stages_can_run_and_its_steps_count_with_their_own_time() -> None:

@@ -6,12 +6,15 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bloomery.cli.plan_figures import SERIES
+from bloomery.cli.validate_page import render, scatter
 from bloomery.planner.calibrate import Constant, constants_of, fit, usual, value_in, with_values
 from bloomery.planner.cells import Unusable
 from bloomery.planner.published import Published, published, read_rows, usable
@@ -318,6 +321,16 @@ def test_the_command_says_json_and_draws_a_page(tmp_path: Path) -> None:
     assert {"id", "measured_s", "predicted_s", "low_s", "high_s", "predicted_peak_bytes", "fits", "p_fits",
             "skipped_reason"} <= set(answer["rows"][0])  # fmt: skip
     assert "175b-full" in plot.read_text(encoding="utf-8")
+
+
+def test_every_source_on_the_page_has_a_mark_of_its_own_and_nothing_left_out_is_no_section() -> None:
+    found = validate(read_rows(KORTHIKANTI), calibration())
+    runs = [one for one in found.rows if one.scored]
+    many = [replace(runs[i % len(runs)], source=f"source {i}") for i in range(3 * len(SERIES))]
+    marks = [trace["marker"] for trace in scatter(many)["data"] if trace["mode"] == "markers"]
+    assert len({(mark["color"], mark["symbol"]) for mark in marks}) == len(many)
+    assert "Left out" not in render(replace(found, skipped={}))
+    assert "Left out" in render(replace(found, skipped={"no such accelerator": 3}))
 
 
 def test_a_file_without_the_columns_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def problem(folder: Path, text: str, *assignments: str) -> str:
         ("train.global_bach: 4", "train.global_bach", "global_batch"),
         ("train.optimizer.beta: 0.9", "train.optimizer.beta", "betas"),
         ("model.moe.expert: 4", "model.moe.expert", "experts"),
-        ("cluster.accelerator.memory: 4", "cluster.accelerator.memory", "memory_bytes"),
+        ("cluster.storage.write_bytes: 4", "cluster.storage.write_bytes", "write_bytes_per_s"),
     ],
 )
 def test_an_unknown_key_at_any_depth_names_its_path_and_the_nearest(
@@ -54,7 +54,7 @@ def test_an_unknown_key_at_any_depth_names_its_path_and_the_nearest(
 
 def test_an_unknown_key_inside_a_list_of_tiers_names_the_item(tmp_path: Path) -> None:
     tier = "{name: net, span: 8, bandwith_bytes_per_s: 1e9, ports_per_node: 1, latency_s: 0}"
-    text = VALID.replace("cluster: this-machine", f"cluster: {{extends: this-machine, tiers: [{tier}]}}")
+    text = VALID.replace("cluster: this-machine", f"cluster: {{extends: generic-8xh100, tiers: [{tier}]}}")
     message = problem(tmp_path, text)
     assert "cluster.tiers.0.bandwith_bytes_per_s" in message
     assert "did you mean 'bandwidth_bytes_per_s'?" in message

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bloomery.spec.catalog import cluster as catalog_cluster
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import override, parse_yaml, read_yaml, to_yaml, write_atomically
@@ -54,6 +55,39 @@ def test_set_below_an_accelerators_name_changes_that_accelerator(tmp_path: Path)
         plain = read_run(tmp_path / "run.yaml").cluster.accelerator
         chip = read_run(tmp_path / "run.yaml", ["cluster.accelerator.memory_bytes=60e9"]).cluster.accelerator
         assert chip == plain.model_copy(update={"memory_bytes": 60e9})
+
+
+MACHINE = catalog_cluster("this-machine").model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "assignments", "part"),
+    [
+        ("this-machine", ["cluster.accelerator.memory_bytes=1.0e+9"], "accelerator"),
+        ("this-machine", ["cluster.tiers.0.latency_s=1"], "tiers"),
+        ("{extends: this-machine, accelerator: {memory_bytes: 1.0e+9}}", [], "accelerator"),
+        ("{extends: this-machine, accelerator: h100-sxm}", [], "accelerator"),
+        ("machine.yaml", ["cluster.accelerator.memory_bytes=1.0e+9"], "accelerator"),
+        (MACHINE, ["cluster.tiers.0.latency_s=1"], "tiers"),
+    ],
+)
+def test_what_is_said_beside_the_cuts_of_a_machine_is_refused(
+    tmp_path: Path, cluster: object, assignments: list[str], part: str
+) -> None:
+    (tmp_path / "machine.yaml").write_text(to_yaml(MACHINE))
+    described = f"{{cluster: {cluster}}}" if isinstance(cluster, str) else to_yaml({"cluster": cluster})
+    (tmp_path / "run.yaml").write_text(to_yaml({"model": "tiny-5m", **parse_yaml(described, "")}))
+    with pytest.raises(
+        InputError, match=rf"cluster\.{part}: .*cut by cut.*accepted: cluster\.cuts\.0\.{part}, cluster\.cuts\.1\."
+    ):
+        read_run(tmp_path / "run.yaml", assignments)
+
+
+def test_an_item_of_a_list_below_a_name_can_be_set(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: tiny-5m\ncluster: this-machine\n")
+    machine = read_run(tmp_path / "run.yaml", ["cluster.cuts.1.accelerator.memory_bytes=1e9"]).cluster
+    assert machine.cut(2).accelerator.memory_bytes == 1e9
+    assert machine.cuts[0] == catalog_cluster("this-machine").cuts[0]
 
 
 def test_set_replaces_a_cluster_by_a_file_beside_the_run(tmp_path: Path) -> None:

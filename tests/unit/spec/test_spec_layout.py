@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bloomery.spec import catalog
 from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout, LayoutBatch, stages_of
-from bloomery.spec.layout_rules import check_layout, layout_problems
+from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
 from bloomery.spec.splits import stage_split
 
 LLAMA = catalog.model("llama-3-8b")
@@ -168,3 +168,11 @@ def test_a_batch_gives_its_layouts_back() -> None:
     batch = LayoutBatch.of(layouts)
     assert [batch.layout(i) for i in range(3)] == layouts
     assert [batch.take(np.array([2, 0])).layout(i) for i in range(2)] == [layouts[2], layouts[0]]
+
+
+def test_a_tied_model_on_a_v_is_told_every_zero_stage_that_runs() -> None:
+    tied = LLAMA.model_copy(update={"tie_embeddings": True})
+    stages = [Layout(pp=2, vpp=2, schedule="zbv", dp=2, zero_stage=stage) for stage in (0, 1, 2, 3)]
+    problem = next(p for p in runnable_problems(tied, LayoutBatch.of(stages)) if p.rule == "tied_v_zero2")
+    assert problem.reason.endswith("use ZeRO 0 or 1")
+    assert problem.broken.tolist() == [False, False, True, True]
