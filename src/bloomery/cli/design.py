@@ -124,7 +124,7 @@ def _table(*columns: str, left: int) -> Any:
 
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < left else "right", no_wrap=column != "layout")
     return table
 
 

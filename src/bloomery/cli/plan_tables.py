@@ -146,9 +146,10 @@ def _print_refusals(console: Console, plan: Plan) -> None:
         short = f"{three(memory.least_shortage_bytes / GIB)} GiB short at least"
         table.add_row(f"{memory.count:,}", f"memory: {memory.family}, {short} ({memory.tightest})")
     console.print(table)
-    left = [*plan.refusals[REFUSALS:], *plan.memory_refusals[REFUSALS:]]
+    left = [refusal.count for refusal in plan.refusals[REFUSALS:]]
+    left += [memory.count for memory in plan.memory_refusals[REFUSALS:]]
     if left:
-        layouts = sum(refusal.count for refusal in left)
+        layouts = sum(left)
         console.print(f"and {len(left)} more famil{'ies' if len(left) > 1 else 'y'}, {layouts:,} layouts (--json)")
 
 

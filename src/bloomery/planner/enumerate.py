@@ -209,7 +209,8 @@ def _cuts_by_mesh(
     uneven = looped & ~pointless & (model.layers % (pp * vpp) != 0)
     deep = ~uneven & ~pointless & (pp * vpp > model.layers)
     indivisible = ~uneven & ~deep & ~pointless & (global_batch % (dp * micro_batch) != 0)
-    _count(refused, "even_interleaving", "not searched: interleaved stages of uneven depth (pp*vpp does not divide the layers)", uneven, each)
+    reason = "not searched: interleaved stages of uneven depth (pp*vpp does not divide the layers)"
+    _count(refused, "even_interleaving", reason, uneven, each)
     _count(refused, "layers", f"pp*vpp must not exceed {model.layers} layers", deep, each)
     _count(refused, "batch", f"dp*micro_batch must divide global_batch {global_batch}", indivisible, each)
     keep = np.nonzero(~(pointless | uneven | deep | indivisible))
