@@ -111,6 +111,7 @@ class Leader:
         own: Outcome | None = None
         until = float("inf")
         while True:
+            self.stopping.pass_on()
             lost = self._listen()
             if lost is not None:
                 cause = f"on host {lost}, which is lost"
@@ -364,6 +365,7 @@ def _serve(module: str, folder: Path, channel: Channel, order: dict[str, Any], s
     start, told, said = {"start": order["start"]}, False, 0.0
     with running(module, folder, share, read_job(folder).supervision, stopping) as world:
         while True:
+            stopping.pass_on()
             told_to = (channel.next() or {}).get("do")
             if told_to in ("end", "leave"):
                 return bool(told_to == "leave")

@@ -21,22 +21,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, get_context
-from multiprocessing.context import ForkServerContext
 from multiprocessing.process import _children  # type: ignore[attr-defined]
 from pathlib import Path
-from typing import Any
 
+from bloomery.cluster.fork_server import forking, imported_for
 from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, read_job
+from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
 from bloomery.spec.reliability import Supervision
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to finish its step, save and leave."""
 POLL_S = 0.05
+ASKED_AGAIN_S = 0.5
+"""After which ranks that were asked to stop and still run are asked once more."""
 STACKS_S = 0.5
 """Given to ranks to write their stacks before they are killed."""
 KILLED_WITHIN_S = 60.0
@@ -109,43 +109,6 @@ class Share:
     usual_s: tuple[float, ...] = ()
 
 
-def imported_for(job: Job) -> list[str]:
-    """What ranks of this job import on their way: all of them and every start have it from one import."""
-    layout = job.layout
-    sharded = layout.zero_stage >= 2
-    wanted = {
-        "bloomery.parallel.pipeline": layout.pp > 1,
-        "bloomery.parallel.fully_sharded": sharded,
-        "torch._dynamo": job.compiled or "full" in layout.recomputes or layout.tp * layout.cp > 1 or sharded,
-        # Whoever is forked from a process that has asked a GPU's driver for anything cannot use that GPU.
-        "torch._inductor.compile_fx": job.compiled and job.device == "cpu",
-    }
-    return [module for module, needed in wanted.items() if needed]
-
-
-_imported = set[str]()
-
-
-def forking(*modules: str) -> ForkServerContext:
-    """Starts processes as forks of one that has imported these. The one there is serves again unless it lacks some.
-    Then it is replaced, and none that was forked from it may still run."""
-    context = get_context("forkserver")
-    if not _imported.issuperset(modules):
-        _end_fork_server()
-        _imported.update(modules)
-        context.set_forkserver_preload(sorted(_imported))
-    return context
-
-
-def _end_fork_server() -> None:
-    """One that runs never imports anything again. It is killed: asked to end, it would wait for all that hold its pipe,
-    such as what a rank has left behind. Ranks themselves die with it."""
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
-    if server._forkserver_pid is not None:
-        os.kill(server._forkserver_pid, signal.SIGKILL)
-        server._stop()
-
-
 def pause() -> None:
     """Wait until the next look, and say that somebody is looking."""
     path = os.environ.get(ALIVE_VARIABLE)
@@ -200,9 +163,10 @@ class World:
         """The state letter of every process here."""
         return [process_state(process.pid or 0) for process in self.processes]
 
-    def watch(self, stop_after_s: float | None = None) -> Outcome:
+    def watch(self, stopping: Stopping, stop_after_s: float | None = None) -> Outcome:
         """Wait until all end well, or one does not or hangs. After `stop_after_s` they are asked to save and stop."""
         while True:
+            stopping.pass_on()
             # Before its first step a rank does not listen yet.
             if stop_after_s is not None and time.monotonic() - self.started > stop_after_s and self._all_step():
                 self.signal(signal.SIGUSR1)
@@ -337,16 +301,23 @@ def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
 
 
 class Stopping:
-    """Whether SIGTERM or SIGUSR1 has come; while a world runs it gets the signal too."""
+    """Whether SIGTERM or SIGUSR1 has come; while a world runs it gets the signal too, again and again: a rank that was
+    still being forked ignored the first, and several are as one to those that listen."""
 
     def __init__(self) -> None:
         self.asked = False
         self.world: World | None = None
+        self._number, self._again = signal.SIGTERM, 0.0
 
     def __call__(self, number: int, _: object) -> None:
-        self.asked = True
-        if self.world is not None:
-            self.world.signal(number)
+        self.asked, self._number, self._again = True, signal.Signals(number), 0.0
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Send what has come to the ranks there are, where it has not been sent just now."""
+        if self.asked and self.world is not None and time.monotonic() >= self._again:
+            self._again = time.monotonic() + ASKED_AGAIN_S
+            self.world.signal(self._number)
 
     def ask(self) -> None:
         """As if SIGTERM had come: another host of the run was told to stop."""
@@ -378,7 +349,7 @@ def supervise(
     """
     share = Share(range(len(slots)), len(slots), slots=tuple(slots), usual_s=usual_s)
     with running(module, folder, share, settings, stopping) as world:
-        outcome = world.watch(stop_after_s)
+        outcome = world.watch(stopping, stop_after_s)
     return world.told(outcome)
 
 

@@ -14,12 +14,14 @@ from typing import Literal
 import pytest
 
 from bloomery.cluster import world as worlds
-from bloomery.cluster.world import Share, World, _environment, forking, imported_for
+from bloomery.cluster.fork_server import forking, imported_for
+from bloomery.cluster.world import Outcome, Share, Stopping, World, _environment, running
 from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.run import Optimizer
 
 
@@ -162,3 +164,41 @@ def test_who_ended_first_of_ranks_that_end_together(
     found = world.ended()
     assert found is not None
     assert (found.rank, found.code, found.cause) == (rank, code, cause)
+
+
+@pytest.mark.parametrize("listens_from", [1, 3])
+def test_a_signal_that_comes_while_ranks_are_being_forked_reaches_them(
+    listens_from: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`listens_from`: what came before was ignored, as the process that a rank is forked from ignores it."""
+    told, rank, stopping = list[int](), SimpleNamespace(pid=7, exitcode=None), Stopping()
+
+    def forked(world: World, *_: object) -> None:
+        world.share, world.settings, world.processes, world._noticed = Share(range(1), 1), Supervision(), [rank], None
+        stopping(signal.SIGUSR1, None)
+
+    def kill(_: int, number: int) -> None:
+        told.append(number)
+        rank.exitcode = 75 if len(told) == listens_from else None
+
+    monkeypatch.setattr(World, "__init__", forked)
+    monkeypatch.setattr(World, "kill", lambda _: None)
+    monkeypatch.setattr(World, "beats", lambda _: [Beat(1, 0.0)])
+    monkeypatch.setattr(World, "hung", lambda *_: Outcome(1, cause="nobody told it") if len(told) > 3 else None)
+    monkeypatch.setattr(worlds.os, "kill", kill)
+    monkeypatch.setattr(worlds, "ASKED_AGAIN_S", 0.0)
+    monkeypatch.setattr(worlds, "pause", lambda: told or told.extend([0] * 9))
+    with running("", tmp_path, Share(range(1), 1), Supervision(), stopping) as world:
+        assert world.watch(stopping).code == 75
+    assert told == [signal.SIGUSR1] * listens_from
+
+
+def test_ranks_that_were_asked_are_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, stopping = list[int](), Stopping()
+    monkeypatch.setattr(worlds.time, "monotonic", lambda: 1.0)
+    monkeypatch.setattr(stopping, "world", SimpleNamespace(signal=told.append))
+    stopping.pass_on()
+    assert not told
+    stopping(signal.SIGTERM, None)
+    stopping.pass_on()
+    assert told == [signal.SIGTERM]
