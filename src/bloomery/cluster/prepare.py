@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bloomery.cluster.supervisor import run_lock
+from bloomery.cluster.supervisor import START_FILE, run_lock
 from bloomery.data.origin import check_tokenizer, other_pairs, other_text, tokenizer_hash
 from bloomery.data.pairs import PairDataset
 from bloomery.ledger.environment import describe
@@ -45,6 +45,7 @@ WRITTEN = (
     "ledger.jsonl",
     "events.jsonl",
     "supervision.jsonl",
+    START_FILE,
     "hangs",
     "evaluation.json",
     "report.html",

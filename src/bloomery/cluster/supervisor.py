@@ -7,6 +7,7 @@ tells the time that failures cost. Imports no torch, starts in milliseconds, out
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import platform
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bloomery.cluster.crew import Crew
 from bloomery.cluster.hosts import Leader, leading
@@ -23,7 +25,7 @@ from bloomery.cluster.stopping import STOPS, Stopping
 from bloomery.cluster.world import Outcome, pause, supervise
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import JsonLines, read_lines
-from bloomery.ledger.waiting import job_started, requeues
+from bloomery.ledger.waiting import job_started, last_sign, requeues
 from bloomery.spec.commit import checkpoint_folders, step_of, take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -35,6 +37,8 @@ from bloomery.spec.reliability import Supervision
 LONGEST_BACK_OFF_S = 30.0
 DEAD_LOCK_S = 120.0
 SUPERVISION_FILE = "supervision.jsonl"
+START_FILE = ".start"
+"""How the newest start began: of one whose supervisor is lost with it, all that is left to book."""
 GOOD = Outcome(0)
 ALONE = Place()
 
@@ -118,6 +122,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
         Stopping().handled() as stopping,
         leading(place, folder, settings, stopping) as leader,
     ):
+        _book_lost_start(folder)
         queued = job_started(folder)
         while True:
             outcome = _one_start(module, folder, crew, settings, stopping, Waits(queued, waited_s), leader)
@@ -197,8 +202,17 @@ def _one_start(
     leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
-    fence = take_fence(folder)
-    began, started = time.time(), time.monotonic()
+    fence, started = take_fence(folder), time.monotonic()
+    start = {
+        "fence": fence,
+        "began": time.time(),
+        **asdict(waits),
+        "world_size": len(crew.now.slots),
+        "layout": crew.now.layout.describe(),
+        "host": platform.node(),
+        "usual_s": _rounded(crew.usual_s),
+    }
+    write_atomically(folder / START_FILE, json.dumps(start))
     if leader is None:
         until_s = crew.until_all_are_tried_s
         outcome = supervise(module, folder, crew.now.slots, settings, stopping, until_s, crew.usual_s)
@@ -207,18 +221,23 @@ def _one_start(
     crew.usual_s = outcome.usual_s
     if outcome.code == CORRUPTED:
         outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
+    _book(folder, start, time.monotonic() - started, outcome)
+    return outcome
+
+
+def _rounded(seconds: tuple[float, ...]) -> list[float]:
+    return [round(one, 3) for one in seconds]
+
+
+def _book(folder: Path, start: dict[str, Any], wall_s: float, outcome: Outcome) -> None:
+    """Write down how a start ended."""
     account = JsonLines(folder / SUPERVISION_FILE)
     account.write(
         {
-            "fence": fence,
-            "began": began,
-            "wall_s": time.monotonic() - started,
-            **asdict(waits),
+            **start,
+            "wall_s": wall_s,
             "forked_s": outcome.forked_s,
-            "world_size": len(crew.now.slots),
-            "layout": crew.now.layout.describe(),
-            "host": platform.node(),
-            "usual_s": [round(seconds, 3) for seconds in outcome.usual_s],
+            "usual_s": _rounded(outcome.usual_s),
             "code": outcome.code,
             "rank": outcome.rank,
             "cause": outcome.cause,
@@ -228,7 +247,21 @@ def _one_start(
         }
     )
     account.close()
-    return outcome
+
+
+def _book_lost_start(folder: Path) -> None:
+    """A start whose supervisor was lost with it (a node that died) failed too: from its beginning to the last sign of
+    life. Only whoever holds the run's lock can tell it from one that runs."""
+    path, booked = folder / START_FILE, {row.get("fence") for row in read_lines(folder / SUPERVISION_FILE)}
+    for start in read_lines(path):
+        if start["fence"] not in booked:
+            steps = [
+                line["step"] for line in read_lines(folder / "ledger.jsonl") if line.get("fence") == start["fence"]
+            ]
+            heard = max(last_sign(folder) or 0.0, path.stat().st_mtime)
+            step = max(0, *steps) if steps else -1
+            lost = Outcome(1, cause="lost with its supervisor", step=step, usual_s=tuple(start["usual_s"]))
+            _book(folder, start, max(0.0, heard - start["began"]), lost)
 
 
 def _accused(folder: Path, fence: int, first: int | None) -> int | None:

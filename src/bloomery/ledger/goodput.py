@@ -81,7 +81,7 @@ def goodput(run_dir: Path) -> Goodput | None:
             seconds[kind] += rest - slowed
             booked += line["wall_s"]
         left = start["wall_s"] - booked - start["forked_s"]
-        worst = max(worst, -left / start["wall_s"])
+        worst = max(worst, -left / start["wall_s"]) if start["wall_s"] else worst
         seconds["restart"] += start["forked_s"] + start["waited_s"]
         seconds["queue"] += start.get("queued_s", 0.0)
         broken = start["code"] not in (0, 75)

@@ -22,6 +22,11 @@ def queued_s(submitted: float, last_sign: float | None, now: float) -> float:
     return max(0.0, now - max(submitted, last_sign or 0.0))
 
 
+def last_sign(folder: Path) -> float | None:
+    """When the run was last heard of; None where it never was."""
+    return max((path.stat().st_mtime for name in SIGNS if (path := folder / name).is_file()), default=None)
+
+
 def requeues(environment: Mapping[str, str] = os.environ) -> int:
     """How often the job that this is part of came back to the queue."""
     text = environment.get("BLOOMERY_REQUEUES", "")
@@ -36,8 +41,7 @@ def job_started(folder: Path, environment: Mapping[str, str] = os.environ, now: 
     except ValueError:
         return 0.0
     now = time.time() if now is None else now
-    signs = [path.stat().st_mtime for name in SIGNS if (path := folder / name).is_file()]
-    waited = queued_s(submitted, max(signs, default=None), now)
+    waited = queued_s(submitted, last_sign(folder), now)
     values: dict[str, Any] = {
         "launcher": environment.get("BLOOMERY_LAUNCHER", ""),
         "job": environment.get("BLOOMERY_JOB", ""),

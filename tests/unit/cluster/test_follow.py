@@ -11,6 +11,7 @@ from bloomery.cluster.sites import follow as following
 from bloomery.cluster.sites.follow import LogTail, follow
 from bloomery.cluster.sites.jobs import last_job, log_of, remember
 from bloomery.cluster.sites.slurm import Status
+from bloomery.spec.errors import BloomeryError
 
 
 def test_lines_are_read_once_and_whole(tmp_path: Path) -> None:
@@ -46,6 +47,41 @@ def test_states_and_log_are_shown_until_the_job_has_ended(tmp_path: Path, monkey
         "job 1: failed",
         "error: no",
     ]
+
+
+def test_a_scheduler_that_does_not_answer_for_a_while_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = ["down", "down", Status("RUNNING"), "down", Status("RUNNING"), Status("COMPLETED", code=0)]
+
+    def ask() -> Status:
+        match said.pop(0):
+            case Status() as status:
+                return status
+            case problem:
+                raise BloomeryError(f"scontrol: {problem}")
+
+    out = io.StringIO()
+    monkeypatch.setattr(following, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(following, "LOOK_EVERY_S", 0.0)
+    assert follow(tmp_path, tmp_path / "1.log", ask, "job 1", out).code == 0
+    once = "job 1: scontrol: down; asking again for 10 minutes"
+    assert out.getvalue().splitlines() == [once, "job 1: running", once, "job 1: completed"]
+
+
+def test_a_scheduler_that_no_longer_answers_ends_the_following(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[float]()
+
+    def ask() -> Status:
+        asked.append(0.0)
+        raise BloomeryError("scontrol: down")
+
+    monkeypatch.setattr(following, "ASK_EVERY_S", -1.0)
+    monkeypatch.setattr(following, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(following, "UNANSWERED_S", -1.0)
+    with pytest.raises(BloomeryError, match="scontrol: down"):
+        follow(tmp_path, tmp_path / "1.log", ask, "job 1", io.StringIO())
+    assert len(asked) == 2
 
 
 def test_the_newest_job_of_a_site_is_remembered(tmp_path: Path) -> None:

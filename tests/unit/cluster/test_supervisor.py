@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from bloomery.cluster import supervisor
 from bloomery.cluster.supervisor import SUPERVISION_FILE, launch, usual_before
 from bloomery.cluster.world import Outcome
+from bloomery.ledger.goodput import goodput
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, write_job
@@ -68,3 +71,45 @@ def test_a_stop_in_which_a_rank_failed_says_what_is_lost(
     assert capsys.readouterr().err == (f"warning: rank 1 {outcome.cause} {said}\n" if said else "")
     failures = [(event["rank"], event["cause"]) for event in read_lines(tmp_path / "events.jsonl")]
     assert failures == ([(1, "killed by SIGKILL")] if said else [])
+
+
+class LostError(Exception):
+    """The node that the supervisor ran on died."""
+
+
+@pytest.mark.parametrize("steps", [10, 0])
+def test_a_start_that_was_lost_with_its_supervisor_is_booked_by_the_next(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(
+        name="pretrain", model=Model(layers=1, hidden=8, heads=1, vocab=8), layout=Layout(), dtype="float32",
+        seed=0, seq_len=8, global_batch=4, steps=20, optimizer=Optimizer(), data="", heldout="",
+    )  # fmt: skip
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    ledger, began = tmp_path / "ledger.jsonl", time.time()
+
+    def lost(*_: object) -> Outcome:
+        lines = [
+            {"rank": 0, "step": step, "fence": 1, "wall_s": 1.0, "buckets": {}}
+            for step in ((-1, *range(1, steps + 1)) if steps else ())
+        ]
+        ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        os.utime(ledger, (began + 14.0, began + 14.0))
+        raise LostError
+
+    monkeypatch.setattr(supervisor, "supervise", lost)
+    with pytest.raises(LostError):
+        launch("", tmp_path, 1)
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(0, step=20))
+    assert launch("", tmp_path, 1) == 0
+    assert launch("", tmp_path, 1) == 0  # and only once
+    first, *others = [json.loads(line) for line in (tmp_path / SUPERVISION_FILE).read_text().splitlines()]
+    assert [(row["fence"], row["code"]) for row in others] == [(2, 0), (3, 0)]
+    assert (first["fence"], first["code"], first["step"]) == (1, 1, steps or -1)
+    assert first["wall_s"] == pytest.approx(14.0, abs=1.0)
+    found = goodput(tmp_path)
+    assert found is not None
+    assert (found.starts, found.failures, found.failed_starts) == (3, 1, int(not steps))
+    assert found.seconds["train"] == steps
+    assert found.seconds["lost_work"] == pytest.approx(3.0 if steps else 14.0, abs=1.0)
+    assert sum(found.seconds.values()) == pytest.approx(found.wall_s)

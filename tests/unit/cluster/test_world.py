@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -16,7 +17,9 @@ from typing import Literal
 import pytest
 
 from bloomery.cluster import world as worlds
-from bloomery.cluster.world import Share, World, _environment, forking, imported_for
+from bloomery.cluster.fork_server import forking, imported_for
+from bloomery.cluster.stopping import Stopping
+from bloomery.cluster.world import Share, World, _environment, supervise
 from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
@@ -92,7 +95,7 @@ def test_what_ranks_are_forked_from_is_deaf_from_its_first_moment_on() -> None:
     """A terminal's Ctrl-C and a scheduler's signals come to it too, while it still imports."""
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     context = forking("symtable")
-    [line] = [line for line in Path(f"/proc/{worlds.forkserver._forkserver._forkserver_pid}/status")
+    [line] = [line for line in Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status")
               .read_text().splitlines() if line.startswith("SigBlk:")]  # fmt: skip
     held = int(line.split()[1], 16)
     assert all(held >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
@@ -234,3 +237,20 @@ def test_who_ended_first_of_ranks_that_end_together(
     found = world.ended()
     assert found is not None
     assert (found.rank, found.code, found.cause) == (rank, code, cause)
+
+
+def test_a_signal_that_comes_while_ranks_are_being_forked_stops_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, stopping = list[World](), Stopping()
+
+    def forked(world: World, *_: object) -> None:
+        world.share, world.processes, world._noticed, world.ending_s = Share(range(1), 1), [], None, 0.0
+        stopping(signal.SIGUSR1, None)
+
+    monkeypatch.setattr(World, "__init__", forked)
+    monkeypatch.setattr(World, "kill", ended.append)
+    monkeypatch.setattr(World, "watch", lambda *_: pytest.fail("there is nothing to wait for"))
+    monkeypatch.setattr(World, "told", lambda _, outcome: outcome)
+    outcome = supervise("", tmp_path, [0], Supervision(), stopping)
+    assert outcome.code == STOPPED_BY_SIGNAL and len(ended) == 1

@@ -13,12 +13,14 @@ from typing import TextIO
 
 from bloomery.cluster.sites.slurm import Status
 from bloomery.ledger.progress import tail
-from bloomery.spec.errors import InputError
+from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import Job, read_job
 from bloomery.train.live_line import LiveLine
 
 ASK_EVERY_S = 2.0
 LOOK_EVERY_S = 0.25
+UNANSWERED_S = 600.0
+"""So long in a row a scheduler may fail to answer: it is restarted, or has too much to do."""
 
 
 class LogTail:
@@ -42,19 +44,40 @@ class LogTail:
         return [line.decode(errors="replace") for line in whole]
 
 
+class _Scheduler:
+    """What `ask` says; where it fails, what it said before. Raises its BloomeryError when it fails for too long."""
+
+    def __init__(self, ask: Callable[[], Status], name: str, out: TextIO) -> None:
+        self._ask, self._name, self._out = ask, name, out
+        self._last, self._failing_since = Status(""), float("inf")
+
+    def status(self) -> Status:
+        now = time.monotonic()
+        try:
+            self._last, self._failing_since = self._ask(), float("inf")
+        except BloomeryError as error:
+            if now - self._failing_since > UNANSWERED_S:
+                raise
+            if self._failing_since > now:
+                again = f"asking again for {UNANSWERED_S / 60:g} minutes"
+                print(f"{self._name}: {error}; {again}", file=self._out, flush=True)
+                self._failing_since = now
+        return self._last
+
+
 def follow(folder: Path, log: Path, ask: Callable[[], Status], name: str, out: TextIO = sys.stderr) -> Status:
     """Follow a job until it has ended; what `ask` said last. `name`: what to call it.
 
     At a terminal the bar of a local run is drawn from metrics.jsonl below the log; otherwise the log has those lines.
     """
     lines, said, line, asked, status = LogTail(log), "", None, 0.0, Status("")
-    began = time.time()
+    scheduler, began = _Scheduler(ask, name, out), time.time()
     try:
         while True:
             if time.monotonic() - asked > ASK_EVERY_S:
-                asked, status = time.monotonic(), ask()
+                asked, status = time.monotonic(), scheduler.status()
                 now = f"{status.state.lower()}{f' ({status.reason})' if status.reason else ''}"
-                if now != said:
+                if now not in ("", said):
                     said = now
                     print(f"{name}: {now}", file=out, flush=True)
             line = line or _line(folder, began, out)
