@@ -146,11 +146,10 @@ def _print_refusals(console: Console, plan: Plan) -> None:
         short = f"{three(memory.least_shortage_bytes / GIB)} GiB short at least"
         table.add_row(f"{memory.count:,}", f"memory: {memory.family}, {short} ({memory.tightest})")
     console.print(table)
-    left = [refusal.count for refusal in plan.refusals[REFUSALS:]]
+    left = [rules.count for rules in plan.refusals[REFUSALS:]]
     left += [memory.count for memory in plan.memory_refusals[REFUSALS:]]
     if left:
-        layouts = sum(left)
-        console.print(f"and {len(left)} more famil{'ies' if len(left) > 1 else 'y'}, {layouts:,} layouts (--json)")
+        console.print(f"and {len(left)} more famil{'ies' if len(left) > 1 else 'y'}, {sum(left):,} layouts (--json)")
 
 
 def three(value: float) -> str:

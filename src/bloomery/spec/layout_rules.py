@@ -168,7 +168,7 @@ def check_guard(model: Model, layout: Layout, guard: GuardSettings) -> None:
     """Raise InputError with the first of the `guard_problems`."""
     for problem in guard_problems(model, LayoutBatch.of([layout]), guard):
         if problem.broken[0]:
-            raise InputError(problem.reason, where="train.guard.recompute_every", found=layout.describe())
+            raise InputError(problem.reason, where="layout", found=layout.describe())
 
 
 def fits_compiler(model: Model, *, tp: Any, cp: Any, selective: Any, offloaded: Any) -> Any:

@@ -249,7 +249,7 @@ def test_a_signal_that_comes_while_ranks_are_being_forked_stops_the_start(
         stopping(signal.SIGUSR1, None)
 
     monkeypatch.setattr(World, "__init__", forked)
-    monkeypatch.setattr(World, "kill", ended.append)
+    monkeypatch.setattr(World, "kill", lambda world: ended.append(world))
     monkeypatch.setattr(World, "watch", lambda *_: pytest.fail("there is nothing to wait for"))
     monkeypatch.setattr(World, "told", lambda _, outcome: outcome)
     outcome = supervise("", tmp_path, [0], Supervision(), stopping)
