@@ -101,7 +101,7 @@ def _print(found: Refit, target: Path) -> None:
     console.width = min(console.width, 100)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="ellipsis", no_wrap=True, max_width=50)
-    for column in ("measured s", "before", "after"):
+    for column in ("measured s", "plan error before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
     for run, before, after in zip(found.runs, found.before, found.after, strict=True):
         table.add_row(run.name, f"{run.step_s:.3f}", f"{before:+.1%}", f"{after:+.1%}")
