@@ -19,7 +19,8 @@ def runs(
 ) -> None:
     """List runs, best bits per byte first: model, layout, steps, loss, step time and the plan's error.
 
-    An error is predicted / measured - 1. Below them how far plans were off, over time: what `bloomery calibrate` is there to bring down.
+    An error is predicted / measured - 1. Below them how far plans were off, over time: what `bloomery calibrate` is
+    there to bring down.
     """
     from rich.console import Console
     from rich.table import Table
