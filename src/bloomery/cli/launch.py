@@ -22,9 +22,21 @@ class Site(StrEnum):
     SSH = "ssh"
 
 
+def _site(name: str) -> Site:
+    if name in list(Site):
+        return Site(name)
+    here = "; on this machine a run starts with `bloomery train RUN.yaml`" if name == "local" else ""
+    raise typer.BadParameter(f"{name!r} is not one of {', '.join(Site)}{here}")
+
+
 def launch(
     run_files: Annotated[list[Path], typer.Argument(metavar="RUN.yaml...", help="Several: one array job (slurm).")],
-    on: Annotated[Site, typer.Option(help="Whose hosts; settings are under `launch` in RUN.yaml.")],
+    on: Annotated[
+        Site,
+        typer.Option(
+            parser=_site, metavar=f"[{'|'.join(Site)}]", help="Whose hosts; settings are under `launch` in RUN.yaml."
+        ),
+    ],
     nodes: Annotated[int | None, typer.Option(min=1, help="Hosts (default: as the cluster has them).")] = None,
     hosts: Annotated[Path | None, typer.Option(metavar="HOSTFILE", help="For ssh: one host a line.")] = None,
     array: Annotated[str, typer.Option(metavar="KEY=A,B,...", help="A run for each value, as one array job.")] = "",

@@ -59,6 +59,16 @@ def test_options_that_contradict_each_other_are_one_line(
     assert captured.out == "" and captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("site", "train"), [("local", True), ("moon", False)])
+def test_a_run_on_this_machine_is_no_launch(
+    site: str, train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "--on", site) == 2
+    said = capsys.readouterr().err
+    assert f"'{site}' is not one of slurm, kubernetes, skypilot, ssh" in said and said.count("\n") == 1
+    assert ("`bloomery train RUN.yaml`" in said) == train
+
+
 def test_the_runs_of_a_sweep_are_on_the_data_of_the_run_itself() -> None:
     base = Path("runs") / "llama3-8b" / "data"
     runs = verb._sweep(Path(RUN), [], "train.optimizer.lr=1e-3,3e-4")
