@@ -39,8 +39,7 @@ def calibrate(
         raise InputError(
             "name the file to write", where="--out", accepted=["--out FILE", "--cluster FILE (written over)"]
         )
-    given, planned_on = _read(run_dirs)
-    base = read_cluster(cluster) if cluster else planned_on
+    given, base = _read(run_dirs, read_cluster(cluster) if cluster else None)
     runs = with_earlier(given, remembered(cluster) if cluster else [])
     found = refit(runs, base)
     if found.kept:
@@ -54,13 +53,13 @@ def calibrate(
         raise SystemExit(3)
 
 
-def _read(run_dirs: list[Path]) -> tuple[list[Measured], Cluster]:
-    """The runs, and the cluster of the newest; what is no run or too short is passed over with a note.
+def _read(run_dirs: list[Path], base: Cluster | None) -> tuple[list[Measured], Cluster]:
+    """The runs, and `base`, else the cluster of the newest; what is no run or too short is passed over with a note.
 
     Raises InputError where nothing is left, or where they are of different machines.
     """
     from bloomery.cli.console import warn
-    from bloomery.ledger.measured import measured
+    from bloomery.ledger.measured import machine, measured, same_machine
     from bloomery.spec.errors import InputError
 
     found, problems = [], []
@@ -78,7 +77,10 @@ def _read(run_dirs: list[Path]) -> tuple[list[Measured], Cluster]:
     for _, one, folder in found:
         if one.name != newest.name:
             raise InputError("planned on another cluster", where=str(folder), found=one.name, accepted=newest.name)
-    return [run for run, _, _ in found], newest
+        if not same_machine(one, base or newest):
+            problem, accepted = "planned on another machine", machine(base or newest)
+            raise InputError(problem, where=str(folder), found=machine(one), accepted=accepted)
+    return [run for run, _, _ in found], base or newest
 
 
 def _with_provenance(found: Refit) -> Cluster:
@@ -101,7 +103,7 @@ def _print(found: Refit, target: Path) -> None:
     console.width = min(console.width, 100)
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("run", overflow="ellipsis", no_wrap=True, max_width=50)
-    for column in ("measured s", "before", "after"):
+    for column in ("measured s", "plan error before", "after"):
         table.add_column(column, justify="right", no_wrap=True)
     for run, before, after in zip(found.runs, found.before, found.after, strict=True):
         table.add_row(run.name, f"{run.step_s:.3f}", f"{before:+.1%}", f"{after:+.1%}")

@@ -22,9 +22,21 @@ class Site(StrEnum):
     SSH = "ssh"
 
 
+def _site(name: str) -> Site:
+    if name in list(Site):
+        return Site(name)
+    here = "; on this machine a run starts with `bloomery train RUN.yaml`" if name == "local" else ""
+    raise typer.BadParameter(f"{name!r} is not one of {', '.join(Site)}{here}")
+
+
 def launch(
     run_files: Annotated[list[Path], typer.Argument(metavar="RUN.yaml...", help="Several: one array job (slurm).")],
-    on: Annotated[Site, typer.Option(help="Whose hosts; settings are under `launch` in RUN.yaml.")],
+    on: Annotated[
+        Site,
+        typer.Option(
+            parser=_site, metavar=f"[{'|'.join(Site)}]", help="Whose hosts; settings are under `launch` in RUN.yaml."
+        ),
+    ],
     nodes: Annotated[int | None, typer.Option(min=1, help="Hosts (default: as the cluster has them).")] = None,
     hosts: Annotated[Path | None, typer.Option(metavar="HOSTFILE", help="For ssh: one host a line.")] = None,
     array: Annotated[str, typer.Option(metavar="KEY=A,B,...", help="A run for each value, as one array job.")] = "",
@@ -118,8 +130,7 @@ def _slurm(orders: list[Order], run_files: list[Path], show: bool, detach: bool,
     from bloomery.cli.console import print_json
     from bloomery.cluster.sites import slurm
     from bloomery.cluster.sites.jobs import last_job, remember
-    from bloomery.cluster.sites.order import check_here
-    from bloomery.spec.errors import InputError
+    from bloomery.cluster.sites.order import unfinished
     from bloomery.spec.files import write_atomically
 
     folder = orders[0].folder / "launch"
@@ -128,31 +139,46 @@ def _slurm(orders: list[Order], run_files: list[Path], show: bool, detach: bool,
         job = last_job(orders[0].folder, "slurm")
         _follow(orders[0], job, run_files)
         return
-    text = slurm.script(orders, log)
+    left = unfinished(orders) or list(range(len(orders)))  # where none is left, each says so below
+    text = slurm.script(orders, log, left)
     if show:
         print(text, end="")
         return
-    for one in orders:
-        check_here(one)
-        earlier = last_job(one.folder, "slurm", required=False)
-        if earlier and slurm.status(earlier).code is None:
-            problem = f"job {earlier} of this run is still there; --follow follows it, `scancel {earlier}` ends it"
-            raise InputError(problem, where=str(one.folder))
-        one.write_description()
+    if len(left) < len(orders):
+        done = ", ".join(one.run.name for number, one in enumerate(orders) if number not in left)
+        print(f"already trained to the last step, not started: {done}", file=sys.stderr)
+    started = {number: orders[number] for number in left}
+    for one in started.values():
+        _check_and_describe(one)
     write_atomically(folder / "job.sh", text)
     job = slurm.submit(folder / "job.sh")
-    for number, one in enumerate(orders):
+    for number, one in started.items():
         name = f"{job}_{number}" if len(orders) > 1 else job
         remember(one.folder, "slurm", name, folder / f"{name}.log")
-    folders = [str(one.folder) for one in orders]
+    folders = [str(one.folder) for one in started.values()]
     if as_json:
         print_json({"job": job, "script": str(folder / "job.sh"), "runs": folders})
     elif len(orders) > 1:
-        print(f"job {job}, {len(orders)} runs; `bloomery watch {' '.join(folders)}` shows them", file=sys.stderr)
+        print(f"job {job}, {len(folders)} runs; `bloomery watch {' '.join(folders)}` shows them", file=sys.stderr)
     else:
         print(f"submitted job {job}, {orders[0].nodes} host(s), log {folder / job}.log", file=sys.stderr)
         if not detach:
             _follow(orders[0], job, run_files)
+
+
+def _check_and_describe(one: Order) -> None:
+    """Write down what is to be started. Raises InputError where it cannot be, or is there already."""
+    from bloomery.cluster.sites import slurm
+    from bloomery.cluster.sites.jobs import last_job
+    from bloomery.cluster.sites.order import check_here
+    from bloomery.spec.errors import InputError
+
+    check_here(one)
+    earlier = last_job(one.folder, "slurm", required=False)
+    if earlier and slurm.status(earlier).code is None:
+        problem = f"job {earlier} of this run is still there; --follow follows it, `scancel {earlier}` ends it"
+        raise InputError(problem, where=str(one.folder))
+    one.write_description()
 
 
 def _follow(one: Order, job: str, run_files: list[Path]) -> None:

@@ -17,9 +17,10 @@ def runs(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
-    """List runs, best bits per byte first: model, layout, steps, loss, step time against its plan.
+    """List runs, best bits per byte first: model, layout, steps, loss, step time and the plan's error.
 
-    Below them how far plans were off, over time: what `bloomery calibrate` is there to bring down.
+    An error is predicted / measured - 1. Below them how far plans were off, over time: what `bloomery calibrate` is
+    there to bring down.
     """
     from rich.console import Console
     from rich.table import Table
@@ -38,7 +39,7 @@ def runs(
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for column in ("name", "model", "layout", "stages"):
         table.add_column(column, overflow="ellipsis", no_wrap=True)
-    for column in ("steps", "loss", "bits/byte", "step s", "vs plan"):
+    for column in ("steps", "loss", "bits/byte", "step s", "plan error"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         stages = ", ".join(row.stages) or "-"

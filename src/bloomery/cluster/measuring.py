@@ -77,7 +77,7 @@ def run_ranks(
 ) -> list[dict[str, Any]]:
     """The figures of each rank, in order, with `started_s`: until it had imported and met the others.
 
-    Raises BloomeryError that names rank and host when one fails or all take longer than `timeout_s`.
+    Raises BloomeryError that names rank and host when one fails, or when none says anything for `timeout_s`.
     """
     said = queue.Queue[tuple[int, str, str]]()
     places = [(host, local) for host in hosts.hosts for local in range(host.slots)]
@@ -109,12 +109,13 @@ def _followed(
     results = dict[int, dict[str, Any]]()
     began, joined_s = time.monotonic(), dict[int, float]()
     while len(results) < len(ranks):
-        left_s = began + timeout_s - time.monotonic()
         try:
-            rank, word, rest = said.get(timeout=max(0.0, left_s))
+            rank, word, rest = said.get(timeout=timeout_s)
         except queue.Empty:
             late = ", ".join(f"{one.rank} on {one.host.name}" for one in ranks if one.rank not in results)
-            raise BloomeryError(f"rank {late}: no figures after {timeout_s:.0f} s; is the machine busy?") from None
+            raise BloomeryError(
+                f"rank {late}: no figures, and no word for {timeout_s:.0f} s; is the machine busy?"
+            ) from None
         if word == "JOINED":
             joined_s[rank] = time.monotonic() - began
         elif word == "PORT":

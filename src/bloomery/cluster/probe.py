@@ -36,6 +36,7 @@ TURNS, TURNS_ON_GPUS = 3, 2
 """Of the reference models and links, one after the other over all sets of ranks; of more ranks than cores one less. A
 GPU that other work does not share is as fast in one minute as in the next."""
 WORKER_TIMEOUT_S = 300
+"""Since the last word of any: a busy machine takes long over many steps, and all it has found would be thrown away."""
 
 
 def probe(*, quick: bool, folder: Path, hosts: Hosts | None = None, progress: Tell = lambda _: None) -> Cluster:

@@ -15,6 +15,28 @@ from bloomery.spec.measured import Measured
 LEAST_STEPS = 5
 """Steps without a checkpoint or an evaluation, the first ones left out: fewer say more of the moment than the run."""
 
+SAME_PEAK = 2.0
+"""Within this factor two probes may be of one device: it was busy, or a calibration has turned its rates."""
+
+
+def machine(cluster: Cluster) -> str:
+    """What tells one from another of the same name: every probe calls what it measures `this-machine`."""
+    one = cluster.accelerator
+    peak = max(one.peak_flops_per_s.values())
+    return f"{cluster.accelerators_per_node} x {one.name} of {peak / 1e12:.3g} TFLOP/s"
+
+
+def same_machine(one: Cluster, other: Cluster) -> bool:
+    """Whether two probed clusters may be of the same machine; what was not probed says nothing of it."""
+    a, b = one.accelerator, other.accelerator
+    if not (a.probed and b.probed):
+        return True
+    ratios = [
+        peak / b.peak_flops_per_s[dtype] for dtype, peak in a.peak_flops_per_s.items() if dtype in b.peak_flops_per_s
+    ]
+    alike = (a.name, one.accelerators_per_node) == (b.name, other.accelerators_per_node)
+    return alike and all(1 / SAME_PEAK <= ratio <= SAME_PEAK for ratio in ratios)
+
 
 def measured(run_dir: Path) -> tuple[Measured, Cluster]:
     """What a run took, and the cluster its plan was made on.

@@ -17,8 +17,8 @@ from bloomery.spec.errors import BloomeryError
 
 @dataclass(frozen=True)
 class RunRow:
-    """One run. `step_time_error` is measured / predicted - 1; figures that do not exist yet are None. `finished`: the
-    ledger's last line, in UTC; empty where there is none."""
+    """One run. `step_time_error` is predicted / measured - 1, as `calibrate` has it; figures that do not exist yet are
+    None. `finished`: the ledger's last line, in UTC; empty where there is none."""
 
     name: str
     folder: str
@@ -76,7 +76,7 @@ def _row(folder: Path) -> RunRow:
         bits_per_byte=last_bits(folder, heldout),
         tokens_per_s=steps[-1].get("tokens_per_s") if steps else None,
         step_time_s=compared.measured if compared else None,
-        step_time_error=None if ratio is None else ratio - 1,
+        step_time_error=1 / ratio - 1 if ratio else None,
         stages=tuple(sorted(path.name for path in (folder / "align").glob("*") if path.is_dir())),
         finished=_finished(folder / "ledger.jsonl"),
     )

@@ -19,6 +19,9 @@ TAIL_BYTES = 65_536
 SILENT_FACTOR, SILENT_LEAST_S = 20.0, 60.0
 """A run is silent when nothing was written for SILENT_FACTOR of its steps, SILENT_LEAST_S at least."""
 
+TURNS = ("started", "resumed", "stopped", "finished")
+"""Events after which a run is in another state; a job that goes on is stopped no longer."""
+
 State = Literal["starting", "running", "silent", "stopped", "finished"]
 
 
@@ -123,7 +126,7 @@ def _silent_s(folder: Path, now: float) -> float | None:
 
 
 def _state(events: list[dict[str, Any]], done: int, silent_s: float | None, step_time_s: float | None) -> State:
-    last = next((event["event"] for event in reversed(events) if event.get("event") in ("finished", "stopped")), "")
+    last = next((event["event"] for event in reversed(events) if event.get("event") in TURNS), "")
     if last == "finished":
         return "finished"
     if silent_s is not None and silent_s > max(SILENT_LEAST_S, SILENT_FACTOR * (step_time_s or 0.0)):

@@ -91,6 +91,14 @@ class Kubernetes(Noun):
     restarts: int = Field(default=100, ge=0)
     pod: dict[str, Any] = Field(default={}, description="what else the pods need: nodeSelector, tolerations, ...")
 
+    @model_validator(mode="after")
+    def _restarts_are_ours(self) -> Kubernetes:
+        """A TrainJob has no field for them: its runtime says how often."""
+        usual = type(self).model_fields["restarts"].default
+        if self.kind == "trainjob" and self.restarts != usual:
+            raise ValueError(f"restarts {self.restarts} with kind trainjob: its runtime says how often, leave it out")
+        return self
+
 
 class SkyPilot(Noun):
     """For `launch --on skypilot`: the image, and the volume that all nodes share, mounted at `mount`.

@@ -12,6 +12,8 @@ import pytest
 from bloomery.cli import main as command_line
 from bloomery.ledger.history import remembered
 from bloomery.spec.catalog import read_cluster
+from bloomery.spec.cluster import PROBED
+from bloomery.spec.files import parse_yaml, to_yaml
 
 make = runpy.run_path(str(Path(__file__).parents[1] / "ledger" / "synthetic_run.py"))["make"]
 
@@ -62,6 +64,32 @@ def test_what_is_no_run_or_too_short_is_passed_over_with_a_note(
     assert [kept.name for kept in remembered(tmp_path / "m.yaml")] == ["good"]
     assert called(monkeypatch, *given[:2], "--out", tmp_path / "none.yaml") == 2
     assert capsys.readouterr().err.startswith("error: none of these 2")
+
+
+def planned_on(run: Path, **changes: object) -> Path:
+    """The run, planned on a probed cluster whose accelerator has these changes."""
+    description = parse_yaml((run / "run.yaml").read_text(), "run.yaml")
+    description["cluster"]["accelerators_per_node"] = changes.pop("accelerators_per_node", 8)
+    description["cluster"]["accelerator"] |= {"name": "cpu", "source": PROBED, **changes}
+    (run / "run.yaml").write_text(to_yaml(description))
+    return run
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"name": "H100"}, {"accelerators_per_node": 4}, {"peak_flops_per_s": {"float32": 1e12}}],
+)
+def test_runs_of_another_machine_are_refused_though_every_probe_calls_it_the_same(
+    changes: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine, file = planned_on(make(tmp_path / "mine", align=False)), tmp_path / "machine.yaml"
+    assert called(monkeypatch, mine, "--out", file) == 0
+    other = planned_on(make(tmp_path / "other", align=False), **changes)
+    capsys.readouterr()
+    for arguments in ([mine, other, "--out", tmp_path / "m.yaml"], [other, "--cluster", file]):
+        assert called(monkeypatch, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "planned on another machine" in error and error.count("\n") == 1
 
 
 def test_what_it_cannot_calibrate_is_one_line(

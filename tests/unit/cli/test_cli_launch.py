@@ -10,7 +10,9 @@ import pytest
 from bloomery.cli import launch as verb
 from bloomery.cli import main as command_line
 from bloomery.cluster.prepare import data_folder
-from bloomery.cluster.sites import kubernetes, skypilot
+from bloomery.cluster.sites import kubernetes, skypilot, slurm
+from bloomery.cluster.sites import order as orders
+from bloomery.cluster.sites.jobs import last_job
 
 RUN = str(Path(__file__).parents[3] / "examples" / "llama3-8b.yaml")
 
@@ -57,9 +59,45 @@ def test_options_that_contradict_each_other_are_one_line(
     assert captured.out == "" and captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("site", "train"), [("local", True), ("moon", False)])
+def test_a_run_on_this_machine_is_no_launch(
+    site: str, train: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "--on", site) == 2
+    said = capsys.readouterr().err
+    assert f"'{site}' is not one of slurm, kubernetes, skypilot, ssh" in said and said.count("\n") == 1
+    assert ("`bloomery train RUN.yaml`" in said) == train
+
+
 def test_the_runs_of_a_sweep_are_on_the_data_of_the_run_itself() -> None:
     base = Path("runs") / "llama3-8b" / "data"
     runs = verb._sweep(Path(RUN), [], "train.optimizer.lr=1e-3,3e-4")
     assert [(run.name, data_folder(run)) for run in runs] == [("llama3-8b-0", base), ("llama3-8b-1", base)]
     own = verb._sweep(Path(RUN), [], "data.vocab=32000,64000")
     assert [data_folder(run).parent.name for run in own] == ["llama3-8b-0", "llama3-8b-1"]
+
+
+@pytest.mark.parametrize("finished", [(0, 2), (0, 1, 2, 3), ()])
+def test_finished_runs_of_a_sweep_are_passed_over_and_the_others_keep_their_numbers(
+    finished: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = {f"llama3-8b-{number}" for number in finished}
+    monkeypatch.setattr(orders, "is_finished", lambda folder: folder.name in done)
+    monkeypatch.setattr(orders, "require_data", lambda *_: None)
+    monkeypatch.setattr(slurm, "submit", lambda _: "7")
+    lr, place = "train.optimizer.lr=1e-3,3e-4,1e-4,3e-5", f"out={tmp_path}"
+    code = called(monkeypatch, "--on", "slurm", "--array", lr, "--set", place, "--set", "layout={tp: 8}")
+    said = capsys.readouterr().err
+    left = [number for number in range(4) if number not in finished]
+    if not left:
+        assert code == 2 and said.count("\n") == 1 and "already trained" in said
+        return
+    text = (tmp_path / "llama3-8b-0" / "launch" / "job.sh").read_text()
+    assert code == 0
+    assert f"--array={'1,3' if finished else '0-3'}\n" in text
+    assert text.count(f"{tmp_path}/llama3-8b-") >= 8  # the places of all: a task finds its run by its number
+    assert ("not started: llama3-8b-0, llama3-8b-2" in said) == bool(finished)
+    folders = [tmp_path / f"llama3-8b-{number}" for number in range(4)]
+    assert [last_job(folder, "slurm", required=False) for folder in folders] == [
+        f"7_{number}" if number in left else "" for number in range(4)
+    ]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from bloomery.cluster import measuring
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.measuring import run_ranks
 from bloomery.spec.errors import BloomeryError
@@ -77,6 +80,24 @@ def test_a_rank_that_fails_or_is_silent_is_named(
         run_ranks(module, on_this_machine(tmp_path), {"do": do}, seconds)
     assert words in str(failed.value)
     assert "on a" in str(failed.value)
+
+
+def test_ranks_that_get_on_may_take_longer_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each word comes just in time, as on a machine that is busy with something else."""
+    words = [(0, "JOINED", ""), (0, "TELL", "products"), (0, "TELL", "memory"), (0, "RESULT", "{}")]
+    now, waited_for = [0.0], list[float]()
+
+    class Said(queue.Queue[tuple[int, str, str]]):
+        def get(self, block: bool = True, timeout: float | None = None) -> tuple[int, str, str]:
+            assert timeout is not None
+            waited_for.append(timeout)
+            now[0] += 2.0
+            return words.pop(0)
+
+    monkeypatch.setattr(measuring.time, "monotonic", lambda: now[0])
+    rank = SimpleNamespace(rank=0, host=HOSTS[0])
+    assert measuring._followed([rank], Said(), 3.0, lambda _: None) == [{"started_s": 2.0}]
+    assert waited_for == [3.0] * 4
 
 
 def test_a_shell_that_cannot_reach_a_host_is_told_in_its_own_words(module: str) -> None:

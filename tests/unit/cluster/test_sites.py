@@ -111,6 +111,38 @@ def test_what_else_pods_need_is_laid_over_their_spec(kind: str) -> None:
     assert container["securityContext"] == {"privileged": True} and len(container["volumeMounts"]) == 3
 
 
+@pytest.mark.parametrize(
+    ("kind", "pod", "said"),
+    [
+        ("jobset", "{containers: [{resources: {}}]}", r"pod\.containers\[0\]\.name: .* accepted: bloomery$"),
+        ("trainjob", "{containers: [{resources: {}}]}", r"pod\.containers\[0\]\.name: .* accepted: node$"),
+        ("jobset", "{containers: {name: bloomery}}", r"pod\.containers: a list is expected"),
+        ("jobset", "{volumes: [{emptyDir: {}}]}", r"pod\.volumes\[0\]\.name: .* accepted: work, run, shm"),
+        ("jobset", "{containers: [{name: bloomery, env: [A]}]}", r"pod\.containers\.bloomery\.env\[0\]\.name"),
+        ("jobset", "{containers: [{name: blomery}]}", r"containers\[0\]\.name: .* 'blomery'.* did you mean 'bloomery'"),
+        ("jobset", "{containers: [{name: node}]}", r"containers\[0\]\.name: no container of this name"),
+        ("trainjob", "{containers: [{name: nodes}]}", r"containers\[0\]\.name: .* did you mean 'node'"),
+    ],
+)
+def test_what_would_take_our_containers_place_or_not_start_is_refused(kind: str, pod: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        kubernetes.text(ordered(f"launch.kubernetes.kind={kind}", f"launch.kubernetes.pod={pod}"))
+
+
+def test_containers_beside_ours_are_the_sites_own() -> None:
+    pod = "{containers: [{name: logs, image: fluent-bit}]}"
+    assert "image: fluent-bit" in kubernetes.text(ordered(f"launch.kubernetes.pod={pod}"))
+    of_its_runtime = "{containers: [{name: istio, resources: {}}]}"
+    told = ["launch.kubernetes.kind=trainjob", f"launch.kubernetes.pod={of_its_runtime}"]
+    assert "name: istio" in kubernetes.text(ordered(*told))
+
+
+def test_how_often_a_train_job_starts_again_is_its_runtimes_to_say() -> None:
+    assert ordered("launch.kubernetes.restarts=3").run.launch.kubernetes.restarts == 3
+    with pytest.raises(InputError, match=r"launch\.kubernetes: restarts 3 with kind trainjob"):
+        ordered("launch.kubernetes.kind=trainjob", "launch.kubernetes.restarts=3")
+
+
 def test_extra_resources_stand_beside_the_accelerators() -> None:
     pod = "{containers: [{name: bloomery, resources: {limits: {rdma/hca: 1}}}]}"
     text = kubernetes.text(ordered(f"launch.kubernetes.pod={pod}"))

@@ -64,6 +64,21 @@ def test_silence_and_the_end_are_told_apart(tmp_path: Path) -> None:
     assert progress(fresh).state == "starting"
 
 
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        (["started", "stopped"], "stopped"),
+        (["started", "stopped", "resumed", "slow_step"], "silent"),
+        (["resumed", "finished", "resumed"], "silent"),
+    ],
+)
+def test_a_run_that_went_on_after_its_stop_and_went_silent_is_silent(
+    events: list[str], state: str, tmp_path: Path
+) -> None:
+    folder = stage(tmp_path / "a", [row(40)], [{"event": name} for name in events])
+    assert progress(folder, now=time.time() + 1e6).state == state
+
+
 def test_the_newest_incident_is_one_line(tmp_path: Path) -> None:
     events = [{"event": "resumed"}, {"event": "slow_step", "step": 7, "rank": 1, "bucket": "data"}]
     assert progress(stage(tmp_path / "a", [row(9)], events)).incident == "slow step at step 7 on rank 1: data"

@@ -8,9 +8,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bloomery.cluster.doctor.checks import Needs, judged
 from bloomery.cluster.doctor.facts import Facts, gather
@@ -19,8 +19,10 @@ from bloomery.cluster.doctor.peers import Offset, alike, best_offset, clocks, re
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.measuring import Tell
 from bloomery.cluster.world import READ_AT_IMPORT
+from bloomery.ledger.sinks import parse_lines
 from bloomery.spec.errors import BloomeryError
 
+T = TypeVar("T")
 AGENT = "bloomery.cluster.doctor.agent"
 ANSWER_S = 60.0
 CLOCK_QUESTIONS = 5
@@ -40,23 +42,25 @@ class Agent:
         )
 
     def ask(self, kind: str, **values: Any) -> dict[str, Any]:
-        """One question, one answer."""
+        """One question, one answer: the next JSON object. A login shell may print what it likes around it."""
         assert self.process.stdin and self.process.stdout and self.process.stderr
-        silence = threading.Timer(ANSWER_S, self.process.kill)
+        silence, asked = threading.Timer(ANSWER_S, self.process.kill), time.monotonic()
         silence.start()
+        beside = ""
         try:
-            self.process.stdin.write(json.dumps({"ask": kind, **values}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+            with suppress(BrokenPipeError):
+                self.process.stdin.write(json.dumps({"ask": kind, **values}) + "\n")
+                self.process.stdin.flush()
+            for line in self.process.stdout:
+                for answer in parse_lines([line]):
+                    return answer
+                beside = line.strip() or beside
         finally:
             silence.cancel()
-        if not line:
-            said = [text.strip() for text in self.process.stderr if text.strip()]
-            raise BloomeryError(said[-1] if said else f"no answer within {ANSWER_S:.0f} s")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        said = [text.strip() for text in self.process.stderr if text.strip()]
+        late = time.monotonic() - asked >= ANSWER_S
+        end = f"no answer within {ANSWER_S:.0f} s" if late else "it ended without an answer"
+        raise BloomeryError(said[-1] if said else f"{end}; it said {beside!r}" if beside else end)
 
     def end(self) -> None:
         """Let it go."""
@@ -90,24 +94,33 @@ def visit(hosts: Hosts, folder: Path, needs: Needs, tell: Tell = lambda _: None)
         if len(there) > 1:
             tell("hosts beside each other")
             findings += alike(facts)
-            findings += clocks({agent.host.name: _offset(agent) for agent, _ in there})
-            findings += _reaching([agent for agent, _ in there])
+            findings += _beside([agent for agent, _ in there])
     return findings
+
+
+def _beside(agents: Sequence[Agent]) -> list[Finding]:
+    """Whose clock is off and who cannot be reached. One question at a time tells clocks best."""
+    timed = [(agent, _tried(agent, _offset)) for agent in agents]
+    silent = [_silent(agent, found) for agent, found in timed if isinstance(found, BloomeryError)]
+    offsets = {agent.host.name: found for agent, found in timed if isinstance(found, Offset)}
+    left = [agent for agent in agents if agent.host.name in offsets]
+    return silent + (clocks(offsets) + _reaching(left) if len(left) > 1 else [])
+
+
+def _tried(agent: Agent, question: Callable[[Agent], T]) -> T | BloomeryError:
+    """The answer, or why there is none."""
+    try:
+        return question(agent)
+    except BloomeryError as error:
+        return error
 
 
 def _at_once(
     agents: Sequence[Agent], question: Callable[[Agent], dict[str, Any]]
 ) -> list[tuple[Agent, dict[str, Any] | BloomeryError]]:
     """The answers of all, asked at the same time."""
-
-    def one(agent: Agent) -> dict[str, Any] | BloomeryError:
-        try:
-            return question(agent)
-        except BloomeryError as error:
-            return error
-
     with ThreadPoolExecutor(max_workers=min(64, len(agents))) as pool:
-        return list(zip(agents, pool.map(one, agents), strict=True))
+        return list(zip(agents, pool.map(lambda agent: _tried(agent, question), agents), strict=True))
 
 
 def _silent(agent: Agent, error: BloomeryError) -> Finding:
@@ -147,6 +160,7 @@ def _reaching(agents: Sequence[Agent]) -> list[Finding]:
         if isinstance(answer, dict)
         for other, problem in zip(targets[agent], answer["problems"], strict=True)
     }
+    findings += [_silent(agent, answer) for agent, answer in tried if isinstance(answer, BloomeryError)]
     return findings + (reachable(attempts) if attempts else [])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from bloomery.cluster.place import PORT
 from bloomery.cluster.sites.order import Order, require_program
 from bloomery.cluster.world import ALIVE_VARIABLE
-from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.errors import BloomeryError, InputError, nearest_match
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.run import Run
 
@@ -166,15 +166,49 @@ def _volumes(one: Order) -> list[Manifest]:
     ]
 
 
-def _laid_over(below: Any, above: Any) -> Any:
-    """`above` over `below` as Kubernetes patches a pod: mapping by mapping, items of a list by their name."""
+def _with_pod(spec: Manifest, one: Order, *, whole: bool) -> Any:
+    """A pod's spec with what the site wants laid over it. Raises InputError for a container that would not start.
+
+    `whole`: `spec` has all containers there are; else a runtime has others, and a name may be one of theirs.
+    """
+    where, pod = "launch.kubernetes.pod", one.run.launch.kubernetes.pod
+    found = _laid_over(spec, pod, where)
+    (ours,) = (container["name"] for container in spec["containers"])
+    for number, container in enumerate(pod.get("containers", [])):
+        name = str(container["name"])
+        near = nearest_match(name, [ours])
+        if name != ours and "image" not in container and (whole or near):
+            accepted = f"{ours}, or a container with an image"
+            raise InputError(
+                "no container of this name",
+                where=f"{where}.containers[{number}].name", found=name, accepted=accepted, nearest=near,
+            )  # fmt: skip
+    return found
+
+
+def _laid_over(below: Any, above: Any, where: str) -> Any:
+    """`above` over `below` as Kubernetes patches a pod: mapping by mapping, items of a list by their name.
+
+    Raises InputError where items have none: they would take the place of all that is there.
+    """
     if isinstance(below, dict) and isinstance(above, dict):
-        return {**below, **{key: _laid_over(below.get(key), value) for key, value in above.items()}}
-    named = isinstance(below, list) and isinstance(above, list)
-    if not named or not all(isinstance(item, dict) and "name" in item for item in (*below, *above)):
+        return {**below, **{key: _laid_over(below.get(key), value, f"{where}.{key}") for key, value in above.items()}}
+    if not isinstance(below, list) or not all(_has_name(item) for item in below):
         return above
-    found = {item["name"]: item for item in below}
-    return list({**found, **{item["name"]: _laid_over(found.get(item["name"]), item) for item in above}}.values())
+    there = {item["name"]: item for item in below}
+    if not isinstance(above, list):
+        raise InputError("a list is expected", where=where, found=above)
+    for number, item in enumerate(above):
+        if not _has_name(item):
+            raise InputError("an item is laid over by its name", where=f"{where}[{number}].name", accepted=there)
+    named = ((item["name"], item) for item in above)
+    return list(
+        {**there, **{name: _laid_over(there.get(name), item, f"{where}.{name}") for name, item in named}}.values()
+    )
+
+
+def _has_name(item: Any) -> bool:
+    return isinstance(item, dict) and "name" in item
 
 
 def _job_set(one: Order) -> Manifest:
@@ -199,7 +233,7 @@ def _job_set(one: Order) -> Manifest:
             "volumes": _volumes(one),
         },
     }
-    pod["spec"] = _laid_over(pod["spec"], site.pod)
+    pod["spec"] = _with_pod(pod["spec"], one, whole=True)
     hopeless = {"containerName": "bloomery", "operator": "In", "values": HOPELESS}
     job = {
         "parallelism": one.nodes,
@@ -239,7 +273,7 @@ def _train_job(one: Order) -> Manifest:
             "volumes": _volumes(one),
         },
     }
-    pod["spec"] = _laid_over(pod["spec"], site.pod)
+    pod["spec"] = _with_pod(pod["spec"], one, whole=False)
     jobs = [{"name": "node", "template": {"spec": {"template": pod}}}]
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,11 @@ def check_here(one: Order) -> None:
         raise InputError(
             "already trained to its last step; `bloomery train --fresh` starts over", where=str(one.folder)
         )
+
+
+def unfinished(orders: Sequence[Order]) -> list[int]:
+    """The numbers of the runs of an array that have steps to go."""
+    return [number for number, one in enumerate(orders) if not is_finished(one.folder)]
 
 
 def with_absolute_folders(run: Run) -> Run:

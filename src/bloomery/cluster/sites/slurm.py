@@ -51,8 +51,9 @@ exit $code
 """
 
 
-def script(orders: Sequence[Order], log: Path) -> str:
-    """The batch script of one run, or of several alike ones as an array. `log`: where its output goes.
+def script(orders: Sequence[Order], log: Path, tasks: Sequence[int] = ()) -> str:
+    """The batch script of one run, or of several alike ones as an array. `log`: where its output goes; `tasks`: the
+    numbers of those to start, where not all.
 
     Raises InputError when the runs of an array need different resources.
     """
@@ -60,7 +61,7 @@ def script(orders: Sequence[Order], log: Path) -> str:
     needs = {(other.nodes, other.per_node, other.gpus, other.whole, other.run.launch.slurm) for other in orders}
     if len(needs) > 1:
         raise InputError("the runs of one array need the same hosts, accelerators and launch.slurm", where="launch")
-    head = [f"#SBATCH {shlex.quote(option)}" for option in _options(orders, log)]
+    head = [f"#SBATCH {shlex.quote(option)}" for option in _options(orders, log, tasks)]
     body = _BODY.format(
         runs=" ".join(shlex.quote(str(other.description)) for other in orders),
         folders=" ".join(shlex.quote(str(other.folder)) for other in orders),
@@ -72,7 +73,7 @@ def script(orders: Sequence[Order], log: Path) -> str:
     return "\n".join(["#!/bin/bash", *head]) + "\n" + body
 
 
-def _options(orders: Sequence[Order], log: Path) -> list[str]:
+def _options(orders: Sequence[Order], log: Path, tasks: Sequence[int]) -> list[str]:
     one = orders[0]
     site = one.run.launch.slurm
     named = {
@@ -82,7 +83,7 @@ def _options(orders: Sequence[Order], log: Path) -> list[str]:
         "time": site.time,
         "gpus-per-node": str(one.gpus or ""),
         "cpus-per-task": _cores(one),
-        "array": f"0-{len(orders) - 1}" if len(orders) > 1 else "",
+        "array": _array(len(orders), tasks),
     }
     return [
         f"--job-name={one.run.name}",
@@ -97,6 +98,13 @@ def _options(orders: Sequence[Order], log: Path) -> list[str]:
         f"--chdir={one.folder}",
         *site.options,
     ]
+
+
+def _array(count: int, tasks: Sequence[int]) -> str:
+    """A number for each run, which it keeps when others of the array are not started."""
+    if count == 1:
+        return ""
+    return ",".join(map(str, tasks)) if 0 < len(tasks) < count else f"0-{count - 1}"
 
 
 def _cores(one: Order) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bloomery.cluster.doctor import examine
 from bloomery.cluster.doctor.checks import CHECKS, Needs
 from bloomery.cluster.doctor.compare import BURN_IN, compared
-from bloomery.cluster.doctor.examine import visit
+from bloomery.cluster.doctor.examine import Agent, visit
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.hostfile import Host, Hosts, here
 from bloomery.cluster.measuring import run_ranks
+from bloomery.spec.errors import BloomeryError
 
 PAIR = (Host("a", 1, "127.0.0.1", 1), Host("b", 1, "127.0.0.2", 1))
 
@@ -46,6 +50,68 @@ def test_a_host_that_does_not_answer_and_a_wrong_address_are_faults_of_their_own
     assert set(said) == {"gone", "elsewhere"}
     assert said["gone"] == "no route to host gone"
     assert "192.0.2.7 is no address of it" in said["elsewhere"]
+
+
+PRINTS_A_BANNER = """
+import sys
+print("Welcome to b!")
+for line in sys.stdin:
+    print("[1, 2]")
+    print('{"time": 1.0}', flush=True)
+"""
+ENDS_WITH_A_WORD = """
+print("Your account has expired.", flush=True)
+"""
+
+
+def agent(code: str, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """An agent that runs some lines of Python."""
+    monkeypatch.setattr(Hosts, "command", lambda *_: [sys.executable, "-c", code])
+    return Agent(Hosts(PAIR), PAIR[1])
+
+
+def test_what_a_login_shell_prints_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = agent(PRINTS_A_BANNER, monkeypatch)
+    assert [one.ask("clock"), one.ask("clock")] == [{"time": 1.0}] * 2
+    one.end()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (ENDS_WITH_A_WORD, "it ended without an answer; it said 'Your account has expired.'"),
+        ("", "it ended without an answer"),
+    ],
+)
+def test_an_agent_that_ends_is_told_from_one_that_is_silent(
+    code: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = agent(code, monkeypatch)
+    with pytest.raises(BloomeryError) as caught:
+        one.ask("clock")
+    assert str(caught.value) == said
+    monkeypatch.setattr(examine, "ANSWER_S", 0.2)
+    silent = agent("import sys; sys.stdin.read()", monkeypatch)
+    with pytest.raises(BloomeryError, match="no answer within"):
+        silent.ask("clock")
+    one.end()
+    silent.end()
+
+
+def test_a_host_that_ends_after_its_facts_is_a_finding_and_hides_no_other(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Agent.ask
+
+    def dies(agent: Agent, kind: str, **values: Any) -> dict[str, Any]:
+        if agent.host.name == "c" and kind != "facts":
+            raise BloomeryError("it ended without an answer")
+        return ask(agent, kind, **values)
+
+    monkeypatch.setattr(Agent, "ask", dies)
+    findings = visit(Hosts((*PAIR, Host("c", 1, "127.0.0.3")), (shell,)), tmp_path, Needs(hosts=3, peers=3))
+    assert of(findings, "clock") == {"a": "good", "b": "good"}
+    assert of(findings, "reachable") == {"c": "fault", "all": "good"}
 
 
 def test_ranks_of_a_burn_in_do_the_same_laps_and_hosts_measure_their_link(shell: str) -> None:
