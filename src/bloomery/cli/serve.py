@@ -26,13 +26,13 @@ def serve(
     from bloomery.cli.console import require_run, warn
 
     require_run(run_dir)
-    from bloomery.serve.server import listen, read_token, serve_forever
+    from bloomery.serve.server import address, listen, read_token, serve_forever
     from bloomery.serve.talker import open_talker
 
     token = read_token(token_file, host)
     listener = listen(host, port)
     talker = open_talker(run_dir, stage)
     warn(talker.skipped)
-    address = f"http://{host}:{listener.getsockname()[1]}/v1"
-    print(f"{run_dir}: {talker.stage} at {address}; Ctrl-C ends", file=sys.stderr, flush=True)
+    url = f"http://{address(host, listener.getsockname()[1])}/v1"
+    print(f"{run_dir}: {talker.stage} at {url}; Ctrl-C ends", file=sys.stderr, flush=True)
     serve_forever(talker, listener, token=token)

@@ -170,11 +170,11 @@ def _window(config: Config, where: str, first: int = 0) -> int | None:
     if window is None or window >= (config.get("max_position_embeddings") or window + 1):
         return None
     layers = config["num_hidden_layers"]
-    default = ["full_attention"] * first + ["sliding_attention"] * max(0, layers - first)
-    named = config.get("layer_types") or default
-    if len(named) < layers:
+    named = config.get("layer_types") or []
+    if named and len(named) < layers:
         raise InputError(f"a kind for each of {layers} layers is expected", where=f"{where}: layer_types", found=named)
-    kinds = set(named[:layers])
+    default = {kind for kind, there in (("full_attention", first > 0), ("sliding_attention", layers > first)) if there}
+    kinds = set(named[:layers]) or default
     if kinds == {"full_attention"}:
         return None
     if kinds != {"sliding_attention"}:

@@ -32,23 +32,39 @@ _FIELDS: dict[str, dict[str, str]] = {
 _PLAIN = {"rope_type": TEXT, "type": TEXT, "rope_theta": NUMBER, "partial_rotary_factor": NUMBER}
 
 
+_SPELLINGS = ("rope_parameters", "rope_scaling")
+
+
 def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of a `Model`. Raises InputError for a rule or key that is not known."""
-    check_kinds(config, {"rope_parameters": MAPPING, "rope_scaling": MAPPING, "rope_theta": NUMBER}, where)
-    spelt = "rope_scaling" if not config.get("rope_parameters") and config.get("rope_scaling") else "rope_parameters"
-    place, rope = f"{where}: {spelt}", dict(config.get(spelt) or {})
+    """`rope_theta` and `rope_scaling` of a `Model`.
+
+    Raises InputError for a rule or key that is not known, and where both spellings are there and disagree: readers
+    differ in which of them they take.
+    """
+    check_kinds(config, {**dict.fromkeys(_SPELLINGS, MAPPING), "rope_theta": NUMBER}, where)
+    spelt = {name: config[name] for name in _SPELLINGS if config.get(name)}
+    rules = [_rule(rope, config, f"{where}: {name}") for name, rope in spelt.items()]
+    thetas = [rope["rope_theta"] for rope in spelt.values() if rope.get("rope_theta") is not None]
+    if any(rule != rules[0] for rule in rules) or any(theta != thetas[0] for theta in thetas):
+        problem = "not what rope_parameters beside it say"
+        raise InputError(problem, where=f"{where}: rope_scaling", found=config["rope_scaling"])
+    if not thetas:
+        require_keys(config, ["rope_theta"], where)
+    scaling = rules[0] if rules else {}
+    return {"rope_theta": thetas[0] if thetas else config["rope_theta"], **scaling}
+
+
+def _rule(spelt: Mapping[str, Any], config: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """`rope_scaling` of a `Model` as one spelling says it; nothing for plain positions."""
+    rope = dict(spelt)
     check_kinds(rope, _PLAIN, place)
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    theta = rope.get("rope_theta")
-    if theta is None:
-        require_keys(config, ["rope_theta"], where)
-        theta = config["rope_theta"]
     if kind != "default" and kind not in _FIELDS:
         raise InputError("a rule of rotary positions that is not read", where=place, found=kind, accepted=_FIELDS)
     if rope.get("partial_rotary_factor") not in (1.0, None):
         raise InputError("rotary positions on a part of each head are not supported", where=place, found=rope)
     if kind == "default":
-        return {"rope_theta": theta}
+        return {}
     fields = _FIELDS[kind]
     unknown = set(rope) - set(_PLAIN) - set(fields.values())
     if unknown:
@@ -56,7 +72,7 @@ def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "original_max_seq_len" in fields:
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     scaling = {ours: rope[theirs] for ours, theirs in fields.items() if rope.get(theirs) is not None}
-    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **scaling}}
+    return {"rope_scaling": {"kind": kind, **scaling}}
 
 
 def rope_parameters_of(model: Model) -> dict[str, Any]:

@@ -84,7 +84,10 @@ class Endpoints:
         return self._answer(request, ids, request.max_tokens, chat=False)
 
     def chat_completions(self, request: ChatRequest) -> Response:
-        """Answer a conversation."""
+        """Answer a conversation. Raises InputError where the model would read its last message alone."""
+        if len(request.messages) > 1 and not self.talker.reads_turns:
+            problem = "this model knows no turns: it goes on from one message"
+            raise InputError(problem, where="messages", found=len(request.messages), accepted="one message")
         ids = self.talker.chat_ids([message.turn for message in request.messages])
         return self._answer(request, ids, request.max_completion_tokens or request.max_tokens, chat=True)
 

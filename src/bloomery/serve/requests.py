@@ -1,7 +1,8 @@
 """What may be asked over HTTP, after OpenAI's API: fields with their limits.
 
 A field that is null has its default. One that would change the answer, and is not supported, is refused by name unless
-it says what happens anyway; those that change nothing here (user, metadata, store, ...) are left alone.
+it says what happens anyway; those that change nothing here (user, metadata, store, ...) are left alone. Any other is
+a mistake, and refused with the nearest that there is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from bloomery.spec.errors import InputError
+from bloomery.spec.errors import InputError, nearest_match
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
@@ -36,6 +37,18 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 """Fields that would change the answer, and the values under which they do not."""
+HARMLESS = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "parallel_tool_calls",
+    "prediction",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+)
+"""Fields that change no answer here: whose it is, where it is kept, how soon it comes."""
 
 
 def _one_text(content: Any) -> Any:
@@ -81,20 +94,20 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     model: str = ""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, strict=True)
     temperature: float = Field(default=0.7, ge=0, le=2)
     top_p: float = Field(default=0.95, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    n: int = Field(default=1, ge=1, le=4)
+    n: int = Field(default=1, ge=1, le=4, strict=True)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[list[str], BeforeValidator(_words)] = []
-    stream: bool = False
+    stream: bool = Field(default=False, strict=True)
     stream_options: StreamOptions = StreamOptions()
 
     @model_validator(mode="before")
     @classmethod
     def _said(cls, values: Any) -> Any:
-        """What is not null. Raises InputError for a field whose wish would not be met."""
+        """What is not null. Raises InputError for a field whose wish would not be met, or that is none."""
         if not isinstance(values, dict):
             return values
         given = {key: value for key, value in values.items() if value is not None}
@@ -102,6 +115,10 @@ class Request(BaseModel):
             if key in given and not any(_same(given[key], one) for one in harmless):
                 accepted = ["none of it", *map(json.dumps, harmless)]
                 raise InputError("not supported", where=key, accepted=accepted)
+        known = [*cls.model_fields, *UNSUPPORTED, *HARMLESS]
+        for key in given:
+            if key not in known:
+                raise InputError("no such field", where=key, nearest=nearest_match(key, known))
         return given
 
 
@@ -131,5 +148,5 @@ class ChatMessage(BaseModel):
 class ChatRequest(Request):
     """POST /v1/chat/completions."""
 
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, strict=True)
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)

@@ -49,6 +49,11 @@ class Talker:
         """Tokens of prompt and answer together."""
         return self.module.model.max_seq_len
 
+    @property
+    def reads_turns(self) -> bool:
+        """Whether the model has read turn markers, and its tokenizer has them."""
+        return self.stage != PRETRAIN and self.tokenizer.has_turns
+
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of (role, text) turns, ready for the assistant's; system text stands as a user's turn.
 
@@ -60,7 +65,7 @@ class Talker:
         for role, _ in messages:
             if role not in ROLES:
                 raise InputError("no such role", where="messages", found=role, accepted=ROLES)
-        if self.stage == PRETRAIN or not self.tokenizer.has_turns:
+        if not self.reads_turns:
             return self.text_ids(messages[-1][1])
         user, assistant, end = self.tokenizer.user, self.tokenizer.assistant, self.tokenizer.end
         ids: list[int] = []

@@ -34,6 +34,7 @@ class InputError(BloomeryError, ValueError):
         accepted: Iterable[object] | str = (),
         nearest: str | None = None,
     ) -> None:
+        self.where = where
         parts = [f"{where}: {problem}" if where else problem]
         if found is not None:
             parts.append(f"found {found!r}")

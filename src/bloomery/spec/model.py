@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from bloomery.spec.attention import LatentAttention, RopeScaling
 from bloomery.spec.base import Noun
 
+MAX_LAYERS, MAX_EXPERTS = 10_000, 100_000
+"""Far beyond any model there is: what is counted out one by one must stay countable."""
+
 
 class MixtureOfExperts(Noun):
     """Routed experts in place of the feed-forward block (from layer `first_dense_layers` on). No token is dropped.
@@ -25,11 +28,11 @@ class MixtureOfExperts(Noun):
     `z_loss_coefficient`: of the mean squared log-sum-exp of the router's logits (ST-MoE, 2202.08906).
     """
 
-    experts: int = Field(ge=2)
+    experts: int = Field(ge=2, le=MAX_EXPERTS)
     top_k: int = Field(ge=1)
     expert_ffn_hidden: int = Field(ge=1)
     shared_experts: int = Field(default=0, ge=0)
-    first_dense_layers: int = Field(default=0, ge=0)
+    first_dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize_top_k: bool = True
     routed_scaling_factor: float = Field(default=1.0, gt=0)
@@ -67,7 +70,7 @@ class Model(Noun):
     """
 
     name: str = "model"
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=MAX_LAYERS)
     hidden: int = Field(ge=1)
     heads: int = Field(ge=1)
     kv_heads: int = Field(default=0, ge=0)

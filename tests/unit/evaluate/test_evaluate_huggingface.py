@@ -60,6 +60,9 @@ def edited(folder: Path, **changes: object) -> Path:
     return folder
 
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -70,6 +73,10 @@ def edited(folder: Path, **changes: object) -> Path:
         ({"architectures": ["Qwen3ForCausalLM"], "head_dim": 8}, "q_norm"),
         ({"architectures": ["Qwen3ForCausalLM"], **WINDOWED}, "some layers"),
         ({"num_hidden_layers": 1}, "no place for"),
+        ({"num_hidden_layers": 10**18}, "at most 10000"),
+        ({"num_hidden_layers": 10**18, "architectures": ["MistralForCausalLM"], "sliding_window": 4}, "at most 10000"),
+        ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling: not what"),
+        ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_scaling: not what"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 
 from bloomery.data import tokenizer as tokenizers
 from bloomery.model.transformer import Transformer
-from bloomery.serve.server import MAX_BODY_BYTES, create_app, listen, read_token
+from bloomery.serve import guards, server
+from bloomery.serve.guards import MAX_BODY_BYTES, BodyLimit, Message
+from bloomery.serve.server import create_app, listen, read_token
 from bloomery.serve.talker import Talker
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
@@ -47,6 +53,7 @@ def refused(response: Any, status: int, *words: str) -> None:
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
+    assert error["code"] is None or isinstance(error["code"], str)
     for word in words:
         assert word in error["message"], error
 
@@ -126,10 +133,36 @@ def test_the_context_is_a_limit(client: TestClient) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"n": "1"}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": "8"}, "max_tokens"),
+        ({"max_completion_tokens": True}, "max_completion_tokens"),
+        ({"stream": "yes"}, "stream"),
     ],
 )
 def test_values_past_a_limit_are_refused(client: TestClient, changes: dict[str, Any], word: str) -> None:
-    refused(chat(client, **changes), 400, word)
+    response = chat(client, **changes)
+    refused(response, 400, word)
+    assert response.json()["error"]["param"] in (word, "messages")
+
+
+def test_a_field_that_is_none_is_named_with_the_nearest(client: TestClient) -> None:
+    refused(chat(client, max_token=1), 400, "max_token: no such field", "did you mean 'max_tokens'?")
+    refused(chat(client, temprature=2), 400, "temprature: no such field", "did you mean 'temperature'?")
+    assert chat(client, temprature=2).json()["error"]["param"] == "temprature"
+    assert chat(client, service_tier="auto", prompt_cache_key="x").status_code == 200
+
+
+TURNS = [("system", "be kind"), ("user", "hello"), ("assistant", "hi"), ("user", "and?")]
+
+
+def test_a_conversation_with_a_model_that_knows_no_turns_is_refused(talker: Talker) -> None:
+    messages = [{"role": role, "content": text} for role, text in TURNS]
+    app = create_app(Talker("toy", "pretrain", talker.module, talker.tokenizer))
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        refused(chat(client, messages=messages), 400, "no turns")
+        assert chat(client, messages=messages).json()["error"]["param"] == "messages"
+        assert chat(client, messages=messages[-1:]).status_code == 200
 
 
 NULLS = (
@@ -177,7 +210,8 @@ def test_a_model_is_found_by_its_name(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_ends_with_the_usage_when_asked(client: TestClient, path: str) -> None:
-    body = {"prompt": "hello", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "seed": 1}
+    said = {"messages": [{"role": "user", "content": "hello"}]} if "chat" in path else {"prompt": "hello"}
+    body = {**said, "max_tokens": 4, "seed": 1}
     usage = client.post(path, json=body).json()["usage"]
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     lines = [line[6:] for line in client.post(path, json=asked).text.split("\n\n") if line]
@@ -227,12 +261,59 @@ def test_what_is_not_json_is_refused(client: TestClient) -> None:
 
 
 def test_requests_under_a_foreign_name_are_refused(client: TestClient) -> None:
-    assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "evil.example:8000", "10.0.0.1", "", "127.0.0.1.evil.example", "[::2]:80"):
+        refused(client.get("/v1/models", headers={"host": host}), 400, "host")
+    for host in ("127.0.0.1", "127.0.0.2:8000", "localhost:80", "LOCALHOST", "[::1]:8000", "[::1]"):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+def test_requests_past_the_limit_are_refused_in_the_form_of_all_errors(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "MAX_REQUESTS", 0)
+    response = client.get("/v1/models")
+    refused(response, 503, "under way")
+    assert response.json()["error"]["type"] == "server_error"
+    monkeypatch.setattr(guards, "MAX_REQUESTS", 1)
+    assert [client.get("/v1/models").status_code for _ in range(3)] == [200] * 3
+
+
+def test_a_body_that_does_not_come_keeps_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "BODY_S", 0.01)
+    waiting, said = [{"type": "http.request", "body": b"{", "more_body": True}], list[Message]()
+
+    async def receive() -> Message:
+        return waiting.pop() if waiting else await asyncio.Future()
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    asyncio.run(BodyLimit(None)({"type": "http", "headers": []}, receive, send))
+    assert said[0]["status"] == 408
+    assert (b"connection", b"close") in said[0]["headers"]
+
+
+def test_the_server_ends_though_a_client_holds_half_a_request(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "LAST_ANSWERS_S", 0)
+    listener = listen("127.0.0.1", 0)
+    running = uvicorn.Server(server._config(create_app(talker)))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    with socket.create_connection(listener.getsockname()) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 9\r\n\r\n{")
+        while not running.server_state.tasks:
+            time.sleep(0.01)
+        running.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_a_token_opens_and_its_absence_does_not(talker: Talker) -> None:
     with TestClient(create_app(talker, token=TOKEN)) as client:
         refused(client.get("/v1/models"), 401, "token")
+        assert client.get("/v1/models").headers["www-authenticate"] == "Bearer"
+        assert client.get("/v1/models", headers={"authorization": f"bearer {TOKEN}"}).status_code == 200
+        refused(client.get("/v1/models", headers={"authorization": f"Basic {TOKEN}"}), 401)
         refused(client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}x"}), 401)
         assert client.get("/v1/models", headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
 
@@ -251,10 +332,10 @@ def test_the_loopback_needs_none(host: str) -> None:
     assert read_token(None, host) is None
 
 
-@pytest.mark.parametrize("content", ["", "short", "has a space in it, though long"])
-def test_weak_tokens_are_refused(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", [b"", b"short", b"has a space in it, though long", b"\xff\xfe not UTF-8 \x00" * 9])
+def test_weak_tokens_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "token"
-    path.write_text(content)
+    path.write_bytes(content)
     with pytest.raises(InputError, match="token"):
         read_token(path, "127.0.0.1")
 
@@ -266,3 +347,8 @@ def test_a_port_in_use_is_one_line() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=f"127.0.0.1:{port}: cannot listen there"):
             listen("127.0.0.1", port)
+
+
+def test_an_address_of_ipv6_stands_in_brackets() -> None:
+    assert server.address("::1", 8000) == "[::1]:8000"
+    assert server.address("127.0.0.2", 8000) == "127.0.0.2:8000"

@@ -103,6 +103,8 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
         ("name=", "name: text is expected"),
         ("layout=tp2", "layout: a mapping is expected; found 'tp2'; accepted: auto, cp, cp_method, dp"),
         ("layout.tp=0", "layout.tp: at least 1 is expected"),
+        ("model.layers=1000000000", "model.layers: at most 10000 is expected; found 1000000000"),
+        ("model.moe={experts: 1000000000, top_k: 1, expert_ffn_hidden: 8}", "model.moe.experts: at most 100000"),
     ],
 )
 def test_a_wrong_type_is_told_in_the_words_of_the_file_not_of_python(
