@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from bloomery.cluster.dry_run import DryRun, Line, RankClass
+from bloomery.cluster.dry_run import DryRun, Line, Peak, RankClass
 
 WIDTH = 100
 
@@ -36,6 +36,8 @@ def print_dry_run(found: DryRun) -> None:
         "[green]Execution and prediction agree.[/]",
         "[red]Execution and prediction differ[/] where ✗ stands.",
     )
+    if not found.fits:
+        console.print("[red]Does not fit[/]: at its peak a rank holds more than its accelerator has.")
     console.print(agree if found.agrees else differ)
 
 
@@ -50,6 +52,7 @@ def _print_class(console: Console, one: RankClass) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for line in one.lines:
         table.add_row(*_cells(line))
+    table.add_row(*_peak_cells(one.peak))
     for message in one.messages:
         executed = f"{message.executed_count:,} = {message.executed_bytes / 1e9:,.4g} GB"
         predicted = f"{message.predicted_count:,} = {message.predicted_bytes / 1e9:,.4g} GB"
@@ -65,6 +68,12 @@ def _cells(line: Line) -> list[str]:
     difference = line.executed / line.predicted - 1 if line.predicted else float(line.executed != 0)
     shown = "equal" if line.executed == line.predicted else f"{difference:+.3%}"
     return [line.name, _figure(line.executed, line.unit), _figure(line.predicted, line.unit), shown, _mark(line.agrees)]
+
+
+def _peak_cells(peak: Peak) -> list[str]:
+    """Both sides of the peak, and in place of their difference what the accelerator has."""
+    limit, mark = f"of {_figure(peak.limit, 'bytes')}", _mark(True) if peak.fits else "[red]over[/]"
+    return ["peak", _figure(peak.executed, "bytes"), _figure(peak.predicted, "bytes"), limit, mark]
 
 
 def _figure(value: float, unit: str) -> str:

@@ -81,7 +81,10 @@ def _goes_on_from(folder: Path) -> str:
 
 
 def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
-    """The layout's rank classes, executed without data beside the prediction. Exit code 1 when a pipeline deadlocks."""
+    """The layout's rank classes, executed without data beside the prediction.
+
+    Exit code 3 where a rank holds more than its accelerator, 1 where a pipeline deadlocks or the two differ.
+    """
     import warnings
 
     from bloomery.cli.console import print_json
@@ -110,5 +113,6 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
         from bloomery.cli.dry_run_tables import print_dry_run
 
         print_dry_run(found)
-    if found.order.problems:
-        raise SystemExit(1)
+    code = 3 if not found.fits else 0 if found.agrees else 1
+    if code:
+        raise SystemExit(code)

@@ -64,12 +64,35 @@ class MessageLine:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes of one rank when it holds most: what was executed in all, what is predicted, what its accelerator has.
+
+    What operators take and give back no execution without data sees, and what the device reserves neither: the first
+    may lie below the second, and a layout whose executed bytes alone are over the limit cannot run.
+    """
+
+    executed: float
+    predicted: float
+    limit: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the accelerator can hold what was executed."""
+        return self.executed <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "unit": "bytes", "fits": self.fits}
+
+
+@dataclass(frozen=True)
 class RankClass:
     """A kind of rank (`first`, `middle`, `last` or `only` in the pipeline) and one rank that stands for it."""
 
     name: str
     account: RankAccount
     lines: tuple[Line, ...]
+    peak: Peak
     messages: tuple[MessageLine, ...]
     messages_agree: bool
 
@@ -86,6 +109,7 @@ class RankClass:
             "name": self.name,
             "agrees": self.agrees,
             "lines": [line.to_json() for line in self.lines],
+            "peak": self.peak.to_json(),
             "messages": [asdict(line) for line in self.messages],
             "messages_agree": self.messages_agree,
             "account": account,
@@ -108,6 +132,11 @@ class DryRun:
         """Whether execution and prediction agree in everything and the pipeline comes to its end."""
         return not self.order.problems and all(one.agrees for one in self.classes)
 
+    @property
+    def fits(self) -> bool:
+        """Whether every rank can hold what was executed."""
+        return all(one.peak.fits for one in self.classes)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
@@ -116,6 +145,7 @@ class DryRun:
             "world_size": self.layout.world_size,
             "dtype": self.dtype,
             "agrees": self.agrees,
+            "fits": self.fits,
             "classes": [one.to_json() for one in self.classes],
             "schedule": asdict(self.order),
             "notes": list(self.notes),
@@ -152,8 +182,9 @@ def compare(
         )
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
-        lines = tuple(compared_lines(case, account, order.in_flight[pipeline_rank]))
-        classes.append(RankClass(name, account, lines, _totals(executed, planned), executed == planned))
+        moments = order.in_flight[pipeline_rank]
+        lines, peak = tuple(compared_lines(case, account, moments)), peak_of(case, account, moments)
+        classes.append(RankClass(name, account, lines, peak, _totals(executed, planned), executed == planned))
     return DryRun(model.name, layout, dtype, tuple(classes), order, tuple(_notes(cluster, case, classes)))
 
 
@@ -243,21 +274,18 @@ def rank_flops(case: Case, account: RankAccount) -> float:
 def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> list[Line]:
     """Everything but messages. `moments`: micro-batches in flight by chunk over a step, from the schedule."""
     ranks = case.ranks(np.array([account.pipeline_rank]))
-    memory = {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
+    memory = _memory_on(case, account)
     held = sum(float(part[0]) for part in parameters_on(case, ranks))
     one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
     layout = case.lay.layout(0)
     recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
-    moving = min(2, account.layers) * account.offloaded_bytes / account.layers
-    peak = most_held(moments, account.chunk_activation_bytes) + account.working_bytes + moving
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
-    gradients = max(account.gradient_bytes, account.whole_gradient_bytes)
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
-        Line("gradients", "bytes", gradients, whole, state),
+        Line("gradients", "bytes", _gradients(account), whole, state),
         Line("optimizer", "bytes", account.optimizer_bytes, memory["optimizer"], state),
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
@@ -271,8 +299,43 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
         on_host = float(activations.layers[0])
         found.append(Line("activations on the host", "bytes", account.offloaded_bytes, on_host, CLOSE))
     again = one_layer if "full" in recomputed else dropped if "selective" in recomputed else 0.0
-    found.append(Line("activations in flight", "bytes", peak, in_layers + again, CLOSE))
+    found.append(Line("activations in flight", "bytes", _in_flight(account, moments), in_layers + again, CLOSE))
     return found
+
+
+def peak_of(case: Case, account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> Peak:
+    """All that a rank holds at once. What ZeRO gathers is as planned: the messages that bring it are compared.
+
+    Gradients come as activations go: where all micro-batches have gone forward when the first goes back, its
+    activations are gone when its gradients are whole. What the loss held is gone when a layer is made again, and when
+    ZeRO 3's window opens for the way back.
+    """
+    memory = _memory_on(case, account)
+    later = account.working_bytes + (memory["buffers"] if case.lay.zero_stage[0] == 3 else 0.0)
+    kept = _in_flight(account, moments) + max(account.end_activation_bytes - later, 0.0)
+    all_forward = any(min(counts) == account.micro_batches for counts in moments)
+    gone = kept / account.micro_batches if all_forward else 0.0
+    gathered = memory["buffers"] if case.lay.zero_stage[0] >= 2 else account.weight_copies_bytes
+    lasting = account.parameter_bytes + account.optimizer_bytes + account.receive_buffers_bytes + gathered
+    executed = lasting + kept + max(_gradients(account) - gone, 0.0)
+    return Peak(executed, sum(memory.values()), case.accelerator.memory_bytes)
+
+
+def _memory_on(case: Case, account: RankAccount) -> dict[str, float]:
+    """What is predicted of the rank's peak, by part."""
+    ranks = case.ranks(np.array([account.pipeline_rank]))
+    return {part: float(values[0]) for part, values in memory_of(case, ranks).items()}
+
+
+def _gradients(account: RankAccount) -> int:
+    """Bytes of gradients where most of them are there: whole ones, while micro-batches are added up."""
+    return max(account.gradient_bytes, account.whole_gradient_bytes)
+
+
+def _in_flight(account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> float:
+    """Bytes of the layers' activations when most micro-batches are in flight, with what is made again or moves."""
+    moving = min(2, account.layers) * account.offloaded_bytes / account.layers
+    return most_held(moments, account.chunk_activation_bytes) + account.working_bytes + moving
 
 
 def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:

@@ -1,0 +1,93 @@
+"""A dry run's peak: what a rank holds in all beside what its accelerator has, and the exit code that follows."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from bloomery.cli.train import train
+from bloomery.cluster import dry_run
+from bloomery.cluster.dry_run import DryRun, Line, Peak, compare
+from bloomery.spec import catalog
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
+
+MODEL = Model(layers=2, hidden=512, heads=8, ffn_hidden=1024, vocab=1024, max_seq_len=256)
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@cache
+def found(layout: str) -> DryRun:
+    cluster = catalog.cluster("selene-like")
+    return compare(MODEL, Layout.parse(layout), cluster, seq_len=256, global_batch=8, dtype="bfloat16")
+
+
+def test_a_peak_is_the_sum_of_what_is_executed() -> None:
+    (one,) = found("micro_batch=2").classes
+    values = {line.name: line.executed for line in one.lines}
+    parts = ("parameters", "gradients", "optimizer", "activations in flight")
+    ends, copies = one.account.end_activation_bytes, one.account.weight_copies_bytes
+    assert one.peak.executed == sum(values[name] for name in parts) + ends + copies
+
+
+def test_activations_are_gone_when_the_gradients_of_a_single_micro_batch_are_whole() -> None:
+    (one,) = found("micro_batch=8").classes
+    values = {line.name: line.executed for line in one.lines}
+    kept = values["activations in flight"] + one.account.end_activation_bytes
+    held = values["parameters"] + values["optimizer"] + one.account.weight_copies_bytes
+    assert one.peak.executed == held + max(kept, values["gradients"])
+
+
+@pytest.mark.parametrize("layout", ["dp=2,zero=3,micro_batch=1", "tp=2,pp=2,micro_batch=2"])
+def test_no_peak_is_above_what_is_predicted_or_far_below(layout: str) -> None:
+    reserved = catalog.cluster("selene-like").accelerator.reserved_bytes
+    for one in found(layout).classes:
+        predicted = one.peak.predicted - reserved
+        assert 0.8 * predicted < one.peak.executed <= 1.001 * predicted, one.peak
+
+
+def test_a_rank_fits_while_it_holds_no_more_than_its_accelerator() -> None:
+    assert [Peak(executed, 0.0, 100.0).fits for executed in (100.0, 101.0)] == [True, False]
+
+
+def described(folder: Path, memory_bytes: float) -> Path:
+    run = folder / "run.yaml"
+    run.write_text(
+        "model: {layers: 2, hidden: 512, heads: 8, ffn_hidden: 1024, vocab: 1024, max_seq_len: 256}\n"
+        f"cluster: {{extends: selene-like, accelerator: {{extends: a100-80gb, memory_bytes: {memory_bytes}}}}}\n"
+        f"layout: {{dp: 8}}\ntrain: {{seq_len: 256, global_batch: 8}}\nout: {folder}\n"
+    )
+    return run
+
+
+def test_what_does_not_fit_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train(described(tmp_path, 5e7), dry=True)
+    printed = capsys.readouterr().out
+    assert ended.value.code == 3
+    assert "of 50 MB" in printed
+    assert "Does not fit" in printed
+
+
+@pytest.mark.parametrize(("executed", "code"), [(1.0, 0), (2.0, 1)])
+def test_what_differs_ends_with_1(
+    executed: float, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = found("micro_batch=2")
+    lines = (Line("FLOPs", "FLOP", executed, 1.0, 0.01),)
+    monkeypatch.setattr(
+        dry_run, "compare", lambda *_, **__: replace(whole, classes=(replace(whole.classes[0], lines=lines),))
+    )
+    with pytest.raises(SystemExit) if code else nullcontext() as ended:
+        train(described(tmp_path, 80e9), dry=True, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert ended is None or ended.value.code == code
+    assert answer["agrees"] == (code == 0)
+    assert answer["fits"]
+    assert answer["classes"][0]["peak"]["limit"] == catalog.cluster("selene-like").accelerator.memory_bytes
