@@ -77,7 +77,7 @@ def rank_bandwidth(cluster: Cluster, tier: Tier, within: Any) -> Any:
     """Bytes/s one rank gets on a tier while its whole node uses it: its share of the ports, one port at most; less in a
     group that has few ranks `within` the tier where they are linked pair by pair."""
     rate: Any = tier.bandwidth_bytes_per_s * min(1.0, tier.ports_per_node / cluster.accelerators_per_node)
-    for most, share in sorted(tier.mesh_share.items(), reverse=True):
+    for most, share in reversed(tier.mesh_share):
         rate = np.where(within <= most, share * tier.bandwidth_bytes_per_s, rate)
     return rate
 
@@ -150,7 +150,7 @@ def _send_s(cluster: Cluster, group: Group, n_bytes: Any) -> np.ndarray:
     for tier in cluster.tiers:
         within = group.members(tier.span) if tier is not cluster.tiers[-1] else group.size
         ports = np.minimum(1.0, below * tier.ports_per_node / cluster.accelerators_per_node)
-        rate = tier.bandwidth_bytes_per_s * ports * tier.mesh_share.get(2, 1.0)
+        rate = tier.bandwidth_bytes_per_s * ports * (tier.mesh_share[0][1] if tier.mesh_share else 1.0)
         on_wire_s = (n_bytes + tier.half_size_bytes) / rate
         seconds = tier.hop_s("send") + tier.op_factor.get("send", 1.0) * on_wire_s
         answer = np.where(within > below, seconds, answer)

@@ -52,7 +52,7 @@ class Row:
         """Plain values; the whole estimate under `estimate`."""
         return {
             "name": self.name,
-            "layout": self.layout.model_dump(),
+            "layout": self.layout.model_dump(mode="json"),
             "describe": self.layout.describe(),
             "world_size": self.layout.world_size,
             "step_time_s": self.step_time_s,

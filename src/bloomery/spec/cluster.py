@@ -113,7 +113,7 @@ class Tier(Noun):
     `overlap`: in what share of the latency of a ring's hop its bytes travel: it waits for a core of their receiver.
     `flat`: messages that cross it go round one ring of all ranks (gloo), not tier by tier (NCCL).
     `mesh_share`: where accelerators are linked pair by pair and not through a switch, what share of its bandwidth a
-    rank has in a group of at most so many inside the tier; of two, that is what a send has.
+    rank has in a group of at most so many inside the tier, smallest first; a send has the first.
     `occupied`: between ranks that take turns on cores, in what share of a send's time these are busy with it.
     """
 
@@ -126,7 +126,7 @@ class Tier(Noun):
     op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
     op_latency_s: dict[CollectiveName, Annotated[float, Field(ge=0)]] = {}
     overlap: float = Field(default=0.0, ge=0, le=1)
-    mesh_share: dict[int, Annotated[float, Field(gt=0, le=1)]] = {}
+    mesh_share: tuple[tuple[int, Annotated[float, Field(gt=0, le=1)]], ...] = ()
     flat: bool = False
     occupied: float = Field(default=0.0, ge=0, le=1)
 

@@ -51,7 +51,7 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     # Only a rack's links reach beyond what is called a node.
     span = max(in_node, min(int(usual["span"]), n_gpus)) if usual["span"] > node else in_node
     # Larger nodes than usual are built around a switch (DGX-2).
-    mesh = usual.get("mesh", {}) if (gpus_per_node or node) <= node else {}
+    mesh = usual.get("mesh", ()) if (gpus_per_node or node) <= node else ()
     inside: dict[str, Any] = {"span": span, "ports_per_node": in_node, "latency_s": 0.0, "mesh_share": mesh}
     tiers = [Tier(name=LINK, bandwidth_bytes_per_s=usual["link"], **inside)]
     nodes = -(-n_gpus // in_node)

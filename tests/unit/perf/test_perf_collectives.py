@@ -54,7 +54,7 @@ def test_eight_ranks_a_node_share_two_ports() -> None:
 
 def test_few_ranks_of_a_mesh_have_the_links_between_them() -> None:
     switched = cluster()
-    shares = {2: 1 / 7, 4: 3 / 7}
+    shares = ((2, 1 / 7), (4, 3 / 7))
     meshed = cluster(mesh_share=shares)
     for size, share in ((2, 1 / 7), (3, 3 / 7), (4, 3 / 7), (8, 1.0)):
         for op in ("all_reduce", "all_gather", "all_to_all"):
