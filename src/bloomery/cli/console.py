@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bloomery.spec.errors import BloomeryError, InputError
+from bloomery.spec.errors import BloomeryError, InputError, nearest_match
 
 WRONG_PLACE = {
     errno.ENOSPC,
@@ -61,9 +61,16 @@ def warn(lines: Iterable[str]) -> None:
         print(f"note: {line}; passed over", file=sys.stderr)
 
 
+def require_names(names: Iterable[str], option: str) -> None:
+    """Refuse an empty name, as of a shell's variable that is not set: it would mean the folder one is in."""
+    if not all(names):
+        raise InputError("a file or folder is expected, this name is empty", where=option, found="")
+
+
 def require_run(run_dir: Path) -> None:
     """Refuse a folder that is no run before anything heavy is imported."""
     if not run_dir.is_dir():
-        raise InputError("no such run folder", where=str(run_dir))
+        beside = [file.parent.name for file in run_dir.absolute().parent.glob("*/run.yaml")]
+        raise InputError("no such run folder", where=str(run_dir), nearest=nearest_match(run_dir.name, beside))
     if not (run_dir / "run.yaml").is_file():
         raise InputError("not a run folder (no run.yaml in it)", where=str(run_dir))

@@ -26,7 +26,7 @@ app = typer.Typer(
 @app.command()
 def build(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
-    text: Annotated[list[Path] | None, typer.Option(help="Folder or file of text; repeatable.")] = None,
+    text: Annotated[list[str] | None, typer.Option(metavar="PATH", help="Folder or file of text; repeatable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where the shards go.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
@@ -41,18 +41,19 @@ def build(
     Without --text or `data.text` it reads the text this machine has: Python's standard library and /usr/share/doc.
     Once the run has checkpoints, or was imported, its tokenizer stays.
     """
-    from bloomery.cli.console import print_json
+    from bloomery.cli.console import print_json, require_names
     from bloomery.cluster.prepare import data_folder
     from bloomery.data.build import build as build_data
     from bloomery.spec.catalog import read_run
     from bloomery.spec.run import AlignStage
 
+    require_names(text or [], "--text")
     run = read_run(run_file, set_ or [])
     folder = out or data_folder(run)
     tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
     _check_vocabulary(run, tokenizer, run_file)
     if text:
-        run = run.model_copy(update={"data": run.data.model_copy(update={"text": tuple(str(path) for path in text)})})
+        run = run.model_copy(update={"data": run.data.model_copy(update={"text": tuple(text)})})
     stage = run.align[0] if run.align else AlignStage()
     with _progress() as tell:
         report = build_data(
@@ -199,15 +200,25 @@ def _show(report: dict[str, Any], folder: Path) -> None:
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What came in, what was dropped with one name each, what came out."""
+    """What came in, what was passed over or dropped with one name each, what came out."""
+    from bloomery.data.build import OF_DOCUMENTS
+    from bloomery.data.readers import some
+
     sources = report["sources"]
     more = f" and {len(sources) - 2} more" if len(sources) > 2 else ""
+    dropped = sorted(report["dropped"].items(), key=lambda item: -item[1])
+
+    def reasons(word: str, *, of_documents: bool) -> list[tuple[str, str, str]]:
+        chosen = [(reason, count) for reason, count in dropped if (reason in OF_DOCUMENTS) == of_documents]
+        named = report["named"]
+        return [(f"  {word}: {name}", f"{count:,}", some(named.get(name, []), count, 1)) for name, count in chosen]
+
     rows = [
         ("files read", f"{report['files']:,}", f"{' and '.join(sources[:2])}{more}"),
+        *reasons("passed over", of_documents=False),
         ("documents read", f"{report['documents_read']:,}", ""),
+        *reasons("dropped", of_documents=True),
     ]
-    for reason, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
-        rows.append((f"  dropped: {reason}", f"{count:,}", (report["named"].get(reason) or [""])[0]))
     size = report["bytes_text"]
     text = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
     if report["tokenizer_kept"]:

@@ -15,21 +15,25 @@ TRAINING_S = 90.0
 
 
 def demo(
-    text: Annotated[list[Path] | None, typer.Option(help="Folder or file of your own text; repeatable.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Folder or file of your own text; repeatable.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs"),
 ) -> None:
     """Probe, plan, build data, train, align, evaluate and report: the whole chain on this machine, in minutes."""
     from rich.console import Console
 
+    from bloomery.cli.console import require_names
     from bloomery.data.build import check_text
     from bloomery.spec.errors import InputError
     from bloomery.spec.run import Data
 
     console = Console(stderr=True)
-    missing = [folder for folder in text or [] if not folder.exists()]
+    require_names(text or [], "--text")
+    missing = [name for name in text or [] if not Path(name).exists()]
     if missing:
-        raise InputError("no such file or folder", where="--text", found=str(missing[0]))
-    folders = [str(folder.resolve()) for folder in text or []]
+        raise InputError("no such file or folder", where="--text", found=missing[0])
+    folders = [str(Path(name).resolve()) for name in text or []]
     if folders:
         check_text(Data(text=tuple(folders)))
     run_file = write_run_file(out, folders)

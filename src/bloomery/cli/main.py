@@ -86,7 +86,9 @@ def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
         code = app(args=arguments, prog_name=name, standalone_mode=False)
     except TyperException as error:
         problem = in_plain_words(" ".join(error.format_message().split()).rstrip("."))
-        raise InputError(f"{problem}; see `{name} --help`", where=name) from None
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context else name
+        raise InputError(f"{problem}; see `{verb} --help`", where=verb) from None
     except Abort:
         raise KeyboardInterrupt from None
     if code == INTERRUPTED:

@@ -18,7 +18,18 @@ from typing import Any
 
 from bloomery.data import pairs as pair_files
 from bloomery.data.origin import origin_of
-from bloomery.data.readers import Account, Document, cut, default_sources, read_documents, text_files, weight
+from bloomery.data.readers import (
+    SUFFIXES,
+    Account,
+    Document,
+    cut,
+    default_sources,
+    is_compressed,
+    read_documents,
+    some,
+    text_files,
+    weight,
+)
 from bloomery.data.shards import read_manifest, write_tokens
 from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, train
 from bloomery.spec.errors import InputError
@@ -36,6 +47,10 @@ GZIP_RATIO = 5
 """How much larger than its file compressed text is taken to be, when the disk is asked for room."""
 CHUNK = 256
 
+DUPLICATE, SHORT, LONG = "exact duplicate", "too short", f"longer than {MAX_CHARACTERS:,} characters"
+OF_DOCUMENTS = (DUPLICATE, SHORT, LONG)
+"""Reasons to drop what was read; any other is one not to read a file, a folder or a record."""
+
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, what is done and what there is in all."""
 
@@ -48,6 +63,7 @@ class Report:
     sources: list[str]
     files: int = 0
     documents_read: int = 0
+    """Long ones of the user's by their pieces."""
     dropped: dict[str, int] = field(default_factory=dict)
     named: dict[str, list[str]] = field(default_factory=dict)
     documents_train: int = 0
@@ -88,7 +104,8 @@ def build(
     result.
     """
     tell = progress or (lambda *_: None)
-    files = text_files(_sources(data))
+    account = Account()
+    files = text_files(_sources(data), account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
     finished = read_report(folder)
@@ -101,12 +118,13 @@ def build(
     report.origin = origin_of(
         data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
     )
-    documents = _timed(report, "read", lambda: _read(data, files, report, tell))
+    documents = _timed(report, "read", lambda: _read(data, files, account, report, tell))
     if not documents:
-        raise _no_text(report.sources, report.named)
+        raise _no_text(report.sources, account)
     if len(documents) == 1:
         # One file is a corpus too: a tenth of it is held out.
         documents = list(cut(documents[0], max(1, len(documents[0].text) // 10)))
+        report.documents_read += len(documents) - 1
     if tokenizer is not None:
         _check_ends(tokenizer, given=bool(given))
     # From here on an interrupted build must not pass for the one before it.
@@ -128,22 +146,26 @@ def build(
 def check_text(data: Data) -> None:
     """Raise InputError, as `build` would, when the text that `data` names holds no document that would be kept."""
     account = Account()
-    for file in text_files(_sources(data)):
+    for file in text_files(_sources(data), account):
         for document in _pieces(read_documents(file, account), named=bool(data.text)):
             reason = _unfit(document, data)
             if not reason:
                 return
             account.drop(reason, document.path)
-    raise _no_text([str(source) for source in _sources(data)], account.named)
+    raise _no_text([str(source) for source in _sources(data)], account)
 
 
 def _sources(data: Data) -> list[Path]:
+    if not all(data.text):
+        raise InputError("a folder or file of text is expected, this name is empty", where="data.text", found="")
     return [Path(text).expanduser() for text in data.text] or default_sources()
 
 
-def _no_text(sources: list[str], named: dict[str, list[str]]) -> InputError:
-    reasons = ", ".join(f"{reason}: {', '.join(names[:2])}" for reason, names in named.items())
-    return InputError(f"no usable text ({reasons or 'no text files'})", where=", ".join(sources))
+def _no_text(sources: list[str], account: Account) -> InputError:
+    counts = account.counts
+    reasons = ", ".join(f"{reason}: {some(names, counts[reason], 2)}" for reason, names in account.named.items())
+    accepted = f"files {' '.join(SUFFIXES)}, each also as .gz"
+    return InputError(f"no usable text ({reasons or 'no files'})", where=", ".join(sources), accepted=accepted)
 
 
 def _check_ends(tokenizer: Tokenizer, *, given: bool) -> None:
@@ -209,7 +231,7 @@ def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int)
 
 def text_bytes(file: Path) -> int:
     """About how much text a file holds; 0 for what is no plain file."""
-    return file.stat().st_size * (GZIP_RATIO if file.suffix == ".gz" else 1) if file.is_file() else 0
+    return file.stat().st_size * (GZIP_RATIO if is_compressed(file) else 1) if file.is_file() else 0
 
 
 def fair_share(sizes: list[int], most: int) -> int:
@@ -242,9 +264,9 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list[Document]:
+def _read(data: Data, files: list[Path], account: Account, report: Report, tell: Progress) -> list[Document]:
     """Clean documents up to `max_bytes`, a mix: files in an order given by their names' hash, large ones in part."""
-    account, seen, kept, size = Account(), set[str](), list[Document](), 0
+    seen, kept, size = set[str](), list[Document](), 0
     ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
     share = fair_share([text_bytes(file) for file in ordered], data.max_bytes)
     for file in ordered:
@@ -253,7 +275,8 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
         report.files += 1
         enough = min(size + share, data.max_bytes)
         for document in _pieces(read_documents(file, account), named=bool(data.text)):
-            reason = _unfit(document, data) or ("exact duplicate" if document.id in seen else "")
+            report.documents_read += 1
+            reason = _unfit(document, data) or (DUPLICATE if document.id in seen else "")
             if reason:
                 account.drop(reason, document.path)
             else:
@@ -263,7 +286,6 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
                 if size >= enough:
                     break
         tell("read text", min(size, data.max_bytes), data.max_bytes)
-    report.documents_read = account.counts.pop("documents read", 0)
     report.dropped, report.named, report.bytes_text = dict(account.counts), account.named, size
     return kept
 
@@ -271,9 +293,9 @@ def _read(data: Data, files: list[Path], report: Report, tell: Progress) -> list
 def _unfit(document: Document, data: Data) -> str:
     """Why a document is dropped whatever the others are; empty: it is not."""
     if len(document.text) > MAX_CHARACTERS:
-        return "longer than 300,000 characters"
+        return LONG
     short = len(document.text) < data.min_characters and weight(document.text) < data.min_characters
-    return "too short" if short else ""
+    return SHORT if short else ""
 
 
 def _pieces(documents: Iterator[Document], *, named: bool) -> Iterator[Document]:

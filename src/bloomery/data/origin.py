@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.readers import text_files
+from bloomery.data.readers import Account, text_files
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
@@ -100,6 +100,7 @@ def _listing(files: Iterable[Path]) -> str:
 def _has_moved(origin: dict[str, Any], data: Data) -> bool:
     """Whether the same files lie in another place."""
     try:
-        return bool(origin["listing"] == _listing(text_files([Path(text).expanduser() for text in data.text])))
+        files = text_files([Path(text).expanduser() for text in data.text], Account())
+        return bool(origin["listing"] == _listing(files))
     except InputError:
         return False

@@ -21,11 +21,14 @@ from io import BufferedIOBase
 from pathlib import Path
 
 from bloomery.spec.errors import InputError
+from bloomery.spec.seal import is_sealed
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl")
+_NAMES = ("copyright", "README", "changelog.gz")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_NAMED = 20
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", ".git", "node_modules"}
+_OUR_FILES = ("run.yaml", "report.json")
 
 
 @dataclass(frozen=True)
@@ -52,32 +55,65 @@ class Account:
             names.append(what)
 
 
+def some(names: list[str], count: int, shown: int) -> str:
+    """The first names of `count`.
+
+    >>> some(["a", "b", "c"], 30, 2)
+    'a, b and 28 more'
+    """
+    more = f" and {count - shown:,} more" if count > shown else ""
+    return f"{', '.join(names[:shown])}{more}"
+
+
 def default_sources() -> list[Path]:
     """The text every machine has: Python's standard library and the system's documentation."""
     return [path for path in (Path(sysconfig.get_path("stdlib")), Path("/usr/share/doc")) if path.is_dir()]
 
 
-def text_files(sources: list[Path]) -> list[Path]:
+def text_files(sources: list[Path], account: Account) -> list[Path]:
     """Every readable kind of file below the sources, sorted, each real file once (links cannot loop).
 
-    Raises InputError when a source does not exist.
+    What is passed over is in the account. Raises InputError when a source does not exist.
     """
     found: dict[Path, None] = {}
     for source in sources:
         if not source.exists():
             raise InputError("no such file or folder of text", where=str(source))
-        if source.is_file():
-            found[source] = None
-            continue
-        for folder, folders, names in os.walk(source):
-            folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
-            for name in sorted(names):
-                if name.removesuffix(".gz").endswith(SUFFIXES) or name in ("copyright", "README", "changelog.gz"):
-                    found[Path(folder) / name] = None
+        found |= dict.fromkeys([source] if source.is_file() else _below(source, account))
     real: dict[Path, Path] = {}
     for path in found:
         real.setdefault(Path(os.path.realpath(path)), path)  # of a link that leads back to itself too
     return list(real.values())
+
+
+def _below(source: Path, account: Account) -> Iterator[Path]:
+    """The files of a readable kind below a folder, but for the folders of runs and builds: what is there was text."""
+
+    def unreadable(error: OSError) -> None:
+        account.drop("unreadable folder", str(error.filename))
+
+    for folder, folders, names in os.walk(source, onerror=unreadable):
+        here = Path(folder)
+        if here != source and any(name in names and is_sealed(here / name) for name in _OUR_FILES):
+            account.drop("folder of a run or a build", folder)
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if plain_name(name).endswith(SUFFIXES) or name in _NAMES:
+                yield here / name
+            else:
+                account.drop("not a kind that is read", str(here / name))
+
+
+def plain_name(name: str) -> str:
+    """A file's name in lower case and as it is once decompressed."""
+    return name.lower().removesuffix(".gz")
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is to be decompressed."""
+    return path.suffix.lower() == ".gz"
 
 
 def read_documents(path: Path, account: Account) -> Iterator[Document]:
@@ -85,9 +121,9 @@ def read_documents(path: Path, account: Account) -> Iterator[Document]:
     if path.exists() and not path.is_file():
         account.drop("not a plain file", str(path))
         return
-    kind = path.name.removesuffix(".gz")
+    kind = plain_name(path.name)
     try:
-        opener = gzip.open if path.suffix == ".gz" else open
+        opener = gzip.open if is_compressed(path) else open
         with opener(path, "rb") as stream:
             if kind.endswith(".jsonl"):
                 yield from _records(path, stream, account)
@@ -104,7 +140,6 @@ def read_documents(path: Path, account: Account) -> Iterator[Document]:
         account.drop(f"the rest of a file larger than {MAX_FILE_BYTES >> 20} MiB", str(path))
     if kind.endswith((".html", ".htm")):
         text = strip_html(text)
-    account.counts["documents read"] += 1
     yield document(str(path), text)
 
 
@@ -170,7 +205,6 @@ def _records(path: Path, stream: BufferedIOBase, account: Account) -> Iterator[D
         if has_half_pair(text):
             account.drop("half a surrogate pair", where)
             continue
-        account.counts["documents read"] += 1
         yield document(where, text)
 
 

@@ -20,6 +20,7 @@ KEY = "sha256"
 SUMS_FILE = "SHA256SUMS"
 PIECE_BYTES = 1 << 20
 _FIRST_LINE = re.compile(r"# sha256 ([0-9a-f]{64}) of the lines below\n")
+_LAST_KEY = re.compile(rf'"{KEY}": "[0-9a-f]{{64}}"\s*}}\s*$')
 _SUM = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 
 
@@ -50,6 +51,15 @@ def check_text(text: str, where: str) -> None:
     found = _FIRST_LINE.match(text)
     if found and hashlib.sha256(text[found.end() :].encode()).hexdigest() != found[1]:
         raise InputError("changed since it was written; if on purpose, remove its first line", where=where)
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file holds a hash of itself, right or wrong: a run or a build of ours has left it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+    return bool(_FIRST_LINE.match(text) or _LAST_KEY.search(text))
 
 
 def sha256_of(path: Path, gets_on: Callable[[], None] = lambda: None) -> str:

@@ -131,3 +131,22 @@ def test_a_sample_is_the_one_that_the_run_was_trained_on(
     assert (shown["seed"], shown["seq_len"]) == (5, 64)
     assert called("inspect", data, "--sample", "3", "--seed", "0", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] != shown["text"]
+
+
+def test_an_empty_name_of_text_is_refused(called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("build", run_file, "--text", "") == 2
+    assert "--text: a file or folder is expected, this name is empty" in capsys.readouterr().err
+
+
+def test_what_is_shown_adds_up_and_says_how_many_more_there_are(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        Path(f"text/{number}.parquet").write_text("x")
+        Path(f"text/short{number}.txt").write_text(f"short {number}")
+    assert called("build", run_file) == 0
+    lines = capsys.readouterr().out.splitlines()
+    beginnings = ("files read", "  passed over: not a kind", "documents read", "  dropped: too short", "text kept")
+    assert all(line.startswith(words) for line, words in zip(lines[1:], beginnings, strict=False))
+    assert "0.parquet and 2 more" in lines[2]
+    assert "15" in lines[3] and ".txt and 2 more" in lines[4]

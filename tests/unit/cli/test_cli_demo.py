@@ -67,7 +67,7 @@ def test_a_folder_without_usable_text_is_refused_before_the_machine_is_measured(
     if content is not None:
         (text / "a.txt").write_bytes(content)
     with pytest.raises(InputError, match="no usable text"):
-        demo.demo(text=[text], out=tmp_path / "out")
+        demo.demo(text=[str(text)], out=tmp_path / "out")
     assert not called
     assert not (tmp_path / "out").exists()
 
@@ -82,6 +82,12 @@ def test_a_text_without_python_goes_through_and_without_pairs_one_step_is_left_o
     text.mkdir()
     for number in range(5):
         (text / f"{number}.txt").write_text(f"{number} {words}" * 30)
-    demo.demo(text=[text], out=tmp_path / "out")
+    demo.demo(text=[str(text)], out=tmp_path / "out")
     verbs = [command[0] for command in called]
     assert verbs == ["probe", "plan", "data", "train", *(["align"] if aligned else []), "evaluate", "report"]
+
+
+def test_an_empty_name_of_text_is_refused(tmp_path: Path, called: list[list[str]]) -> None:
+    with pytest.raises(InputError, match=r"--text: .* this name is empty"):
+        demo.demo(text=[""], out=tmp_path / "out")
+    assert not called

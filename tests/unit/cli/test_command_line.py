@@ -33,6 +33,7 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["plan", "run.yaml", "--top", "x"], "'--top': a whole number is expected"),
         (["plan", "run.yaml", "--top", "0"], "'--top': at least 1 is expected"),
         (["data", "bild"], "Did you mean 'build'?"),
+        (["data", "build", "run.yaml", "--bogus"], "see `bloomery data build --help`"),
         (["serve", "run", "--port", "70000"], "'--port': at most 65535 is expected"),
         (["trian"], "did you mean 'train'?"),
     ],
@@ -107,6 +108,15 @@ def test_every_line_of_help_is_whole_at_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     called(monkeypatch, *arguments)
     assert "..." not in capsys.readouterr().out.replace("[ARGS]...", "")
+
+
+def test_a_run_that_is_not_there_has_a_nearest_match(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    (tmp_path / "runs" / "tiny" / "run.yaml").touch()
+    assert called(monkeypatch, "chat", str(tmp_path / "runs" / "tny")) == 2
+    assert "no such run folder; did you mean 'tiny'?" in capsys.readouterr().err
 
 
 def test_a_path_that_cannot_be_is_wrong_input() -> None:

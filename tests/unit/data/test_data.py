@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bloomery.data import shards
-from bloomery.data.build import build, read_report
+from bloomery.data.build import OF_DOCUMENTS, build, read_report
 from bloomery.data.order import permuted, sample_at
 from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
 from bloomery.data.readers import Account, document, read_documents, text_files
@@ -206,14 +206,28 @@ def test_a_book_that_the_user_names_is_cut_into_pieces_not_dropped(tmp_path: Pat
     book.write_text("".join(f"Line {number} of a long book about iron.\n" for number in range(10_000)))
     report = build(settings(book), tmp_path / "out")
     assert not report.dropped
-    assert report.documents_train + report.documents_heldout == 8
+    assert report.documents_read == report.documents_train + report.documents_heldout == 8
     assert report.bytes_text == pytest.approx(book.stat().st_size, rel=1e-4)
+
+
+def test_pieces_that_are_dropped_are_among_those_read(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "table.txt").write_text("| all rows | are alike |\n" * 40_000)
+    report = build(settings(corpus), tmp_path / "out")
+    assert report.dropped["exact duplicate"] > 10
+    kept = report.documents_train + report.documents_heldout
+    assert report.documents_read == kept + sum(report.dropped[name] for name in report.dropped if name in OF_DOCUMENTS)
+
+
+def test_an_empty_name_of_text_is_not_the_folder_one_is_in(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"data\.text: .* this name is empty"):
+        build(Data(text=("",)), tmp_path / "out")
 
 
 def test_one_short_file_is_still_split_into_training_and_held_out_text(tmp_path: Path) -> None:
     text = tmp_path / "one.txt"
     text.write_text("".join(f"Line {number} of a short note.\n" for number in range(100)))
-    build(settings(text), tmp_path / "out")
+    report = build(settings(text), tmp_path / "out")
+    assert report.documents_read == report.documents_train + report.documents_heldout
     parts = {}
     for part in ("train", "heldout"):
         lines = (tmp_path / "out" / part / "documents.jsonl").read_text().splitlines()
@@ -261,7 +275,7 @@ def test_a_torn_file_of_a_build_is_named_in_one_line(corpus: Path, tmp_path: Pat
 
 def test_a_source_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere"):
-        text_files([tmp_path / "nowhere"])
+        text_files([tmp_path / "nowhere"], Account())
 
 
 def test_only_the_response_counts_in_the_loss(corpus: Path, tmp_path: Path) -> None:
@@ -293,7 +307,7 @@ def test_half_a_surrogate_pair_is_counted_not_fatal(tmp_path: Path) -> None:
     path.write_text('{"text": "half of one: \\ud83d"}\n{"text": "a whole one: \\ud83d\\ude00"}\n')
     account = Account()
     assert [found.text for found in read_documents(path, account)] == ["a whole one: \U0001f600"]
-    assert account.counts == {"half a surrogate pair": 1, "documents read": 1}
+    assert account.counts == {"half a surrogate pair": 1}
 
 
 def test_a_build_from_before_reports_told_their_origin_is_made_again(corpus: Path, tmp_path: Path) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from bloomery.data import readers
-from bloomery.data.build import build
-from bloomery.data.readers import Account, document, read_documents, strip_html, weight
+from bloomery.data.build import build, check_text
+from bloomery.data.readers import Account, document, read_documents, strip_html, text_files, weight
+from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
+from bloomery.spec.seal import sealed_json, sealed_text
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ def test_no_more_records_are_read_than_are_wanted(tmp_path: Path) -> None:
     path.write_text('{"text": "one"}\n{"text": "two"}\n' + "no record\n" * 5)
     account = Account()
     assert next(iter(read_documents(path, account))).text == "one"
-    assert account.counts == {"documents read": 1}
+    assert not account.counts
 
 
 def test_a_torn_archive_gives_the_records_before_the_tear(tmp_path: Path) -> None:
@@ -93,3 +96,53 @@ def test_a_short_chinese_document_is_kept_where_an_english_one_of_its_length_is_
     report = build(Data(text=(str(tmp_path),), vocab=300), tmp_path / "out")
     assert report.documents_train + report.documents_heldout == 2
     assert report.dropped == {"too short": 1}
+
+
+def test_what_is_no_text_that_is_read_is_counted_and_named(tmp_path: Path) -> None:
+    for name in ("x.parquet", "x.txt.zst", "array.json", "NOTES.TXT", "Page.Htm"):
+        (tmp_path / name).write_text("words " * 200)
+    (tmp_path / "BOOK.TXT.GZ").write_bytes(gzip.compress(b"words " * 300))
+    account = Account()
+    assert [path.name for path in text_files([tmp_path], account)] == ["BOOK.TXT.GZ", "NOTES.TXT", "Page.Htm"]
+    assert account.counts == {"not a kind that is read": 3}
+    assert account.named["not a kind that is read"][0] == str(tmp_path / "array.json")
+    [found] = read_documents(tmp_path / "BOOK.TXT.GZ", account)
+    assert found.text.startswith("words words")
+
+
+def test_no_usable_text_says_what_was_found_and_what_is_accepted(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.parquet").write_text("words " * 200)
+    words = r"not a kind that is read: \S+0\.parquet, \S+1\.parquet and 2 more\); accepted: files \.txt \.md"
+    with pytest.raises(InputError, match=words):
+        check_text(Data(text=(str(tmp_path),)))
+
+
+def test_a_folder_that_cannot_be_read_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, scandir = tmp_path / "closed", os.scandir
+    closed.mkdir()
+
+    def refused(path: str) -> object:
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    account = Account()
+    assert not text_files([tmp_path], account)
+    assert account.named == {"unreadable folder": [str(closed)]}
+
+
+def test_the_folders_of_runs_and_builds_are_no_text_but_where_they_are_named(tmp_path: Path) -> None:
+    for folder in ("run/align", "data", "theirs", "broken"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "words.txt").write_text("words")
+    (tmp_path / "run" / "run.yaml").write_text(sealed_text("name: tiny\n"))
+    (tmp_path / "data" / "report.json").write_text(sealed_json({"files": 3}))
+    (tmp_path / "theirs" / "report.json").write_text('{"sha256": "ours has one", "files": 3}')
+    (tmp_path / "broken" / "run.yaml").write_bytes(b"\xff\xfe")
+    account = Account()
+    found = [path.parent.name for path in text_files([tmp_path], account)]
+    assert found == ["broken", "theirs"]
+    assert sorted(account.named["folder of a run or a build"]) == [str(tmp_path / "data"), str(tmp_path / "run")]
+    assert len(text_files([tmp_path / "run"], Account())) == 1
