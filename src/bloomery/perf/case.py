@@ -40,6 +40,8 @@ MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "
 """Those that a micro-batch on a rank depends on."""
 MODEL_STATE = (*MESH, "dp_replicas", "outermost", "zero_stage", "stages")
 """Those that parameters, gradients and optimizer state depend on, in bytes and in messages."""
+COUNTED = ("micro_batches", "single")
+"""Columns that follow from the batch too."""
 
 
 class OfLayouts(Generic[T]):
@@ -125,18 +127,21 @@ class Case:
     def over(self, *columns: str) -> tuple[Case, np.ndarray]:
         """The layouts that differ in `columns`, as a case of k of them, and which of them each layout is, shape (n,).
 
-        Columns are `LayoutBatch`'s, and `stages` (layers of the ranks), `micro_batches` and `norms_sharded`. The case
+        Columns are `LayoutBatch`'s, and `stages` (layers of the ranks), `micro_batches`, whether it is a `single` one,
+        and `norms_sharded`. The case
         knows nothing else of its layouts (`LayoutBatch.only`), except the batch, where it is one number for all.
         """
         if columns not in self.known:
             place, index = distinct([self._codes(name) for name in self._keys(columns)])
-            lay = self.lay.only([name for name in columns if name not in ("stages", "micro_batches")], place)
+            lay = self.lay.only([name for name in columns if name not in ("stages", *COUNTED)], place)
             bare = replace(self, lay=lay, global_batch=None if np.ndim(self.global_batch) else self.global_batch)
             if "stages" in columns:
                 table, row = self._stage_table
                 bare.known[Case._stage_table] = (table, row[place])
             if "micro_batches" in columns:
                 bare.known[Case.micro_batches] = self.micro_batches[place]
+            if "single" in columns:
+                bare.known[Case.single] = self.single[place]
             self.known[columns] = (bare, index)
         bare, index = self.known[columns]
         return bare.under(self.cluster, self.stack), index
@@ -163,7 +168,7 @@ class Case:
         if name == "gathers" and self.precision.stream >= self.precision.parameter:
             # Only casts to a narrower format depend on it.
             return self.once("codes of gathers", lambda: Codes.of(np.zeros(len(self.lay), dtype=np.int64)))
-        of = self if name == "micro_batches" else self.lay
+        of = self if name in COUNTED else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
 
     @cached_property
@@ -215,6 +220,11 @@ class Case:
     def micro_batches(self) -> np.ndarray:
         """Micro-batches per data-parallel rank and step."""
         return np.maximum(self.global_batch // (self.lay.dp * self.lay.micro_batch), 1)
+
+    @OfLayouts
+    def single(self) -> np.ndarray:
+        """Where that is one, (n,)."""
+        return self.micro_batches == 1
 
     @OfLayouts
     def tokens(self) -> np.ndarray:

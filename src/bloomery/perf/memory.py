@@ -56,7 +56,7 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     """Peak bytes on each of `Case.holders`, shape (holders, m), of m layouts after another: the parts of `memory_of`
     for the layouts each tells apart."""
     # Gradients that are whole while micro-batches are still to come.
-    state, state_of = case.over(*MODEL_STATE, *(("micro_batches",) if case.stack.sums_whole else ()))
+    state, state_of = case.over(*MODEL_STATE, *(("single",) if case.stack.sums_whole else ()))
     flight, flight_of = case.over("pp", "vpp", "schedule", "frees", "micro_batches", "stages")
     kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
@@ -143,7 +143,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     buffers = np.select([lay.zero_stage == 3, lay.zero_stage == 2], [window, gathered], 0.0)
     if case.stack.sums_whole:
         # Our FSDP reduces after the last micro-batch, in a pipeline after its backward pass: whole until then.
-        sharded = sharded & (case.micro_batches == 1) & (lay.pp == 1)
+        sharded = sharded & case.single & (lay.pp == 1)
     if case.stack.eager and precision.stream < precision.parameter:
         # Autocast keeps narrow copies of the products' weights through a step. Those in float8 are cast at each;
         # those that ZeRO gathers are narrow (as `gathered` has it of experts left whole too).

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.planner.search import Evaluated, Found, estimates_on
+from bloomery.perf.estimate import Estimates, Joined
+from bloomery.planner.search import Found, estimates_on
 from bloomery.spec.cluster import Accelerator, Cluster
+from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.run import Run
 
 CHANGE = 0.10
@@ -40,12 +42,17 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     """Every property that this cluster has, by what the winner gains, most first."""
     world, winner = found.winner
     best_s = float(world.estimates.step_time_s[winner])
+    near = np.flatnonzero(world.estimates.step_time_s <= WITHIN * best_s)
+    by_stage = world.layouts.recompute[near] == BY_STAGE
+    near = np.concatenate((near[~by_stage], near[by_stage]))
+    place, alike = int(np.flatnonzero(near == winner)[0]), int(np.sum(~by_stage))
+    layouts = world.layouts.take(near)
     answers = []
     for name, changed in changes(world.cluster):
-        again = _same_layouts(run, world, winner, best_s, changed)
-        own = again.estimates.step_time_s[0]
-        times = np.where(again.estimates.fits, again.estimates.step_time_s, np.inf)
-        times[0] = own  # the winner stays in the race whatever its memory: it fitted, and no change takes memory away
+        again = _estimates(run, changed, layouts, alike)
+        own = again.step_time_s[place]
+        times = np.where(again.fits, again.step_time_s, np.inf)
+        times[place] = own  # the winner stays whatever its memory: it fitted, and no change takes memory away
         first = int(times.argmin())
         stays = own <= times[first] * (1.0 + TIE)
         answers.append(
@@ -53,17 +60,18 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
                 name=name,
                 winner_change=float(own / best_s - 1.0),
                 search_change=float(times[first] / best_s - 1.0),
-                new_winner=None if stays else again.layouts.layout(first).describe(),
+                new_winner=None if stays else layouts.layout(first).describe(),
             )
         )
     return tuple(sorted(answers, key=lambda answer: answer.search_change))
 
 
-def _same_layouts(run: Run, world: Evaluated, winner: int, best_s: float, cluster: Cluster) -> Evaluated:
-    """The winner, then the layouts that might beat it on `cluster`, evaluated there."""
-    near = np.flatnonzero(world.estimates.step_time_s <= WITHIN * best_s)
-    layouts = world.layouts.take(np.concatenate([[winner], near]))
-    return Evaluated(cluster, layouts, estimates_on(run, cluster, layouts), 0, ())
+def _estimates(run: Run, cluster: Cluster, layouts: LayoutBatch, alike: int) -> Estimates:
+    """What becomes of `layouts` on `cluster`; after the first `alike` they recompute stage by stage, which takes every
+    rank of each to be looked at, and would of all in one batch."""
+    some = np.arange(len(layouts))
+    parts = [estimates_on(run, cluster, layouts.take(part)) for part in (some[:alike], some[alike:]) if len(part)]
+    return parts[0] if len(parts) == 1 else Joined.of_both(*parts)
 
 
 def changes(cluster: Cluster) -> Iterator[tuple[str, Cluster]]:
