@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,8 @@ def budget(
         print_json(plain(found))
     else:
         print_budget(found)
+    if any(one.law == question.law and one.problem and not isnan(one.parameters) for one in found.answers):
+        raise typer.Exit(3)  # a limit that is not kept under the law that was asked
 
 
 @app.command()

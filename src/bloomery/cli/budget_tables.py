@@ -225,6 +225,6 @@ def _pf_days(value: float) -> str:
 def _si(value: float, digits: int = 4) -> str:
     """A count with k, M, B or T."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if float(f"{value:.{digits}g}") >= size:  # as it is printed: 999,960 is 1 M
             return f"{value / size:.{digits}g}{unit}"
     return f"{value:.{digits}g}"

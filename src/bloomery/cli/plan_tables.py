@@ -204,6 +204,6 @@ def _pf_days(value: float) -> str:
 def si(value: float, digits: int = 4) -> str:
     """A count in thousands (k), millions (M), billions (B) or trillions (T)."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        if float(f"{value:.{digits}g}") >= size:  # as it is printed: 999,960 is 1 M
             return f"{value / size:.{digits}g} {unit}"
     return f"{value:.{digits}g}"

@@ -35,8 +35,6 @@ def sweep(
     from bloomery.spec.errors import InputError
 
     run = read_run(run_file, set_ or [])
-    if not (data_folder(run) / "train" / "manifest.json").is_file():
-        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data_folder(run)))
     grid = isoflop_grid(
         [quantity(text, "--flops") or 0.0 for text in flops.split(",")],
         sizes=[quantity(text, "--sizes") or 0.0 for text in sizes.split(",") if text],
@@ -44,6 +42,8 @@ def sweep(
         seq_len=run.train.seq_len,
         global_batch=run.train.global_batch,
     )
+    if not (data_folder(run) / "train" / "manifest.json").is_file():
+        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data_folder(run)))
     done = {str(row.get("run")) for row in read_lines(out)} if out.exists() else set()
     for number, point in enumerate(grid, start=1):
         if point.name in done:

@@ -325,6 +325,6 @@ def _extrapolated(own: Law, largest: float, answers: list[Answer]) -> list[str]:
 
 def _si(value: float) -> str:
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6)):
-        if value >= size:
+        if float(f"{value:.4g}") >= size:
             return f"{value / size:.4g} {unit}"
     return f"{value:.4g}"

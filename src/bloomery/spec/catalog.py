@@ -55,7 +55,7 @@ def _resolved(kind: str, value: Any, where: str, folder: Path) -> Any:
         below = _resolved(kind, value["extends"], f"{where}.extends", folder)
         merged = merge(below, {key: _over_a_name(below.get(key), item) for key, item in own.items()})
         _check_cuts_apart(below, merged, where)
-        return merged
+        return _reaching(merged) if kind == "clusters" and "tiers" not in own else merged
     return value
 
 
@@ -76,6 +76,16 @@ def _over_a_name(below: Any, value: Any) -> Any:
     """What is said of a part that is named below changes it; with a name of its own it is another."""
     another = not isinstance(value, dict) or value.keys() & {"name", "extends"}
     return value if another or not isinstance(below, str) else {"extends": below, **value}
+
+
+def _reaching(values: dict[str, Any]) -> dict[str, Any]:
+    """A cluster of another size than the one below: its network reaches all of it."""
+    size, tiers = values.get("nodes", 1), values.get("tiers")
+    each = values.get("accelerators_per_node")
+    if not (isinstance(tiers, list) and tiers and isinstance(size, int) and isinstance(each, int)):
+        return values
+    last = tiers[-1]
+    return {**values, "tiers": [*tiers[:-1], {**last, "span": max(last["span"], size * each)}]}
 
 
 def model(name: str) -> Model:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bloomery.cli import budget_tables
 from bloomery.cli.budget import quantity
 from bloomery.planner.budget import Answer, Question, budget
 from bloomery.planner.choices import compare
@@ -304,6 +305,20 @@ def test_a_wrong_command_is_one_line_and_its_exit_code(arguments: tuple[str, ...
     assert result.returncode == code
     assert words in result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_limits_that_the_laws_own_answer_does_not_keep_are_told_beside_the_others() -> None:
+    limits = ("--target-loss", "2.1", "--parameters", "7B", "--cluster", "generic-8xh100", "--days", "10")
+    result = bloomery(*limits)
+    assert result.returncode == 3 and "times the 10 given" in result.stdout and "Kaplan" in result.stdout
+    assert bloomery(*limits, "--law", "kaplan").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(999_960.0, "1M"), (999_940.0, "999.9k"), (1e6, "1M"), (999.96, "1k"), (12.0, "12")]
+)
+def test_a_count_has_the_unit_of_what_is_printed(value: float, text: str) -> None:
+    assert budget_tables._si(value) == text
 
 
 def test_a_sweep_is_fitted_from_its_file(tmp_path: Path) -> None:

@@ -233,3 +233,12 @@ def test_a_drivers_name_leads_to_data_sheets(device: str, first: str) -> None:
 @pytest.mark.parametrize("device", ["Tesla T4", "NVIDIA GeForce RTX 3060", ""])
 def test_an_unknown_device_has_no_data_sheet(device: str) -> None:
     assert catalog.data_sheets_of(device) == []
+
+
+@pytest.mark.parametrize("nodes", [8, 2048])
+def test_a_cluster_of_another_size_is_reached_by_its_network(nodes: int, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: llama-3-8b\ncluster: {{extends: eos-like, nodes: {nodes}}}\ntrain: {{tokens: 1e9}}\n")
+    base, found = catalog.cluster("eos-like"), catalog.read_run(path).cluster
+    assert found.nodes == nodes and found.tiers[-1].span >= 8 * nodes
+    assert found.tiers[:-1] == base.tiers[:-1]
