@@ -122,8 +122,9 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
         Stopping().handled() as stopping,
         leading(place, folder, settings, stopping) as leader,
     ):
-        _book_lost_start(folder)
-        queued = job_started(folder)
+        heard = last_sign(folder)  # before this job gives signs of its own
+        _book_lost_start(folder, heard)
+        queued = job_started(folder, heard=heard)
         while True:
             outcome = _one_start(module, folder, crew, settings, stopping, Waits(queued, waited_s), leader)
             queued = 0.0
@@ -213,11 +214,15 @@ def _one_start(
         "usual_s": _rounded(crew.usual_s),
     }
     write_atomically(folder / START_FILE, json.dumps(start))
-    if leader is None:
-        until_s = crew.until_all_are_tried_s
-        outcome = supervise(module, folder, crew.now.slots, settings, stopping, until_s, crew.usual_s)
-    else:
-        outcome = leader.supervise(module, folder, len(crew.now.slots), crew.usual_s)
+    try:
+        if leader is None:
+            until_s = crew.until_all_are_tried_s
+            outcome = supervise(module, folder, crew.now.slots, settings, stopping, until_s, crew.usual_s)
+        else:
+            outcome = leader.supervise(module, folder, len(crew.now.slots), crew.usual_s)
+    except BaseException:
+        (folder / START_FILE).unlink(missing_ok=True)  # broken off, and not lost with its supervisor
+        raise
     crew.usual_s = outcome.usual_s
     if outcome.code == CORRUPTED:
         outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
@@ -249,7 +254,7 @@ def _book(folder: Path, start: dict[str, Any], wall_s: float, outcome: Outcome) 
     account.close()
 
 
-def _book_lost_start(folder: Path) -> None:
+def _book_lost_start(folder: Path, heard: float | None) -> None:
     """A start whose supervisor was lost with it (a node that died) failed too: from its beginning to the last sign of
     life. Only whoever holds the run's lock can tell it from one that runs."""
     path, booked = folder / START_FILE, {row.get("fence") for row in read_lines(folder / SUPERVISION_FILE)}
@@ -258,10 +263,10 @@ def _book_lost_start(folder: Path) -> None:
             steps = [
                 line["step"] for line in read_lines(folder / "ledger.jsonl") if line.get("fence") == start["fence"]
             ]
-            heard = max(last_sign(folder) or 0.0, path.stat().st_mtime)
             step = max(0, *steps) if steps else -1
             lost = Outcome(1, cause="lost with its supervisor", step=step, usual_s=tuple(start["usual_s"]))
-            _book(folder, start, max(0.0, heard - start["began"]), lost)
+            until = max(heard or 0.0, path.stat().st_mtime)
+            _book(folder, start, max(0.0, until - start["began"]), lost)
 
 
 def _accused(folder: Path, fence: int, first: int | None) -> int | None:

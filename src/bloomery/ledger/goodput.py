@@ -100,7 +100,7 @@ def goodput(run_dir: Path) -> Goodput | None:
         failures=failures,
         failed_starts=sum(start["step"] < 0 for start in failed),
         jobs=sum(event.get("event") == "job_started" for event in read_lines(run_dir / "events.jsonl")),
-        ettr=sum(seconds[name] for name in USEFUL) / wall,
+        ettr=sum(seconds[name] for name in USEFUL) / wall if wall else 0.0,
         formula=_formula(seconds, wall, sum(start["step"] >= 0 for start in failed), saves),
         contention_s=_contention_s(lines),
         gap=worst,

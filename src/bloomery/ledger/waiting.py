@@ -33,15 +33,20 @@ def requeues(environment: Mapping[str, str] = os.environ) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def job_started(folder: Path, environment: Mapping[str, str] = os.environ, now: float | None = None) -> float:
+def job_started(
+    folder: Path,
+    environment: Mapping[str, str] = os.environ,
+    now: float | None = None,
+    heard: float | None = None,
+) -> float:
     """Write down that a launched job has begun (`job_started`). Returns its seconds in the queue, 0 where nobody
-    launched."""
+    launched. `heard`: when the run was heard of before it (default: `last_sign`)."""
     try:
         submitted = float(environment.get("BLOOMERY_SUBMITTED", ""))
     except ValueError:
         return 0.0
     now = time.time() if now is None else now
-    waited = queued_s(submitted, last_sign(folder), now)
+    waited = queued_s(submitted, last_sign(folder) if heard is None else heard, now)
     values: dict[str, Any] = {
         "launcher": environment.get("BLOOMERY_LAUNCHER", ""),
         "job": environment.get("BLOOMERY_JOB", ""),

@@ -106,7 +106,8 @@ def recompute(text: str) -> Literal["none", "selective", "full"] | None:
     word = text.lower()
     if not word:
         return None
-    if word in NO or re.search(r"disabled|not used|\bno\b|without", word):
+    denied = r"(disabled|off|not used|no|without)\b"
+    if word in NO or re.match(denied, word) or re.search(rf"{denied} (activation )?(re-?comp|checkpoint)", word):
         return "none"
     if re.search(r"selective|core|attention", word):
         return "selective"
@@ -140,11 +141,12 @@ def experts(text: str) -> tuple[int, int, int] | None:
     word = text.lower()
     if not word or says_dense(word):
         return None
-    named = re.fullmatch(r"(\d+)\s*x\s*\d+(?:\.\d+)?\s*b", word)
-    pair = re.match(r"(\d+)\s*[/x]\s*(\d+)(?![/\d])", word)
-    apart = re.match(r"(\d+)\s*(?:routed\b|experts?\b)", word), re.search(r"top[- ]?(\d+)|(\d+) active", word)
+    named = re.match(r"(\d+)\s*x\s*\d+(?:\.\d+)?\s*b\b", word)
+    pair = re.match(r"(\d+)\s*[/x]\s*(\d+)(?![/.\d])", word)
+    chosen = re.search(r"top[- ]?(\d+)|(\d+) active", word)
+    apart = re.match(r"(\d+)\s*(?:routed\b|experts?\b)", word), chosen
     if named:
-        n, top_k = int(named[1]), 2
+        n, top_k = int(named[1]), int(chosen[1] or chosen[2]) if chosen else 2
     elif pair:
         n, top_k = int(pair[1]), int(pair[2])
     elif apart[0] and apart[1]:

@@ -22,6 +22,8 @@ WITHOUT_ATTENTION = r"[68] ?\*? ?n ?\*? ?(d\b|tokens)|(no|without) attention"
 def counts_recomputation(convention: str) -> bool:
     """Whether a rate in FLOP/s counts what was computed again."""
     words = re.sub(NOT_REPEATED, "", convention.lower())
+    if re.match(r"hfu|hardware", words) or re.search(r"incl\w*\.? (activation )?recomp", words):
+        return True
     return bool(re.search(REPEATED, words)) and not re.search(OF_THE_MODEL, words)
 
 

@@ -318,13 +318,15 @@ def _measured_s(row: Mapping[str, str], model: Model, layout: Layout, cluster: C
     if rate:
         return batch * seq_len / (rate * n_gpus)
     convention = row.get("flops_convention", "")
-    mfu, hfu = number(row, "mfu"), number(row, "hfu")
     recomputed = counts_recomputation(convention)
     if tflops := number(row, "tflops_per_gpu"):
         per_s = tflops * 1e12
-    elif share := mfu or hfu:
-        per_s, recomputed = (share / 100 if share > 1 else share) * cluster.accelerator.peak(dtype), not mfu
     else:
-        return None
+        shares = {name: row.get(name, "").rstrip("% ") for name in ("mfu", "hfu")}
+        mfu = number(shares, "mfu")
+        share = mfu or number(shares, "hfu")
+        if not share:
+            return None
+        per_s, recomputed = (share / 100 if share > 1 else share) * cluster.accelerator.peak(dtype), not mfu
     flops = counted_flops(convention, model, layout, global_batch=batch, seq_len=seq_len, recomputed=recomputed)
     return flops / (per_s * n_gpus)

@@ -79,13 +79,14 @@ def _over_a_name(below: Any, value: Any) -> Any:
 
 
 def _reaching(values: dict[str, Any]) -> dict[str, Any]:
-    """A cluster of another size than the one below: its network reaches all of it."""
-    size, tiers = values.get("nodes", 1), values.get("tiers")
-    each = values.get("accelerators_per_node")
-    if not (isinstance(tiers, list) and tiers and isinstance(size, int) and isinstance(each, int)):
+    """A cluster of another size than the one below: its network reaches all of it; links inside a node do not."""
+    tiers = values.get("tiers")
+    last = tiers[-1] if isinstance(tiers, list) and len(tiers) > 1 else None
+    span = last.get("span") if isinstance(last, dict) else None
+    numbers = (values.get("nodes", 1), values.get("accelerators_per_node"), span)
+    if not (isinstance(tiers, list) and last and all(isinstance(number, int) for number in numbers)):
         return values
-    last = tiers[-1]
-    return {**values, "tiers": [*tiers[:-1], {**last, "span": max(last["span"], size * each)}]}
+    return {**values, "tiers": [*tiers[:-1], {**last, "span": max(numbers[2], numbers[0] * numbers[1])}]}
 
 
 def model(name: str) -> Model:

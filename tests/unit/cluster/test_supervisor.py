@@ -86,7 +86,7 @@ def test_a_start_that_was_lost_with_its_supervisor_is_booked_by_the_next(
         seed=0, seq_len=8, global_batch=4, steps=20, optimizer=Optimizer(), data="", heldout="",
     )  # fmt: skip
     (tmp_path / "job.json").write_text(job.model_dump_json())
-    ledger, began = tmp_path / "ledger.jsonl", time.time()
+    ledger, began, left = tmp_path / "ledger.jsonl", time.time(), list[str]()
 
     def lost(*_: object) -> Outcome:
         lines = [
@@ -95,11 +95,14 @@ def test_a_start_that_was_lost_with_its_supervisor_is_booked_by_the_next(
         ]
         ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.utime(ledger, (began + 14.0, began + 14.0))
+        left.append((tmp_path / supervisor.START_FILE).read_text())
         raise LostError
 
     monkeypatch.setattr(supervisor, "supervise", lost)
     with pytest.raises(LostError):
         launch("", tmp_path, 1)
+    assert not (tmp_path / supervisor.START_FILE).exists()  # broken off by an error that somebody saw
+    (tmp_path / supervisor.START_FILE).write_text(left[0])  # but a node that dies cleans nothing up
     monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(0, step=20))
     assert launch("", tmp_path, 1) == 0
     assert launch("", tmp_path, 1) == 0  # and only once

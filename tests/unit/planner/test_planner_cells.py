@@ -34,6 +34,7 @@ def test_number_formats(text: str, found: str | None) -> None:
     ("text", "found"),
     [("Full", "full"), ("uniform", "full"), ("block", "full"), ("selective (core_attn)", "selective"), ("None", "none"),
      ("0", "none"), ("1", "full"), ("disabled", "none"), ("not used", "none"), ("no activation checkpointing", "none"),
+     ("full, without cpu offload", "full"), ("full (sequence parallel disabled)", "full"),
      ("", None)],
 )  # fmt: skip
 def test_recomputation(text: str, found: str | None) -> None:
@@ -60,7 +61,8 @@ def test_an_order_that_is_not_understood_makes_its_row_unusable() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [("128/8", (128, 8, 0)), ("256/8+1 shared", (256, 8, 1)), ("8x2", (8, 2, 0)), ("8 experts top-2", (8, 2, 0)),
-     ("8x7B", (8, 2, 0)), ("8 experts (top-2)", (8, 2, 0)), ("256 routed + 1 shared, top-8", (256, 8, 1)),
+     ("8x7B", (8, 2, 0)), ("8x7B (top-2)", (8, 2, 0)), ("16x12B top-4", (16, 4, 0)),
+     ("8 experts (top-2)", (8, 2, 0)), ("256 routed + 1 shared, top-8", (256, 8, 1)),
      ("dense", None), ("0", None), ("", None)],
 )  # fmt: skip
 def test_experts(text: str, found: tuple[int, int, int] | None) -> None:

@@ -22,6 +22,8 @@ SIZES = {"global_batch": 4, "seq_len": 8192}
         ("8*N*tokens (coefficient 4x2, includes recompute)", True),
         ("factor 4 with ckpt, 3 without", True),
         ("HFU", True),
+        ("HFU (MFU is 45 %)", True),
+        ("model FLOPs incl. recomputation", True),
         ("MFU: 6N + 12*L*d*s per token; HFU=8N+16*L*d*s with recompute", False),
         ("Megatron model TFLOPs, no recompute", False),
         ("Model FLOPs (Megatron), no recompute counted; peak 989", False),
