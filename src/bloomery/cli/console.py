@@ -74,3 +74,17 @@ def require_run(run_dir: Path) -> None:
         raise InputError("no such run folder", where=str(run_dir), nearest=nearest_match(run_dir.name, beside))
     if not (run_dir / "run.yaml").is_file():
         raise InputError("not a run folder (no run.yaml in it)", where=str(run_dir))
+
+
+def run_to_its_end(*arguments: str) -> int:
+    """Run `bloomery ARGUMENTS` in a process of its own; its exit code. A terminal's Ctrl-C reaches that one too: it
+    finishes its step and saves, and is waited for (`subprocess.run` would kill it after a quarter of a second)."""
+    import subprocess
+    import sys
+
+    process = subprocess.Popen([sys.executable, "-m", "bloomery", *arguments])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise

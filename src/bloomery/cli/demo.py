@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +21,7 @@ def demo(
     """Probe, plan, build data, train, align, evaluate and report: the whole chain on this machine, in minutes."""
     from rich.console import Console
 
-    from bloomery.cli.console import require_names
+    from bloomery.cli.console import require_names, run_to_its_end
     from bloomery.data.build import check_text
     from bloomery.spec.errors import InputError
     from bloomery.spec.run import Data
@@ -55,7 +53,7 @@ def demo(
             continue
         console.print(f"[dim]$ bloomery {' '.join(arguments)}", highlight=False, soft_wrap=True)
         started = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "bloomery", *arguments]).returncode
+        code = run_to_its_end(*arguments)
         if code:
             raise SystemExit(code)
         seconds[title] = time.monotonic() - started

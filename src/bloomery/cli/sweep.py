@@ -65,9 +65,7 @@ def sweep(
 
 def train_point(run: Run, point: Point, folder: Path) -> float:
     """Train one point by `bloomery train` in a process of its own; its held-out loss."""
-    import subprocess
-    import sys
-
+    from bloomery.cli.console import run_to_its_end
     from bloomery.cluster.prepare import data_folder
     from bloomery.ledger.sinks import read_lines
     from bloomery.spec.files import to_yaml, write_atomically
@@ -79,7 +77,7 @@ def train_point(run: Run, point: Point, folder: Path) -> float:
     values |= {"compare": {}, "align": []}
     description = folder / f"{point.name}.yaml"
     write_atomically(description, to_yaml(values))
-    code = subprocess.run([sys.executable, "-m", "bloomery", "train", str(description)]).returncode
+    code = run_to_its_end("train", str(description))
     if code:
         raise SystemExit(code)
     rows = [row for row in read_lines(folder / point.name / "metrics.jsonl") if row.get("heldout_loss") is not None]

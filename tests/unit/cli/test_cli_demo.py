@@ -5,12 +5,11 @@ It takes any text, and refuses none at all before it measures anything.
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from bloomery.cli import demo
+from bloomery.cli import console, demo
 from bloomery.data.build import build
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import InputError
@@ -46,14 +45,14 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that the demo would run; of them only the build of the data is done."""
     commands = list[list[str]]()
 
-    def run(command: list[str]) -> subprocess.CompletedProcess[bytes]:
-        commands.append(command[3:])
-        if command[3:5] == ["data", "build"]:
-            described = read_run(Path(command[5]), ["cluster=this-machine", "data.vocab=300"])
+    def run(*arguments: str) -> int:
+        commands.append(list(arguments))
+        if arguments[:2] == ("data", "build"):
+            described = read_run(Path(arguments[2]), ["cluster=this-machine", "data.vocab=300"])
             build(described.data, Path(described.out) / "demo" / "data")
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(demo.subprocess, "run", run)
+    monkeypatch.setattr(console, "run_to_its_end", run)
     monkeypatch.setattr(demo, "cut_budget", lambda _: "")
     return commands
 
@@ -91,3 +90,24 @@ def test_an_empty_name_of_text_is_refused(tmp_path: Path, called: list[list[str]
     with pytest.raises(InputError, match=r"--text: .* this name is empty"):
         demo.demo(text=[""], out=tmp_path / "out")
     assert not called
+
+
+def test_a_command_that_saves_at_ctrl_c_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[str]()
+
+    class Process:
+        """One that Ctrl-C interrupts once."""
+
+        def __init__(self, command: list[str]) -> None:
+            assert command[1:] == ["-m", "bloomery", "train", "run.yaml"]
+
+        def wait(self) -> int:
+            waited.append("")
+            if len(waited) == 1:
+                raise KeyboardInterrupt
+            return 75
+
+    monkeypatch.setattr("subprocess.Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        console.run_to_its_end("train", "run.yaml")
+    assert len(waited) == 2
