@@ -56,7 +56,7 @@ def _start_deaf() -> None:
 def _end_fork_server() -> None:
     """One that runs never imports anything again. It is killed: asked to end, it would wait for all that hold its pipe,
     such as what a rank has left behind. Ranks themselves die with it."""
-    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    server: Any = vars(forkserver)["_forkserver"]
     if server._forkserver_pid is not None:
         os.kill(server._forkserver_pid, signal.SIGKILL)
         server._stop()

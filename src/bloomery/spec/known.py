@@ -71,7 +71,6 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
 INSIDE = re.compile(r"nvlink|nvswitch|nvl\d|xgmi|pcie", re.IGNORECASE)
 RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*(GB|TB|[GTgt]b|[GgTt]iga[Bb]it|GE|G\b)")
 GENERATION = re.compile(r"\b(EDR|HDR|NDR|XDR)[ -]?(\d{3})?\b(?!\s*[GgTt\d])")
-GENERATION_NAMED = re.compile(r"\b(EDR|HDR|NDR|XDR)")
 GENERATIONS = {"EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800}
 """Gb/s of four lanes of InfiniBand (IBTA roadmap)."""
 
@@ -91,7 +90,7 @@ def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float
             return int(found[1]), rate
         if re.search(r"per (gpu|accelerator|rank)", clause, re.IGNORECASE):
             return in_node, rate
-        named = GENERATION_NAMED.search(clause)  # a port's rate, whatever is usual
+        named = any(name in clause for name in GENERATIONS)  # a port's rate, whatever is usual
         if (rate > card and not named) or re.search(r"per (node|server|host)", clause, re.IGNORECASE):
             cards = max(1, round(rate / CARD))
             return cards, rate / cards

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic_run
@@ -75,8 +76,8 @@ def test_every_figure_of_the_component_table_is_the_json_one(page: Page, facts: 
             assert f"{component['seconds'][side] * 1e3:,.1f}" in page.visible
 
 
-def test_memory_compares_tensors_with_tensors_where_a_step_was_profiled(facts: dict[str, object]) -> None:
-    rank = facts["reconciliation"]["ranks"][0]  # type: ignore[index]
+def test_memory_compares_tensors_with_tensors_where_a_step_was_profiled(facts: dict[str, Any]) -> None:
+    rank = facts["reconciliation"]["ranks"][0]
     rank["memory_bytes"] = {"predicted": 40 * 2**20, "measured": 120 * 2**20, "ratio": 3.0}
     rank["allocated_bytes"] = {"predicted": 32 * 2**20, "measured": 33 * 2**20, "ratio": 33 / 32}
     shown = Page(memory(facts)).visible
