@@ -128,8 +128,8 @@ class Case:
         """The layouts that differ in `columns`, as a case of k of them, and which of them each layout is, shape (n,).
 
         Columns are `LayoutBatch`'s, and `stages` (layers of the ranks), `micro_batches`, whether it is a `single` one,
-        and `norms_sharded`. The case
-        knows nothing else of its layouts (`LayoutBatch.only`), except the batch, where it is one number for all.
+        and `norms_sharded`. The case knows nothing else of its layouts (`LayoutBatch.only`), except the batch, where it
+        is one number for all.
         """
         if columns not in self.known:
             place, index = distinct([self._codes(name) for name in self._keys(columns)])
