@@ -115,12 +115,17 @@ def _tiles(row: Row) -> str:
     pessimistic = f"; {duration(out.days_pessimistic)} if all causes are counted" if out.days_pessimistic else ""
     price = "" if out.cost is None else money(out.cost)
     hours = "" if out.accelerator_hours is None else f"{si(out.accelerator_hours, digits=3)} accelerator-hours"
+    spares = f"; {out.spare_nodes} spare nodes" if out.spare_nodes else ""
     tiles = [
         ("Step time", seconds_text(row.step_time_s), interval),
         ("MFU", share_text(estimate.mfu), f"HFU {share_text(estimate.hfu)}; peak: {estimate.peak_source}"),
         ("Memory", gib(row.memory_bytes), limit),
         ("To the target", days, f"{duration(out.days)} without failures{pessimistic}"),
-        ("Effective efficiency", share_text(row.effective_efficiency), f"MFU × goodput {share_text(out.goodput)}"),
+        (
+            "Effective efficiency",
+            share_text(row.effective_efficiency),
+            f"MFU × goodput {share_text(out.goodput)}{spares}",
+        ),
         ("Cost", price or hours or "unknown", hours if price else "no price in the cluster file"),
     ]
     return "".join(

@@ -126,10 +126,14 @@ def _targets(plan: Plan) -> Table:
 
 def _print_target_conventions(console: Console, plan: Plan) -> None:
     lines = ["effective: MFU x goodput; energy: at most, accelerators at board power, with PUE"]
-    if plan.best[0].outlook.goodput < 1.0:
+    out = plan.best[0].outlook
+    if out.goodput < 1.0:
         rate, origin = plan.failures_per_1000_node_days, plan.failures_source.partition(":")[0]
         origin = f" ({origin})" if origin else ""
         lines.append(f"goodput: {rate:.4g} failures per 1000 node-days{origin}; pessimistic: 24, every cause")
+        spares = f"{out.spare_nodes} node{'' if out.spare_nodes == 1 else 's'}"
+        repair = f"what is under repair ({plan.repair_days:g} days)"
+        lines.append(f"spares: {spares} more, not in the cost, stand in for {repair} 99 % of the time")
     for line in lines:
         console.print(f"[dim]{line}[/]")
 

@@ -327,8 +327,8 @@ class Case:
     def ranks(self, index: np.ndarray) -> Ranks:
         """The pipeline ranks `index` (n,) of each layout."""
         table, row = self._stage_table
-        layers, moe, last = (table[row, i, index] for i in range(3))
-        plain = Ranks(index, layers, moe, index == 0, last == 1)
+        layers, moe, last, _, behind, *turned = (table[row, i, index] for i in range(ROWS))
+        plain = Ranks(index, layers, moe, index == 0, last == 1, behind, np.array(turned))
         if table.shape[1] == ROWS:
             return plain
         most, *own = table[row, ROWS:, index].T
@@ -342,13 +342,13 @@ class Case:
 
     @OfLayouts
     def _stage_table(self) -> tuple[np.ndarray, np.ndarray]:
-        """(splits, 4, ranks): `stage_rows` of each split, and, where layouts recompute stage by stage, their
+        """(splits, ROWS, ranks): `stage_rows` of each split, and, where layouts recompute stage by stage, their
         `recompute_rows`; (n,): the row of a layout."""
         lay, mixed = self.lay, np.any(self.lay.recompute == BY_STAGE)
         more = ("mixed", "schedule", "micro_batches") if mixed else ()
         place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven", *more)])
         most = int(lay.pp.max(initial=2))
-        table = np.zeros((len(place), 4, most), dtype=np.int64)
+        table = np.zeros((len(place), ROWS, most), dtype=np.int64)
         columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
         for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
             split = lay.stage_layers[place[i]] if lay.stage_layers else None

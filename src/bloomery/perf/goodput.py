@@ -7,6 +7,7 @@ work between checkpoints. All functions take numbers or arrays.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,9 @@ from bloomery.spec.cluster import Cluster
 DAY_S = 86_400.0
 PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS = 24.0
 """Everything that stopped a job, not only failures with a hardware cause (Kokolis et al. 2024, arXiv 2410.21680)."""
+
+SHORT_SHARE = 0.01
+"""Of the time that a job may wait for a node, all of its spares being under repair."""
 
 
 def mean_time_between_failures_s(nodes: Any, failures_per_1000_node_days: Any) -> Any:
@@ -87,6 +91,22 @@ def best_ettr(checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any:
 def goodput(ettr_share: Any, *, skipped_share: Any = 0.0, straggler_slowdown: Any = 0.0) -> Any:
     """ETTR x (1 - skipped steps / steps) x (1 - slow-down by the slowest rank)."""
     return ettr_share * (1.0 - np.asarray(skipped_share)) * (1.0 - np.asarray(straggler_slowdown))
+
+
+def spare_nodes(nodes: int, failures_per_1000_node_days: float, repair_days: float) -> int:
+    """Spares k that keep a job on `nodes` nodes whole while failed ones are repaired, but `SHORT_SHARE` of the time.
+
+    The smallest k with P(Poisson(nodes x rate x repair) > k) < `SHORT_SHARE`: nodes under repair are those of an
+    infinite server (Palm's theorem), Poisson whatever the distribution of repair times.
+    """
+    under_repair = nodes * failures_per_1000_node_days / 1000.0 * repair_days
+    if under_repair == 0.0:
+        return 0
+    enough, k = math.exp(-under_repair), 0
+    while 1.0 - enough >= SHORT_SHARE:
+        k += 1
+        enough += math.exp(k * math.log(under_repair) - under_repair - math.lgamma(k + 1))
+    return k
 
 
 def cluster_mtbf_s(cluster: Cluster, *, pessimistic: bool = False) -> float:

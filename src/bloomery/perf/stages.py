@@ -11,15 +11,18 @@ from bloomery.spec.layout import BY_STAGE, RECOMPUTE, Layout, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.splits import stage_on
 
-ROWS = 4
+ROUNDS = 3
+"""Rounds of pp micro-batches after which an interleaved rank holds as much as it ever does."""
+ROWS = 5 + ROUNDS
 """Rows of `stage_rows`; those of `recompute_rows` follow."""
 KINDS = 2 * BY_STAGE
 """Layers that recompute nothing, selectively, all; then the mixtures of experts among each of them."""
 
 
 def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], width: int) -> np.ndarray:
-    """(4, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, and in the last row the
-    fullest and heaviest rank. On a V all ranks have as many micro-batches in flight."""
+    """(ROWS, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, the fullest and heaviest
+    rank; and where interleaved chunks are not even, `behind` and `held`, else zeros. On a V all ranks have as many
+    micro-batches in flight."""
     answer = np.zeros((ROWS, width), dtype=np.int64)
     starts = np.cumsum([0, *split])
     dense = model.moe.first_dense_layers if model.moe else model.layers
@@ -28,11 +31,41 @@ def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], wi
     np.add.at(answer[0], home, split)
     np.add.at(answer[1], home, moe)
     answer[2, home[-1]] = 1
+    weight = answer[0, :pp] * (1 if v_shaped else pp - np.arange(pp))
+    if not v_shaped and len(split) > pp and min(split) < max(split):
+        depths = np.reshape(split, (-1, pp))
+        answer[4, :pp] = behind(depths)
+        answer[5:ROWS, :pp] = [held(depths, 1 + rounds) for rounds in range(ROUNDS)]
+        weight = answer[ROWS - 1, :pp]
     if pp > 2:
-        middle = answer[0, 1 : pp - 1]
-        flight = 1 if v_shaped else pp - np.arange(1, pp - 1)
-        answer[3, :2] = 1 + int(middle.argmax()), 1 + int((middle * flight).argmax())
+        answer[3, :2] = 1 + int(answer[0, 1 : pp - 1].argmax()), 1 + int(weight[1 : pp - 1].argmax())
     return answer
+
+
+def behind(depths: np.ndarray) -> np.ndarray:
+    """(pp,): layers for whose time an interleaved rank waits in every round of a micro-batch, of its chunks' `depths`,
+    (vpp, pp). The last rank hands a chunk on when the first one has run out of it, so all ranks are at the same chunk
+    and wait for its deepest stage; but not the first and the last stage, which have more to do than their layers."""
+    waits = depths.max(axis=1, keepdims=True) - depths
+    waits[0, 0] = waits[-1, -1] = 0
+    return waits.sum(axis=0)
+
+
+def held(depths: np.ndarray, rounds: int) -> np.ndarray:
+    """(pp,): the most layers, each once for every micro-batch in flight, that an interleaved rank holds in a step of so
+    many rounds of pp micro-batches. `perf.orders` plays the same turns: p micro-batches of a chunk before the next one,
+    backwards from the last chunk, n = 2(p - i - 1) + (v - 1)p + 1 chunks ahead of them."""
+    vpp, pp = depths.shape
+    place, every = np.arange(vpp)[:, None, None] * pp, vpp * pp
+    ahead = np.minimum(2 * (pp - np.arange(pp) - 1) + (vpp - 1) * pp + 1, rounds * every)
+    # Over one turn of the wheel; after the last forward pass less is held.
+    gone = np.minimum(ahead + np.arange(every)[:, None], rounds * every)  # (turns, ranks)
+
+    def passed(steps: np.ndarray, start: np.ndarray) -> np.ndarray:
+        return steps // every * pp + np.clip(steps % every - start, 0, pp)
+
+    counts = passed(gone, place) - passed(gone - ahead, place[::-1])
+    return np.asarray((counts * depths[:, None, :]).sum(axis=0).max(axis=0))
 
 
 def recompute_rows(model: Model, layouts: Sequence[Layout], micro_batches: Sequence[int], width: int) -> np.ndarray:

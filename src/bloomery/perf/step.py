@@ -84,7 +84,7 @@ class MicroBatch(Table):
             compute=busy - (kinds.inner.forward + kinds.inner.backward),
             backward=work.backward,
             drain=over_ranks(counts, work.backward) / case.lay.pp,
-            slowest=busy.max(axis=0),
+            slowest=(busy + case.kinds.behind * (busy / np.maximum(case.kinds.layers, 1)).min(axis=0)).max(axis=0),
             together=over_ranks(counts, busy),
             ranks=counts.sum(axis=0),
         )

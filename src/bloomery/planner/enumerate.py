@@ -11,7 +11,7 @@ fill a unit of a link tier (a node) nor are all; an order of axes that no tier t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
@@ -25,7 +25,7 @@ from bloomery.perf.flops import head_in_layers
 from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, V_SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
-from bloomery.spec.splits import Splits, balanced_split, stage_split
+from bloomery.spec.splits import Splits, balanced_split, looped_split, stage_split
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.
 MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving", "replicas", "order_alone")
@@ -77,13 +77,15 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
     return np.array(rows, dtype=np.int64)
 
 
-def cuttings(model: Model, global_batch: int) -> np.ndarray:
-    """Every way to cut the step, shape (o, 5), in the order of `CUTTING`. Interleaved stages are even; the others also
-    come with stages of even cost (`balanced`), the head counted in layers."""
+def cuttings(model: Model, global_batch: int, pipelines: Iterable[int]) -> np.ndarray:
+    """Every way to cut the step, shape (o, 5), in the order of `CUTTING`: chunks that divide the layers, or those of
+    the deepest rank of one of `pipelines` (`looped_split`). Each schedule comes with
+    stages as even as they can be and as fast as they can be (`balanced`), the head counted in layers."""
     one, looped, *folded = (SCHEDULES.index(name) for name in ("1f1b", "interleaved", *V_SCHEDULES))
-    schedules = [(vpp, looped if vpp > 1 else one, 0) for vpp in divisors(model.layers)]
+    chunks = sorted({*divisors(model.layers), *(vpp for pp in pipelines for vpp in divisors(-(-model.layers // pp)))})
+    schedules = [(vpp, looped if vpp > 1 else one, 0) for vpp in chunks]
     schedules += [(2, schedule, 0) for schedule in folded]
-    schedules += [(vpp, schedule, 1) for vpp, schedule in ((1, one), *((2, schedule) for schedule in folded))]
+    schedules += [(vpp, schedule, 1) for vpp, schedule, _ in schedules]
     micro_batch = [2**k for k in range(global_batch.bit_length()) if global_batch % 2**k == 0]
     every = product(schedules, range(len(OUTERMOST)), micro_batch)
     return np.array([(*schedule, order, size) for schedule, order, size in every], dtype=np.int64)
@@ -112,7 +114,7 @@ def enumerate_layouts(
     everything); a refusal in one half counts for all that the other half would have made of it.
     """
     mesh = meshes(model, world_size, runnable_only=runnable_only)
-    cutting, saving = cuttings(model, global_batch), savings(world_size)
+    cutting, saving = cuttings(model, global_batch, set(mesh[:, 1].tolist())), savings(world_size)
     whole = int(np.count_nonzero(saving[:, SAVING.index("dp_replicas")] == 1))
     refused: dict[str, tuple[str, int]] = {}
 
@@ -195,21 +197,23 @@ def _cuts_by_mesh(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Indices (mesh, cut) of the product without the large families that arithmetic refuses wholesale.
 
-    These are uneven interleaving (pp*vpp must divide the layers), more stages than layers and micro-batches that do not
-    divide the batch; they are most of the product, so they are counted here and never built. Not counted: what is no
-    layout of its own, as chunks without a pipeline, stages balanced as they were, an order that changes no distance.
+    These are uneven interleaving, more stages than layers and micro-batches that do not divide the batch; they are most
+    of the product, so they are counted here and never built. Not counted: what is no layout of its own, as chunks
+    without a pipeline, stages balanced as they were, an order that changes no distance.
     """
     tp, pp, dp, cp = (mesh[:, column, None] for column in range(4))
     vpp, schedule, balanced, outermost, micro_batch = (column[None] for column in cutting.T)
     looped = schedule == SCHEDULES.index("interleaved")
-    same = _default_is_balanced(model, seq_len, pp * vpp)
+    same, fast = _default_split(model, seq_len, *np.broadcast_arrays(pp, vpp, looped))
     told_apart = np.logical_or.reduce([np.zeros_like(tp, dtype=bool), *(tp * cp < span for span in spans)])
     pointless = (pp == 1) & ((vpp > 1) | (balanced == 1)) | (balanced == 1) & same
     pointless |= (outermost == 1) & ((pp == 1) | (dp == 1) | ~told_apart | (mesh[:, 4, None] > 1))
-    uneven = looped & ~pointless & (model.layers % (pp * vpp) != 0)
+    uneven = looped & (balanced == 0) & ~pointless & (model.layers % (pp * vpp) != 0) & ~fast
+    pointless |= uneven & (~same | (model.layers % vpp != 0))  # as `balanced` has them, or for another pipeline's sake
+    uneven &= ~pointless
     deep = ~uneven & ~pointless & (pp * vpp > model.layers)
     indivisible = ~uneven & ~deep & ~pointless & (global_batch % (dp * micro_batch) != 0)
-    reason = "not searched: interleaved stages of uneven depth (pp*vpp does not divide the layers)"
+    reason = "not searched: interleaved stages of uneven depth (but for pp - 1 layers short of pp*vpp even stages)"
     _count(refused, "even_interleaving", reason, uneven, each)
     _count(refused, "layers", f"pp*vpp must not exceed {model.layers} layers", deep, each)
     _count(refused, "batch", f"dp*micro_batch must divide global_batch {global_batch}", indivisible, each)
@@ -245,20 +249,31 @@ def _count(
 
 
 @lru_cache(maxsize=256)
-def balanced_stages(model: Model, seq_len: int, stages: int) -> tuple[int, ...] | None:
+def balanced_stages(model: Model, seq_len: int, pp: int, vpp: int, looped: bool) -> tuple[int, ...] | None:
     """Layers of each stage when the head is counted in layers; None where that is the default split or leaves a stage
-    none."""
+    none. `looped`: interleaved, as `looped_split` has it."""
+    stages = pp * vpp
     if stages > model.layers:
         return None
-    split = balanced_split(model.layers, [0.0] * (stages - 1) + [head_in_layers(model, seq_len)])
-    return None if min(split) < 1 or split == stage_split(model.layers, stages) else split
+    head = head_in_layers(model, seq_len)
+    if looped:
+        split = looped_split(model.layers, pp, vpp, head)
+    else:
+        split = balanced_split(model.layers, [0.0] * (stages - 1) + [head])
+    return None if split is None or min(split) < 1 or split == stage_split(model.layers, stages) else split
 
 
-def _default_is_balanced(model: Model, seq_len: int, stages: np.ndarray) -> np.ndarray:
-    """Where stages of even cost are the default split, in the shape of `stages`."""
-    found, place = np.unique(stages, return_inverse=True)
-    same = np.array([balanced_stages(model, seq_len, int(n)) is None for n in found], dtype=bool)
-    return same[place].reshape(stages.shape)
+def _default_split(
+    model: Model, seq_len: int, pp: np.ndarray, vpp: np.ndarray, looped: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """In the shape of all three: where `balanced_stages` has nothing else than the default split; where the default is
+    what it would have of an interleaved pipeline."""
+    found, place = np.unique(np.stack([pp, vpp, looped]).reshape(3, -1), axis=1, return_inverse=True)
+    asked = [(int(p), int(v), bool(loop)) for p, v, loop in found.T]
+    same = np.array([balanced_stages(model, seq_len, *one) is None for one in asked], dtype=bool)
+    head = head_in_layers(model, seq_len)
+    fast = [loop and looped_split(model.layers, p, v, head) == stage_split(model.layers, p * v) for p, v, loop in asked]
+    return same[place].reshape(pp.shape), np.array(fast, dtype=bool)[place].reshape(pp.shape)
 
 
 def layouts_of_meshes(mesh: np.ndarray) -> LayoutBatch:
@@ -283,11 +298,11 @@ def _batch(
     lay = _columns(mesh, chosen)
     if balanced is None or not balanced.any():
         return lay
-    stages = np.where(balanced == 1, lay.pp * lay.vpp, 0)
-    found, which = np.unique(stages, return_inverse=True)
-    return lay.having(
-        stage_layers=Splits(tuple(balanced_stages(model, seq_len, int(n)) if n else None for n in found), which)
-    )
+    looped = lay.schedule == SCHEDULES.index("interleaved")
+    kinds = np.where(balanced == 1, np.stack([lay.pp, lay.vpp, looped]), 0)
+    found, which = np.unique(kinds, axis=1, return_inverse=True)
+    splits = (balanced_stages(model, seq_len, int(p), int(v), bool(loop)) if p else None for p, v, loop in found.T)
+    return lay.having(stage_layers=Splits(tuple(splits), which))
 
 
 def _columns(mesh: np.ndarray, chosen: dict[str, np.ndarray]) -> LayoutBatch:

@@ -15,6 +15,7 @@ from bloomery.perf.goodput import (
     cluster_mtbf_s,
     ettr,
     optimal_interval_s,
+    spare_nodes,
 )
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.parameters import parameter_count
@@ -33,7 +34,8 @@ class Outlook:
     power (None where unknown) times the PUE, so it is an upper bound for the accelerators and leaves out the hosts.
     Where failures leave no productive time at all (goodput 0), days, hours, cost and energy are None.
     `days_pessimistic`: with everything that ever stops a job counted (`perf.goodput`'s pessimistic rate) where that is
-    more than the cluster's own rate; None on a cluster without failures.
+    more than the cluster's own rate; None on a cluster without failures. `spare_nodes`: beside those of the layout, so
+    that it seldom waits for a repair; neither cost nor energy has them.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Outlook:
     cost: float | None
     energy_kwh: float | None
     checkpoint_interval_s: float | None
+    spare_nodes: int
 
 
 def pf_days(parameters: float, tokens: float, flops_per_parameter_token: float) -> float:
@@ -101,4 +104,5 @@ def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
         cost=None if price is None or hours is None else hours * price,
         energy_kwh=hours * tdp_w * cluster.pue / 1000.0 if tdp_w and hours is not None else None,
         checkpoint_interval_s=interval_s,
+        spare_nodes=spare_nodes(cluster.nodes, cluster.failures_per_1000_node_days, cluster.repair_days),
     )

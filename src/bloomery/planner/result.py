@@ -98,6 +98,7 @@ class Plan:
     world_sizes: tuple[int, ...]
     failures_per_1000_node_days: float
     failures_source: str
+    repair_days: float
     best: tuple[Row, ...]
     compare: tuple[Row, ...]
     why: tuple[str, ...]

@@ -115,6 +115,7 @@ def answer(run: Run, found: Found, *, top: int = 10) -> Plan:
         world_sizes=tuple(world.cluster.size for world in evaluated),
         failures_per_1000_node_days=run.cluster.failures_per_1000_node_days,
         failures_source=run.cluster.provenance.get("failures_per_1000_node_days", ""),
+        repair_days=run.cluster.repair_days,
         best=best,
         compare=compare,
         why=why_the_winner_won(world.layouts, world.estimates, world.cluster, index)

@@ -177,6 +177,7 @@ class Cluster(Noun):
     """Of step times on it, as `bloomery calibrate` found them; the general one where it has not looked."""
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
     """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
+    repair_days: float = Field(default=3.0, ge=0, description="until a failed node is back; sizes the spares")
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
     process_start_s: float | None = Field(default=None, ge=0, description="until a rank has imported and joined")

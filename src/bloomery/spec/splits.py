@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heapreplace
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,25 @@ def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
         counts[stage] += 1
         heapreplace(heap, (load + 1.0, place, stage))
     return tuple(counts)
+
+
+def looped_split(layers: int, pp: int, vpp: int, head: float) -> tuple[int, ...] | None:
+    """Layers of each of the pp x vpp stages of an interleaved pipeline that is as fast as an even one of the same
+    depth, though layers are missing to fill it; the last stage does `head` layers' worth besides.
+
+    They are left out of the last stage, as many as the head is worth, and of the first stages, which hold most (Llama
+    3, arXiv 2407.21783, section 3.3.2, leaves out one of each). A stage that is done early holds up nobody, so the pace
+    is that of a rank that has them all. None where it is even, or where no rank would: stages that differ elsewhere
+    wait for each other by the order of their turns, which no closed form says.
+    """
+    depth = -(-layers // (pp * vpp))
+    missing = depth * pp * vpp - layers
+    if not 0 < missing < pp or depth == 1:
+        return None
+    last = min(missing, ceil(head), depth - 1)
+    split = [depth - 1] * (missing - last) + [depth] * (pp * vpp - missing + last)
+    split[-1] -= last
+    return tuple(split)
 
 
 def stage_on(chunk: Any, pipeline_rank: Any, pp: Any, v_shaped: Any) -> Any:

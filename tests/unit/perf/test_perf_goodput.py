@@ -13,6 +13,7 @@ from bloomery.perf.goodput import (
     goodput,
     mean_time_between_failures_s,
     optimal_interval_s,
+    spare_nodes,
     young_interval_s,
 )
 from bloomery.spec import catalog
@@ -117,3 +118,22 @@ def test_without_failures_only_checkpoints_cost() -> None:
 def test_the_pessimistic_rate_is_worse() -> None:
     yuan = catalog.cluster("yuan-1.0")
     assert cluster_mtbf_s(yuan, pessimistic=True) < cluster_mtbf_s(yuan)
+
+
+@pytest.mark.parametrize(("nodes", "rate", "days"), [(0, 6.5, 3.0), (64, 6.5, 3.0), (266, 6.5, 3.0), (2048, 24.0, 7.0)])
+def test_spares_are_the_least_that_stand_in_for_all_repairs_but_a_hundredth_of_the_time(
+    nodes: int, rate: float, days: float
+) -> None:
+    """Beside failures drawn one by one, each repaired for a time of its own."""
+    k, rng = spare_nodes(nodes, rate, days), np.random.default_rng(0)
+    span = 5_000.0 * days
+    starts = rng.uniform(0.0, span, rng.poisson(nodes * rate / 1000.0 * span))
+    ends = starts + rng.uniform(0.0, 2.0 * days, len(starts))
+    at = rng.uniform(2.0 * days, span, 50_000)
+    under_repair = np.searchsorted(np.sort(starts), at) - np.searchsorted(np.sort(ends), at)
+    assert np.mean(under_repair > k) < 0.013
+    assert k == 0 or np.mean(under_repair > k - 1) > 0.008
+
+
+def test_spares_of_a_cluster_that_never_fails_are_none() -> None:
+    assert spare_nodes(1000, 0.0, 3.0) == spare_nodes(1000, 6.5, 0.0) == 0

@@ -18,7 +18,7 @@ from bloomery.perf.ranks import Ranks
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.spec import catalog
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import Layout, LayoutBatch, stages_of
 from bloomery.spec.model import MixtureOfExperts, Model
 
 SELENE, SEQ = catalog.cluster("selene-like"), 2048
@@ -127,6 +127,17 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     }
 
 
+def layers_waited_for(case: Case, rank: int) -> int:
+    """By an interleaved rank, at stages that are deeper than its own of the same chunk; not at the pipeline's ends."""
+    layout = case.lay.layout(0)
+    if layout.schedule != "interleaved":
+        return 0
+    depths = [len(layers) for layers in stages_of(case.model, layout)]
+    chunks = [depths[chunk * layout.pp :][: layout.pp] for chunk in range(layout.vpp)]
+    ends = {(0, 0), (layout.vpp - 1, layout.pp - 1)}
+    return sum(max(chunk) - chunk[rank] for i, chunk in enumerate(chunks) if (i, rank) not in ends)
+
+
 def plain_step_s(case: Case) -> float:
     """One layout's step from the formulas of `perf.pipeline`, `perf.step` and the paper, without any table."""
     lay, stack, m = case.lay, case.stack, float(case.micro_batches[0])
@@ -140,7 +151,9 @@ def plain_step_s(case: Case) -> float:
         weight = float(case.middle_layers[0]) / middle["layers"] if pp > 2 else 0.0
         return first[name] + more + (last[name] + more if pp > 1 else 0.0) + weight * (middle[name] + more)
 
-    slowest = max(one["busy"] for one in found) + send_s
+    layer_s = min(one["busy"] / one["layers"] for one in found)
+    waits = [layer_s * layers_waited_for(case, int(one.index[0])) for one in ranks]
+    slowest = max(one["busy"] + more for one, more in zip(found, waits, strict=True)) + send_s
     path = m * slowest + max(over("busy", send_s) - slowest, 0.0) / vpp
     exposed, gathers, beside = [], [], []
     drain = over("backward") / pp / vpp
@@ -175,6 +188,11 @@ def plain_step_s(case: Case) -> float:
     )
 
 
+def gpipe(layout: Layout) -> Layout:
+    """The same with GPipe's order, which has one chunk a rank."""
+    return layout.model_copy(update={"schedule": "gpipe", "vpp": 1, "stage_layers": None})
+
+
 def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estimates:
     """n layouts drawn from a whole space, some of them with an uneven split, GPipe or replicas. Vs have a formula of
     their own, which `test_perf_pipeline` holds against their orders."""
@@ -185,7 +203,7 @@ def sample(model: Model, ranks: int, batch: int, stack: Stack, n: int) -> Estima
     for layout in layouts[::3]:
         stages = layout.pp * layout.vpp
         split = tuple(int(x) for x in 1 + rng.multinomial(model.layers - stages, np.ones(stages) / stages))
-        more += [layout.model_copy(update={"stage_layers": split}), layout.model_copy(update={"schedule": "gpipe"})]
+        more += [layout.model_copy(update={"stage_layers": split}), gpipe(layout)]
     cut = [layout for layout in layouts if layout.zero_stage >= 2 and layout.dp > 2 * layout.ep and layout.dp % 2 == 0]
     more += [layout.model_copy(update={"dp_replicas": 2}) for layout in cut if layout.dp // 2 % layout.ep == 0]
     lay = LayoutBatch.of([*layouts, *more])

@@ -16,6 +16,7 @@ from bloomery.perf.estimate import Estimates, estimate_case
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
 from bloomery.perf.orders import most_in_flight
+from bloomery.perf.stages import ROUNDS, held
 from bloomery.planner.step_timeline import planned_step
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
@@ -122,3 +123,13 @@ def test_a_longer_step_has_no_more_in_flight(schedule: str, rank: int, monkeypat
     found = most_in_flight(layout, 36, rank)
     monkeypatch.setattr(orders, "ROUNDS", 100)
     assert most_in_flight(layout, 36, rank) == found
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(2, 2), (4, 2), (4, 3), (3, 5), (8, 2)])
+def test_an_interleaved_rank_holds_what_its_order_says_of_uneven_chunks(pp: int, vpp: int) -> None:
+    rng, layout = np.random.default_rng(pp * vpp), Layout(pp=pp, vpp=vpp)
+    for rounds in (*range(1, ROUNDS + 1), ROUNDS + 2):
+        depths = rng.integers(1, 5, (vpp, pp))
+        moments = [most_in_flight(layout, rounds * pp, rank) for rank in range(pp)]
+        played = [max(int(depths[:, rank] @ np.array(moment)) for moment in moments[rank]) for rank in range(pp)]
+        assert held(depths, min(rounds, ROUNDS)).tolist() == played

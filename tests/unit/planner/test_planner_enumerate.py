@@ -14,7 +14,7 @@ from bloomery.spec import catalog
 from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
 from bloomery.spec.model import Model
-from bloomery.spec.splits import balanced_split, stage_split
+from bloomery.spec.splits import balanced_split, looped_split, stage_split
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BATCH, SEQ = 12, 64
@@ -40,8 +40,15 @@ def nouns(enumeration: Enumeration) -> set[Layout]:
 
 def pipelines(model: Model, pp: int, head: float) -> list[dict[str, object]]:
     """Every schedule with every number of chunks and split that is searched; `head`: its work in layers."""
-    chunks = [vpp for vpp in range(2, model.layers + 1) if model.layers % (pp * vpp) == 0]
-    ways: list[dict[str, object]] = [{"vpp": vpp, "schedule": "interleaved"} for vpp in chunks]
+    ways: list[dict[str, object]] = []
+    for vpp in range(2, model.layers // pp + 1) if pp > 1 else ():
+        missing = -model.layers % (pp * vpp)
+        if missing == 0:
+            ways.append({"vpp": vpp, "schedule": "interleaved"})
+        elif missing < pp:
+            split = looped_split(model.layers, pp, vpp, head)
+            even = split == stage_split(model.layers, pp * vpp)
+            ways.append({"vpp": vpp, "schedule": "interleaved", "stage_layers": None if even else split})
     for vpp, schedule in ((1, "1f1b"), (2, "zbv"), (2, "dualpipev")):
         ways.append({"vpp": vpp, "schedule": schedule})
         stages = pp * vpp
@@ -53,8 +60,8 @@ def pipelines(model: Model, pp: int, head: float) -> list[dict[str, object]]:
 
 
 def by_brute_force(model: Model, world_size: int, runnable_only: bool) -> set[Layout]:
-    """Every layout of the searched options that keeps the rules; vpp only where it divides the layers, replicas and
-    orders only where some node of two accelerators tells them apart."""
+    """Every layout of the searched options that keeps the rules; replicas and orders only where some node of two
+    accelerators tells them apart."""
     degrees = range(1, world_size + 1)
     meshes = [m for m in product(degrees, repeat=4) if np.prod(m) == world_size]
     experts = range(1, world_size + 1) if model.moe else (1,)

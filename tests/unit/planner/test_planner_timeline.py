@@ -22,6 +22,7 @@ from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
 from bloomery.planner.trace import chrome_trace
 from bloomery.spec import catalog
 from bloomery.spec.layout import SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.splits import looped_split
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -111,6 +112,40 @@ def test_even_stages_on_a_v_wait_as_long_as_the_closed_form_says(
     split = (inputs, weights) if recompute == "none" else (inputs + weights, 0.0)
     bubble = v_bubble_s(SCHEDULES.index(schedule), pp, 1.0, *split)
     assert timeline.end_s == pytest.approx(2 * m * (1 + inputs + weights) + float(bubble))
+
+
+@pytest.mark.parametrize(("layers", "pp", "vpp"), [(126, 16, 4), (30, 4, 2), (62, 8, 4), (67, 2, 17), (61, 4, 8)])
+@pytest.mark.parametrize("head", [0.4, 1.0, 2.4])
+def test_interleaved_stages_short_of_layers_are_as_fast_as_even_ones(
+    layers: int, pp: int, vpp: int, head: float
+) -> None:
+    split = looped_split(layers, pp, vpp, head)
+    assert split is not None and sum(split) == layers and min(split) > 0
+    layout, depth = Layout(pp=pp, vpp=vpp, stage_layers=split), max(split)
+
+    def step_s(micro_batches: int, work: np.ndarray) -> float:
+        times = StageTimes(tuple(work), (0.0,) * len(work), tuple(2 * work), 0.0, 0.0, tuple(work))
+        return simulate(layout, micro_batches, times).end_s
+
+    work, even_stages = np.array(split, dtype=float), np.full(pp * vpp, float(depth))
+    work[-1] += head
+    even_stages[-1] += max(head - depth + split[-1], 0.0)
+    pace, even_pace = ((step_s(4 * pp, each) - step_s(3 * pp, each)) / pp for each in (work, even_stages))
+    assert pace == pytest.approx(even_pace)
+    assert even_pace == pytest.approx(3 * (vpp * depth + max(head - depth + split[-1], 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "vpp", "off"), [(126, 16, 4, 0.01), (30, 4, 3, 0.02), (126, 16, 6, 0.03), (30, 8, 3, 0.06)]
+)
+def test_interleaved_stages_of_uneven_depth_are_estimated_as_they_are_played(
+    layers: int, pp: int, vpp: int, off: float
+) -> None:
+    model = catalog.model("llama-3-8b").model_copy(update={"layers": layers})
+    lay = LayoutBatch.of([Layout(pp=pp, vpp=vpp)])
+    asked: dict[str, Any] = {"global_batch": 2 * pp, "seq_len": 4096, "dtype": "bfloat16"}
+    found = estimate(model, catalog.cluster("selene-like").cut(max(pp, 8) if pp > 4 else pp), lay, **asked)
+    assert found.step_time_s[0] == pytest.approx(planned_step(found, 0).end_s, rel=off)
 
 
 def test_zb_v_has_almost_no_bubble_where_all_turns_take_the_same_time() -> None:
