@@ -268,12 +268,18 @@ def _default_split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """In the shape of all three: where `balanced_stages` has nothing else than the default split; where the default is
     what it would have of an interleaved pipeline."""
-    found, place = np.unique(np.stack([pp, vpp, looped]).reshape(3, -1), axis=1, return_inverse=True)
-    asked = [(int(p), int(v), bool(loop)) for p, v, loop in found.T]
+    asked, place = _pipelines(pp, vpp, looped)
     same = np.array([balanced_stages(model, seq_len, *one) is None for one in asked], dtype=bool)
     head = head_in_layers(model, seq_len)
     fast = [loop and looped_split(model.layers, p, v, head) == stage_split(model.layers, p * v) for p, v, loop in asked]
-    return same[place].reshape(pp.shape), np.array(fast, dtype=bool)[place].reshape(pp.shape)
+    return same[place], np.array(fast, dtype=bool)[place]
+
+
+def _pipelines(pp: np.ndarray, vpp: np.ndarray, looped: np.ndarray) -> tuple[list[tuple[int, int, bool]], np.ndarray]:
+    """The different (pp, vpp, looped), and which of them each is, in their shape."""
+    most = int(vpp.max(initial=0)) + 1
+    found, place = np.unique((pp * most + vpp) * 2 + looped, return_inverse=True)
+    return [(code // 2 // most, code // 2 % most, bool(code % 2)) for code in found.tolist()], place.reshape(pp.shape)
 
 
 def layouts_of_meshes(mesh: np.ndarray) -> LayoutBatch:
@@ -299,9 +305,8 @@ def _batch(
     if balanced is None or not balanced.any():
         return lay
     looped = lay.schedule == SCHEDULES.index("interleaved")
-    kinds = np.where(balanced == 1, np.stack([lay.pp, lay.vpp, looped]), 0)
-    found, which = np.unique(kinds, axis=1, return_inverse=True)
-    splits = (balanced_stages(model, seq_len, int(p), int(v), bool(loop)) if p else None for p, v, loop in found.T)
+    found, which = _pipelines(np.where(balanced == 1, lay.pp, 0), lay.vpp, looped)
+    splits = (balanced_stages(model, seq_len, *one) if one[0] else None for one in found)
     return lay.having(stage_layers=Splits(tuple(splits), which))
 
 
