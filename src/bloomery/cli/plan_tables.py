@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +14,8 @@ WIDTH = 100
 FULL_WIDTH = 92
 """Narrower terminals are shown fewer columns: one cut short would show a wrong figure."""
 LEFT_OUT = ("90 %", "top loss")
+SURE = 0.9
+"""Probability of fitting from which on nothing is said."""
 REFUSALS = 6
 """Families of each kind that are told, those of most layouts."""
 BAR = 40
@@ -81,7 +85,7 @@ def _cells(row: Row) -> list[str]:
         _range(row.estimate.low_s, row.estimate.high_s, row.step_time_s),
         share_text(row.estimate.mfu),
         share_text(row.estimate.hfu),
-        f"{three(needed)}/{three(limit)}" + ("" if row.fits else "!"),
+        f"{three(needed)}/{three(limit)}" + ("!" if not row.fits else "~" if row.p_fits < SURE else ""),
         row.bottleneck,
     ]
 
@@ -97,8 +101,18 @@ def _print_conventions(console: Console, plan: Plan, narrow: bool) -> None:
     if any(row.obstacles for row in rows):
         lines.append("° planned only: the engine does not run it yet")
     lines += [f"! {row.name} does not fit: {row.shortage_bytes / GIB:.1f} GiB short" for row in rows if not row.fits]
+    lines += _doubts(plan.best)
     for line in lines:
         console.print(f"[dim]{line}[/]")
+
+
+def _doubts(rows: Sequence[Row]) -> list[str]:
+    """Which of the best may not fit after all, and the first that will."""
+    doubtful = [f"{row.name} ({row.p_fits:.0%})" for row in rows if row.fits and row.p_fits < SURE]
+    if not doubtful:
+        return []
+    sure = next((f"; the first that does is {row.name}" for row in rows if row.fits and row.p_fits >= SURE), "")
+    return [f"~ not sure to fit, memory being predicted within 8 %: {', '.join(doubtful)}{sure}"]
 
 
 def _targets(plan: Plan) -> Table:
@@ -131,6 +145,10 @@ def _print_target_conventions(console: Console, plan: Plan) -> None:
         rate, origin = plan.failures_per_1000_node_days, plan.failures_source.partition(":")[0]
         origin = f" ({origin})" if origin else ""
         lines.append(f"goodput: {rate:.4g} failures per 1000 node-days{origin}; pessimistic: 24, every cause")
+        every, stall, back = out.checkpoint_interval_s, out.checkpoint_stall_s, out.restart_s
+        if every is not None and stall is not None and back is not None:
+            saved = f"a checkpoint every {seconds_text(every)} stalls it for {seconds_text(stall)}"
+            lines.append(f"{saved}; a failure costs {seconds_text(back)} beside the steps lost")
         spares = f"{out.spare_nodes} node{'' if out.spare_nodes == 1 else 's'}"
         repair = f"what is under repair ({plan.repair_days:g} days)"
         lines.append(f"spares: {spares} more, not in the cost, stand in for {repair} 99 % of the time")

@@ -56,7 +56,8 @@ def probe(
     console.print(f"bfloat16: {cluster.provenance['bfloat16']}")
     disk, start_s = cluster.storage, cluster.process_start_s or 0.0
     console.print(
-        f"disk: write {disk.write_bytes_per_s / 1e9:.2f} GB/s, read {disk.read_bytes_per_s / 1e9:.2f} GB/s, "
+        f"disk: write {cluster.storage_bytes_per_s('write') / 1e9:.2f} GB/s, "
+        f"read {cluster.storage_bytes_per_s('read') / 1e9:.2f} GB/s, "
         f"sync {(disk.fsync_s or 0.0) * 1e3:.1f} ms; a process starts in {start_s:.1f} s"
     )
 

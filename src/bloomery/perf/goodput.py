@@ -18,12 +18,15 @@ DAY_S = 86_400.0
 PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS = 24.0
 """Everything that stopped a job, not only failures with a hardware cause (Kokolis et al. 2024, arXiv 2410.21680)."""
 
+OF_NODE = 8
+"""Accelerators in a node of those that failure rates are counted by."""
+SMALL_SHARE = 1e-8
 SHORT_SHARE = 0.01
 """Of the time that a job may wait for a node, all of its spares being under repair."""
 
 
 def mean_time_between_failures_s(nodes: Any, failures_per_1000_node_days: Any) -> Any:
-    """M of a job on `nodes` nodes: infinite where nothing fails.
+    """M of a job on `nodes` nodes of 8 accelerators: infinite where nothing fails.
 
     16384 GPUs in 2048 nodes at 6.5 failures per 1000 node-days fail every 1.8 h (arXiv 2410.21680).
     """
@@ -36,9 +39,17 @@ def young_interval_s(checkpoint_s: Any, mtbf_s: Any) -> Any:
     return np.sqrt(2.0 * np.asarray(checkpoint_s) * mtbf_s)
 
 
-def optimal_interval_s(checkpoint_s: Any, mtbf_s: Any, restart_s: Any = 0.0) -> Any:
-    """The interval with the largest ETTR to second order, sqrt(2 C (M + R)): our default."""
-    return np.sqrt(2.0 * np.asarray(checkpoint_s) * (np.asarray(mtbf_s) + restart_s))
+def optimal_interval_s(checkpoint_s: Any, mtbf_s: Any) -> Any:
+    """The interval with the largest `ettr`: e^((tau+C)/M) (1 - tau/M) = 1, whatever R, which is solved by Lambert's W:
+    tau = M (1 + W(-e^(-1 - C/M))) (Daly 2006, section 4). Young's is its first order."""
+    from scipy.special import lambertw
+
+    c, m = np.broadcast_arrays(np.asarray(checkpoint_s, dtype=np.float64), np.asarray(mtbf_s, dtype=np.float64))
+    finite = np.where(np.isinf(m), 1.0, m)
+    exact = finite * (1.0 + lambertw(-np.exp(-1.0 - c / finite)).real)
+    # Near its branch point W has lost the digits of a C that is nothing beside M; there the first order is exact.
+    tau = np.where(c < SMALL_SHARE * finite, young_interval_s(c, finite), exact)
+    return np.where(np.isinf(m), np.inf, tau)[()]
 
 
 def availability_interval_s(checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any:
@@ -85,7 +96,7 @@ def ettr_first_order(interval_s: Any, checkpoint_s: Any, mtbf_s: Any, restart_s:
 
 def best_ettr(checkpoint_s: Any, mtbf_s: Any, restart_s: Any) -> Any:
     """ETTR at `optimal_interval_s`."""
-    return ettr(optimal_interval_s(checkpoint_s, mtbf_s, restart_s), checkpoint_s, mtbf_s, restart_s)
+    return ettr(optimal_interval_s(checkpoint_s, mtbf_s), checkpoint_s, mtbf_s, restart_s)
 
 
 def goodput(ettr_share: Any, *, skipped_share: Any = 0.0, straggler_slowdown: Any = 0.0) -> Any:
@@ -93,8 +104,9 @@ def goodput(ettr_share: Any, *, skipped_share: Any = 0.0, straggler_slowdown: An
     return ettr_share * (1.0 - np.asarray(skipped_share)) * (1.0 - np.asarray(straggler_slowdown))
 
 
-def spare_nodes(nodes: int, failures_per_1000_node_days: float, repair_days: float) -> int:
-    """Spares k that keep a job on `nodes` nodes whole while failed ones are repaired, but `SHORT_SHARE` of the time.
+def spare_nodes(nodes: float, failures_per_1000_node_days: float, repair_days: float) -> int:
+    """Spares k that keep a job on `nodes` nodes of 8 accelerators whole while failed ones are repaired, all but
+    `SHORT_SHARE` of the time.
 
     The smallest k with P(Poisson(nodes x rate x repair) > k) < `SHORT_SHARE`: nodes under repair are those of an
     infinite server (Palm's theorem), Poisson whatever the distribution of repair times.
@@ -112,4 +124,4 @@ def spare_nodes(nodes: int, failures_per_1000_node_days: float, repair_days: flo
 def cluster_mtbf_s(cluster: Cluster, *, pessimistic: bool = False) -> float:
     """M of a job on the whole of `cluster` at its own failure rate, or at the pessimistic one."""
     rate = PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS if pessimistic else cluster.failures_per_1000_node_days
-    return float(mean_time_between_failures_s(cluster.nodes, rate))
+    return float(mean_time_between_failures_s(cluster.size / OF_NODE, rate))

@@ -5,6 +5,7 @@ State cut as by ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054); what layers ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +24,14 @@ what the backward pass works on where that is more; `reserved`: context, communi
 
 FRAGMENTATION = 0.015
 """Of what is allocated, what a caching device allocator holds beside it and cannot use."""
+
+MEMORY_SPREAD = 0.08
+"""Standard deviation of log(real / predicted peak memory) of published runs, fragmentation included."""
+
+
+def chance_of_fitting(peak_bytes: float, limit_bytes: float) -> float:
+    """Probability that a rank whose peak is predicted as `peak_bytes` keeps within the limit."""
+    return 0.5 * (1 + math.erf(math.log(limit_bytes / peak_bytes) / MEMORY_SPREAD / math.sqrt(2)))
 
 
 def memory_of(case: Case, ranks: Ranks) -> dict[str, np.ndarray]:

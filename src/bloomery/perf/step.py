@@ -77,13 +77,13 @@ class MicroBatch(Table):
     @classmethod
     def of(cls, kinds: Kinds) -> MicroBatch:
         """Of k cases of a layout without its interleaving and ZeRO stage."""
-        case, work, counts = kinds.case, kinds.work, kinds.counts
-        busy = sum(kinds.busy)
+        case, counts = kinds.case, kinds.counts
+        busy, backward = sum(kinds.busy), kinds.busy[1] - kinds.inner.backward
         return cls(
             count=case.micro_batches.astype(np.float64),
             compute=busy - (kinds.inner.forward + kinds.inner.backward),
-            backward=work.backward,
-            drain=over_ranks(counts, work.backward) / case.lay.pp,
+            backward=backward,
+            drain=over_ranks(counts, backward) / case.lay.pp,
             slowest=(busy + case.kinds.behind * (busy / np.maximum(case.kinds.layers, 1)).min(axis=0)).max(axis=0),
             together=over_ranks(counts, busy),
             ranks=counts.sum(axis=0),

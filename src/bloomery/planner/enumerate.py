@@ -1,9 +1,10 @@
 """Every valid layout of a model on so many ranks, as one `LayoutBatch`, and a count of what the rules refused.
 
 The space is a product: meshes (tp, pp, dp, cp, ep with tp*pp*dp*cp = world size) x options: the schedule with its
-chunks a rank and the split of the layers, which axis is outermost, micro-batch; ZeRO stage, replicas, sequence
-parallelism, recomputation. A mesh that no option can save is refused before the product is built; the others are judged
-by the same `layout_problems` as the trainer's, in two halves. Memory and speed are not judged here.
+chunks a rank and the split of the layers, which axis is outermost, how context-parallel ranks attend, micro-batch; ZeRO
+stage, replicas, sequence parallelism, recomputation. A mesh that no option can save is refused before the product is
+built; the others are judged by the same `layout_problems` as the trainer's, in two halves. Memory and speed are not
+judged here.
 
 Left out is what cannot be better: GPipe, which takes 1F1B's time and never less memory; replicas (HSDP) that neither
 fill a unit of a link tier (a node) nor are all; an order of axes that no tier tells from the usual one.
@@ -22,14 +23,14 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.flops import head_in_layers
-from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, V_SCHEDULES, LayoutBatch
+from bloomery.spec.layout import CP_METHODS, OUTERMOST, RECOMPUTE, SCHEDULES, V_SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import LayoutProblem, layout_problems, runnable_problems
 from bloomery.spec.model import Model
-from bloomery.spec.splits import Splits, balanced_split, looped_split, stage_split
+from bloomery.spec.splits import Splits, balanced_split, looped_split, stage_split, v_split
 
 # Options without meaning on a mesh (sequence parallel at tp 1, ...) are not layouts of their own: dropped, not counted.
 MEANINGLESS = ("sp_without_tp", "zero_without_dp", "interleaving", "replicas", "order_alone")
-CUTTING = ("vpp", "schedule", "balanced", "outermost", "micro_batch")
+CUTTING = ("vpp", "schedule", "balanced", "outermost", "cp_method", "micro_batch")
 SAVING = ("zero_stage", "dp_replicas", "sequence_parallel", "recompute")
 MILDEST = dict.fromkeys((*CUTTING, *SAVING), 0) | {"vpp": 1, "micro_batch": 1, "dp_replicas": 1}
 """No interleaving, ZeRO or recomputation."""
@@ -78,7 +79,7 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
 
 
 def cuttings(model: Model, global_batch: int, pipelines: Iterable[int]) -> np.ndarray:
-    """Every way to cut the step, shape (o, 5), in the order of `CUTTING`: chunks that divide the layers, or those of
+    """Every way to cut the step, shape (o, 6), in the order of `CUTTING`: chunks that divide the layers, or those of
     the deepest rank of one of `pipelines` (`looped_split`). Each schedule comes with
     stages as even as they can be and as fast as they can be (`balanced`), the head counted in layers."""
     one, looped, *folded = (SCHEDULES.index(name) for name in ("1f1b", "interleaved", *V_SCHEDULES))
@@ -86,9 +87,8 @@ def cuttings(model: Model, global_batch: int, pipelines: Iterable[int]) -> np.nd
     schedules = [(vpp, looped if vpp > 1 else one, 0) for vpp in chunks]
     schedules += [(2, schedule, 0) for schedule in folded]
     schedules += [(vpp, schedule, 1) for vpp, schedule, _ in schedules]
-    micro_batch = [2**k for k in range(global_batch.bit_length()) if global_batch % 2**k == 0]
-    every = product(schedules, range(len(OUTERMOST)), micro_batch)
-    return np.array([(*schedule, order, size) for schedule, order, size in every], dtype=np.int64)
+    every = product(schedules, range(len(OUTERMOST)), range(len(CP_METHODS)), divisors(global_batch))
+    return np.array([(*schedule, *rest) for schedule, *rest in every], dtype=np.int64)
 
 
 def savings(world_size: int) -> np.ndarray:
@@ -176,7 +176,7 @@ def _product(
     rows = _batch(model, seq_len, mesh[cuts[0]], cutting=cuts[1])
     outer: dict[str, Any] = {
         name: np.repeat(getattr(rows, name), times)
-        for name in (*MESH, "vpp", "schedule", "outermost", "micro_batch", "cp_method", "offload")
+        for name in (*MESH, "vpp", "schedule", "outermost", "cp_method", "micro_batch", "offload")
     }
     inner = {name: column[save] for name, column in zip(SAVING, saves[1].T, strict=True)}
     splits = None
@@ -202,11 +202,11 @@ def _cuts_by_mesh(
     without a pipeline, stages balanced as they were, an order that changes no distance.
     """
     tp, pp, dp, cp = (mesh[:, column, None] for column in range(4))
-    vpp, schedule, balanced, outermost, micro_batch = (column[None] for column in cutting.T)
+    vpp, schedule, balanced, outermost, cp_method, micro_batch = (column[None] for column in cutting.T)
     looped = schedule == SCHEDULES.index("interleaved")
     same, fast = _default_split(model, seq_len, *np.broadcast_arrays(pp, vpp, looped))
     told_apart = np.logical_or.reduce([np.zeros_like(tp, dtype=bool), *(tp * cp < span for span in spans)])
-    pointless = (pp == 1) & ((vpp > 1) | (balanced == 1)) | (balanced == 1) & same
+    pointless = (pp == 1) & ((vpp > 1) | (balanced == 1)) | (balanced == 1) & same | (cp == 1) & (cp_method > 0)
     pointless |= (outermost == 1) & ((pp == 1) | (dp == 1) | ~told_apart | (mesh[:, 4, None] > 1))
     uneven = looped & (balanced == 0) & ~pointless & (model.layers % (pp * vpp) != 0) & ~fast
     pointless |= uneven & (~same | (model.layers % vpp != 0))  # as `balanced` has them, or for another pipeline's sake
@@ -250,17 +250,19 @@ def _count(
 
 @lru_cache(maxsize=256)
 def balanced_stages(model: Model, seq_len: int, pp: int, vpp: int, looped: bool) -> tuple[int, ...] | None:
-    """Layers of each stage when the head is counted in layers; None where that is the default split or leaves a stage
-    none. `looped`: interleaved, as `looped_split` has it."""
+    """Layers of each stage when the head is counted in layers; None where that is the default split or there are fewer
+    layers than stages. `looped`: interleaved, as `looped_split` has it; else two chunks are a V."""
     stages = pp * vpp
     if stages > model.layers:
         return None
     head = head_in_layers(model, seq_len)
     if looped:
         split = looped_split(model.layers, pp, vpp, head)
+    elif vpp == 2:
+        split = v_split(model.layers, pp, head)
     else:
         split = balanced_split(model.layers, [0.0] * (stages - 1) + [head])
-    return None if split is None or min(split) < 1 or split == stage_split(model.layers, stages) else split
+    return None if split == stage_split(model.layers, stages) else split
 
 
 def _default_split(
@@ -313,6 +315,6 @@ def _batch(
 def _columns(mesh: np.ndarray, chosen: dict[str, np.ndarray]) -> LayoutBatch:
     """Meshes with some options as columns, the others at their mildest."""
     named: dict[str, Any] = dict(zip(MESH, mesh.T, strict=True))
-    names = [name for name in (*CUTTING, *SAVING, "cp_method", "offload") if name != "balanced"]
+    names = [name for name in (*CUTTING, *SAVING, "offload") if name != "balanced"]
     options: dict[str, Any] = {name: chosen.get(name, np.full(len(mesh), MILDEST.get(name, 0))) for name in names}
     return LayoutBatch(**named, **options)

@@ -17,6 +17,7 @@ TIE = 1e-4  # relative difference below which two predictions are the same
 CHOICES = (
     ("schedule", "vpp", "uneven"),
     ("outermost",),
+    ("cp_method",),
     ("micro_batch",),
     ("zero_stage", "dp_replicas"),
     ("sequence_parallel",),
@@ -138,6 +139,7 @@ def _option(choice: str, layout: Layout) -> str:
     return {
         "schedule": (layout.schedule if layout.v_shaped else f"vpp {layout.vpp}") + stages,
         "outermost": f"{layout.outermost} outermost",
+        "cp_method": f"{layout.cp_method.replace('_', '-')} attention",
         "micro_batch": f"micro-batch {layout.micro_batch}",
         "zero_stage": f"ZeRO {layout.zero_stage}{replicas}",
         "sequence_parallel": "sequence parallel" if layout.sequence_parallel else "no sequence parallel",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from bloomery.perf.flops import PF_DAY
 from bloomery.perf.goodput import (
+    OF_NODE,
     PESSIMISTIC_FAILURES_PER_1000_NODE_DAYS,
     cluster_mtbf_s,
     ettr,
@@ -23,6 +24,7 @@ from bloomery.spec.run import Run
 
 DAY_S = 86_400.0
 CHECKPOINT_BYTES_PER_PARAMETER = 12.0  # float32 master weight and two AdamW moments
+STALL_S = 1.0  # an allowance for ranks to meet at a checkpoint and look after their copies
 RESTART_S = 600.0  # an allowance for detection, scheduling and start-up; loading is counted on top
 
 
@@ -48,6 +50,8 @@ class Outlook:
     cost: float | None
     energy_kwh: float | None
     checkpoint_interval_s: float | None
+    checkpoint_stall_s: float | None
+    restart_s: float | None
     spare_nodes: int
 
 
@@ -63,19 +67,42 @@ def planned_tokens(run: Run) -> int:
     return run.train.course.tokens(run.train.n_steps)
 
 
+@dataclass(frozen=True)
+class Recovery:
+    """What failures cost a job: seconds that a checkpoint stalls it (C of `perf.goodput`), that a failure does (R), and
+    from checkpoint to checkpoint; the share of wall time that is left."""
+
+    stall_s: float
+    restart_s: float
+    interval_s: float
+    goodput: float
+
+
+def recovery(cluster: Cluster, parameters: int) -> Recovery | None:
+    """How a job that takes all of `cluster` lives with failures, at the best checkpoint interval; None without any.
+
+    As the engine saves: training stalls until every rank has a copy of its even share of 12 bytes a parameter on the
+    host, and goes on while that is written. Until it is, a failure goes back to the checkpoint before, so that the time
+    of writing counts with each restart, and checkpoints follow each other no faster.
+    """
+    if cluster.failures_per_1000_node_days == 0:
+        return None
+    size, device = CHECKPOINT_BYTES_PER_PARAMETER * parameters, cluster.accelerator
+    copied_s = size / cluster.size / (device.upload_bytes_per_s or device.memory_bandwidth_bytes_per_s / 2)
+    stall_s, write_s = STALL_S + copied_s, size / cluster.storage_bytes_per_s("write")
+    restart_s = RESTART_S + size / cluster.storage_bytes_per_s("read") + write_s
+    mtbf_s = cluster_mtbf_s(cluster)
+    interval_s = max(float(optimal_interval_s(stall_s, mtbf_s)), write_s)
+    return Recovery(stall_s, restart_s, interval_s, float(ettr(interval_s, stall_s, mtbf_s, restart_s)))
+
+
 def goodput(cluster: Cluster, parameters: int) -> tuple[float, float | None]:
     """Productive share of wall time under failures, and the checkpoint interval in seconds that gives it.
 
-    1 and None on a cluster without failures; a blocking checkpoint of 12 bytes per parameter is assumed.
+    1 and None on a cluster without failures.
     """
-    if cluster.failures_per_1000_node_days == 0:
-        return 1.0, None
-    size = CHECKPOINT_BYTES_PER_PARAMETER * parameters
-    write_s = size / cluster.storage.write_bytes_per_s
-    restart_s = RESTART_S + size / cluster.storage.read_bytes_per_s
-    between_failures_s = cluster_mtbf_s(cluster)
-    interval_s = float(optimal_interval_s(write_s, between_failures_s, restart_s))
-    return float(ettr(interval_s, write_s, between_failures_s, restart_s)), interval_s
+    found = recovery(cluster, parameters)
+    return (1.0, None) if found is None else (found.goodput, found.interval_s)
 
 
 def _days_pessimistic(cluster: Cluster, parameters: int, productive_s: float) -> float | None:
@@ -89,7 +116,8 @@ def _days_pessimistic(cluster: Cluster, parameters: int, productive_s: float) ->
 def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
     """The whole run on `cluster` (cut to the layout's ranks) at `step_time_s` seconds per step on average."""
     productive_s = run.train.n_steps * step_time_s
-    share, interval_s = goodput(cluster, parameter_count(run.model))
+    failing = recovery(cluster, parameter_count(run.model))
+    share = 1.0 if failing is None else failing.goodput
     wall_s = productive_s / share if share > 0 else None
     hours = None if wall_s is None else cluster.size * wall_s / 3600.0
     price, tdp_w = cluster.price_per_accelerator_hour, cluster.accelerator.tdp_w
@@ -103,6 +131,8 @@ def outlook(run: Run, cluster: Cluster, step_time_s: float) -> Outlook:
         accelerator_hours=hours,
         cost=None if price is None or hours is None else hours * price,
         energy_kwh=hours * tdp_w * cluster.pue / 1000.0 if tdp_w and hours is not None else None,
-        checkpoint_interval_s=interval_s,
-        spare_nodes=spare_nodes(cluster.nodes, cluster.failures_per_1000_node_days, cluster.repair_days),
+        checkpoint_interval_s=None if failing is None else failing.interval_s,
+        checkpoint_stall_s=None if failing is None else failing.stall_s,
+        restart_s=None if failing is None else failing.restart_s,
+        spare_nodes=spare_nodes(cluster.size / OF_NODE, cluster.failures_per_1000_node_days, cluster.repair_days),
     )

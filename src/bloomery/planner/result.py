@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from bloomery.perf.memory import chance_of_fitting
 from bloomery.perf.result import Estimate
 from bloomery.planner.enumerate import Refusal
 from bloomery.planner.explain import MemoryRefusal
@@ -39,6 +40,11 @@ class Row:
         return sum(self.components.values())
 
     @property
+    def p_fits(self) -> float:
+        """Probability that the rank that needs most keeps within its memory (`perf.memory.chance_of_fitting`)."""
+        return chance_of_fitting(self.memory_bytes, self.memory_limit_bytes)
+
+    @property
     def bottleneck(self) -> str:
         """The largest component beside the useful work itself."""
         return max((key for key in COMPONENTS if key != "ideal"), key=lambda key: self.components[key])
@@ -64,6 +70,7 @@ class Row:
             "memory_bytes": self.memory_bytes,
             "memory_limit_bytes": self.memory_limit_bytes,
             "fits": self.fits,
+            "p_fits": self.p_fits,
             "shortage_bytes": self.shortage_bytes,
             "bottleneck": self.bottleneck,
             "components": self.components,

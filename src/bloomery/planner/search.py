@@ -145,15 +145,15 @@ def run_dtype(run: Run, cluster: Cluster) -> Dtype:
 def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
     """(world, index) of the best feasible layout of each mesh, best first; ties go to less memory and ZeRO.
 
-    The measure is step time over goodput, the wall time to the target: on given hardware the same order as effective
-    efficiency (MFU x goodput), and the right one where cuts of a machine differ in their peaks.
+    The measure is the mean step time over goodput, the wall time to the target: on given hardware the same order as
+    effective efficiency (MFU x goodput), and the right one where cuts of a machine differ in their peaks.
     """
     parameters = parameter_count(run.model)
     found: list[np.ndarray] = []
     for w, world in enumerate(worlds):
-        index, mesh = _best_of_meshes(world)
+        index, mesh, mean_s = _best_of_meshes(run, world)
         lay, share = world.layouts, max(goodput(world.cluster, parameters)[0], LEAST_GOODPUT)
-        time, memory = world.estimates.step_time_s[index] / share, world.estimates.peak_bytes[index]
+        time, memory = mean_s / share, world.estimates.peak_bytes[index]
         found.append(np.stack([time, memory, lay.zero_stage[index], np.full(len(index), w), index, mesh]))
     time, memory, zero, of_world, index, mesh = np.concatenate(found, axis=1)
     order = np.lexsort((zero, memory, time))
@@ -161,15 +161,16 @@ def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
     return [(int(of_world[i]), int(index[i])) for i in order[np.sort(first)]]
 
 
-def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
-    """(indices of the feasible layouts that no other one of their mesh beats in time, the number of their mesh)."""
+def _best_of_meshes(run: Run, world: Evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(indices of the feasible layouts that no other one of their mesh beats in time, the number of their mesh, their
+    mean step in seconds)."""
     fits = np.flatnonzero(world.estimates.fits)
     place, mesh = world.estimates.case.over(*MESH)
-    mesh, time = mesh[fits], world.estimates.step_time_s[fits]
+    mesh, time = mesh[fits], mean_steps_s(run, world, fits)
     least = np.full(len(place.lay), np.inf)
     np.minimum.at(least, mesh, time)
     best = time == least[mesh]
-    return fits[best], mesh[best]
+    return fits[best], mesh[best], time[best]
 
 
 def evaluate(
@@ -220,13 +221,14 @@ def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase 
     )
 
 
-def mean_step_s(run: Run, world: Evaluated, i: int) -> float:
-    """Seconds of a step of layout i, averaged over the phases of the run."""
-    course, one = run.train.course, world.layouts.take(np.array([i]))
-    total = course.last.steps * float(world.estimates.step_time_s[i])
+def mean_steps_s(run: Run, world: Evaluated, index: np.ndarray) -> np.ndarray:
+    """Seconds of a step of the layouts at `index`, averaged over the phases of the run."""
+    course = run.train.course
+    total = course.last.steps * world.estimates.step_time_s[index]
     for phase in course.phases[:-1]:
-        total += phase.steps * float(estimates_on(run, world.cluster, one, phase).step_time_s[0])
-    return total / course.last.stop_step
+        some = world.layouts.take(index)
+        total = total + phase.steps * estimates_on(run, world.cluster, some, phase).step_time_s
+    return np.asarray(total / course.last.stop_step)
 
 
 def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
@@ -239,7 +241,7 @@ def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
         name=name,
         layout=layout,
         estimate=world.estimates.one(i),
-        outlook=outlook(run, world.cluster, mean_step_s(run, world, i)),
+        outlook=outlook(run, world.cluster, float(mean_steps_s(run, world, np.array([i]))[0])),
         memory_bytes=float(world.estimates.peak_bytes[i]),
         memory_limit_bytes=world.cluster.accelerator.memory_bytes,
         fits=bool(world.estimates.fits[i]),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bloomery.perf.memory import chance_of_fitting
 from bloomery.planner.cells import Unusable, out_of_memory
 from bloomery.planner.published import Published, usable
 from bloomery.planner.questions import Questions, interval_of
@@ -35,8 +36,6 @@ APART = frozenset(
 """Flags of runs that are left out of headline figures."""
 FEWEST_LAYOUTS = 3
 """Layouts that a group needs before their order says anything."""
-MEMORY_SPREAD = 0.08
-"""Standard deviation of log(real / predicted peak memory), fragmentation included: what `p_fits` is made with."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _answered(run: Published, seconds: float, peak: float, table: Calibration, *
         high_s=high * seconds,
         predicted_peak_bytes=peak,
         fits=peak <= chip.memory_bytes,
-        p_fits=0.5 * (1 + math.erf(math.log(chip.memory_bytes / peak) / MEMORY_SPREAD / math.sqrt(2))),
+        p_fits=chance_of_fitting(peak, chip.memory_bytes),
         skipped_reason="" if run.measured_s or not timed else "no measured time that can be converted",
         name=f"{run.model.name} on {run.n_gpus} {chip.name}: {run.layout.describe()}",
         flagged=bool(APART & set(run.flags)),

@@ -140,11 +140,15 @@ class Tier(Noun):
         return {"latency_s": self.latency_s * factor, "op_latency_s": apart}
 
 
-class Storage(Noun):
-    """Where checkpoints go; bandwidth is the whole cluster's."""
+STORAGE_OF_NODE = {"write": 2e9, "read": 4e9}
+"""Bytes a second, assumed where a cluster file says nothing: shared storage is bought with the nodes it serves."""
 
-    write_bytes_per_s: float = Field(default=2e9, gt=0)
-    read_bytes_per_s: float = Field(default=4e9, gt=0)
+
+class Storage(Noun):
+    """Where checkpoints go; bandwidth is the whole cluster's. What is not given is `STORAGE_OF_NODE` for each node."""
+
+    write_bytes_per_s: float | None = Field(default=None, gt=0)
+    read_bytes_per_s: float | None = Field(default=None, gt=0)
     fsync_s: float | None = Field(default=None, ge=0, description="a small file written and synced, as each commit is")
 
 
@@ -176,7 +180,8 @@ class Cluster(Noun):
     interval: Interval | None = None
     """Of step times on it, as `bloomery calibrate` found them; the general one where it has not looked."""
     failures_per_1000_node_days: float = Field(default=6.5, ge=0)
-    """A file may name a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
+    """For every 8 accelerators, as the published rates are counted, whatever the size of a node here. A file may name
+    a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     repair_days: float = Field(default=3.0, ge=0, description="until a failed node is back; sizes the spares")
     price_per_accelerator_hour: float | None = Field(default=None, ge=0)
     pue: float = Field(default=1.2, ge=1)
@@ -196,6 +201,11 @@ class Cluster(Noun):
     def size(self) -> int:
         """Number of accelerators in all."""
         return self.nodes * self.accelerators_per_node
+
+    def storage_bytes_per_s(self, way: Literal["write", "read"]) -> float:
+        """What all nodes together write to, or read from, the storage of checkpoints."""
+        given = self.storage.write_bytes_per_s if way == "write" else self.storage.read_bytes_per_s
+        return STORAGE_OF_NODE[way] * self.nodes if given is None else given
 
     def cut(self, ranks: int) -> Cluster:
         """This cluster as `ranks` ranks see it: a measured cut of the machine, or the first whole nodes.

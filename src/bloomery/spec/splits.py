@@ -25,20 +25,32 @@ def stage_split(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
-    """Layers of each stage so that the slowest is as fast as can be: stage i does `extra[i]` layers' worth besides.
+    """Layers of each stage, one at least, so that the slowest is as fast as can be: stage i does `extra[i]` layers'
+    worth besides.
 
     Each layer goes to the stage that is then least loaded, which is optimal for tasks of one size (Graham 1969); ties
     go to the middle. With nothing extra it is `stage_split`.
     """
     centre = (len(extra) - 1) / 2
-    counts = [0] * len(extra)
-    heap = [(load, abs(stage - centre), stage) for stage, load in enumerate(extra)]
+    counts = [1] * len(extra)
+    heap = [(load + 1.0, abs(stage - centre), stage) for stage, load in enumerate(extra)]
     heapify(heap)
-    for _ in range(layers):
+    for _ in range(layers - len(extra)):
         load, place, stage = heap[0]
         counts[stage] += 1
         heapreplace(heap, (load + 1.0, place, stage))
     return tuple(counts)
+
+
+def v_split(layers: int, pp: int, head: float) -> tuple[int, ...]:
+    """Layers of each of the 2 pp stages on a V, so that the slowest rank, with its stage on the way down and that on
+    the way up, is as fast as can be; the last stage, on the first rank, does `head` layers' worth besides. A rank's
+    two stages are as even as they can be. At least 2 pp layers."""
+    extra = [head] + [0.0] * (pp - 1)
+    ranks = [1 + n for n in balanced_split(layers - pp, extra)]
+    down = [min(max(1, round((n + more) / 2)), n - 1) for n, more in zip(ranks, extra, strict=True)]
+    up = [n - first for n, first in zip(ranks, down, strict=True)]
+    return (*down, *reversed(up))
 
 
 def looped_split(layers: int, pp: int, vpp: int, head: float) -> tuple[int, ...] | None:

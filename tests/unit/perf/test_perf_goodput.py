@@ -46,7 +46,7 @@ def test_meta_cluster_of_16384_gpus_fails_every_1_8_hours() -> None:
 )
 def test_exact_and_first_order_ettr(hours: float, c: float, r: float, exact: float, first: float) -> None:
     mtbf = hours * HOUR
-    tau = optimal_interval_s(c, mtbf, r)
+    tau = optimal_interval_s(c, mtbf)
     assert ettr(tau, c, mtbf, r) == pytest.approx(exact, abs=1e-3)
     assert ettr_first_order(tau, c, mtbf, r) == pytest.approx(first, abs=2e-3)
 
@@ -97,15 +97,23 @@ def test_damaged_checkpoints_cost_an_interval_more_as_in_a_simulation(back: floa
     assert ettr_of_steps(tau, c, 1.0, r, intervals_back=1.0) == 0
 
 
-def test_the_optimal_interval_is_near_the_maximum() -> None:
-    mtbf, c, r = 3 * HOUR, 20.0, 300.0
-    grid = np.linspace(100, 4000, 2000)
-    assert best_ettr(c, mtbf, r) == pytest.approx(ettr(grid, c, mtbf, r).max(), abs=5e-4)
+@pytest.mark.parametrize(("mtbf", "c", "r"), [(3 * HOUR, 20.0, 300.0), (1800.0, 120.0, 900.0), (600.0, 300.0, 0.0)])
+def test_the_optimal_interval_is_that_of_a_scan(mtbf: float, c: float, r: float) -> None:
+    grid = np.linspace(1.0, 3 * mtbf, 200_001)
+    values = ettr(grid, c, mtbf, r)
+    assert optimal_interval_s(c, mtbf) == pytest.approx(grid[values.argmax()], rel=1e-3)
+    assert best_ettr(c, mtbf, r) == pytest.approx(values.max(), abs=1e-9)
+
+
+def test_the_optimal_interval_is_youngs_where_checkpoints_cost_next_to_nothing() -> None:
+    for c in (1e-9, 1e-5, 1e-2):
+        assert optimal_interval_s(c, 1e5) == pytest.approx(young_interval_s(c, 1e5), rel=1e-3)
+    assert optimal_interval_s(10.0, np.inf) == np.inf
 
 
 def test_intervals() -> None:
     assert young_interval_s(10, 6000) == pytest.approx(346.4, abs=0.1)
-    assert optimal_interval_s(10, 6000, 600) / 15 == pytest.approx(24, abs=0.5)
+    assert optimal_interval_s(10, 6000) == pytest.approx(340, abs=1)
     assert availability_interval_s(10, 6000, 600) == pytest.approx(10 + np.sqrt(2 * 6600 * 10 + 100))
 
 
@@ -118,6 +126,12 @@ def test_without_failures_only_checkpoints_cost() -> None:
 def test_the_pessimistic_rate_is_worse() -> None:
     yuan = catalog.cluster("yuan-1.0")
     assert cluster_mtbf_s(yuan, pessimistic=True) < cluster_mtbf_s(yuan)
+
+
+def test_as_many_accelerators_fail_as_often_however_nodes_hold_them() -> None:
+    rack = catalog.cluster("gb200-nvl72")
+    halves = rack.model_copy(update={"nodes": 2 * rack.nodes, "accelerators_per_node": rack.accelerators_per_node // 2})
+    assert cluster_mtbf_s(halves) == pytest.approx(cluster_mtbf_s(rack))
 
 
 @pytest.mark.parametrize(("nodes", "rate", "days"), [(0, 6.5, 3.0), (64, 6.5, 3.0), (266, 6.5, 3.0), (2048, 24.0, 7.0)])

@@ -120,7 +120,7 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     return {
         "busy": sum(device),
         "compute": sum(device) - sum(tensor),
-        "backward": float(np.max(work.backward)),
+        "backward": device[1] - tensor[1],
         "layers": float(ranks.layers[0]),
         "reduce": data_s(case, ranks, gathers=False),
         "gather": data_s(case, ranks, gathers=True),

@@ -11,10 +11,10 @@ import pytest
 from bloomery.perf.flops import forward_flops
 from bloomery.planner.enumerate import Enumeration, enumerate_layouts
 from bloomery.spec import catalog
-from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
+from bloomery.spec.layout import CP_METHODS, RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
 from bloomery.spec.model import Model
-from bloomery.spec.splits import balanced_split, looped_split, stage_split
+from bloomery.spec.splits import balanced_split, looped_split, stage_split, v_split
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 BATCH, SEQ = 12, 64
@@ -53,8 +53,9 @@ def pipelines(model: Model, pp: int, head: float) -> list[dict[str, object]]:
         ways.append({"vpp": vpp, "schedule": schedule})
         stages = pp * vpp
         if pp > 1 and stages <= model.layers:
-            split = balanced_split(model.layers, [0.0] * (stages - 1) + [head])
-            if split != stage_split(model.layers, stages) and min(split) > 0:
+            line = balanced_split(model.layers, [0.0] * (stages - 1) + [head])
+            split = line if vpp == 1 else v_split(model.layers, pp, head)
+            if split != stage_split(model.layers, stages):
                 ways.append({"vpp": vpp, "schedule": schedule, "stage_layers": split})
     return ways
 
@@ -70,11 +71,19 @@ def by_brute_force(model: Model, world_size: int, runnable_only: bool) -> set[La
     for (tp, pp, dp, cp), ep in product(meshes, experts):
         orders = ("pp", "dp") if tp * cp < SPANS[0] and world_size > SPANS[0] else ("pp",)
         replicas = [r for r in range(1, dp + 1) if dp % r == 0 and (r == 1 or tp * cp * dp // r in SPANS)]
-        for way, order, zero, r, sp, mb, again in product(
-            pipelines(model, pp, head), orders, range(4), replicas, (False, True), (1, 2, 4, 8), RECOMPUTE
-        ):
+        ways = product(
+            pipelines(model, pp, head), orders, CP_METHODS if cp > 1 else CP_METHODS[:1], (1, 2, 3, 4, 6, 12)
+        )
+        saved = list(product(range(4), replicas, (False, True), RECOMPUTE))
+        for (way, order, attends, mb), (zero, r, sp, again) in product(ways, saved):
             mesh = {"tp": tp, "pp": pp, "dp": dp, "cp": cp, "ep": ep, "outermost": order, "dp_replicas": r}
-            rest = {"zero_stage": zero, "sequence_parallel": sp, "micro_batch": mb, "recompute": again}
+            rest = {
+                "zero_stage": zero,
+                "sequence_parallel": sp,
+                "micro_batch": mb,
+                "recompute": again,
+                "cp_method": attends,
+            }
             every.append(Layout.model_validate({**way, **mesh, **rest}))
     batch = LayoutBatch.of(every)
     problems = layout_problems(model, batch, global_batch=BATCH, seq_len=SEQ, world_size=world_size)

@@ -9,6 +9,7 @@ import pytest
 
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.spec import catalog
+from bloomery.spec.cluster import Storage
 from bloomery.spec.parameters import parameter_count
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -30,10 +31,26 @@ def test_failures_cost_what_young_and_daly_say() -> None:
     cluster = catalog.cluster("selene-like")
     share, interval_s = goodput(cluster, 175_000_000_000)
     between_s = 86_400 * 1000 / (6.5 * 560)
+    stall_s = 1 + 12 * 175e9 / 4480 / 31.5e9
     write_s = 12 * 175e9 / 270e9
-    restart_s = 600 + 12 * 175e9 / 1000e9
-    assert interval_s == pytest.approx(sqrt(2 * write_s * (between_s + restart_s)))
-    assert share == pytest.approx(1 - sqrt(2 * write_s / between_s) - restart_s / between_s, rel=0.01)
+    restart_s = 600 + 12 * 175e9 / 1000e9 + write_s
+    assert interval_s == pytest.approx(sqrt(2 * stall_s * between_s), rel=0.01)
+    assert share == pytest.approx(1 - sqrt(2 * stall_s / between_s) - restart_s / between_s, rel=0.001)
+
+
+def test_checkpoints_follow_each_other_no_faster_than_they_are_written() -> None:
+    slow = catalog.cluster("generic-8xh100").model_copy(update={"nodes": 64, "storage": Storage(write_bytes_per_s=1e9)})
+    share, interval_s = goodput(slow, 400_000_000_000)
+    assert interval_s == pytest.approx(12 * 400)
+    fast, _ = goodput(slow.model_copy(update={"storage": Storage()}), 400_000_000_000)
+    assert fast > share
+
+
+def test_storage_of_which_nothing_is_known_grows_with_the_nodes() -> None:
+    one = catalog.cluster("generic-8xh100")
+    many = one.model_copy(update={"nodes": 2048})
+    assert many.storage_bytes_per_s("write") == 2048 * one.storage_bytes_per_s("write")
+    assert 0.8 < goodput(many, 405_000_000_000)[0] < 0.98
 
 
 def test_without_failures_nothing_is_lost() -> None:
