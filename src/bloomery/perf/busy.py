@@ -41,6 +41,12 @@ def busy_s(case: Case, work: Work, inner: Inner) -> tuple[Any, Any]:
     )
 
 
+def own_backward_s(work: Work, busy: Any) -> Any:
+    """Of a rank's backward pass of `busy` seconds, without messages but with whatever it waits for its host, those
+    without recomputation and what offloading moves."""
+    return busy * work.backward / (work.backward + work.recompute + work.moved_backward)
+
+
 def _longer(device: Any, host: Any) -> Any:
     assert LAUNCH_BLEND == 4  # squares and square roots take a tenth of a power's time
     return np.sqrt(np.sqrt(np.square(np.square(device)) + np.square(np.square(host))))

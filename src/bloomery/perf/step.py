@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bloomery.perf.busy import busy_s
+from bloomery.perf.busy import busy_s, own_backward_s
 from bloomery.perf.case import MESH, MICRO_BATCH, MODEL_STATE, Case
 from bloomery.perf.collectives import Group, group_of
 from bloomery.perf.compute import Work, cast_s, stage_work
@@ -63,13 +63,14 @@ class Kinds:
 
 @dataclass(frozen=True)
 class MicroBatch(Table):
-    """Seconds of one micro-batch, of `count` in a step: on each of `Case.kinds` (3, k); on the slowest rank or all
-    `together` (k,). `drain`: a rank's backward pass, on average."""
+    """Seconds of one micro-batch, of `count` in a step: on each of `Case.kinds` (3, k), with the `slack` in which it
+    waits for the slowest; on the slowest rank or all `together` (k,). `drain`: a rank's backward pass, on average."""
 
     count: Any
     compute: Any
     backward: Any
     drain: Any
+    slack: Any
     slowest: Any
     together: Any
     ranks: Any
@@ -79,12 +80,15 @@ class MicroBatch(Table):
         """Of k cases of a layout without its interleaving and ZeRO stage."""
         case, counts = kinds.case, kinds.counts
         busy, backward = sum(kinds.busy), kinds.busy[1] - kinds.inner.backward
+        layer_s = (busy / np.maximum(case.kinds.layers, 1)).min(axis=0)
+        slowest = (busy + case.kinds.behind * layer_s).max(axis=0)
         return cls(
             count=case.micro_batches.astype(np.float64),
             compute=busy - (kinds.inner.forward + kinds.inner.backward),
             backward=backward,
             drain=over_ranks(counts, backward) / case.lay.pp,
-            slowest=(busy + case.kinds.behind * (busy / np.maximum(case.kinds.layers, 1)).min(axis=0)).max(axis=0),
+            slack=slowest - busy,
+            slowest=slowest,
             together=over_ranks(counts, busy),
             ranks=counts.sum(axis=0),
         )
@@ -136,7 +140,7 @@ class Turns(Table):
         case, (forward, backward) = kinds.case, kinds.busy
         split = weights_share(case.model, case.seq_len) * _kept_share(case)
         chunks = 2.0 * case.lay.pp
-        weights = over_ranks(kinds.counts, split * kinds.work.backward) / chunks
+        weights = over_ranks(kinds.counts, split * own_backward_s(kinds.work, backward - kinds.inner.backward)) / chunks
         return cls(
             over_ranks(kinds.counts, forward) / chunks,
             over_ranks(kinds.counts, backward) / chunks - weights,
@@ -377,7 +381,8 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
     adds to a micro-batch).
 
     Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind what that leaves of all
-    compute; the last bucket (one layer's share) never hides. A later stage also hides in the pipeline's draining.
+    compute and, each micro-batch's, while a rank waits for the slowest; the last bucket (one layer's share) never hides
+    behind compute. A later stage also hides in the pipeline's draining.
     """
     stack = case.stack
     gathers = data.gather + micro.count * data.gather_each
@@ -387,7 +392,7 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
         reduce = np.maximum(data.reduce - room, data.reduce * data.bucket)
         room = np.maximum(micro.compute * (stack.gather_overlap * micro.count) - (data.reduce - reduce), 0.0)
         gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
-    drained = data.ends * (micro.drain / send.chunks)
-    exposed = (np.maximum(reduce - drained, 0.0) + gather).max(axis=0)
+    drained, waited = data.ends * (micro.drain / send.chunks), micro.count * micro.slack * (data.gather_each > 0)
+    exposed = (np.maximum(reduce - drained, 0.0) + np.maximum(gather - waited, 0.0)).max(axis=0)
     each = np.where(data.gather_each > 0, gather, 0.0).max(axis=0) / micro.count + data.hooks_each
     return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0), each

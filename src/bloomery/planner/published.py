@@ -297,7 +297,7 @@ def _experts_over(row: Mapping[str, str], model: Model, dp: int, most: int) -> i
 def _by_cost(model: Model, pp: int) -> tuple[int, ...]:
     """Layers of each stage where the last has the head's product besides."""
     layer = model.hidden * (2 * model.query_width + 2 * model.kv_width + (3 if model.gated else 2) * model.ffn_hidden)
-    return balanced_split(model.layers, [0.0] * (pp - 1) + [model.vocab * model.hidden / layer])
+    return balanced_split(model.layers, [0.0] * (pp - 1) + [model.vocab * model.hidden / layer], least=0)
 
 
 def _dtype(row: Mapping[str, str], cluster: Cluster) -> Dtype:

@@ -14,7 +14,7 @@ import numpy as np
 
 from bloomery.perf.activations import Activations
 from bloomery.perf.activations import in_flight as most_in_flight
-from bloomery.perf.busy import busy_s
+from bloomery.perf.busy import busy_s, own_backward_s
 from bloomery.perf.case import Case
 from bloomery.perf.collectives import group_of
 from bloomery.perf.compute import stage_work
@@ -90,13 +90,16 @@ def stage_times(whole: Case, i: int) -> StageTimes:
     n = layout.n_stages
     ranks, case = _stages(whole, i)
     work = stage_work(case, ranks)
-    forward, backward = (_stretch(whole, i) * seconds for seconds in busy_s(case, work, inner_messages(case, ranks)))
+    inner, stretch = inner_messages(case, ranks), _stretch(whole, i)
+    forward, backward = (stretch * seconds for seconds in busy_s(case, work, inner))
     share = work.recompute / (work.backward + work.recompute + work.moved_backward)
     return StageTimes(
         forward_s=_floats(forward, n),
         recompute_s=_floats(share * backward, n),
         backward_s=_floats((1 - share) * backward, n),
-        weights_s=_floats(weights_share(case.model, case.seq_len) * work.backward, n),
+        weights_s=_floats(
+            weights_share(case.model, case.seq_len) * own_backward_s(work, backward - stretch * inner.backward), n
+        ),
         **_transfers(whole, i),
     )
 

@@ -24,18 +24,18 @@ def stage_split(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(base + (stage in more) for stage in range(stages))
 
 
-def balanced_split(layers: int, extra: Sequence[float]) -> tuple[int, ...]:
-    """Layers of each stage, one at least, so that the slowest is as fast as can be: stage i does `extra[i]` layers'
+def balanced_split(layers: int, extra: Sequence[float], *, least: int = 1) -> tuple[int, ...]:
+    """Layers of each stage, `least` at least, so that the slowest is as fast as can be: stage i does `extra[i]` layers'
     worth besides.
 
     Each layer goes to the stage that is then least loaded, which is optimal for tasks of one size (Graham 1969); ties
     go to the middle. With nothing extra it is `stage_split`.
     """
     centre = (len(extra) - 1) / 2
-    counts = [1] * len(extra)
-    heap = [(load + 1.0, abs(stage - centre), stage) for stage, load in enumerate(extra)]
+    counts = [least] * len(extra)
+    heap = [(load + least, abs(stage - centre), stage) for stage, load in enumerate(extra)]
     heapify(heap)
-    for _ in range(layers - len(extra)):
+    for _ in range(layers - least * len(extra)):
         load, place, stage = heap[0]
         counts[stage] += 1
         heapreplace(heap, (load + 1.0, place, stage))

@@ -163,7 +163,8 @@ def plain_step_s(case: Case) -> float:
             reduce = max(reduce - stack.gradient_overlap * one["backward"] / vpp, reduce / one["layers"])
             free = max(stack.gather_overlap * m * one["compute"] - (one["reduce"] - reduce), 0.0)
             gather = max(gather - free, gather / one["layers"] / 2)
-        exposed.append(max(reduce - behind * drain, 0.0) + gather)
+        waited = m * (slowest - send_s - one["busy"]) if lay.zero_stage[0] == 3 else 0.0
+        exposed.append(max(reduce - behind * drain, 0.0) + max(gather - waited, 0.0))
         gathers.append(gather)
         beside.append(one["reduce"] + one["gather"] - reduce - gather)
     optimizer = max(float(optimizer_s(case, updated_parameters(case, one))[0]) for one in ranks)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bloomery.planner import sensitivity
+from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.planner.families import losing_families
 from bloomery.planner.pareto import front_of, pareto_front, parts_of, spread
 from bloomery.planner.search import estimates_on, search
@@ -103,6 +104,25 @@ def test_no_layout_gets_slower_on_faster_links(factor: float, key: str) -> None:
     tiers = tuple(tier.model_copy(update={key: getattr(tier, key) * better}) for tier in found.cluster.tiers)
     again = estimates_on(run, found.cluster.model_copy(update={"tiers": tiers}), found.layouts)
     assert (again.step_time_s <= found.estimates.step_time_s * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("key", ["peak_flops_per_s", "memory_bandwidth_bytes_per_s", "launch_s"])
+@pytest.mark.parametrize("factor", [1.1, 4.0])
+def test_no_layout_gets_much_slower_on_a_faster_device(factor: float, key: str) -> None:
+    """Of a small model, whose steps wait for the host here and for the device there: what hides behind compute that
+    is over sooner shows, and is no longer than that."""
+    run = example("llama3-8b", "cluster.nodes=4", "model=qwen2.5-0.5b", "data.vocab=151936")
+    found = enumerate_layouts(run.model, 32, global_batch=128, seq_len=8192, runnable_only=False, spans=(8,)).layouts
+    few = found.take(np.random.default_rng(0).choice(len(found), 4000, replace=False))
+    device = run.cluster.accelerator
+    better = {
+        "peak_flops_per_s": {name: rate * factor for name, rate in device.peak_flops_per_s.items()},
+        "memory_bandwidth_bytes_per_s": device.memory_bandwidth_bytes_per_s * factor,
+        "launch_s": device.launch_s / factor,
+    }
+    faster = run.cluster.model_copy(update={"accelerator": device.model_copy(update={key: better[key]})})
+    before, after = (estimates_on(run, cluster, few).step_time_s for cluster in (run.cluster, faster))
+    assert (after / before).max() < 1.01
 
 
 def test_every_property_of_the_machine_is_changed_once() -> None:
