@@ -176,3 +176,18 @@ def test_the_papers_layout_of_yuan_is_among_those_found() -> None:
         run.model, 2128, global_batch=run.train.global_batch, seq_len=run.train.seq_len, runnable_only=False
     )
     assert run.compare["paper"] in nouns(enumeration)
+
+
+@pytest.mark.parametrize("head", [0.0, 0.6, 2.4])
+def test_stages_of_a_v_are_as_even_over_its_ranks_as_any_split(head: float) -> None:
+    for layers, pp in ((8, 2), (9, 2), (11, 3), (12, 2)):
+        split = v_split(layers, pp, head)
+        assert sum(split) == layers and min(split) >= 1
+        splits = (s for s in product(range(1, layers), repeat=2 * pp) if sum(s) == layers)
+        assert slowest_rank(split, head) == pytest.approx(min(slowest_rank(s, head) for s in splits))
+
+
+def slowest_rank(split: tuple[int, ...], head: float) -> float:
+    """Layers and head of the rank on a V that has most."""
+    pairs = [down + up for down, up in zip(split[: len(split) // 2], reversed(split), strict=False)]
+    return max(pairs[0] + head, *pairs[1:])

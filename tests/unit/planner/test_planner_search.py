@@ -83,6 +83,15 @@ def test_a_ramp_leaves_only_layouts_that_all_of_its_stages_can_run_and_its_steps
     assert any("train.ramp" in note for note in answer.notes)
 
 
+def test_a_run_of_which_most_is_a_ramp_is_ranked_by_the_days_of_all_of_it() -> None:
+    ramp = "train.ramp=[{tokens: 9e11, global_batch: 64, seq_len: 2048}]"
+    run = example("llama3-8b", "cluster.nodes=2", "train.tokens=1e12", "train.global_batch=512", ramp)
+    days = [row.outlook.days_with_failures for row in plan(run, runnable_only=False).best]
+    assert days == sorted(days)
+    steps = [row.step_time_s for row in plan(run, runnable_only=False).best]
+    assert steps != sorted(steps)
+
+
 def test_no_layout_evaluated_by_itself_is_faster_than_the_winner() -> None:
     run, answer = planned("demo", runnable_only=True)
     times = []
