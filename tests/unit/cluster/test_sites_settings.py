@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from bloomery.cluster.sites import kubernetes, skypilot
+from bloomery.cluster.sites import kubernetes, skypilot, slurm
 from bloomery.cluster.sites.order import Order, order
 from bloomery.spec.catalog import read_run
 from bloomery.spec.errors import InputError
@@ -49,3 +49,33 @@ def test_a_volume_that_the_site_lays_over_the_pod_counts(kind: str, name: str) -
     assert kubernetes.text(ordered(*told, "data.folder=/data/en"))
     with pytest.raises(InputError, match="accepted: a folder below /work or /data"):
         kubernetes.text(ordered(*told, "data.folder=/date"))
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ("--nodes=1", "nodes"),
+        ("--output=x", "output"),
+        ("--outp=x", "output"),
+        ("--signal=B:TERM@5", "signal"),
+        ("--no-requeue", "no-requeue"),
+        ("--ntasks=1", "ntasks"),
+        ("--array=0-3", "array"),
+        ("--chdir=/tmp", "chdir"),
+    ],
+)
+def test_an_option_that_the_batch_script_says_itself_is_refused(option: str, name: str) -> None:
+    said = rf"launch\.slurm\.options\.0: --{name} is what bloomery launch itself tells sbatch.*found '{option}'"
+    with pytest.raises(InputError, match=said):
+        ordered(f"launch.slurm.options=['{option}']")
+
+
+@pytest.mark.parametrize("option", ["--nodelist=a1", "--error=x", "--mem=500G", "--gpus-per-node=h100:8", "--nice"])
+def test_other_options_are_the_sites_own(option: str) -> None:
+    assert f"#SBATCH {option}\n" in slurm.script([ordered(f"launch.slurm.options=['{option}']")], Path("log"))
+
+
+def test_a_percent_sign_in_a_folder_is_not_a_number_of_the_job_for_slurm() -> None:
+    one = ordered("name=half 50%j")
+    text = slurm.script([one], one.folder / "launch" / "%j.log")
+    assert "/half 50%%j/launch/%j.log'" in text and "/half 50%j'\n" in text
