@@ -27,14 +27,16 @@ FLAGS = (
     "--virtual-time-budget=10000",
     "--dump-dom",
 )
+NAME_BESIDE_ITS_BARS = r'class="ytick"[^/]*recomputation'
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("width", "lies"), [(1200, False), (500, True)])
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium here")
-def test_the_report_draws_its_charts_without_a_console_error(tmp_path: Path) -> None:
+def test_the_report_draws_its_charts_without_a_console_error(tmp_path: Path, width: int, lies: bool) -> None:
     synthetic = runpy.run_path(str(Path(__file__).parents[1] / "unit" / "ledger" / "synthetic_run.py"))
     page = write(synthetic["make"](tmp_path / "toy"))
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    command = [CHROMIUM, *FLAGS, f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert not re.findall(r"CONSOLE.*", done.stderr)
@@ -44,3 +46,4 @@ def test_the_report_draws_its_charts_without_a_console_error(tmp_path: Path) -> 
             rf'id="{chart}"[^>]*class="[^"]*js-plotly-plot|class="[^"]*js-plotly-plot[^"]*" id="{chart}"', done.stdout
         )
     assert done.stdout.count('class="main-svg"') >= 3
+    assert bool(re.search(NAME_BESIDE_ITS_BARS, done.stdout)) == lies

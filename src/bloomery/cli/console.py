@@ -27,12 +27,13 @@ WRONG_PLACE = {
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output, for programs: a whole one or none.
+    """One JSON document on standard output, for programs: a whole one or none, escaped where the encoding is not UTF-8.
 
     Raises InputError for what JSON has no number for.
     """
+    whole = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
     try:
-        text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(value, ensure_ascii=not whole, indent=1, allow_nan=False)
     except ValueError:
         raise InputError("a figure is beyond all numbers: a price, a size or a rate given is out of range") from None
     sys.stdout.write(text + "\n")

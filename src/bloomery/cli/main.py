@@ -6,6 +6,7 @@ Help needs only the names and lines below, so `bloomery --help` answers at once.
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 
 import typer
@@ -97,8 +98,16 @@ def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
         raise SystemExit(code)
 
 
+def _say_what_can_be_said() -> None:
+    """A terminal or file of another encoding gets `?` for what it does not have, as bars and names: no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """The console script; without a verb it prints the help."""
+    _say_what_can_be_said()
     with one_line_errors():
         verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
         if verb in VERBS:

@@ -9,6 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from bloomery.ledger.overview import RunRow
 
@@ -23,7 +24,7 @@ def runs(
     there to bring down.
     """
     from rich.console import Console
-    from rich.table import Table
+    from rich.text import Text
 
     from bloomery.cli.console import print_json, warn
     from bloomery.ledger.overview import runs_under
@@ -36,20 +37,33 @@ def runs(
     if as_json:
         print_json([row.to_json() for row in rows])
         return
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("name", "model", "layout", "stages"):
-        table.add_column(column, overflow="ellipsis", no_wrap=True)
-    for column in ("steps", "loss", "bits/byte", "step s", "plan error"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        stages = ", ".join(row.stages) or "-"
-        figures = [_figure(row.loss, ".3f"), _figure(row.bits_per_byte, ".3f"), _figure(row.step_time_s, ".3f")]
-        steps = f"{row.steps}/{row.planned_steps}"
-        table.add_row(row.name, row.model, row.layout, stages, steps, *figures, _figure(row.step_time_error, "+.1%"))
     console = Console()
     console.width = min(console.width, 100)
-    console.print(table if rows else f"no runs in {folder}")
+    console.print(_table(rows, console.width) if rows else Text(f"no runs in {folder}"))
     _print_errors(console, rows)
+
+
+def _table(rows: list[RunRow], width: int) -> Table:
+    """One line a run, on a screen so wide."""
+    from bloomery.cli.figure_table import Column, figure_table
+
+    columns = (
+        Column("name", "left", cut=True),
+        Column("model", "left", cut=True, leaves=3),
+        Column("layout", "left", cut=True, leaves=4),
+        Column("stages", "left", cut=True, leaves=5),
+        *(Column("steps"), Column("loss"), Column("bits/byte")),
+        *(Column("step s", leaves=2), Column("plan error", leaves=1)),
+    )
+    lines = [
+        [
+            *(row.name, row.model, row.layout, ", ".join(row.stages) or "-", f"{row.steps}/{row.planned_steps}"),
+            *(_figure(row.loss, ".3f"), _figure(row.bits_per_byte, ".3f"), _figure(row.step_time_s, ".3f")),
+            _figure(row.step_time_error, "+.1%"),
+        ]
+        for row in rows
+    ]
+    return figure_table(columns, lines, width)
 
 
 SHOWN = 40

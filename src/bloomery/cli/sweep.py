@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ def sweep(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Its data, batch, optimizer and cluster.")],
     flops: Annotated[str, typer.Option(help="Budgets, as in 3e12,1e13: 6 x parameters x tokens of each run.")],
     sizes: Annotated[str, typer.Option(help="Parameters, as in 600k,1.2M (default: about the optimum).")] = "",
-    out: Annotated[Path, typer.Option(help="Where the rows go; runs that stand in it are not repeated.")] = Path(
+    out: Annotated[Path, typer.Option(help="Where the rows go; the same runs in it are not repeated.")] = Path(
         "sweep.jsonl"
     ),
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c, repeatable.")] = None,
@@ -44,7 +44,9 @@ def sweep(
     )
     if not (data_folder(run) / "train" / "manifest.json").is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data_folder(run)))
-    done = {str(row.get("run")) for row in read_lines(out)} if out.exists() else set()
+    folder = out.parent / f"{out.stem}-runs"
+    asked = {point.name: fingerprint(run, point, folder) for point in grid}
+    done = trained(read_lines(out), asked, out)
     for number, point in enumerate(grid, start=1):
         if point.name in done:
             continue
@@ -52,10 +54,10 @@ def sweep(
             f"{number}/{len(grid)} {point.name}: {point.parameters:,} parameters, {point.tokens:,} tokens",
             file=sys.stderr,
         )
-        loss = train_point(run, point, out.parent / f"{out.stem}-runs")
+        loss = train_point(run, point, folder)
         row = {"run": point.name, "flops": point.flops, "parameters": point.parameters, "tokens": point.tokens}
         with out.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({**row, "loss": loss}) + "\n")
+            lines.write(json.dumps({**row, "loss": loss, "description": asked[point.name]}) + "\n")
     if as_json:
         names = {point.name for point in grid}
         print_json({"file": str(out), "runs": [row for row in read_lines(out) if row.get("run") in names]})
@@ -63,20 +65,55 @@ def sweep(
     print(f"{out}: {len(grid)} runs; `bloomery budget fit {out}` fits a law to them")
 
 
-def train_point(run: Run, point: Point, folder: Path) -> float:
-    """Train one point by `bloomery train` in a process of its own; its held-out loss."""
-    from bloomery.cli.console import run_to_its_end
+def described(run: Run, point: Point, folder: Path) -> dict[str, Any]:
+    """What one point is trained by: the run with the point's model and tokens, below `folder`."""
     from bloomery.cluster.prepare import data_folder
-    from bloomery.ledger.sinks import read_lines
-    from bloomery.spec.files import to_yaml, write_atomically
 
     values = run.model_dump(mode="json")
     values |= {"name": point.name, "model": point.model.model_dump(mode="json"), "out": str(folder), "layout": "auto"}
     values["data"] |= {"folder": str(data_folder(run))}
     values["train"] |= {"tokens": point.tokens, "steps": None, "checkpoint_every": 10**9, "profile": ""}
-    values |= {"compare": {}, "align": []}
+    return values | {"compare": {}, "align": []}
+
+
+def fingerprint(run: Run, point: Point, folder: Path) -> str:
+    """A hash of all that a point's loss follows from: its description, with the shards' content for their place."""
+    import hashlib
+    import json
+
+    from bloomery.cluster.prepare import data_folder
+    from bloomery.spec.files import read_json
+
+    manifests = (data_folder(run) / part / "manifest.json" for part in ("train", "heldout"))
+    shards = [read_json(manifest).get("content_hash") for manifest in manifests if manifest.is_file()]
+    values = described(run, point, folder) | {"out": "", "data": shards}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def trained(rows: list[dict[str, Any]], asked: dict[str, str], out: Path) -> set[str]:
+    """Those of the points asked for that have a row. Raises InputError where a row's loss answers another question."""
+    from bloomery.spec.errors import InputError
+
+    found = {str(row["run"]): row.get("description") for row in rows if str(row.get("run")) in asked}
+    for name, description in found.items():
+        if description != asked[name]:
+            says = (
+                "was trained by another description or on other data"
+                if description
+                else "does not say how it was trained"
+            )
+            raise InputError(f"its row {name} {says}", where=str(out), accepted="another --out")
+    return set(found)
+
+
+def train_point(run: Run, point: Point, folder: Path) -> float:
+    """Train one point by `bloomery train` in a process of its own; its held-out loss."""
+    from bloomery.cli.console import run_to_its_end
+    from bloomery.ledger.sinks import read_lines
+    from bloomery.spec.files import to_yaml, write_atomically
+
     description = folder / f"{point.name}.yaml"
-    write_atomically(description, to_yaml(values))
+    write_atomically(description, to_yaml(described(run, point, folder)))
     code = run_to_its_end("train", str(description))
     if code:
         raise SystemExit(code)

@@ -14,7 +14,19 @@ from bloomery.planner.validate import Row, Score, Validation
 
 SYMBOLS = ("circle", "diamond", "square", "triangle-up", "x")
 """One after the other, as often as all colours are used up."""
-LEGEND = {"orientation": "h", "x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "font": {"size": 11}}
+LEGEND = {
+    "orientation": "h",
+    "x": 0,
+    "xref": "container",
+    "y": 0,
+    "yref": "container",
+    "yanchor": "bottom",
+    "font": {"size": 10},
+    "entrywidth": 260,
+}
+LEGEND_COLUMNS, LEGEND_ROW, NAME_ENDS = 3, 19, (22, 15)
+"""On a wide screen; a row's height; letters kept of a long name, which the table below the picture has whole."""
+PLOT_HEIGHT = 540
 BAND = 0.10
 """Half width of the band drawn around equality."""
 
@@ -63,7 +75,7 @@ def scatter(rows: list[Row]) -> Figure:
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": f"{source} ({len(found)})",
+                "name": f"{_short(source)} ({len(found)})",
                 "x": [row.measured_s for row in found],
                 "y": [row.predicted_s for row in found],
                 "text": [f"{row.id}: {row.name}<br>{row.ratio - 1:+.1%}" for row in found],
@@ -76,9 +88,22 @@ def scatter(rows: list[Row]) -> Figure:
                 },
             }
         )
+    wide, narrow = _below_the_plot(len(by_source), LEGEND_COLUMNS), _below_the_plot(len(by_source), 1)
+    return {"data": traces, "layout": wide, "narrow": {"layout": narrow}}
+
+
+def _below_the_plot(entries: int, columns: int) -> Figure:
+    """The layout with a legend of so many columns below a plot whose height it takes nothing of."""
+    height = PLOT_HEIGHT + LEGEND_ROW * -(-entries // columns)
     axis = {"type": "log", "title": {"text": "measured seconds a step"}}
     upward = {"type": "log", "title": {"text": "predicted seconds a step"}}
-    return {"data": traces, "layout": chart_layout(680, xaxis=axis, yaxis=upward, legend=LEGEND)}
+    return chart_layout(height, xaxis=axis, yaxis=upward, legend=LEGEND)
+
+
+def _short(source: str) -> str:
+    """A name for the legend: sources of one work differ at the end, by their table."""
+    first, last = NAME_ENDS
+    return source if len(source) <= first + 1 + last else f"{source[:first].rstrip()}…{source[-last:].lstrip()}"
 
 
 def _mark(place: int) -> dict[str, str]:

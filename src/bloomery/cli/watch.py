@@ -48,13 +48,13 @@ def watch(
     console = Console()
     if once or not sys.stdout.isatty():
         console.width = max(console.width, 100)
-        console.print(picture(seen))
+        console.print(picture(seen, console.width))
         return
-    with Live(picture(seen), console=console, auto_refresh=False) as live:
+    with Live(picture(seen, console.width), console=console, auto_refresh=False) as live:
         while not all(one.state in ("finished", "stopped") for one in seen):
             time.sleep(every)
             seen, _ = look(where)
-            live.update(picture(seen), refresh=True)
+            live.update(picture(seen, console.width), refresh=True)
 
 
 def look(folders: list[Path]) -> tuple[list[Progress], list[str]]:
@@ -80,24 +80,28 @@ def look(folders: list[Path]) -> tuple[list[Progress], list[str]]:
     return seen, [str(problem) for problem in problems]
 
 
-def picture(seen: list[Progress]) -> Group:
-    """One row a run; below, the newest incident of each that has one."""
+def picture(seen: list[Progress], width: int) -> Group:
+    """One row a run, on a screen so wide; below, the newest incident of each that has one."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
-    answer = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    answer.add_column("run", overflow="ellipsis", no_wrap=True)
-    answer.add_column("state", no_wrap=True)
-    for column in ("step", "loss", "bits/byte", "tok/s", "MFU", "memory", "left"):
-        answer.add_column(column, justify="right", no_wrap=True)
-    answer.add_column("loss lately", no_wrap=True)
+    from bloomery.cli.figure_table import Column, figure_table
+
+    columns = (
+        Column("run", "left", cut=True),
+        Column("state", "left"),
+        *(Column("step"), Column("loss")),
+        *(Column("bits/byte", leaves=3), Column("tok/s", leaves=2), Column("MFU", leaves=4)),
+        *(Column("memory", leaves=5), Column("left", leaves=1)),
+        Column("loss lately", "left", leaves=6),
+    )
+    rows = list[list[str | Text]]()
     for one in seen:
         quiet = f" {short_time(one.silent_s)}" if one.state == "silent" and one.silent_s is not None else ""
         style = {"silent": "yellow", "stopped": "red", "finished": "green"}.get(one.state, "")
-        answer.add_row(
+        row: list[str | Text] = [
             one.name,
-            f"[{style}]{one.state}{quiet}[/{style}]" if style else one.state,
+            Text(f"{one.state}{quiet}", style=style),
             f"{one.step}/{one.steps}",
             "-" if one.loss is None else f"{one.loss:.3f}",
             "-" if one.bits_per_byte is None else f"{one.bits_per_byte:.3f}",
@@ -106,9 +110,10 @@ def picture(seen: list[Progress]) -> Group:
             "-" if one.memory_bytes is None else f"{one.memory_bytes / 2**20:,.0f} MiB",
             "-" if one.left_s is None or one.state == "finished" else short_time(one.left_s),
             sparkline(one.losses),
-        )
+        ]
+        rows.append(row)
     incidents = [Text(f"{one.name}: {one.incident}", style="dim") for one in seen if one.incident]
-    return Group(answer, *incidents)
+    return Group(figure_table(columns, rows, width), *incidents)
 
 
 def sparkline(values: tuple[float, ...], width: int = 16) -> str:

@@ -1,4 +1,7 @@
-"""The charts of a report as plain values in Plotly's form: data and layout, no Plotly imported."""
+"""The charts of a report as plain values in Plotly's form: data and layout, no Plotly imported.
+
+What a chart has under `narrow` takes their place on the screen of a phone.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +80,31 @@ def waterfall(shares: list[dict[str, Any]]) -> Figure:
         yaxis={"tickformat": ".0%", "range": [0, 1.08], "title": {"text": "share of peak FLOPs"}},
         xaxis={"gridcolor": "rgba(0,0,0,0)", "tickangle": 0, "tickfont": {"size": 11.5}},
     )
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": layout, "narrow": _lying(traces)}
+
+
+def _lying(traces: list[Figure]) -> Figure:
+    """A waterfall from top to bottom, where there is no room for its labels side by side."""
+    turned = [
+        {
+            **trace,
+            "orientation": "h",
+            "x": trace["y"],
+            "y": trace["x"],
+            "hovertemplate": trace["hovertemplate"].replace("%{x}", "%{y}"),
+        }
+        for trace in traces
+    ]
+    layout = chart_layout(
+        60 * len(traces[0]["x"]),
+        barmode="group",
+        bargap=0.28,
+        bargroupgap=0.08,
+        margin={"l": 8, "r": 8, "t": 28, "b": 44},
+        xaxis={"tickformat": ".0%", "range": [0, 1.16], "title": {"text": "share of peak FLOPs"}},
+        yaxis={"gridcolor": "rgba(0,0,0,0)", "autorange": "reversed", "tickfont": {"size": 11.5}},
+    )
+    return {"data": turned, "layout": layout}
 
 
 def _lines(label: str) -> str:

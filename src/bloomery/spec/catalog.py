@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bloomery.spec.base import Noun
 from bloomery.spec.calibration import ArchitectureConstants, calibration
 from bloomery.spec.cluster import OPERATIONS, Accelerator, Cluster
 from bloomery.spec.errors import InputError, nearest_match
@@ -15,6 +16,7 @@ from bloomery.spec.files import merge, override, parse_yaml, read_yaml
 from bloomery.spec.model import Model
 from bloomery.spec.run import Run
 
+_NOUNS: dict[str, type[Noun]] = {"models": Model, "accelerators": Accelerator, "clusters": Cluster}
 _FOLDER = Path(__file__).parent / "catalog"
 
 
@@ -56,7 +58,18 @@ def _resolved(kind: str, value: Any, where: str, folder: Path) -> Any:
         merged = merge(below, {key: _over_a_name(below.get(key), item) for key, item in own.items()})
         _check_cuts_apart(below, merged, where)
         return _reaching(merged) if kind == "clusters" and "tiers" not in own else merged
+    if isinstance(value, dict):
+        _check_keys(kind, value, where)
     return value
+
+
+def _check_keys(kind: str, values: dict[str, Any], where: str) -> None:
+    """Raise InputError for a key that is none of the noun's; here, and only here, `extends` is one more."""
+    accepted = [*sorted(_NOUNS[kind].model_fields), "extends"]
+    for key in values:
+        if key not in accepted:
+            nearest = nearest_match(str(key), accepted)
+            raise InputError("unknown key", where=f"{where}.{key}", accepted=accepted, nearest=nearest)
 
 
 def _check_cuts_apart(below: Any, above: Any, where: str) -> None:

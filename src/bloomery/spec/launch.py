@@ -12,6 +12,11 @@ from bloomery.spec.base import Noun
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 NO_LIMIT = ("UNLIMITED", "INFINITE")
 _OPTION = re.compile(r"--[a-z][a-z0-9-]*(=[\w.,:;@%+*/=|&()\[\]-]*)?")
+WRITTEN = (
+    *("job-name", "nodes", "ntasks", "ntasks-per-node", "array", "signal"),
+    *("requeue", "no-requeue", "output", "chdir", "open-mode"),
+)
+"""Options of sbatch that the batch script says itself, and that its ranks, restarts and log rest on."""
 _WORD = re.compile(r"[\w/][\w.,:@/+-]*")
 
 
@@ -41,6 +46,10 @@ def _option(text: str) -> str:
     """An option for a batch script's head: one that could end its line or be expanded would be a command."""
     if not _OPTION.fullmatch(text):
         raise ValueError("an option of sbatch is expected, as in --constraint=h100")
+    name = text.removeprefix("--").partition("=")[0]
+    ours = next((word for word in WRITTEN if word.startswith(name)), None)  # sbatch takes shortened names
+    if ours is not None:
+        raise ValueError(f"--{ours} is what bloomery launch itself tells sbatch; any other option is accepted")
     return text
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import typer
 
 from bloomery.cli import main as command_line
+from bloomery.cli.console import print_json
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -117,6 +120,30 @@ def test_a_run_that_is_not_there_has_a_nearest_match(
     (tmp_path / "runs" / "tiny" / "run.yaml").touch()
     assert called(monkeypatch, "chat", str(tmp_path / "runs" / "tny")) == 2
     assert "no such run folder; did you mean 'tiny'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_an_encoding_does_not_have_is_no_traceback_and_json_stays_whole(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    said = {"bars": "▁▂█", "name": "训练-é"}
+
+    def bars() -> None:
+        print(said["bars"], said["name"])
+        print(said["bars"], file=sys.stderr)
+        print_json(said)
+
+    monkeypatch.setattr("bloomery.cli.catalog.catalog", bars)
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        monkeypatch.setattr(sys, name, stream)
+    assert called(monkeypatch, "catalog") == 0
+    for stream in streams.values():
+        stream.seek(0)
+    line, _, document = streams["stdout"].read().partition("\n")
+    assert line == "??? ??-" + ("é" if encoding == "latin-1" else "?")
+    assert json.loads(document) == said
+    assert streams["stderr"].read() == "???\n"
 
 
 def test_a_path_that_cannot_be_is_wrong_input() -> None:

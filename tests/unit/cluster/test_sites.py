@@ -191,11 +191,12 @@ def test_a_second_job_of_a_name_is_refused_and_changes_nothing(tmp_path: Path, m
     kubectl.write_text(FAKE_KUBECTL)
     kubectl.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    one = ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me")
+    site = [f"out={tmp_path}", f"launch.kubernetes.mount={tmp_path}", "launch.kubernetes.namespace=me"]
+    one = ordered(*site)
     manifest = kubernetes.submit(one)
     before = manifest.read_text()
     with pytest.raises(InputError, match="`kubectl delete jobset llama3-8b -n me` ends it"):
-        kubernetes.submit(ordered(f"out={tmp_path}", "launch.kubernetes.namespace=me", "train.global_batch=64"))
+        kubernetes.submit(ordered(*site, "train.global_batch=64"))
     said = (tmp_path / "kubectl.said").read_text()
     assert said.count("apply") == 1 and "get jobset llama3-8b -n me --ignore-not-found" in said
     assert manifest.read_text() == before

@@ -143,6 +143,17 @@ def test_the_waterfall_shows_every_loss_in_its_order_predicted_beside_measured(p
         assert sum(side["y"][1:]) == pytest.approx(1.0)
 
 
+def test_on_a_narrow_screen_the_waterfall_lies_with_its_labels_one_below_another(page: Page) -> None:
+    chart = json.loads(page.texts["charts"])["waterfall"]
+    for upright, lying in zip(chart["data"], chart["narrow"]["data"], strict=True):
+        assert lying["orientation"] == "h" and "%{y}" in lying["hovertemplate"]
+        assert (lying["x"], lying["y"]) == (upright["y"], upright["x"])
+        assert (lying["base"], lying["text"]) == (upright["base"], upright["text"])
+    layout = chart["narrow"]["layout"]
+    assert layout["yaxis"]["autorange"] == "reversed" and layout["xaxis"]["tickformat"] == ".0%"
+    assert layout["height"] >= 50 * len(upright["x"])
+
+
 def test_what_several_ranks_wrote_alike_is_one_line_of_events(facts: dict[str, object]) -> None:
     facts["stages"][0]["events"] = [{"event": "finished", "rank": rank, "step": 12, "time": rank} for rank in (1, 0)]  # type: ignore[index]
     table = events(facts)

@@ -85,6 +85,43 @@ def test_a_sweep_answers_with_its_rows_as_json(
     assert [(row["flops"], row["loss"]) for row in answer["runs"]] == [(1e15, 2.5)] * 2
 
 
+def test_a_sweep_repeats_no_run_of_its_own_and_takes_no_loss_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, asked = tmp_path / "sweep.jsonl", list[str]()
+    monkeypatch.setattr(sweep_command, "train_point", lambda run, point, _: asked.append(point.name) or 2.5)
+    description = run_file(tmp_path)
+
+    def again(*assignments: str) -> int:
+        """How many runs are trained."""
+        before = len(asked)
+        sweep(description, flops="1e15", sizes="2M,4M", out=out, set_=list(assignments))
+        return len(asked) - before
+
+    assert (again(), again()) == (2, 0)
+    for other in ("train.seed=1", "train.optimizer.lr=0.003", "train.optimizer.clip=2"):
+        with pytest.raises(InputError, match=r"sweep\.jsonl: its row .* by another description .* another --out"):
+            again(other)
+    shards = data_folder(read_run(description)) / "train" / "manifest.json"
+    shards.write_text('{"content_hash": "of another corpus"}')
+    with pytest.raises(InputError, match="on other data"):
+        again()
+    assert len(asked) == 2
+
+
+def test_a_row_that_does_not_say_how_it_was_trained_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "sweep.jsonl"
+    monkeypatch.setattr(sweep_command, "train_point", lambda *_: 2.5)
+    grid = {"flops": "1e15", "sizes": "2M", "out": out}
+    sweep(run_file(tmp_path), **grid)
+    row = json.loads(out.read_text())
+    out.write_text(json.dumps({key: value for key, value in row.items() if key != "description"}) + "\n")
+    with pytest.raises(InputError, match=r"row .* does not say how it was trained"):
+        sweep(tmp_path / "run.yaml", **grid)
+
+
 def test_ones_own_law_reads_back_judges_choices_and_says_how_far_it_is_stretched(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(LAW + "fitted_flops: [1.0e15, 1.0e18]\n")

@@ -333,6 +333,17 @@ def test_every_source_on_the_page_has_a_mark_of_its_own_and_nothing_left_out_is_
     assert "Left out" in render(replace(found, skipped={"no such accelerator": 3}))
 
 
+def test_the_legend_of_many_sources_takes_no_height_from_the_plot_and_tells_them_apart() -> None:
+    runs = [one for one in validate(read_rows(KORTHIKANTI), calibration()).rows if one.scored]
+    work = "Reducing Activation Recomputation in Large Transformer Models, Table"
+    few, many = ([replace(runs[0], source=f"{work} {i}") for i in range(10, 10 + count)] for count in (3, 22))
+    heights = [scatter(rows)["layout"]["height"] for rows in (few, many)]
+    assert heights[0] < heights[1] < 1.5 * heights[0]  # the plot keeps two thirds
+    entries = {trace["name"] for trace in scatter(many)["data"] if trace["mode"] == "markers"}
+    assert len(entries) == 22 and max(map(len, entries)) < 45
+    assert scatter(many)["narrow"]["layout"]["height"] > heights[1]  # one below another
+
+
 def test_a_file_without_the_columns_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     with path.open("w", newline="") as stream:

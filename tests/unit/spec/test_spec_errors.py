@@ -52,6 +52,28 @@ def test_an_unknown_key_at_any_depth_names_its_path_and_the_nearest(
     assert f"did you mean '{nearest}'?" in message
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "path"),
+    [
+        ("cluster: this-machine", "cluster: {like: this-machine}", "cluster.like"),
+        ("cluster: this-machine", "cluster: {preset: this-machine}", "cluster.preset"),
+        ("cluster: this-machine", "cluster: {extends: generic-8xh100, accelerator: {name: x, like: h200}}",
+         "cluster.accelerator.like"),
+        ("model: {", "model: {base: tiny-1m, ", "model.base"),
+    ],
+)  # fmt: skip
+def test_what_the_catalog_has_can_be_extended_and_an_unknown_key_there_says_so(
+    tmp_path: Path, was: str, now: str, path: str
+) -> None:
+    assert was in VALID
+    message = problem(tmp_path, VALID.replace(was, now))
+    assert f"run.yaml: {path}: unknown key; accepted: " in message and ", extends" in message
+
+
+def test_an_unknown_key_elsewhere_speaks_of_no_catalog(tmp_path: Path) -> None:
+    assert "extends" not in problem(tmp_path, VALID, "train.like=x")
+
+
 def test_an_unknown_key_inside_a_list_of_tiers_names_the_item(tmp_path: Path) -> None:
     tier = "{name: net, span: 8, bandwith_bytes_per_s: 1e9, ports_per_node: 1, latency_s: 0}"
     text = VALID.replace("cluster: this-machine", f"cluster: {{extends: generic-8xh100, tiers: [{tier}]}}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.place import PORT
-from bloomery.cluster.sites.order import Order, require_program
+from bloomery.cluster.sites.order import Order, require_program, require_shared
 from bloomery.cluster.world import ALIVE_VARIABLE
 from bloomery.spec.errors import BloomeryError, InputError, nearest_match
 from bloomery.spec.files import to_yaml, write_atomically
@@ -34,11 +34,13 @@ Manifest = dict[str, Any]
 
 
 def manifests(one: Order) -> list[Manifest]:
-    """The ConfigMap and the job. Raises InputError when the run's name is none for Kubernetes."""
+    """The ConfigMap and the job. Raises InputError for a name Kubernetes does not take or a folder off the volume."""
     name, site = one.run.name, one.run.launch.kubernetes
     if not _NAME.fullmatch(name):
         accepted = "small letters, digits and dashes, a letter first, at most 42"
         raise InputError("Kubernetes does not take this name", where="name", found=name, accepted=accepted)
+    job = _job_set(one) if site.kind == "jobset" else _train_job(one)
+    require_shared(one.run, _shared_mounts(one))
     described = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -46,7 +48,7 @@ def manifests(one: Order) -> list[Manifest]:
         "immutable": True,
         "data": {"run.yaml": one.description_text()},
     }
-    return [described, _job_set(one) if site.kind == "jobset" else _train_job(one)]
+    return [described, job]
 
 
 def _described(one: Order) -> str:
@@ -156,6 +158,15 @@ def _mounts(one: Order) -> list[Manifest]:
         {"name": "run", "mountPath": DESCRIBED, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
+
+
+def _shared_mounts(one: Order) -> list[str]:
+    """Where our container has volumes that outlive it: the claim's, then what the site has laid over the pod."""
+    site = one.run.launch.kubernetes
+    ours = "bloomery" if site.kind == "jobset" else "node"
+    laid = [item for item in site.pod.get("containers", []) if item.get("name") == ours]
+    more = [mount.get("mountPath", "") for item in laid for mount in item.get("volumeMounts", [])]
+    return [site.mount, *filter(None, more)]
 
 
 def _volumes(one: Order) -> list[Manifest]:

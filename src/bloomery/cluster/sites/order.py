@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import posixpath
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from bloomery.cluster.prepare import chosen_layout, data_folder, is_finished, require_data, run_folder
 from bloomery.ledger.trackers import check_trackers
@@ -77,6 +78,20 @@ def check_here(one: Order) -> None:
         raise InputError(
             "already trained to its last step; `bloomery train --fresh` starts over", where=str(one.folder)
         )
+
+
+def require_shared(run: Run, mounts: Sequence[str]) -> None:
+    """Raise InputError for a folder that is on none of `mounts`: what is written there is lost with its host, and
+    every start would begin at the first step.
+
+    The run begins in the first of them, so relative folders are below it. Text and pairs are not asked about: shards
+    have been made of them, and hosts read only those.
+    """
+    for where, folder in (("out", run.out), ("data.folder", run.data.folder)):
+        place = PurePosixPath(posixpath.normpath(posixpath.join(mounts[0], folder)))
+        if not any(place.is_relative_to(posixpath.normpath(mount)) for mount in mounts):
+            problem = "not on the volume that all hosts share"
+            raise InputError(problem, where=where, found=folder, accepted=f"a folder below {' or '.join(mounts)}")
 
 
 def unfinished(orders: Sequence[Order]) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.place import PORT
-from bloomery.cluster.sites.order import Order, require_program
+from bloomery.cluster.sites.order import Order, require_program, require_shared
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.job import STOPPED_BY_SIGNAL
@@ -29,8 +29,9 @@ DESCRIBED = "/tmp/bloomery-run.yaml"
 
 
 def task(one: Order) -> dict[str, Any]:
-    """The task. Raises InputError when SkyPilot has no name for the accelerator."""
+    """The task. Raises InputError when SkyPilot has no name for the accelerator, or for a folder off the volume."""
     site = one.run.launch.skypilot
+    require_shared(one.run, [site.mount])
     train = shlex.join(["bloomery", "train", DESCRIBED])
     return {
         "name": one.run.name,

@@ -94,10 +94,15 @@ def _options(orders: Sequence[Order], log: Path, tasks: Sequence[int]) -> list[s
         f"--signal=USR1@{site.notice_s}",
         "--requeue",
         "--open-mode=append",
-        f"--output={log}",
+        f"--output={_literal(log.parent)}/{log.name}",
         f"--chdir={one.folder}",
         *site.options,
     ]
+
+
+def _literal(folder: Path) -> str:
+    """A folder in a name where Slurm replaces % and a letter by numbers of the job."""
+    return str(folder).replace("%", "%%")
 
 
 def _array(count: int, tasks: Sequence[int]) -> str:
