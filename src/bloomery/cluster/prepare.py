@@ -10,7 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bloomery.cluster.supervisor import START_FILE, run_lock
+from bloomery.cluster.booking import START_FILE
+from bloomery.cluster.supervisor import run_lock
 from bloomery.data.origin import check_tokenizer, other_pairs, other_text, tokenizer_hash
 from bloomery.data.pairs import PairDataset
 from bloomery.ledger.environment import describe

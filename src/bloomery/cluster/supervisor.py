@@ -7,28 +7,35 @@ tells the time that failures cost. Imports no torch, starts in milliseconds, out
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from bloomery.cluster.booking import (
+    BROKEN_OFF,
+    EVENTS_FILE,
+    SUPERVISION_FILE,
+    Start,
+    book_lost_start,
+    record,
+    rounded,
+    saved_step,
+    write_event,
+)
 from bloomery.cluster.crew import Crew
 from bloomery.cluster.hosts import Leader, leading
 from bloomery.cluster.place import Place
 from bloomery.cluster.stopping import STOPS, Stopping
 from bloomery.cluster.world import Outcome, pause, supervise
 from bloomery.ledger.heartbeat import PHASES
-from bloomery.ledger.sinks import JsonLines, read_lines
+from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.waiting import job_started, last_sign, requeues
-from bloomery.spec.commit import checkpoint_folders, step_of, take_fence
+from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
-from bloomery.spec.files import write_atomically
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.memory_copies import forget_copies
@@ -36,9 +43,8 @@ from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
 DEAD_LOCK_S = 120.0
-SUPERVISION_FILE = "supervision.jsonl"
-START_FILE = ".start"
-"""How the newest start began: of one whose supervisor is lost with it, all that is left to book."""
+INTERRUPTED = 130
+"""As a shell has it: ended by Ctrl-C."""
 GOOD = Outcome(0)
 ALONE = Place()
 
@@ -123,7 +129,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
         leading(place, folder, settings, stopping) as leader,
     ):
         heard = last_sign(folder)  # before this job gives signs of its own
-        _book_lost_start(folder, heard)
+        book_lost_start(folder, heard)
         queued = job_started(folder, heard=heard)
         while True:
             outcome = _one_start(module, folder, crew, settings, stopping, Waits(queued, waited_s), leader)
@@ -133,29 +139,33 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
                 crew.grow(outcome.step)
                 waited_s = 0.0
                 continue
-            if outcome.code in (0, STOPPED_BY_SIGNAL):
-                return outcome.code
+            if outcome.code == 0:
+                return 0
+            if outcome.code == STOPPED_BY_SIGNAL:
+                return _stopped_as_told(folder)
             if outcome.code in (2, 3):
+                write_event(folder, "stopped", step=outcome.step, reason=outcome.cause)
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 _record_unsaved(folder, outcome)
-                return STOPPED_BY_SIGNAL
+                return _stopped_as_told(folder)
             if outcome.code == CORRUPTED:
                 forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
             if crew.failed(outcome):
                 failures, waited_s = Failures(), 0.0
-                _record(folder, outcome, f"going on with {crew.now.layout.describe()}")
+                record(folder, outcome, f"going on with {crew.now.layout.describe()}")
                 continue
             failures = failures.after(outcome)
             if failures.alike > 1:
                 forget_copies(folder)  # they may be what is wrong
             end = failures.reason_to_end(starts, settings)
             waited_s = failures.back_off_s()
-            _record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
+            record(folder, outcome, "" if end else f"starting again in {waited_s:g} s")
             if end:
+                write_event(folder, "stopped", step=outcome.step, reason=end)
                 raise BloomeryError(f"{folder}: {end}")
             if _asked_within(stopping, waited_s):
-                return STOPPED_BY_SIGNAL
+                return _stopped_as_told(folder)
 
 
 def usual_before(folder: Path, layout: Layout) -> tuple[float, ...]:
@@ -203,94 +213,40 @@ def _one_start(
     leader: Leader | None,
 ) -> Outcome:
     """Take the next fencing number, run the world to its end, and book it."""
-    fence, started = take_fence(folder), time.monotonic()
-    start = {
+    fence = take_fence(folder)
+    values = {
         "fence": fence,
         "began": time.time(),
         **asdict(waits),
         "world_size": len(crew.now.slots),
         "layout": crew.now.layout.describe(),
         "host": platform.node(),
-        "usual_s": _rounded(crew.usual_s),
+        "usual_s": rounded(crew.usual_s),
     }
-    write_atomically(folder / START_FILE, json.dumps(start))
+    start = Start.begun(folder, values)
     try:
         if leader is None:
             until_s = crew.until_all_are_tried_s
             outcome = supervise(module, folder, crew.now.slots, settings, stopping, until_s, crew.usual_s)
         else:
             outcome = leader.supervise(module, folder, len(crew.now.slots), crew.usual_s)
-    except BaseException:
-        (folder / START_FILE).unlink(missing_ok=True)  # broken off, and not lost with its supervisor
+    except BaseException as error:
+        start.broken_off(INTERRUPTED if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1))
+        write_event(folder, "stopped", step=saved_step(folder), reason=str(error) or BROKEN_OFF)
         raise
     crew.usual_s = outcome.usual_s
     if outcome.code == CORRUPTED:
         outcome = replace(outcome, rank=_accused(folder, fence, outcome.rank))
-    _book(folder, start, time.monotonic() - started, outcome)
+    start.ended(outcome)
     return outcome
-
-
-def _rounded(seconds: tuple[float, ...]) -> list[float]:
-    return [round(one, 3) for one in seconds]
-
-
-def _book(folder: Path, start: dict[str, Any], wall_s: float, outcome: Outcome) -> None:
-    """Write down how a start ended."""
-    account = JsonLines(folder / SUPERVISION_FILE)
-    account.write(
-        {
-            **start,
-            "wall_s": wall_s,
-            "forked_s": outcome.forked_s,
-            "usual_s": _rounded(outcome.usual_s),
-            "code": outcome.code,
-            "rank": outcome.rank,
-            "cause": outcome.cause,
-            "step": outcome.step,
-            "detect_s": outcome.detect_s,
-            "ending_s": outcome.ending_s,
-        }
-    )
-    account.close()
-
-
-def _book_lost_start(folder: Path, heard: float | None) -> None:
-    """A start whose supervisor was lost with it (a node that died) failed too: from its beginning to the last sign of
-    life. Only whoever holds the run's lock can tell it from one that runs."""
-    path, booked = folder / START_FILE, {row.get("fence") for row in read_lines(folder / SUPERVISION_FILE)}
-    for start in read_lines(path):
-        if start["fence"] not in booked:
-            steps = [
-                line["step"] for line in read_lines(folder / "ledger.jsonl") if line.get("fence") == start["fence"]
-            ]
-            step = max(0, *steps) if steps else -1
-            lost = Outcome(1, cause="lost with its supervisor", step=step, usual_s=tuple(start["usual_s"]))
-            until = max(heard or 0.0, path.stat().st_mtime)
-            _book(folder, start, max(0.0, until - start["began"]), lost)
 
 
 def _accused(folder: Path, fence: int, first: int | None) -> int | None:
     """Ranks that hold different values all stop alike: whom the event of this start names alone, else the first."""
-    for event in reversed(read_lines(folder / "events.jsonl")):
+    for event in reversed(read_lines(folder / EVENTS_FILE)):
         if event.get("fence") == fence and len(event.get("culprit_ranks", ())) == 1:
             return int(event["culprit_ranks"][0])
     return first
-
-
-def _record(folder: Path, outcome: Outcome, then: str) -> None:
-    """Write the failure down, with every rank's stacks where there are any, and say it at the terminal."""
-    values: dict[str, object] = {"step": outcome.step, "phase": outcome.phase, "cause": outcome.cause}
-    if any(outcome.stacks):
-        path = folder / "hangs" / f"step_{max(outcome.step, 0):06d}.txt"
-        text = "".join(f"rank {rank}\n{stack or 'no answer'}\n" for rank, stack in enumerate(outcome.stacks))
-        write_atomically(path, text)
-        values["stacks"] = str(path.relative_to(folder))
-    events = JsonLines(folder / "events.jsonl")
-    events.write({"time": time.time(), "event": "worker_failed", "rank": outcome.rank, **values, "then": then})
-    events.close()
-    if then:
-        where = f"in step {outcome.step + 1}" if outcome.step >= 0 else "before the first step"
-        print(f"warning: rank {outcome.rank} {outcome.cause} {where}; {then}", file=sys.stderr, flush=True)
 
 
 def _record_unsaved(folder: Path, outcome: Outcome) -> None:
@@ -298,9 +254,15 @@ def _record_unsaved(folder: Path, outcome: Outcome) -> None:
     and had nothing to save."""
     if outcome.cause in {f"killed by {number.name}" for number in STOPS}:
         return
-    saved = max((step_of(one) for one in checkpoint_folders(folder / "checkpoints")), default=0)
+    saved = saved_step(folder)
     lost = f", steps after {saved} are lost" if outcome.step > saved else ""
-    _record(folder, outcome, f"stopping as told{lost}")
+    record(folder, outcome, f"stopping as told{lost}")
+
+
+def _stopped_as_told(folder: Path) -> int:
+    """Write down that the run waits to be gone on with. Returns the exit code that says so."""
+    write_event(folder, "stopped", step=saved_step(folder), reason="told to stop")
+    return STOPPED_BY_SIGNAL
 
 
 def _asked_within(stopping: Stopping, seconds: float) -> bool:

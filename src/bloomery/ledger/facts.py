@@ -80,8 +80,12 @@ def _stage(folder: Path, name: str) -> dict[str, Any]:
         ranks = reconcile(folder).to_json()["ranks"]
     except BloomeryError:
         ranks = []
+    events = read_lines(folder / "events.jsonl")
+    began = [line["began"] for line in read_lines(folder / "supervision.jsonl") if "began" in line]
+    times = [event["time"] for event in events if "time" in event]
     return {
         "name": name,
+        "began": next(iter([*began, *times]), None),
         "curves": curves,
         "heldout": {
             "step": sorted(heldout),
@@ -89,7 +93,7 @@ def _stage(folder: Path, name: str) -> dict[str, Any]:
             "bits_per_byte": [heldout[step].get("heldout_bits_per_byte") for step in sorted(heldout)],
         },
         "ranks": ranks,
-        "events": read_lines(folder / "events.jsonl"),
+        "events": events,
     }
 
 

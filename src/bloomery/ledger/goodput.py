@@ -20,15 +20,19 @@ BUCKETS = {
     "checkpoint": "stalls by checkpoints",
     "recheck": "micro-batches computed twice, to compare",
     "snapshot": "copies of the state in memory",
+    "profile": "the profiler, beside the step that it looked at",
     "straggler": "what a rank slower than its peers, or a slow link, added to steps",
     "skipped": "steps whose update was left out",
     "lost_work": "steps that had to be done again, and the one a failure cut short",
     "detect": "from a fault to its detection",
     "restart": "ending, waiting and starting processes",
     "load": "joining, building the model, loading",
+    "compile": "compiling, within the first step of a start",
     "queue": "jobs waiting for their hosts",
 }
 USEFUL = ("train", "evaluate")
+APART = ("checkpoint", "snapshot", "recheck", "evaluate", "compile", "profile")
+"""Of a ledger line what has a bucket of its own here too, whatever becomes of the step."""
 ADDS_UP = 0.005
 """Largest share of wall time by which rank 0's ledger may exceed what the supervisor measured (DESIGN rule 4)."""
 
@@ -38,7 +42,9 @@ class Goodput:
     """Seconds by bucket, which sum to `wall_s`. `failed_starts` never got to a step; `jobs`: begun by a scheduler.
 
     `ettr`: useful over wall time. `formula`: the ETTR that Daly's formula gives for the interval, stall, recovery and
-    failure rate as measured, less the shares that were skipped or slow (None without a failure)."""
+    failure rate as measured, less the shares that were skipped or slow (None without a failure). `gap`: the largest
+    share by which the ledger exceeds what was booked, of one start's wall time, or of all by starts that are missing.
+    """
 
     wall_s: float
     seconds: dict[str, float]
@@ -70,7 +76,7 @@ def goodput(run_dir: Path) -> Goodput | None:
         mine = [(number, line) for number, line in enumerate(lines) if line.get("fence") == start["fence"]]
         booked = 0.0
         for number, line in mine:
-            apart = {name: line["buckets"].get(name, 0.0) for name in ("checkpoint", "snapshot", "recheck", "evaluate")}
+            apart = {name: line["buckets"].get(name, 0.0) for name in APART}
             saves += [line["step"]] if apart["checkpoint"] > 0 else []
             for name, value in apart.items():
                 seconds[name] += value
@@ -103,7 +109,17 @@ def goodput(run_dir: Path) -> Goodput | None:
         ettr=sum(seconds[name] for name in USEFUL) / wall if wall else 0.0,
         formula=_formula(seconds, wall, sum(start["step"] >= 0 for start in failed), saves),
         contention_s=_contention_s(lines),
-        gap=worst,
+        gap=max(worst, _missing_s(starts, lines) / wall if wall else 0.0),
+    )
+
+
+def _missing_s(starts: Sequence[dict[str, Any]], lines: Sequence[dict[str, Any]]) -> float:
+    """Seconds of rank 0 in starts that nobody booked. One after the last that is booked may still be running."""
+    booked = {start["fence"] for start in starts}
+    return sum(
+        float(line["wall_s"])
+        for line in lines
+        if line.get("fence", max(booked)) < max(booked) and line["fence"] not in booked
     )
 
 
@@ -145,7 +161,7 @@ def _formula(seconds: dict[str, float], wall_s: float, failures: int, saves: Seq
     """
     if not failures or not saves or not seconds["train"]:
         return None
-    recovery_s = seconds["detect"] + seconds["restart"] + seconds["load"] + seconds["queue"]
+    recovery_s = sum(seconds[name] for name in ("detect", "restart", "load", "queue", "compile", "profile"))
     running_s = (wall_s - recovery_s) / failures
     useful_s = sum(seconds[name] for name in USEFUL)
     not_lost_s = useful_s + seconds["skipped"] + seconds["straggler"]
@@ -158,8 +174,13 @@ def _formula(seconds: dict[str, float], wall_s: float, failures: int, saves: Seq
 def _contention_s(lines: Sequence[dict[str, Any]]) -> float:
     """Seconds that steps took longer because a checkpoint was being written beside them: mean over mean without."""
     steps = [line for line in lines if line["step"] > 0 and not line["buckets"].get("checkpoint")]
-    beside = [line["wall_s"] for line in steps if line.get("writing_s")]
-    alone = [line["wall_s"] for line in steps if not line.get("writing_s")]
+    beside = [_plain_s(line) for line in steps if line.get("writing_s")]
+    alone = [_plain_s(line) for line in steps if not line.get("writing_s")]
     if not beside or not alone:
         return 0.0
     return max(0.0, sum(beside) - len(beside) * sum(alone) / len(alone))
+
+
+def _plain_s(line: dict[str, Any]) -> float:
+    """Seconds of a line without what happens in some steps only."""
+    return float(line["wall_s"] - sum(line["buckets"].get(name, 0.0) for name in APART))

@@ -23,6 +23,14 @@ def seconds(value: float | None) -> str:
     return f"{_digits(value / unit)} {name}"
 
 
+def since(time: float | None, start: float | None) -> str:
+    """1:02:03 from one moment to another, in hours, minutes and seconds."""
+    if time is None or start is None:
+        return "–"
+    minutes, rest = divmod(round(max(0.0, time - start)), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
 def milliseconds(value: float | None) -> str:
     """Milliseconds with a fixed number of decimals, for columns."""
     return "–" if value is None else f"{value * 1e3:,.1f}"

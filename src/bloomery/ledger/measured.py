@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
 from pathlib import Path
 
+from bloomery.ledger.finished import finished
 from bloomery.ledger.reconcile import Reconciliation, read_plan, reconcile
 from bloomery.spec.catalog import read_run
 from bloomery.spec.cluster import Cluster
@@ -55,10 +55,9 @@ def measured(run_dir: Path) -> tuple[Measured, Cluster]:
         raise InputError(problem, where=str(run_dir), found=found.plain_steps, accepted=f"{LEAST_STEPS} or more")
     time = found.step_time_s
     assert time.measured is not None
-    finished = datetime.datetime.fromtimestamp((run_dir / "ledger.jsonl").stat().st_mtime, datetime.UTC)
     one = Measured(
         name=run.name,
-        finished=finished.strftime("%Y-%m-%d %H:%M:%S"),
+        finished=finished(run_dir),
         model=run.model,
         layout=run.layout,
         dtype=estimate.dtype,  # type: ignore[arg-type]

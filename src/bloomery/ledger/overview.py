@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bloomery.ledger.finished import finished
 from bloomery.ledger.reconcile import reconcile
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.catalog import read_run
@@ -18,7 +18,7 @@ from bloomery.spec.errors import BloomeryError
 @dataclass(frozen=True)
 class RunRow:
     """One run. `step_time_error` is predicted / measured - 1, as `calibrate` has it; figures that do not exist yet are
-    None. `finished`: the ledger's last line, in UTC; empty where there is none."""
+    None. `finished`: when it ended, in UTC; empty where nobody knows."""
 
     name: str
     folder: str
@@ -78,14 +78,8 @@ def _row(folder: Path) -> RunRow:
         step_time_s=compared.measured if compared else None,
         step_time_error=1 / ratio - 1 if ratio else None,
         stages=tuple(sorted(path.name for path in (folder / "align").glob("*") if path.is_dir())),
-        finished=_finished(folder / "ledger.jsonl"),
+        finished=finished(folder),
     )
-
-
-def _finished(ledger: Path) -> str:
-    if not ledger.is_file():
-        return ""
-    return datetime.datetime.fromtimestamp(ledger.stat().st_mtime, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def errors_over_time(rows: Sequence[RunRow]) -> list[RunRow]:

@@ -19,17 +19,24 @@ TAIL_BYTES = 65_536
 SILENT_FACTOR, SILENT_LEAST_S = 20.0, 60.0
 """A run is silent when nothing was written for SILENT_FACTOR of its steps, SILENT_LEAST_S at least."""
 
-TURNS = ("started", "resumed", "stopped", "finished")
+SAME_MOMENT_S = 2.0
+"""Clocks of hosts and file systems agree so far."""
+
+TURNS = ("job_started", "resumed", "stopped", "finished")
 """Events after which a run is in another state; a job that goes on is stopped no longer."""
+FAILED = ("worker_failed", "stopped")
+"""Events that tell more than any slow step after them."""
 
 State = Literal["starting", "running", "silent", "stopped", "finished"]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One stage of a run. Figures that do not exist yet are None; `left_s` is at the pace of the newest steps.
+    """One stage of a run. Figures that do not exist yet are None; `left_s` is at the pace of the newest steps, while
+    it runs.
 
-    `losses`: the newest training losses, oldest first. `incident`: the newest event that is not routine.
+    `losses`: the newest training losses, oldest first. `incident`: the newest failure, else the newest event that is
+    not routine.
     """
 
     name: str
@@ -53,7 +60,7 @@ class Progress:
         return asdict(self)
 
 
-ROUTINE = {"started", "resumed", "finished", "profiled", "job_started"}
+ROUTINE = {"resumed", "finished", "profiled", "job_started"}
 
 
 def stages_under(folder: Path) -> list[Path]:
@@ -77,8 +84,8 @@ def progress(folder: Path, now: float | None = None) -> Progress:
     pace = [row["step_time_s"] for row in steps[-20:] if row.get("step_time_s")]
     step_time_s = sorted(pace)[len(pace) // 2] if pace else None
     silent_s = _silent_s(folder, time.time() if now is None else now)
-    state = _state(events, done, silent_s, step_time_s)
-    notable = [event for event in events if event.get("event") not in ROUTINE]
+    turn = _turn(events)
+    state = _state(folder, turn, done, silent_s, step_time_s)
     return Progress(
         name=job.name if folder.parent.name == "align" else folder.name,
         folder=str(folder),
@@ -90,10 +97,10 @@ def progress(folder: Path, now: float | None = None) -> Progress:
         tokens_per_s=last.get("tokens_per_s"),
         mfu=last.get("mfu"),
         memory_bytes=last.get("memory_bytes"),
-        left_s=step_time_s * (job.steps - done) if step_time_s is not None else None,
+        left_s=step_time_s * (job.steps - done) if state == "running" and step_time_s is not None else None,
         silent_s=silent_s,
         next_checkpoint=_next_checkpoint(job, done),
-        incident=describe(notable[-1]) if notable else "",
+        incident=_incident(events, turn["event"]),
         losses=tuple(float(row["loss"]) for row in steps[-60:]),
     )
 
@@ -118,19 +125,41 @@ def describe(event: dict[str, Any]) -> str:
     return f"{str(event.get('event', 'event')).replace('_', ' ')}{step}{rank}{cause}"
 
 
+def _incident(events: list[dict[str, Any]], turn: str) -> str:
+    """The newest failure, else the newest event that is not routine; a stop that the run has gone on from is."""
+    routine = ROUTINE if turn == "stopped" else {*ROUTINE, "stopped"}
+    notable = [event for event in events if event.get("event") not in routine]
+    failures = [event for event in notable if event.get("event") in FAILED]
+    newest = next(reversed(failures or notable), None)
+    return describe(newest) if newest else ""
+
+
 def _silent_s(folder: Path, now: float) -> float | None:
-    times = [
-        path.stat().st_mtime for name in ("metrics", "ledger", "events") if (path := folder / f"{name}.jsonl").is_file()
-    ]
-    return max(0.0, now - max(times)) if times else None
+    newest = _written(folder, "metrics", "ledger", "events")
+    return None if newest is None else max(0.0, now - newest)
 
 
-def _state(events: list[dict[str, Any]], done: int, silent_s: float | None, step_time_s: float | None) -> State:
-    last = next((event["event"] for event in reversed(events) if event.get("event") in TURNS), "")
-    if last == "finished":
+def _written(folder: Path, *names: str) -> float | None:
+    """When the newest of some files was written."""
+    there = [path for name in names if (path := folder / f"{name}.jsonl").is_file()]
+    return max((path.stat().st_mtime for path in there), default=None)
+
+
+def _turn(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The newest event that says what state a run is in."""
+    return next((event for event in reversed(events) if event.get("event") in TURNS), {"event": ""})
+
+
+def _state(folder: Path, turn: dict[str, Any], done: int, silent_s: float | None, step_time_s: float | None) -> State:
+    """A run that began anew after its stop, from no checkpoint, says so only by what its steps leave."""
+    if turn["event"] == "finished":
         return "finished"
+    stopped = turn["event"] == "stopped"
+    stepped = _written(folder, "metrics", "ledger") or 0.0
+    if stopped and stepped <= turn.get("time", 0.0) + SAME_MOMENT_S:
+        return "stopped"
     if silent_s is not None and silent_s > max(SILENT_LEAST_S, SILENT_FACTOR * (step_time_s or 0.0)):
-        return "stopped" if last == "stopped" else "silent"
+        return "stopped" if stopped else "silent"
     return "running" if done else "starting"
 
 

@@ -15,6 +15,7 @@ from bloomery.ledger.markup import (
     ratio,
     seconds,
     share,
+    since,
     table,
     text,
 )
@@ -297,18 +298,36 @@ def goodput(facts: Facts) -> str:
 
 
 def events(facts: Facts) -> str:
-    """Incidents of every stage, in their order; what several ranks wrote alike is one line."""
-    ranks = dict[tuple[str, str, str], list[str]]()
+    """Incidents of every stage, in their order; what several ranks wrote alike, one after the other, is one line."""
+    rows = list[tuple[list[str], list[Any]]]()  # a row and its ranks; the same rank again is another incident
     for stage in facts["stages"]:
         for event in stage["events"]:
             rest = {key: value for key, value in event.items() if key not in ("time", "event", "rank")}
-            detail = ", ".join(f"{text(key)} {text(value)}" for key, value in rest.items())
-            alike = (text(stage["name"]), text(event.get("event", "?")).replace("_", " "), detail)
-            ranks.setdefault(alike, []).append(text(event.get("rank", "")))
-    if not ranks:
+            detail = ", ".join(f"{text(key)} {text(_rounded(value))}" for key, value in rest.items())
+            alike, rank = (
+                [text(stage["name"]), text(event.get("event", "?")).replace("_", " "), detail],
+                event.get("rank"),
+            )
+            if rows and rows[-1][0][1:] == alike and rank not in rows[-1][1]:
+                rows[-1][1].append(rank)
+            else:
+                rows.append(([since(event.get("time"), stage["began"]), *alike], [rank]))
+    if not rows:
         return '<p class="quiet">Nothing happened that needed writing down.</p>'
-    rows = [[stage, event, ", ".join(sorted(found)), detail] for (stage, event, detail), found in ranks.items()]
-    return table(["stage", "event", "ranks", "details"], rows, left=4)
+    cells = [
+        [stage, when, event, ", ".join(str(rank) for rank in sorted(r for r in ranks if r is not None)), detail]
+        for (when, stage, event, detail), ranks in rows
+    ]
+    return table(["stage", "since its start", "event", "ranks", "details"], cells, left=5)
+
+
+def _rounded(value: Any) -> Any:
+    """Figures with four significant digits, wherever they are."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def environment(facts: Facts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from bloomery.cluster import supervisor
-from bloomery.cluster.supervisor import SUPERVISION_FILE, launch, usual_before
+from bloomery.cluster import booking, supervisor
+from bloomery.cluster.booking import START_FILE, SUPERVISION_FILE
+from bloomery.cluster.supervisor import launch, usual_before
 from bloomery.cluster.world import Outcome
 from bloomery.ledger.goodput import goodput
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import read_lines
-from bloomery.spec.job import STOPPED_BY_SIGNAL, Job, write_job
+from bloomery.spec.errors import BloomeryError
+from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, Job, write_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
@@ -69,8 +72,81 @@ def test_a_stop_in_which_a_rank_failed_says_what_is_lost(
     monkeypatch.setattr(supervisor, "_one_start", one_start)
     assert launch("none", tmp_path, 2) == STOPPED_BY_SIGNAL
     assert capsys.readouterr().err == (f"warning: rank 1 {outcome.cause} {said}\n" if said else "")
-    failures = [(event["rank"], event["cause"]) for event in read_lines(tmp_path / "events.jsonl")]
-    assert failures == ([(1, "killed by SIGKILL")] if said else [])
+    *failures, stopped = read_lines(tmp_path / "events.jsonl")
+    assert [(event["rank"], event["cause"]) for event in failures] == ([(1, "killed by SIGKILL")] if said else [])
+    assert (stopped["event"], stopped["step"], stopped["reason"]) == ("stopped", 20, "told to stop")
+
+
+def test_a_run_that_is_given_up_says_why_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_job(tmp_path, JOB)
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(GAVE_UP, 0, "exit code 4", 33))
+    with pytest.raises(BloomeryError, match="training gave up"):
+        launch("none", tmp_path, 2)
+    failed, stopped = read_lines(tmp_path / "events.jsonl")
+    assert (failed["event"], stopped["event"], stopped["step"]) == ("worker_failed", "stopped", 33)
+    assert stopped["reason"].startswith("training gave up")
+
+
+@pytest.mark.parametrize("steps", [10, 0])
+def test_a_start_that_ctrl_c_breaks_off_is_in_the_account(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> Outcome:
+        lines = [{"rank": 0, "step": step, "fence": 1, "wall_s": 1e-9, "buckets": {}} for step in range(1, steps + 1)]
+        (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        raise KeyboardInterrupt
+
+    write_job(tmp_path, JOB)
+    monkeypatch.setattr(supervisor, "supervise", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch("none", tmp_path, 2)
+    [booked] = read_lines(tmp_path / SUPERVISION_FILE)
+    assert (booked["fence"], booked["code"], booked["cause"], booked["step"]) == (1, 130, "broken off", steps or -1)
+    assert [event["event"] for event in read_lines(tmp_path / "events.jsonl")] == ["stopped"]
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(0, step=89))
+    assert launch("none", tmp_path, 2) == 0
+    found = goodput(tmp_path)
+    assert found is not None
+    assert (found.starts, found.failures, found.gap) == (2, 1, pytest.approx(0.0, abs=1e-3))
+
+
+class FullDisk:
+    """A file that takes no line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, _: object) -> None:
+        """No room."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
+
+@pytest.mark.parametrize(("code", "failed"), [(GAVE_UP, True), (STOPPED_BY_SIGNAL, False)])
+def test_a_full_disk_changes_neither_how_a_command_ends_nor_what_the_next_one_knows(
+    code: int, failed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_job(tmp_path, JOB)
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(code, 0, f"exit code {code}", 10))
+    with monkeypatch.context() as full:
+        full.setattr(booking, "JsonLines", FullDisk)
+        if failed:
+            with pytest.raises(BloomeryError, match="training gave up") as ended:
+                launch("none", tmp_path, 2)
+            assert ended.value.exit_code == 1
+        else:
+            assert launch("none", tmp_path, 2) == STOPPED_BY_SIGNAL
+    said = capsys.readouterr().err
+    assert f"{tmp_path / SUPERVISION_FILE} cannot be written: No space left on device" in said
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(0, step=89))
+    assert launch("none", tmp_path, 2) == 0
+    first, second = read_lines(tmp_path / SUPERVISION_FILE)
+    assert (first["fence"], first["code"], first["cause"], first["step"]) == (1, code, f"exit code {code}", 10)
+    assert second["fence"] == 2
+    failures = [event["then"] for event in read_lines(tmp_path / "events.jsonl")]
+    assert failures == (["booked late: No space left on device"] if failed else [])
 
 
 class LostError(Exception):
@@ -95,14 +171,15 @@ def test_a_start_that_was_lost_with_its_supervisor_is_booked_by_the_next(
         ]
         ledger.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.utime(ledger, (began + 14.0, began + 14.0))
-        left.append((tmp_path / supervisor.START_FILE).read_text())
+        left.append((tmp_path / START_FILE).read_text())
         raise LostError
 
     monkeypatch.setattr(supervisor, "supervise", lost)
     with pytest.raises(LostError):
         launch("", tmp_path, 1)
-    assert not (tmp_path / supervisor.START_FILE).exists()  # broken off by an error that somebody saw
-    (tmp_path / supervisor.START_FILE).write_text(left[0])  # but a node that dies cleans nothing up
+    (tmp_path / START_FILE).write_text(left[0])  # a node that dies books nothing
+    (tmp_path / SUPERVISION_FILE).unlink()
+    (tmp_path / "events.jsonl").unlink()
     monkeypatch.setattr(supervisor, "supervise", lambda *_: Outcome(0, step=20))
     assert launch("", tmp_path, 1) == 0
     assert launch("", tmp_path, 1) == 0  # and only once

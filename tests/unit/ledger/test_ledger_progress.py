@@ -35,7 +35,7 @@ def row(step: int) -> dict[str, object]:
 
 
 def test_a_running_run_says_how_far_and_how_long(tmp_path: Path) -> None:
-    folder = stage(tmp_path / "mine", [row(step) for step in range(1, 41)], [{"event": "started"}])
+    folder = stage(tmp_path / "mine", [row(step) for step in range(1, 41)], [{"event": "resumed"}])
     found = progress(folder)
     assert (found.name, found.state, found.step, found.steps) == ("mine", "running", 40, 100)
     assert found.left_s == 30.0
@@ -67,8 +67,9 @@ def test_silence_and_the_end_are_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("events", "state"),
     [
-        (["started", "stopped"], "stopped"),
-        (["started", "stopped", "resumed", "slow_step"], "silent"),
+        (["job_started", "stopped"], "stopped"),
+        (["job_started", "stopped", "resumed", "slow_step"], "silent"),
+        (["job_started", "stopped", "job_started"], "silent"),
         (["resumed", "finished", "resumed"], "silent"),
     ],
 )
@@ -77,6 +78,27 @@ def test_a_run_that_went_on_after_its_stop_and_went_silent_is_silent(
 ) -> None:
     folder = stage(tmp_path / "a", [row(40)], [{"event": name} for name in events])
     assert progress(folder, now=time.time() + 1e6).state == state
+
+
+def test_a_run_that_was_stopped_says_so_at_once_and_that_nothing_is_left_to_wait_for(tmp_path: Path) -> None:
+    stop = {"time": time.time(), "event": "stopped", "step": 40, "reason": "told to stop"}
+    folder = stage(tmp_path / "a", [row(step) for step in range(1, 41)], [{"event": "resumed"}, stop])
+    found = progress(folder)
+    assert (found.state, found.left_s) == ("stopped", None)
+    assert found.incident == "stopped at step 40: told to stop"
+    os.utime(folder / "metrics.jsonl", (time.time() + 10.0,) * 2)  # begun anew: no checkpoint, so nothing was resumed
+    assert progress(folder).state == "running"
+    assert progress(folder, now=time.time() + 1e6).left_s is None
+    with (folder / "events.jsonl").open("a") as stream:
+        stream.write('{"event": "resumed", "step": 40}\n')
+    assert (progress(folder).state, progress(folder).incident) == ("running", "")
+
+
+def test_slow_steps_do_not_hide_a_failure_before_them(tmp_path: Path) -> None:
+    failure = {"event": "worker_failed", "step": 8, "rank": 1, "cause": "killed by SIGKILL"}
+    slow = {"event": "slow_step", "step": 9, "rank": 0, "bucket": "data"}
+    found = progress(stage(tmp_path / "a", [row(9)], [failure, {"event": "resumed"}, slow]))
+    assert found.incident == "worker failed at step 8 on rank 1: killed by SIGKILL"
 
 
 def test_the_newest_incident_is_one_line(tmp_path: Path) -> None:

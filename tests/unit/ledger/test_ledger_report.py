@@ -159,3 +159,19 @@ def test_what_several_ranks_wrote_alike_is_one_line_of_events(facts: dict[str, o
     table = events(facts)
     assert table.count("finished") == 2  # one for each stage
     assert "<td>0, 1</td>" in table
+
+
+def test_each_start_that_resumed_has_its_own_line_with_its_time_and_figures_are_short(facts: dict[str, Any]) -> None:
+    stage = facts["stages"][0]
+    resumed = [
+        {"event": "resumed", "rank": rank, "step": 10, "time": 100.0 + time}
+        for time, rank in ((1.0, 0), (1.0, 1), (4000.4, 1), (4000.2, 0))
+    ]
+    slow = {"event": "slow_step", "rank": 10, "step": 11, "time": 105.0, "seconds": 1.9693875950033544}
+    norms = {"event": "step_skipped", "rank": 0, "time": 106.0, "module_norms": {"head": 1.23456789}}
+    stage |= {"began": 100.0, "events": [*resumed, slow, norms, {"event": "shrunk"}]}
+    table = events({"stages": [stage]})
+    assert table.count("<td>resumed</td><td>0, 1</td>") == 2
+    assert "<td>0:00:01</td>" in table and "<td>1:06:40</td>" in table
+    assert "seconds 1.969<" in table and "1.235}" in table
+    assert "<td>–</td><td>shrunk</td><td></td>" in table
