@@ -107,6 +107,14 @@ class Optimizer(Noun):
             raise ValueError(f"min_lr {self.min_lr:g} must not exceed lr {self.lr:g}")
         return self
 
+    def shrink(self, hidden: int) -> float:
+        """How much narrower the width is that `lr` belongs to; 1 where rates do not scale."""
+        return self.base_hidden / hidden if self.scaling == "mup" else 1.0
+
+    def start_scale(self, hidden: int) -> float:
+        """What matrices that read the stream start with, beside their start at that width (`model.init`)."""
+        return float(self.shrink(hidden) ** 0.5)
+
 
 class Averaging(Noun):
     """A running average of the weights: what is evaluated, exported and aligned once it has begun."""

@@ -153,6 +153,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         compiled=_compiled(job, mesh, recorder),
         stabilisers=job.stabilisers,
         float8=job.float8,
+        start_scale=job.optimizer.start_scale(job.model.hidden),
     )
     optimizers = build_optimizers(engine, job.optimizer, job.averaging, job.steps)
     session = Session(
