@@ -129,6 +129,14 @@ class Averaging(Noun):
         """Of the average, while it is kept."""
         return 0.0 if self.method == "none" else 1 / self.every
 
+    def first_step(self, n_steps: int) -> int:
+        """The step, counted from 1, after which a run of `n_steps` begins it."""
+        return max(1, round(self.start * n_steps))
+
+    def updates(self, n_steps: int) -> int:
+        """How often it is updated in a run of `n_steps`."""
+        return 0 if self.method == "none" else 1 + (n_steps - self.first_step(n_steps)) // self.every
+
 
 class Train(Noun):
     """Pre-training. `global_batch` is in sequences; the budget is `tokens` or `steps`."""
@@ -192,6 +200,13 @@ class Train(Noun):
     def _window_in_run(self) -> Train:
         if self.profile and step_window(self.profile)[0] > self.n_steps:
             raise ValueError(f"profile: {self.profile} begins after the last of {self.n_steps} steps")
+        return self
+
+    @model_validator(mode="after")
+    def _average_of_several(self) -> Train:
+        if self.averaging.updates(self.n_steps) == 1:
+            problem = f"one update in {self.n_steps} steps is no average: every {self.averaging.every}"
+            raise ValueError(f"averaging: {problem}, start {self.averaging.start:g}")
         return self
 
     @property

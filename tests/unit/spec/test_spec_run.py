@@ -84,3 +84,11 @@ def test_a_ramp_that_cannot_be_is_refused_before_the_steps_of_the_run_are_counte
     ramp = [{"tokens": 1000, "seq_len": 64}]
     with pytest.raises(InputError, match="seq_len 64 must divide seq_len 32"):
         Train.checked({"seq_len": 32, "tokens": 10_000, "ramp": ramp, "profile": "1-2"})
+
+
+@pytest.mark.parametrize("averaging", [{"every": 5000}, {"start": 0.95, "every": 6}])
+def test_an_average_of_one_moment_is_refused(averaging: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="averaging: one update in 100 steps is no average"):
+        Train.checked({"steps": 100, "averaging": {"method": "uniform", **averaging}})
+    assert Train.checked({"steps": 100, "averaging": {"method": "uniform", "every": 99}}).averaging.updates(100) == 2
+    Train.checked({"steps": 100, "averaging": {"every": 5000}})
