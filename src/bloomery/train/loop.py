@@ -114,7 +114,8 @@ def _step(session: Session, step: int) -> int:
     for every, pause in pauses if step < done < job.steps else ():
         if every and done % every == 0:
             clock.catch_up("optimizer")
-            pause(session, done)
+            with session.recorder.paused():
+                pause(session, done)
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
     session.recorder.lap(step + 1, clock.lap(), session.writer.account())
