@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from bloomery.spec.run import Optimizer
 from bloomery.train import loop
 from bloomery.train import profile as profiles
 from bloomery.train import record as records
+from bloomery.train.guard import Guard, Judgement
 from bloomery.train.loop import run
 
 STEPS = 3
@@ -182,3 +184,19 @@ def test_evaluations_and_copies_of_the_state_are_no_part_of_a_steps_time(
     assert len(rows) == len(buckets) == STEPS
     assert all(0 < row["step_time_s"] < 100 for row in rows)
     assert all(row["tokens_per_s"] == 16 / row["step_time_s"] for row in rows)
+
+
+def test_an_incident_holds_the_gradients_from_before_they_were_clipped(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms of all modules together are the one that was judged."""
+
+    def judged(guard: Guard, step: int, *_: Any) -> Judgement:
+        return Judgement("clip", "by hand", 1e-3) if step == 1 else Judgement("ok")
+
+    monkeypatch.setattr(Guard, "judge", judged)
+    trained(job, tmp_path / "run", Clock())
+    [found] = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "step_clipped"]
+    norm = read_lines(tmp_path / "run" / "metrics.jsonl")[1]["grad_norm"]
+    assert norm > 0.1
+    assert math.hypot(*found["module_norms"].values()) == pytest.approx(norm, rel=1e-4)
