@@ -26,7 +26,7 @@ from bloomery.spec.cluster import Dtype
 from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, checkpoints_to_come
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
-from bloomery.spec.fitting import fitted
+from bloomery.spec.fitting import fitted, with_batch
 from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
@@ -72,10 +72,14 @@ def data_folder(run: Run) -> Path:
 
 
 def chosen_layout(run: Run, world_size: int | None) -> Layout:
-    """The layout of the run, or the planner's best that the engine runs. Raises InputError when it breaks a rule."""
-    layout, train = run.layout, run.train
-    if layout == "auto":
-        return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
+    """The layout of the run, or the planner's best that the engine runs. Raises InputError when it breaks a rule, or
+    when an alignment stage could not be trained under it: after pre-training that would come too late."""
+    described, train = run.layout, run.train
+    if described == "auto":
+        layout = plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
+        check_stages(run, layout)
+        return layout
+    layout = described
     if train.supervision.elastic and world_size not in (None, layout.world_size):
         sizes = {"global_batch": train.global_batch, "seq_len": train.seq_len}
         layout = fitted(run.model, layout, world_size or 1, **sizes) or layout
@@ -89,7 +93,21 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
             run=True,
         )
     check_guard(run.model, layout, train.guard)
+    check_stages(run, described)
     return layout
+
+
+def check_stages(run: Run, layout: Layout) -> None:
+    """Raise InputError for the first alignment stage that cannot be trained under the layout of its run."""
+    for number, stage in enumerate(run.align):
+        check_layout(
+            run.model,
+            with_batch(layout, stage.global_batch),
+            global_batch=stage.global_batch,
+            seq_len=run.train.seq_len,
+            run=True,
+            where=f"align.{number}.global_batch",
+        )
 
 
 NARROW = ("bfloat16", "float8")
@@ -193,7 +211,8 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     """
     if run.layout == "auto":
         raise InputError("train the run first", where=str(run_folder(run)))
-    layout, data = run.layout, data_folder(run)
+    check_stages(run, run.layout)
+    layout, data = with_batch(run.layout, stage.global_batch), data_folder(run)
     train = run.train.model_copy(
         update={
             "global_batch": stage.global_batch,
@@ -204,7 +223,6 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         }
     )
     staged = run.model_copy(update={"train": train})
-    check_layout(run.model, layout, global_batch=stage.global_batch, seq_len=train.seq_len, run=True)
     require_pairs(run, data)
     dtype = _dtype(staged, layout)
     expected = predicted(staged, layout, dtype)

@@ -58,7 +58,7 @@ class OpenRun:
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         module = Transformer(self.run.model)
         if stage == BEFORE:
-            initialise(module, self.run.train.seed)
+            initialise(module, self.run.train.seed, self.run.train.optimizer.start_scale(module.model.hidden))
         elif stage in self.stages:
             load_weights(self.stages[stage], module)
         else:
@@ -69,12 +69,12 @@ class OpenRun:
         return module.to(where).eval()
 
 
-def initialise(module: Transformer, seed: int) -> None:
+def initialise(module: Transformer, seed: int, start_scale: float = 1.0) -> None:
     """The weights training started from."""
     table = {parameter.name: parameter for parameter in all_parameters(module.model)}
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(initial_value(module.model, table[name], seed, torch.float32))
+            parameter.copy_(initial_value(module.model, table[name], seed, torch.float32, start_scale))
 
 
 def open_run(folder: str | Path) -> OpenRun:

@@ -56,6 +56,7 @@ def lay_out(
     *,
     dtype: torch.dtype,
     seed: int,
+    start_scale: float,
     measure: Measure,
     compiled: bool,
     narrow: torch.dtype | None,
@@ -67,7 +68,7 @@ def lay_out(
     stages: dict[int, Transformer] = {}
     if compiled:
         book_compilation(measure)
-    ranges, initial = stages_of(model, layout), InitialValues(model, mesh, table, dtype, seed)
+    ranges, initial = stages_of(model, layout), InitialValues(model, mesh, table, dtype, seed, start_scale)
     link = HostLink(mesh.device) if layout.offload == "activations" else None
     for index in layout.stages_on(mesh.pp_rank):
         recompute = layout.recomputes[index]
@@ -121,6 +122,7 @@ class InitialValues:
     table: dict[str, Parameter]
     dtype: torch.dtype
     seed: int
+    start_scale: float = 1.0
     tied: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def shape(self, stage: Transformer) -> None:
@@ -157,7 +159,8 @@ class InitialValues:
     def _value(self, name: str) -> Tensor:
         """This rank's part of one initial tensor, where it is to be."""
         entry = self.table[name]
-        local = initial_rectangle(self.model, entry, self.mesh.shard(entry), self.seed, self.dtype)
+        mine = self.mesh.shard(entry)
+        local = initial_rectangle(self.model, entry, mine, self.seed, self.dtype, self.start_scale)
         return local.to(self.mesh.device, copy=True).contiguous()
 
     def _without_memory(self, module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str, nn.Parameter]]:

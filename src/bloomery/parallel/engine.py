@@ -363,8 +363,10 @@ def build(
     compiled: bool = False,
     stabilisers: Stabilisers = UNTOUCHED,
     float8: Float8 = DEFAULT,
+    start_scale: float = 1.0,
 ) -> Engine:
-    """Lay `model` over `mesh`; `compiled`: its layers and loss by torch.compile, at their first use.
+    """Lay `model` over `mesh`; `compiled`: its layers and loss by torch.compile, at their first use; `start_scale`: see
+    `model.init`.
 
     Raises InputError for what the engine cannot run, before any memory is taken.
     """
@@ -377,8 +379,8 @@ def build(
     if layout.cp > 1:
         context = ContextAxis(mesh.group("cp"), layout.cp, mesh.cp_rank, layout.cp_method, measure)
     stages, table = lay_out(
-        model, mesh, axis, context, dtype=PARAMETERS[dtype], seed=seed, measure=measure, compiled=compiled,
-        float8=float8 if dtype == "float8" else None, narrow=AUTOCAST.get(dtype),
+        model, mesh, axis, context, dtype=PARAMETERS[dtype], seed=seed, start_scale=start_scale, measure=measure,
+        compiled=compiled, float8=float8 if dtype == "float8" else None, narrow=AUTOCAST.get(dtype),
     )  # fmt: skip
     stabilise(stages.values(), stabilisers)
     engine = Engine(model, mesh, stages, axis, context)

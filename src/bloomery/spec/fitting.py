@@ -8,6 +8,7 @@ samples never change: fewer data-parallel ranks each do more micro-batches. Memo
 from __future__ import annotations
 
 from itertools import product
+from math import gcd
 
 from pydantic import ValidationError
 
@@ -36,6 +37,11 @@ def fitted(model: Model, layout: Layout, ranks: int, *, global_batch: int, seq_l
             if found is not None and _keeps_rules(model, found, global_batch, seq_len):
                 return found
     return None
+
+
+def with_batch(layout: Layout, global_batch: int) -> Layout:
+    """`layout` for another global batch: one that its micro-batches do not divide is cut into smaller ones."""
+    return layout.model_copy(update={"micro_batch": gcd(global_batch // layout.dp, layout.micro_batch)})
 
 
 def _divisors(number: int) -> list[int]:

@@ -150,9 +150,16 @@ def guard_problems(model: Model, layouts: LayoutBatch, guard: GuardSettings) -> 
 
 
 def check_layout(
-    model: Model, layout: Layout, *, global_batch: int, seq_len: int, world_size: int | None = None, run: bool = False
+    model: Model,
+    layout: Layout,
+    *,
+    global_batch: int,
+    seq_len: int,
+    world_size: int | None = None,
+    run: bool = False,
+    where: str = "layout",
 ) -> None:
-    """Raise InputError with the first broken rule. With `run`, also what the engine cannot run."""
+    """Raise InputError with the first broken rule, at the key `where`. With `run`, also what the engine cannot run."""
     batch = LayoutBatch.of([layout])
     problems: Iterable[LayoutProblem] = layout_problems(
         model, batch, global_batch=global_batch, seq_len=seq_len, world_size=world_size
@@ -161,7 +168,7 @@ def check_layout(
         problems = [*problems, *runnable_problems(model, batch)]
     for problem in problems:
         if problem.broken[0]:
-            raise InputError(problem.reason, where="layout", found=layout.describe())
+            raise InputError(problem.reason, where=where, found=layout.describe())
 
 
 def check_guard(model: Model, layout: Layout, guard: GuardSettings) -> None:

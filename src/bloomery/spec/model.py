@@ -19,6 +19,8 @@ class MixtureOfExperts(Noun):
     A token goes to the `top_k` experts of highest score: a softmax over all experts (Shazeer et al. 2017, 1701.06538)
     or a sigmoid of each (DeepSeek-V3, 2412.19437). Their outputs are weighted by these scores, made to add up to one
     with `normalize_top_k` (Mixtral, 2401.04088: the same as a softmax over the chosen), times `routed_scaling_factor`.
+    It is the default where several are chosen: the weight of a single expert would always be one, and no loss would
+    reach its router (Switch Transformers, 2101.03961, keeps the score).
     With `groups` > 1 only experts of the `top_groups` best groups are considered (DeepSeek-V2, 2405.04434); a group is
     as good as its best expert or as the sum of its two best.
 
@@ -43,6 +45,13 @@ class MixtureOfExperts(Noun):
     aux_loss_coefficient: float = Field(default=0.01, ge=0)
     bias_update_rate: float = Field(default=0.001, ge=0)
     z_loss_coefficient: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        return {"normalize_top_k": False, **values} if values.get("top_k") == 1 else values
 
     @model_validator(mode="after")
     def _check(self) -> MixtureOfExperts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.cluster import Cluster
@@ -65,16 +65,21 @@ class Data(Noun):
     )
 
 
+USUAL_LR = 1e-3
+ALIGNMENT_RATES = {"lr": 3e-4, "min_lr": 3e-5}
+"""Learning rates where none is given."""
+
+
 class Optimizer(Noun):
     """The optimizer and its learning-rate schedule. `warmup` and `decay` are shares of the steps.
 
     `muon` moves the layers' matrices by Muon and the rest by AdamW; `lr` is one scale for both. The factors multiply
-    it for what AdamW moves.
+    it for what AdamW moves. `min_lr` is a tenth of `lr` where it is not given.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=1e-3, gt=0)
-    min_lr: float = Field(default=1e-4, ge=0)
+    lr: float = Field(default=USUAL_LR, gt=0)
+    min_lr: float = Field(default=USUAL_LR / 10, ge=0)
     embedding_lr_factor: float = Field(default=1.0, gt=0)
     head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
     scaling: Literal["none", "mup"] = Field(default="none", description="mup: `lr` is that of width `base_hidden`")
@@ -87,6 +92,28 @@ class Optimizer(Noun):
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     warmup: float = Field(default=0.05, ge=0, lt=1)
     decay: float = Field(default=0.2, gt=0, le=1, description="WSD: share of the steps that decays")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: object) -> object:
+        if not isinstance(values, dict) or "min_lr" in values:
+            return values
+        lr = values.get("lr", USUAL_LR)
+        return {**values, "min_lr": lr / 10} if isinstance(lr, int | float) else values
+
+    @model_validator(mode="after")
+    def _falls(self) -> Optimizer:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr:g} must not exceed lr {self.lr:g}")
+        return self
+
+    def shrink(self, hidden: int) -> float:
+        """How much narrower the width is that `lr` belongs to; 1 where rates do not scale."""
+        return self.base_hidden / hidden if self.scaling == "mup" else 1.0
+
+    def start_scale(self, hidden: int) -> float:
+        """What matrices that read the stream start with, beside their start at that width (`model.init`)."""
+        return float(self.shrink(hidden) ** 0.5)
 
 
 class Averaging(Noun):
@@ -101,6 +128,14 @@ class Averaging(Noun):
     def updates_per_step(self) -> float:
         """Of the average, while it is kept."""
         return 0.0 if self.method == "none" else 1 / self.every
+
+    def first_step(self, n_steps: int) -> int:
+        """The step, counted from 1, after which a run of `n_steps` begins it."""
+        return max(1, round(self.start * n_steps))
+
+    def updates(self, n_steps: int) -> int:
+        """How often it is updated in a run of `n_steps`."""
+        return 0 if self.method == "none" else 1 + (n_steps - self.first_step(n_steps)) // self.every
 
 
 class Train(Noun):
@@ -147,12 +182,6 @@ class Train(Noun):
         return self
 
     @model_validator(mode="after")
-    def _window_in_run(self) -> Train:
-        if self.profile and step_window(self.profile)[0] > self.n_steps:
-            raise ValueError(f"profile: {self.profile} begins after the last of {self.n_steps} steps")
-        return self
-
-    @model_validator(mode="after")
     def _possible_ramp(self) -> Train:
         problem = ramp_problem(self.ramp, global_batch=self.global_batch, seq_len=self.seq_len)
         if problem is None and self.course.last.steps < 1:
@@ -165,6 +194,19 @@ class Train(Noun):
             )
         if problem is not None:
             raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _window_in_run(self) -> Train:
+        if self.profile and step_window(self.profile)[0] > self.n_steps:
+            raise ValueError(f"profile: {self.profile} begins after the last of {self.n_steps} steps")
+        return self
+
+    @model_validator(mode="after")
+    def _average_of_several(self) -> Train:
+        if self.averaging.updates(self.n_steps) == 1:
+            problem = f"one update in {self.n_steps} steps is no average: every {self.averaging.every}"
+            raise ValueError(f"averaging: {problem}, start {self.averaging.start:g}")
         return self
 
     @property
@@ -195,7 +237,13 @@ class AlignStage(Noun):
     max_pairs: int = Field(default=4000, ge=1)
     steps: int = Field(default=50, ge=1)
     global_batch: int = Field(default=16, ge=1)
-    optimizer: Optimizer = Optimizer(lr=3e-4, min_lr=3e-5)
+    optimizer: Optimizer = Optimizer(**ALIGNMENT_RATES)
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _keep_defaults(cls, values: object) -> object:
+        """An optimizer with some keys given still has this stage's learning rates, not pre-training's."""
+        return {**ALIGNMENT_RATES, **values} if isinstance(values, dict) and "lr" not in values else values
 
 
 class Evaluate(Noun):

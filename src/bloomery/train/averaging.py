@@ -1,9 +1,10 @@
 """A running average of the weights, beside them: steadier than the last ones, at the price of one more copy.
 
 *ema*: after each update the average moves by 1 - decay towards the weights (Polyak & Juditsky 1992; for networks
-Morales-Brotons et al. 2024, arXiv 2411.18704). *uniform*: the plain mean of the weights since `start`, what latest-
-weight averaging (Kaddour 2022, 2209.14981) and averaging instead of decay (Hägele et al. 2024, 2405.18392) take over a
-window; here the window is all that comes after `start`.
+Morales-Brotons et al. 2024, arXiv 2411.18704); until there were 1 / (1 - decay) updates it is their plain mean, or the
+first weights, the worst, would keep most of the weight. *uniform*: the plain mean of the weights since `start`, what
+latest-weight averaging (Kaddour 2022, 2209.14981) and averaging instead of decay (Hägele et al. 2024, 2405.18392) take
+over a window; here the window is all that comes after `start`.
 
 The average is laid out like the optimizer's moments, so checkpoints carry it and load it under any layout. When an
 update is due, and how far it goes, are functions of the step alone: a resumed run has the same bits.
@@ -26,7 +27,7 @@ class Average:
 
     def __init__(self, engine: Engine, settings: Averaging, n_steps: int) -> None:
         self.engine, self.settings = engine, settings
-        self.first = max(1, round(settings.start * n_steps))
+        self.first = settings.first_step(n_steps)
         self.kept = dict[nn.Parameter, Tensor]()
 
     @property
@@ -39,9 +40,8 @@ class Average:
         number, rest = divmod(done - self.first, self.settings.every)
         if self.settings.method == "none" or number < 0 or rest:
             return None
-        if number == 0:
-            return 1.0
-        return 1 - self.settings.decay if self.settings.method == "ema" else 1 / (number + 1)
+        mean = 1 / (number + 1)
+        return max(mean, 1 - self.settings.decay) if self.settings.method == "ema" else mean
 
     @torch.no_grad()
     def update(self, done: int) -> None:

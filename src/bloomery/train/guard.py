@@ -34,6 +34,10 @@ SIGMA_OF_MAD = 1.4826
 ONE_LEVEL = math.log(4.0)
 """Gradient norms within a factor of 4 of each other are a new level (a schedule's change), a wider range is a spike."""
 
+LEAST_HELD = 2
+"""Steps that must have been larger before one more makes a level, however few may be skipped: one is always like
+itself."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -94,7 +98,8 @@ class Guard:
                 self.held.clear()
                 return self._trouble(step, f"loss {loss:.4g} is {high:.1f} sigmas above its median")
         judgement = Judgement("ok")
-        if len(self.log_norms) >= self.settings.warm_up:
+        # Counted by losses: a new level leaves few norms, and they are judged against from the first.
+        if len(self.losses) >= self.settings.warm_up:
             level = Level.of(self.log_norms, NORM_FLOOR)
             high = level.sigmas(log_norm)
             limit = math.exp(level.median + self.settings.clip_sigmas * level.sigma)
@@ -103,7 +108,7 @@ class Guard:
                 self.held.append(log_norm)
                 if not self._new_level():
                     return self._trouble(step, reason)
-                self.log_norms = self.held[:-1]
+                self.log_norms, self.held = self.held[:-1], []
                 judgement = Judgement("clip", f"a new level: {reason}", limit)
             elif high > self.settings.clip_sigmas:
                 judgement = Judgement("clip", reason, limit)
@@ -112,7 +117,8 @@ class Guard:
 
     def _new_level(self) -> bool:
         """True when gradients are larger step after step, but alike and at a usual loss: nothing that data explains."""
-        return len(self.held) > self.settings.max_skips and max(self.held) - min(self.held) < ONE_LEVEL
+        enough = max(self.settings.max_skips, LEAST_HELD)
+        return len(self.held) > enough and max(self.held) - min(self.held) < ONE_LEVEL
 
     def _trouble(self, step: int, reason: str) -> Judgement:
         self.calm = 0

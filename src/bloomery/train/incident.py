@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bloomery.parallel.attribution import attribute
+from bloomery.parallel.attribution import Attribution, attribute
 from bloomery.parallel.engine import StepStatistics
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.modules import GROUPS
@@ -18,8 +18,18 @@ MAX_DOCUMENTS = 32
 NAMES = {"clip": "step_clipped", "skip": "step_skipped", "rewind": "step_undone", "stop": "stopped"}
 
 
-def settle(session: Session, step: int, judgement: Judgement, statistics: StepStatistics, loss_part: Tensor) -> int:
-    """Act on what all ranks have said in this step, gradients still at hand. Returns the number of the next step.
+def trace(session: Session, judgement: Judgement, loss_part: Tensor) -> Attribution | None:
+    """Ask all ranks where trouble came from, before an update scales the gradients; None where there is none."""
+    if judgement.verdict == "ok" or (judgement.verdict == "clip" and judgement.limit >= session.job.optimizer.clip):
+        return None
+    with session.clock.bucket("logging"):
+        return attribute(session.engine, loss_part)
+
+
+def settle(
+    session: Session, step: int, judgement: Judgement, statistics: StepStatistics, origin: Attribution | None
+) -> int:
+    """Act on what all ranks have said in this step; `origin`: what `trace` found. Returns the number of the next step.
 
     Raises BloomeryError with the diagnosis when training must stop.
     """
@@ -27,10 +37,10 @@ def settle(session: Session, step: int, judgement: Judgement, statistics: StepSt
     session.memory.settle(statistics.votes)
     session.stopping = bool(statistics.votes.stop)
     report_saves(session)
-    if judgement.verdict == "ok" or (judgement.verdict == "clip" and judgement.limit >= session.job.optimizer.clip):
+    if origin is None:
         return step + 1
     with session.clock.bucket("logging"):
-        diagnosis = report(session, step, judgement, statistics, loss_part)
+        diagnosis = report(session, step, judgement, statistics, origin)
     if judgement.verdict == "stop":
         raise BloomeryError(diagnosis)
     if judgement.verdict == "rewind":
@@ -38,9 +48,8 @@ def settle(session: Session, step: int, judgement: Judgement, statistics: StepSt
     return step + 1
 
 
-def report(session: Session, step: int, judgement: Judgement, statistics: StepStatistics, loss_part: Tensor) -> str:
-    """Ask all ranks where it came from, gradients still at hand; rank 0 writes the event. Returns the diagnosis."""
-    found = attribute(session.engine, loss_part)
+def report(session: Session, step: int, judgement: Judgement, statistics: StepStatistics, found: Attribution) -> str:
+    """Say where it came from; rank 0 writes the event. Returns the diagnosis."""
     ratios = dict(zip(GROUPS, session.guard.group_ratios(statistics.groups), strict=True))
     samples = _samples(session, step, found.rank)
     diagnosis = f"step {step}: {judgement.reason}; module {found.module}"

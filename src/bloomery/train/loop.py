@@ -24,7 +24,7 @@ from bloomery.train import heap
 from bloomery.train.batches import Batches, open_dataset, open_tokens
 from bloomery.train.checkpoint import Keep
 from bloomery.train.guard import Guard
-from bloomery.train.incident import settle
+from bloomery.train.incident import settle, trace
 from bloomery.train.memory import MemoryCopies
 from bloomery.train.optimizers import build_optimizers
 from bloomery.train.profile import ProfileWindow
@@ -90,6 +90,7 @@ def _step(session: Session, step: int) -> int:
         judgement = session.guard.judge(
             step, statistics.loss, statistics.grad_norm, statistics.nonfinite, statistics.groups
         )
+        origin = trace(session, judgement, loss_part)
         rate = learning_rate(job.optimizer, step, job.steps)
         if judgement.verdict in ("ok", "clip"):
             norm = statistics.grad_norm
@@ -98,7 +99,7 @@ def _step(session: Session, step: int) -> int:
             session.optimizers.clip(min(job.optimizer.clip, judgement.limit), norm)
             session.optimizers.set_rate(rate)
             engine.update(session.optimizers)
-    done = settle(session, step, judgement, statistics, loss_part)
+    done = settle(session, step, judgement, statistics, origin)
     with clock.bucket("optimizer"):
         session.optimizers.zero_grad()
         if done > step:
@@ -114,7 +115,8 @@ def _step(session: Session, step: int) -> int:
     for every, pause in pauses if step < done < job.steps else ():
         if every and done % every == 0:
             clock.catch_up("optimizer")
-            pause(session, done)
+            with session.recorder.paused():
+                pause(session, done)
     with clock.bucket("logging"):
         session.recorder.step(step + 1, statistics, rate, judgement.verdict)
     session.recorder.lap(step + 1, clock.lap(), session.writer.account())
@@ -153,6 +155,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         compiled=_compiled(job, mesh, recorder),
         stabilisers=job.stabilisers,
         float8=job.float8,
+        start_scale=job.optimizer.start_scale(job.model.hidden),
     )
     optimizers = build_optimizers(engine, job.optimizer, job.averaging, job.steps)
     session = Session(

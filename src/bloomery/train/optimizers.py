@@ -227,9 +227,10 @@ def lr_factor(settings: Optimizer, parameter: Parameter, hidden: int) -> float:
 
     `mup` keeps what one step does to activations the same at every width (Yang et al. 2022, arXiv 2203.03466, table 3):
     under AdamW, matrices that read a hidden state take 1 / width. Muon's update of root mean square 0.2 has a spectral
-    norm that grows as the root of the width, and that norm is what must stay (Yang et al. 2023, 2310.17813).
+    norm that grows as the root of the width, and that norm is what must stay (Yang et al. 2023, 2310.17813). How these
+    matrices start is the other half of it, see `model.init`.
     """
-    shrink = settings.base_hidden / hidden if settings.scaling == "mup" else 1.0
+    shrink = settings.shrink(hidden)
     if parameter.kind == "embedding":
         return settings.embedding_lr_factor
     if parameter.name == "head.weight":

@@ -6,8 +6,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,15 @@ class Recorder:
     def resumed(self, step: int, source: str) -> None:
         """The run goes on from a state found in `source`: memory or disk."""
         self.event("resumed", step=step, source=source)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What passes inside is no part of a step's time and speed; the ledger has it in buckets of its own."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._last += time.perf_counter() - begun
 
     def step(self, done: int, statistics: StepStatistics, rate: float, verdict: str) -> None:
         """One finished step: metrics line and live line, at the next `catch_up`."""

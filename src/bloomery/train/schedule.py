@@ -14,7 +14,9 @@ def learning_rate(optimizer: Optimizer, step: int, n_steps: int) -> float:
         return optimizer.lr * (step + 1) / warmup
     if optimizer.schedule == "constant":
         return optimizer.lr
-    span = n_steps - warmup if optimizer.schedule == "cosine" else max(1, round(optimizer.decay * n_steps))
+    span = n_steps - warmup
+    if optimizer.schedule == "wsd":
+        span = min(span, max(1, round(optimizer.decay * n_steps)))  # the decay begins where the warm-up ends, or later
     done = min(1.0, max(0.0, (step + 1 - (n_steps - span)) / span))
     share = 0.5 * (1 + math.cos(math.pi * done)) if optimizer.schedule == "cosine" else 1 - done
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * share

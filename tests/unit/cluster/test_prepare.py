@@ -158,6 +158,23 @@ def test_alignment_without_pairs_says_where_they_come_from(run: Run, tmp_path: P
         prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
 
 
+def test_an_alignment_batch_that_the_ranks_do_not_divide_is_refused_before_pre_training(run: Run) -> None:
+    stages = (run.align[0], run.align[0].model_copy(update={"name": "more", "global_batch": 3}))
+    two = run.model_copy(update={"layout": Layout(dp=2, micro_batch=2), "align": stages})
+    with pytest.raises(InputError, match=r"align\.1\.global_batch: dp\*micro_batch must divide global_batch 3; found"):
+        prepare.prepare_pretraining(two, world_size=None, fresh=False)
+
+
+def test_an_alignment_batch_smaller_than_a_micro_batch_is_one(run: Run, tmp_path: Path) -> None:
+    stage = run.align[0].model_copy(update={"global_batch": 2})
+    wide = run.model_copy(update={"layout": Layout(micro_batch=4), "align": (stage,)})
+    _, job = prepare.prepare_pretraining(wide, world_size=None, fresh=False)
+    assert job.layout.micro_batch == 4
+    initial = checkpoint(tmp_path / "step_000002", "{}")
+    _, job = prepare.prepare_alignment(wide, stage, initial, tmp_path / "sft", fresh=False)
+    assert (job.layout.micro_batch, job.global_batch) == (2, 2)
+
+
 def redescribed(run: Run, **values: object) -> Run:
     """The run with other settings of its data."""
     return run.model_copy(update={"data": run.data.model_copy(update=values)})

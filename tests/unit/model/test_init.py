@@ -10,8 +10,9 @@ import torch
 from bloomery.model.init import initial_value
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import all_parameters
+from bloomery.spec.run import Optimizer
 
 SHAPE = {"layers": 3, "hidden": 64, "heads": 4, "vocab": 512, "max_seq_len": 16}
 
@@ -50,6 +51,17 @@ def test_by_default_weights_are_gpt2s() -> None:
     for name, found in deviations.items():
         written = name.endswith((".o.weight", ".down.weight"))
         assert found == pytest.approx(0.02 / math.sqrt(6) if written else 0.02, rel=0.1), name
+
+
+def test_what_reads_the_stream_starts_smaller_where_rates_follow_the_width() -> None:
+    model = Model(**SHAPE, init="unit_stream", moe=MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=32))
+    for parameter in all_parameters(model):
+        plain, scaled = (initial_value(model, parameter, 0, torch.float32, scale) for scale in (1.0, 0.5))
+        reads = parameter.kind == "matrix" and parameter.shape[-1] == 64
+        torch.testing.assert_close(scaled, plain * 0.5 if reads else plain, rtol=1e-6, atol=0)
+    assert Optimizer(scaling="mup", base_hidden=64).start_scale(64) == 1.0
+    assert Optimizer(scaling="mup", base_hidden=64).start_scale(256) == 0.5
+    assert Optimizer(base_hidden=64).start_scale(256) == 1.0
 
 
 def test_a_head_that_is_the_embedding_cannot_start_at_zero() -> None:

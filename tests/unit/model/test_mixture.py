@@ -165,6 +165,16 @@ def test_each_rank_draws_its_own_experts_as_a_whole_draw_has_them() -> None:
         assert expected.std() > 0
 
 
+def test_the_router_of_a_single_expert_learns_from_the_loss_unless_told_otherwise() -> None:
+    assert MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=8).normalize_top_k
+    told = MixtureOfExperts(experts=4, top_k=1, expert_ffn_hidden=8, normalize_top_k=True)
+    assert told.normalize_top_k  # as in a checkpoint of Mixtral's kind
+    module = mixture(top_k=1, balancing="none")
+    module(torch.randn(2, 5, 16, dtype=torch.float64)).square().sum().backward()
+    assert module.router.weight.grad is not None
+    assert module.router.weight.grad.norm() > 0.01
+
+
 @pytest.mark.parametrize(
     ("moe", "words"),
     [

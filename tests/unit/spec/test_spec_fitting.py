@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bloomery.spec.fitting import fitted
+from bloomery.spec.fitting import fitted, with_batch
 from bloomery.spec.layout import Layout
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
@@ -52,3 +52,10 @@ def test_what_is_found_keeps_every_rule_and_there_is_always_something(layout: st
     found = fitted(MODEL, Layout.parse(layout), ranks, global_batch=batch, seq_len=16)
     assert found is not None and found.world_size <= ranks
     check_layout(MODEL, found, global_batch=batch, seq_len=16, run=True)
+
+
+@pytest.mark.parametrize(("layout", "global_batch", "micro_batch"), [("dp=2,mb=4", 16, 4), ("dp=2,mb=4", 12, 2)])
+def test_another_batch_takes_the_largest_micro_batch_that_divides_both(
+    layout: str, global_batch: int, micro_batch: int
+) -> None:
+    assert with_batch(Layout.parse(layout), global_batch).micro_batch == micro_batch

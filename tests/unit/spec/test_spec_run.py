@@ -8,7 +8,7 @@ import pytest
 
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
-from bloomery.spec.run import Run, Train, step_window
+from bloomery.spec.run import AlignStage, Optimizer, Run, Train, step_window
 
 MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
 
@@ -59,3 +59,36 @@ def test_true_and_text_stay_where_they_belong() -> None:
     assert Train.checked({"profile": "2-3"}).profile == "2-3"
     with pytest.raises(InputError, match=r"optimizer\.betas\.1: a plain number"):
         Train.checked({"optimizer": {"betas": [0.9, "0.95"]}})
+
+
+def test_the_least_learning_rate_is_a_tenth_of_the_rate_and_never_above_it() -> None:
+    assert Optimizer().min_lr == 1e-4
+    assert Optimizer.checked({"lr": 5e-5}).min_lr == pytest.approx(5e-6)
+    assert Optimizer.checked({"lr": 5e-5, "min_lr": 5e-5}).min_lr == 5e-5
+    with pytest.raises(InputError, match=r"optimizer: min_lr 0\.0001 must not exceed lr 2e-05"):
+        Train.checked({"optimizer": {"lr": 2e-5, "min_lr": 1e-4}})
+    with pytest.raises(InputError, match="lr: more than 0 is expected"):
+        Optimizer.checked({"lr": -1})
+
+
+def test_one_key_of_an_alignment_optimizer_leaves_the_rates_of_the_stage() -> None:
+    usual = AlignStage().optimizer
+    given = AlignStage.checked({"optimizer": {"weight_decay": 0}}).optimizer
+    assert given == usual.model_copy(update={"weight_decay": 0.0})
+    assert AlignStage.checked({"optimizer": {"lr": 2e-5}}).optimizer.min_lr == pytest.approx(2e-6)
+    with pytest.raises(InputError, match=r"optimizer\.lrr: unknown key"):
+        AlignStage.checked({"optimizer": {"lrr": 1}})
+
+
+def test_a_ramp_that_cannot_be_is_refused_before_the_steps_of_the_run_are_counted() -> None:
+    ramp = [{"tokens": 1000, "seq_len": 64}]
+    with pytest.raises(InputError, match="seq_len 64 must divide seq_len 32"):
+        Train.checked({"seq_len": 32, "tokens": 10_000, "ramp": ramp, "profile": "1-2"})
+
+
+@pytest.mark.parametrize("averaging", [{"every": 5000}, {"start": 0.95, "every": 6}])
+def test_an_average_of_one_moment_is_refused(averaging: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="averaging: one update in 100 steps is no average"):
+        Train.checked({"steps": 100, "averaging": {"method": "uniform", **averaging}})
+    assert Train.checked({"steps": 100, "averaging": {"method": "uniform", "every": 99}}).averaging.updates(100) == 2
+    Train.checked({"steps": 100, "averaging": {"every": 5000}})

@@ -22,7 +22,7 @@ from bloomery.train.writer import Writer
 
 MODEL = Model(layers=1, hidden=16, heads=2, ffn_hidden=48, vocab=32, max_seq_len=8)
 NAME, STEPS = "layers.0.ffn.up.weight", 10
-EMA = Averaging(method="ema", decay=0.8, every=2, start=0.3)
+EMA = Averaging(method="ema", decay=0.6, every=2, start=0.3)
 UNIFORM = Averaging(method="uniform", every=3, start=0.1)
 
 
@@ -51,15 +51,21 @@ def steps(engine: Engine, optimizers: Optimizers, first: int, stop: int) -> list
 def test_an_average_is_that_of_the_weights_there_were() -> None:
     engine, optimizers = training(EMA)
     after = steps(engine, optimizers, 0, STEPS)
-    expected = after[2]  # of step 3, the first
-    for done in (5, 7, 9):
-        expected = 0.8 * expected + 0.2 * after[done - 1]
+    expected = after[2].lerp(after[4], 0.5)  # of step 3, the first, and 5: a mean until that is a smaller share
+    for done in (7, 9):
+        expected = 0.6 * expected + 0.4 * after[done - 1]
     torch.testing.assert_close(optimizers.average.kept[engine.parameters()[NAME]], expected)
 
     engine, optimizers = training(UNIFORM)
     after = steps(engine, optimizers, 0, STEPS)
     expected = torch.stack([after[done - 1] for done in (1, 4, 7, 10)]).mean(0)
     torch.testing.assert_close(optimizers.average.kept[engine.parameters()[NAME]], expected)
+
+
+def test_a_slow_average_of_a_short_run_is_the_mean_of_its_weights() -> None:
+    engine, optimizers = training(Averaging(method="ema"))
+    after = steps(engine, optimizers, 0, STEPS)
+    torch.testing.assert_close(optimizers.average.kept[engine.parameters()[NAME]], torch.stack(after).mean(0))
 
 
 def test_it_takes_the_weights_place_and_gives_it_back() -> None:

@@ -111,6 +111,36 @@ def test_a_lasting_higher_level_at_the_usual_loss_is_accepted_and_clipped() -> N
     assert judged[5].limit < 20 * usual
 
 
+@pytest.mark.parametrize("max_skips", [0, 1])
+def test_few_allowed_skips_do_not_make_a_spike_a_level(max_skips: int) -> None:
+    guard = Guard(GuardSettings(max_skips=max_skips))
+    for step in range(64):
+        guard.judge(step, 2.0, 1.0, 0)
+    verdicts = [guard.judge(64 + i, 2.0, norm, 0).verdict for i, norm in enumerate([1e6, 1e6][: max_skips + 1])]
+    assert verdicts == ["skip"] * max_skips + ["rewind"]
+
+
+def test_a_new_level_is_judged_against_from_its_first_step() -> None:
+    guard = trained()
+    usual, loss = math.exp(guard.log_norms[-1]), guard.losses[-1]
+    for i in range(17):
+        guard.judge(200 + i, loss, 20 * usual, 0)
+    resumed = Guard.from_state(json.loads(json.dumps(guard.state())), guard.settings)
+    found = guard.judge(217, loss, 8e6 * usual, 0)
+    assert found.verdict == "rewind"  # five were skipped before the level was taken for one
+    assert resumed.judge(217, loss, 8e6 * usual, 0) == found
+
+
+def test_a_run_that_goes_on_at_a_new_level_raises_no_alarm() -> None:
+    for seed in range(60):
+        guard, chance = Guard(), random.Random(seed)
+        for step in range(128):
+            guard.judge(step, 2.0, math.exp(chance.gauss(0, SIGMA)), 0)
+        verdicts = [guard.judge(128 + i, 2.0, 20 * math.exp(chance.gauss(0, SIGMA)), 0).verdict for i in range(80)]
+        assert verdicts[:6] == ["skip"] * 5 + ["clip"]
+        assert set(verdicts[6:]) <= {"ok", "clip"}
+
+
 def test_a_resumed_guard_judges_as_the_one_that_went_on() -> None:
     guard = trained()
     guard.judge(200, math.nan, 1.0, 1)

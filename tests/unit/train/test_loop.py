@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -27,7 +28,10 @@ from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
+from bloomery.train import loop
 from bloomery.train import profile as profiles
+from bloomery.train import record as records
+from bloomery.train.guard import Guard, Judgement
 from bloomery.train.loop import run
 
 STEPS = 3
@@ -151,3 +155,48 @@ def test_a_profiler_starts_and_stops_where_nobody_is_hurried(
     steps = trained(job.model_copy(update={"profile": window}), tmp_path / "run", Clock(entered=said.append))
     assert during == ["profile"] * 3
     assert ["profile" in buckets for buckets in steps[:2]] == [False, True]
+
+
+def test_evaluations_and_copies_of_the_state_are_no_part_of_a_steps_time(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Time:
+        """Hardly passes, but for a day in every pause."""
+
+        now, time, paused = 0.0, staticmethod(time.time), 0
+
+        def perf_counter(self) -> float:
+            self.now += 1.0
+            return self.now
+
+        def pass_a_day(self, *_: Any) -> None:
+            self.now += 86_400.0
+            self.paused += 1
+
+    fake = Time()
+    monkeypatch.setattr(records, "time", fake)
+    for pause in ("save", "keep_in_memory", "evaluate"):
+        monkeypatch.setattr(loop, pause, fake.pass_a_day)
+    every = {"checkpoint_every": 1, "memory_every": 1, "evaluate_every": 2}
+    buckets = trained(job.model_copy(update=every), tmp_path / "run", Clock())
+    rows = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert fake.paused == 5  # not after the last step
+    assert len(rows) == len(buckets) == STEPS
+    assert all(0 < row["step_time_s"] < 100 for row in rows)
+    assert all(row["tokens_per_s"] == 16 / row["step_time_s"] for row in rows)
+
+
+def test_an_incident_holds_the_gradients_from_before_they_were_clipped(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms of all modules together are the one that was judged."""
+
+    def judged(guard: Guard, step: int, *_: Any) -> Judgement:
+        return Judgement("clip", "by hand", 1e-3) if step == 1 else Judgement("ok")
+
+    monkeypatch.setattr(Guard, "judge", judged)
+    trained(job, tmp_path / "run", Clock())
+    [found] = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "step_clipped"]
+    norm = read_lines(tmp_path / "run" / "metrics.jsonl")[1]["grad_norm"]
+    assert norm > 0.1
+    assert math.hypot(*found["module_norms"].values()) == pytest.approx(norm, rel=1e-4)

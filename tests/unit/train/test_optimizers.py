@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import Engine, build
@@ -24,11 +25,11 @@ MUON = Optimizer(name="muon", lr=0.02, embedding_lr_factor=3.0, head_lr_factor=0
 STATE = {"cursor": 0, "run_hash": "a", "data_hash": "b", "guard": {}, "fence": 0}
 
 
-def engine(model: Model = MODEL) -> Engine:
+def engine(model: Model = MODEL, start_scale: float = 1.0) -> Engine:
     """A tiny model on one process."""
     return build(
         model, Layout(micro_batch=4), Mesh(Layout(micro_batch=4), torch.device("cpu"), 0, None), seq_len=8,
-        global_batch=4, dtype="float32", seed=0, measure=lambda _: contextlib.nullcontext(),
+        global_batch=4, dtype="float32", seed=0, measure=lambda _: contextlib.nullcontext(), start_scale=start_scale,
     )  # fmt: skip
 
 
@@ -128,29 +129,40 @@ def test_a_checkpoint_holds_one_moment_of_a_matrix_and_two_of_the_rest(tmp_path:
     assert {"exp_avg.head.weight", "exp_avg_sq.head.weight", "exp_avg.layers.0.ffn_norm.weight"} <= held
 
 
-def moved_logits(name: str, scaling: str, hidden: int) -> float:
-    """Root mean square by which three steps move the logits of a model of this width."""
+def moved(name: str, scaling: str, hidden: int) -> dict[str, list[float]]:
+    """Root mean square, step by step, of what blocks write and of how far logits have moved, by what is measured."""
     model = Model(
-        layers=1, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="unit_stream"
+        layers=2, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="unit_stream"
     )  # fmt: skip
-    part = engine(model)
-    text = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        before = part.stages[0](text[:, :-1])
-    settings = Optimizer(name=name, lr=1e-3, scaling=scaling, base_hidden=32, weight_decay=0.0)  # type: ignore[arg-type]
+    settings = Optimizer(name=name, lr=2e-3, scaling=scaling, base_hidden=32, weight_decay=0.0)  # type: ignore[arg-type]
+    part, seen = engine(model, settings.start_scale(hidden)), dict[str, list[float]]()
+
+    def watch(what: str, module: nn.Module) -> None:
+        module.register_forward_hook(lambda _, inputs, output: seen.setdefault(what, []).append(size(output)))
+
+    for number, layer in enumerate(part.stages[0].blocks()):
+        watch(f"attention {number}", layer.attention)
+        watch(f"feed-forward {number}", layer.ffn)
     optimizers = build_optimizers(part, settings)
-    for _ in range(3):
+    text = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(1))
+    for _ in range(4):
         part.forward_backward(Batch(text[:, :-1], text[:, 1:], 32))
         optimizers.step()
         optimizers.zero_grad()
     with torch.no_grad():
-        return float((part.stages[0](text[:, :-1]) - before).square().mean().sqrt())
+        return {**seen, "logits": [size(part.stages[0](text[:, :-1]))]}
+
+
+def size(values: torch.Tensor) -> float:
+    return float(values.detach().square().mean().sqrt())
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_under_mup_a_step_moves_the_logits_as_far_at_every_width(name: str) -> None:
+def test_under_mup_steps_move_blocks_and_logits_as_far_at_every_width(name: str) -> None:
     """The coordinate check of 2203.03466, appendix D.1: 8 times as wide, the same learning rate."""
-    plain = moved_logits(name, "none", 256) / moved_logits(name, "none", 32)
-    scaled = moved_logits(name, "mup", 256) / moved_logits(name, "mup", 32)
-    assert plain > 4
-    assert 0.5 < scaled < 2
+    narrow, wide, plain = moved(name, "mup", 32), moved(name, "mup", 256), moved(name, "none", 256)
+    assert plain["logits"][0] > 4 * narrow["logits"][0]
+    for what, values in narrow.items():
+        for step, value in enumerate(values):
+            if what == "logits" or step > 1:  # blocks begin with zero, and the head after the first step moves them
+                assert 0.5 < wide[what][step] / value < 2, (what, step)

@@ -43,6 +43,22 @@ def test_wsd_is_flat_then_falls_linearly() -> None:
     assert learning_rate(optimizer, 99, 100) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize(("warmup", "decay"), [(0.4, 0.9), (0.05, 1.0)])
+def test_a_decay_begins_no_earlier_than_the_warm_up_ends(warmup: float, decay: float) -> None:
+    optimizer = Optimizer(lr=1.0, min_lr=0.0, warmup=warmup, decay=decay, schedule="wsd")
+    rates = [learning_rate(optimizer, step, 20) for step in range(20)]
+    first = round(20 * warmup)
+    falls = [before - after for before, after in zip(rates[first - 1 :], rates[first:], strict=False)]
+    assert falls == pytest.approx([1 / (20 - first)] * (20 - first))
+
+
+def test_no_schedule_rises_after_its_warm_up_by_default() -> None:
+    optimizer = Optimizer(lr=5e-5)
+    rates = [learning_rate(optimizer, step, 100) for step in range(100)]
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(5e-6)
+
+
 def write_checkpoint(folder: Path, step: int, whole: torch.Tensor, cuts: list[tuple[slice, slice]]) -> None:
     """A checkpoint of one matrix cut into rectangles, one file each."""
     target = folder / f"step_{step:06d}"
