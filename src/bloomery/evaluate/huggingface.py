@@ -27,7 +27,7 @@ from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
 from bloomery.model.names import translations
 from bloomery.model.transformer import Transformer
 from bloomery.spec.catalog import cluster
-from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, write_commit
+from bloomery.spec.commit import FORMAT, IMPORTED, Commit, FileRecord, Rectangle, TensorRecord, write_commit
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.layout import Layout
@@ -100,7 +100,7 @@ def import_directory(source: Path, target: Path) -> Run:
     run, tokenizer = _imported_run(target, model), read_tokenizer(source / TOKENIZER_FILE)
     tokenizer = tokenizer.with_ends(ends_of(source, config, tokenizer))
     with _whole_or_absent(target):
-        _write_checkpoint(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
+        write_imported(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
         tokenizer.save(target / "data")
         write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE])
         write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
@@ -138,7 +138,7 @@ def _read_tensors(source: Path, model: Model, config: dict[str, Any]) -> dict[st
     return {name: found[name].contiguous() for name in shapes}
 
 
-def _write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+def write_imported(folder: Path, tensors: dict[str, Tensor]) -> None:
     """A committed checkpoint of whole tensors, as one process would write it."""
     file = "rank_00000.safetensors"
     folder.mkdir(parents=True)
@@ -153,8 +153,8 @@ def _write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
         format=FORMAT,
         step=0,
         cursor=0,
-        run_hash="imported",
-        data_hash="imported",
+        run_hash=IMPORTED,
+        data_hash=IMPORTED,
         layout=Layout(),
         guard={},
         tensors=records,
