@@ -36,6 +36,8 @@ from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 from bloomery.spec.seal import check_sums, sealed_text, sha256_of, write_sums
 
+HEAD = "lm_head.weight"
+
 
 @contextmanager
 def _whole_or_absent(target: Path) -> Iterator[None]:
@@ -131,11 +133,25 @@ def _read_tensors(source: Path, model: Model, config: dict[str, Any]) -> dict[st
         for part in parts:
             # What their tensors must look like is what ours would become.
             expected = part.to_theirs([torch.empty(shapes[name], device="meta") for name in part.ours])
-            theirs = [files.read(name, like.shape) for name, like in zip(part.theirs, expected, strict=True)]
+            names = part.theirs
+            if model.tie_embeddings and part.ours == ("embedding.weight",):
+                names = (_tied(files, names[0], expected[0].shape),)
+            theirs = [files.read(name, like.shape) for name, like in zip(names, expected, strict=True)]
             found |= zip(part.ours, part.to_ours(theirs), strict=True)
         beyond = range(model.layers, model.layers + further_layers(config))
         files.refuse_others({name for part in parts for name in part.theirs}, beyond)
     return {name: found[name].contiguous() for name in shapes}
+
+
+def _tied(files: TensorFiles, embedding: str, shape: tuple[int, ...]) -> str:
+    """The name that an embedding which is the head too is stored under: either may be left out. Raises InputError where
+    both are there and differ, for then they are not tied, whatever config.json says."""
+    if HEAD not in files:
+        return embedding
+    if embedding in files and not torch.equal(files.read(embedding, shape), files.read(HEAD, shape)):
+        problem = f"differs from {embedding}, to which config.json ties it; tie_word_embeddings: false there keeps both"
+        raise InputError(problem, where=f"{files.source}: {HEAD}")
+    return embedding if embedding in files else HEAD
 
 
 def write_imported(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bloomery.evaluate import huggingface
 from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
@@ -47,7 +47,29 @@ def test_the_exported_config_keeps_every_field_of_the_imported_one(
     assert {key: after[key] for key in before} == before
 
 
-WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+def with_tensors(source: Path, change: Callable[[dict], dict]) -> Path:
+    """The directory with other tensors."""
+    save_file(change(load_file(source / "model.safetensors")), source / "model.safetensors")
+    return source
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(hugging_face: Make, tmp_path: Path) -> None:
+    source = with_tensors(hugging_face(tied=True), lambda there: {**there, HEAD: there[EMBEDDING] + 1})
+    with pytest.raises(InputError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
+        import_directory(source, tmp_path / "run")
+    load_directory(edited(source, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("left_out", [(), (EMBEDDING,)])
+def test_a_tied_embedding_may_be_stored_as_the_head(hugging_face: Make, left_out: tuple[str, ...]) -> None:
+    source = hugging_face(tied=True)
+    embedding = load_file(source / "model.safetensors")[EMBEDDING]
+    with_tensors(source, lambda there: {**there, HEAD: embedding.clone()})
+    with_tensors(source, lambda there: {name: there[name] for name in there if name not in left_out})
+    assert torch.equal(dict(load_directory(source).named_parameters())["embedding.weight"], embedding)
 
 
 WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
