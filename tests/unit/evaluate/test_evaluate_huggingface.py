@@ -83,6 +83,8 @@ def edited(folder: Path, **changes: object) -> Path:
 
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +101,10 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
         ({"num_hidden_layers": 10**18, "architectures": ["MistralForCausalLM"], "sliding_window": 4}, "at most 10000"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling: not what"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_scaling: not what"),
+        ({"original_max_position_embeddings": 32, "rope_scaling": YARN}, "original_max_position_embeddings 32 beside"),
+        ({"rope_scaling": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({**MISTRAL, "use_sliding_window": False}, "use_sliding_window: contradicts sliding_window 4"),
+        ({**MISTRAL, "layer_types": ["full_attention"] * 2}, "layer_types: contradicts sliding_window 4"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -134,6 +140,9 @@ DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
         ),
         ({"rope_scaling": {"type": 3}}, "rope_scaling: type: text is expected; found 3"),
         ({"rope_theta": None}, "rope_theta: this key is required"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters: rope_theta: a number is expected"),
+        ({"architectures": None, "model_type": None}, "model_type: this key is required"),
+        ({"architectures": [], "model_type": "bert"}, "model_type: an architecture that is not read; found 'bert'"),
         ({"attention_bias": "no"}, "attention_bias: true or false is expected; found 'no'"),
         ({**QWEN2, "sliding_window": "8"}, "sliding_window: a whole number is expected; found '8'"),
         ({**QWEN2, "max_window_layers": None}, "max_window_layers: this key is required"),
@@ -146,6 +155,7 @@ DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
             {**DEEPSEEK, "first_k_dense_replace": 0, "n_group": "2", "n_routed_experts": 4},
             "n_group: a whole number is expected; found '2'",
         ),
+        ({**DEEPSEEK, "routed_scaling_factor": None}, "routed_scaling_factor: this key is required"),
         ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank: this key is required"),
         ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts: this key is required"),
         ({"architectures": ["GPT2LMHeadModel"]}, "n_layer: this key is required"),
