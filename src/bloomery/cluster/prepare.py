@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.booking import START_FILE
+from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
 from bloomery.data.origin import check_tokenizer, other_pairs, other_text, tokenizer_hash
 from bloomery.data.pairs import PairDataset
@@ -23,7 +24,7 @@ from bloomery.perf.flops import model_flops
 from bloomery.planner.outlook import goodput
 from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.cluster import Dtype
-from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, checkpoints_to_come
+from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, checkpoints_to_come, imported_checkpoint
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml, write_atomically
 from bloomery.spec.fitting import fitted, with_batch
@@ -290,8 +291,8 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     """Write a stage to its folder, emptied first when `fresh`; a finished one is left as it is and its job returned.
 
     Raises InputError, before anything is touched, when another process trains there, when the disk cannot hold the
-    checkpoints or the memory their copies, or when checkpoints there were made by another job: a resume must not mix
-    two.
+    checkpoints or the memory their copies, or when checkpoints there were made by another job or imported for another
+    model: a resume must not mix two.
     """
     checkpoints = folder / "checkpoints"
     averages = 0 if job.averaging.method == "none" else 1
@@ -300,6 +301,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     if job.memory_every:
         check_memory(parameter_count(job.model), folder, averages=averages)
     with run_lock(folder):
+        check_imported(folder, job.model)
         if fresh:
             forget_copies(folder)
             _clear(folder)
@@ -389,7 +391,10 @@ def _compiled(run: Run, layout: Layout, dtype: str, step_time_s: float) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier run left: the files and folders that training and its reports write, nothing else."""
-    for name in WRITTEN:
-        path = folder / name
+    """Remove what an earlier run left: the files and folders that training and its reports write, nothing else. Weights
+    that were imported stay: no training can make them again."""
+    paths, kept = {folder / name for name in WRITTEN}, imported_checkpoint(folder / "checkpoints")
+    if kept is not None:
+        paths = (paths - {kept.parent}) | (set(kept.parent.iterdir()) - {kept})
+    for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

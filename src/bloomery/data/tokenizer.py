@@ -32,7 +32,7 @@ class Ends(Noun):
 class Tokenizer:
     """Text to token ids and back. Special tokens in text are not recognised, so text cannot forge them.
 
-    `own`: the ends of a model from elsewhere; else our end token begins and ends texts.
+    `own`: the ends of a model from elsewhere; else our end token begins and ends texts. Every id is below `size`.
     """
 
     def __init__(self, backend: Backend, own: Ends | None = None) -> None:
@@ -41,7 +41,9 @@ class Tokenizer:
         end = backend.token_to_id(END)
         self.own = own
         self.ends = own or Ends(bos=end, eos=() if end is None else (end,))
-        self.size: int = backend.get_vocab_size()
+        self._ids = frozenset[int](backend.get_vocab().values())
+        # A tokenizer from elsewhere may leave ids out: then they are fewer than the largest says.
+        self.size: int = 1 + max(self._ids, default=-1)
 
     @property
     def end(self) -> int:
@@ -73,6 +75,11 @@ class Tokenizer:
         """The tokens before which an answer ends."""
         marks = (*self.ends.eos, *map(self.find, SPECIALS))
         return tuple(dict.fromkeys(mark for mark in marks if mark is not None))
+
+    def holes(self, vocab: int) -> list[int]:
+        """The ids that a model of so many can draw and no token has, up to the largest that one has."""
+        whole = len(self._ids) == self.size
+        return [] if whole else [i for i in range(min(vocab, self.size)) if i not in self._ids]
 
     def find(self, token: str) -> int | None:
         """The id of a token, or None."""

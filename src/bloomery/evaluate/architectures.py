@@ -13,6 +13,7 @@ from typing import Any
 from bloomery.evaluate import expert_configs as experts
 from bloomery.evaluate.config_keys import NUMBER, TEXT, TEXTS, TRUTH, WHOLE, check_kinds, require_keys
 from bloomery.evaluate.rope_parameters import rope_of, rope_parameters_of
+from bloomery.evaluate.sliding_windows import one_window, window_from
 from bloomery.model.names import Family
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.model import Model
@@ -94,6 +95,7 @@ def config_of(model: Model) -> tuple[Family, Values]:
 
     Raises InputError naming the options that no family has.
     """
+    model = _without_idle_options(model)
     family = family_of(model)
     architecture = ARCHITECTURES[family]
     values = model.model_dump()
@@ -109,6 +111,12 @@ def config_of(model: Model) -> tuple[Family, Values]:
             found=", ".join(lost),
         )
     return family, config
+
+
+def _without_idle_options(model: Model) -> Model:
+    """The same computation under fewer names: a window that no text leaves, biases that `bias` has already."""
+    window = model.sliding_window if (model.sliding_window or 0) < model.max_seq_len else None
+    return model.model_copy(update={"sliding_window": window, "qkv_bias": model.qkv_bias and not model.bias})
 
 
 def _structure(model: Model) -> Values:
@@ -150,36 +158,22 @@ def model_of(config: Config, name: str, where: str) -> Model:
 
 def family_in(config: Config, where: str) -> Family:
     """The family a config.json names. Raises InputError for one that is not read."""
-    names = {architecture.class_name: family for family, architecture in ARCHITECTURES.items()}
-    check_kinds(config, {"architectures": TEXTS}, where)
-    found = (config.get("architectures") or ["?"])[0]
+    named = {architecture.class_name: family for family, architecture in ARCHITECTURES.items()}
+    check_kinds(config, {"architectures": TEXTS, "model_type": TEXT}, where)
+    # A file may leave the class out: then the family's name says as much.
+    key = "architectures" if config.get("architectures") else "model_type"
+    names = named if key == "architectures" else {family: family for family in ARCHITECTURES}
+    require_keys(config, [key], where)
+    found = config[key][0] if key == "architectures" else config[key]
     if found not in names:
-        near = nearest_match(found, names)
-        raise InputError("an architecture that is not read", where=where, found=found, accepted=names, nearest=near)
+        near, place = nearest_match(found, names), f"{where}: {key}"
+        raise InputError("an architecture that is not read", where=place, found=found, accepted=names, nearest=near)
     return names[found]
 
 
 def further_layers(config: Config) -> int:
     """How many layers a directory may have beyond its model's."""
     return max(config.get(key) or 0 for key in _FURTHER_LAYERS)
-
-
-def _window(config: Config, where: str, first: int = 0) -> int | None:
-    """Sliding window of every layer (from layer `first` on). Raises InputError where only some layers have one."""
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window is None or window >= (config.get("max_position_embeddings") or window + 1):
-        return None
-    layers = config["num_hidden_layers"]
-    named = config.get("layer_types") or []
-    if named and len(named) < layers:
-        raise InputError(f"a kind for each of {layers} layers is expected", where=f"{where}: layer_types", found=named)
-    default = {kind for kind, there in (("full_attention", first > 0), ("sliding_attention", layers > first)) if there}
-    kinds = set(named[:layers]) or default
-    if kinds == {"full_attention"}:
-        return None
-    if kinds != {"sliding_attention"}:
-        raise InputError("a sliding window in some layers only is not supported", where=f"{where}: layer_types")
-    return int(window)
 
 
 def _llama(config: Config, where: str) -> Values:
@@ -194,7 +188,7 @@ def _to_llama(model: Model) -> Values:
 
 
 def _mistral(config: Config, where: str) -> Values:
-    return {"sliding_window": _window(config, where), **rope_of(config, where)}
+    return {"sliding_window": one_window(config, where), **rope_of(config, where)}
 
 
 def _to_mistral(model: Model) -> Values:
@@ -202,7 +196,7 @@ def _to_mistral(model: Model) -> Values:
 
 
 def _qwen2(config: Config, where: str) -> Values:
-    window = _window(config, where, config["max_window_layers"])
+    window = window_from(config, where, config["max_window_layers"])
     return {"qkv_bias": True, "sliding_window": window, **rope_of(config, where)}
 
 
@@ -239,6 +233,8 @@ def _to_mixtral(model: Model) -> Values:
 
 
 def _qwen3_moe(config: Config, where: str) -> Values:
+    if not config["use_sliding_window"]:
+        config = {**config, "sliding_window": None}
     return {"qk_norm": True, **_mistral(config, where), "moe": experts.qwen3_moe(config, where)}
 
 
@@ -273,7 +269,11 @@ def _to_deepseek(model: Model) -> Values:
 
 
 _DEEPSEEK_KEYS = {ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"}
-_DEEPSEEK_NEEDED = ("first_k_dense_replace", *(key for key in _MLA_KEYS if key != "q_lora_rank"))
+_DEEPSEEK_NEEDED = (
+    "first_k_dense_replace",
+    "routed_scaling_factor",
+    *(key for key in _MLA_KEYS if key != "q_lora_rank"),
+)
 _DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6}
 """The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms."""
 _ROPE = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
@@ -317,14 +317,20 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _mixtral,
         _to_mixtral,
         fixed=_SILU,
-        default={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8},
+        default={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "router_aux_loss_coef": 0.001},
     ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
         _qwen3_moe,
         _to_qwen3_moe,
         fixed={**_SILU, "attention_bias": False},
-        default={**_ROPE, "num_key_value_heads": 4, "use_sliding_window": False, "sliding_window": 4096},
+        default={
+            **_ROPE,
+            "num_key_value_heads": 4,
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "router_aux_loss_coef": 0.001,
+        },
     ),
     "deepseek_v2": Architecture(
         "DeepseekV2ForCausalLM",
@@ -332,7 +338,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
         fixed={**_DEEPSEEK_FIXED, "mlp_bias": False, "norm_topk_prob": False},
-        default={**_ROPE, "first_k_dense_replace": 0},
+        default={**_ROPE, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001},
         needed=_DEEPSEEK_NEEDED,
     ),
     "deepseek_v3": Architecture(
@@ -341,7 +347,14 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
         fixed={**_DEEPSEEK_FIXED, "rope_interleave": True},
-        default={**_ROPE, "first_k_dense_replace": 3, "n_group": 8, "topk_group": 4, "norm_topk_prob": True},
+        default={
+            **_ROPE,
+            "first_k_dense_replace": 3,
+            "n_group": 8,
+            "topk_group": 4,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+        },
         needed=_DEEPSEEK_NEEDED,
     ),
 }

@@ -28,6 +28,7 @@ def complete(
     texts = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, room)
-        new = generate(module, ids, max_new=max_new, sampling=sampling, stop=tokenizer.ends.eos, limit=tokenizer.size)
+        stops, size, holes = tokenizer.ends.eos, tokenizer.size, tokenizer.holes(module.model.vocab)
+        new = generate(module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size, holes=holes)
         texts.append(tokenizer.decode(list(new)))
     return texts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from bloomery.spec.errors import InputError
@@ -23,7 +24,7 @@ def _list_of(words: str, one: Kind) -> Kind:
 
 # By `type`: true is no number.
 WHOLE = Kind("a whole number", lambda value: type(value) is int)
-NUMBER = Kind("a number", lambda value: type(value) in (int, float))
+NUMBER = Kind("a number", lambda value: type(value) is int or (type(value) is float and isfinite(value)))
 TRUTH = Kind("true or false", lambda value: type(value) is bool)
 TEXT = Kind("text", lambda value: isinstance(value, str))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, dict))

@@ -34,9 +34,10 @@ _DEEPSEEK = {
     "normalize_top_k": "norm_topk_prob",
     "routed_scaling_factor": "routed_scaling_factor",
 }
+_DEEPSEEK_V2 = {**_DEEPSEEK, "aux_loss_coefficient": "aux_loss_alpha"}
 _KINDS = {
     **dict.fromkeys((*_MIXTRAL.values(), *_QWEN3.values(), *_DEEPSEEK.values(), "n_group", "topk_group"), WHOLE),
-    **dict.fromkeys(("router_aux_loss_coef", "routed_scaling_factor"), NUMBER),
+    **dict.fromkeys(("router_aux_loss_coef", "aux_loss_alpha", "routed_scaling_factor"), NUMBER),
     "norm_topk_prob": TRUTH,
     "topk_method": TEXT,
     "mlp_only_layers": WHOLES,
@@ -85,7 +86,7 @@ def to_qwen3_moe(moe: MixtureOfExperts) -> Values:
 
 def deepseek_v2(config: Config, where: str) -> Values:
     """Softmax scores, the best expert of a group stands for it. Raises InputError for another `topk_method`."""
-    routed, methods = _read(config, _DEEPSEEK, where), {"greedy": False, "group_limited_greedy": True}
+    routed, methods = _read(config, _DEEPSEEK_V2, where), {"greedy": False, "group_limited_greedy": True}
     method = config.get("topk_method", "greedy")
     if method not in methods:
         raise InputError("not supported", where=f"{where}: topk_method", found=method, accepted=methods)
@@ -97,7 +98,7 @@ def to_deepseek_v2(moe: MixtureOfExperts) -> Values:
     """Groups only where there are several."""
     grouped = moe.groups > 1
     groups = {"n_group": moe.groups if grouped else None, "topk_group": moe.top_groups if grouped else None}
-    return {**_written(moe, _DEEPSEEK), **groups, "topk_method": "group_limited_greedy" if grouped else "greedy"}
+    return {**_written(moe, _DEEPSEEK_V2), **groups, "topk_method": "group_limited_greedy" if grouped else "greedy"}
 
 
 def deepseek_v3(config: Config, where: str) -> Values:

@@ -27,7 +27,7 @@ from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
 from bloomery.model.names import translations
 from bloomery.model.transformer import Transformer
 from bloomery.spec.catalog import cluster
-from bloomery.spec.commit import FORMAT, Commit, FileRecord, Rectangle, TensorRecord, write_commit
+from bloomery.spec.commit import FORMAT, IMPORTED, Commit, FileRecord, Rectangle, TensorRecord, write_commit
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.layout import Layout
@@ -35,6 +35,8 @@ from bloomery.spec.model import Model
 from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 from bloomery.spec.seal import check_sums, sealed_text, sha256_of, write_sums
+
+HEAD = "lm_head.weight"
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def import_directory(source: Path, target: Path) -> Run:
     run, tokenizer = _imported_run(target, model), read_tokenizer(source / TOKENIZER_FILE)
     tokenizer = tokenizer.with_ends(ends_of(source, config, tokenizer))
     with _whole_or_absent(target):
-        _write_checkpoint(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
+        write_imported(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
         tokenizer.save(target / "data")
         write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE])
         write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
@@ -131,14 +133,28 @@ def _read_tensors(source: Path, model: Model, config: dict[str, Any]) -> dict[st
         for part in parts:
             # What their tensors must look like is what ours would become.
             expected = part.to_theirs([torch.empty(shapes[name], device="meta") for name in part.ours])
-            theirs = [files.read(name, like.shape) for name, like in zip(part.theirs, expected, strict=True)]
+            names = part.theirs
+            if model.tie_embeddings and part.ours == ("embedding.weight",):
+                names = (_tied(files, names[0], expected[0].shape),)
+            theirs = [files.read(name, like.shape) for name, like in zip(names, expected, strict=True)]
             found |= zip(part.ours, part.to_ours(theirs), strict=True)
         beyond = range(model.layers, model.layers + further_layers(config))
         files.refuse_others({name for part in parts for name in part.theirs}, beyond)
     return {name: found[name].contiguous() for name in shapes}
 
 
-def _write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
+def _tied(files: TensorFiles, embedding: str, shape: tuple[int, ...]) -> str:
+    """The name that an embedding which is the head too is stored under: either may be left out. Raises InputError where
+    both are there and differ, for then they are not tied, whatever config.json says."""
+    if HEAD not in files:
+        return embedding
+    if embedding in files and not torch.equal(files.read(embedding, shape), files.read(HEAD, shape)):
+        problem = f"differs from {embedding}, to which config.json ties it; tie_word_embeddings: false there keeps both"
+        raise InputError(problem, where=f"{files.source}: {HEAD}")
+    return embedding if embedding in files else HEAD
+
+
+def write_imported(folder: Path, tensors: dict[str, Tensor]) -> None:
     """A committed checkpoint of whole tensors, as one process would write it."""
     file = "rank_00000.safetensors"
     folder.mkdir(parents=True)
@@ -153,8 +169,8 @@ def _write_checkpoint(folder: Path, tensors: dict[str, Tensor]) -> None:
         format=FORMAT,
         step=0,
         cursor=0,
-        run_hash="imported",
-        data_hash="imported",
+        run_hash=IMPORTED,
+        data_hash=IMPORTED,
         layout=Layout(),
         guard={},
         tensors=records,

@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bloomery.evaluate.config_keys import MAPPING, NUMBER, TEXT, check_kinds, require_keys
+from bloomery.evaluate.config_keys import MAPPING, NUMBER, TEXT, WHOLE, check_kinds, require_keys
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
 
+_ORIGINAL = "original_max_position_embeddings"
 _FIELDS: dict[str, dict[str, str]] = {
     "linear": {"factor": "factor"},
     "llama3": {
         "factor": "factor",
         "low_freq_factor": "low_freq_factor",
         "high_freq_factor": "high_freq_factor",
-        "original_max_seq_len": "original_max_position_embeddings",
+        "original_max_seq_len": _ORIGINAL,
     },
     "yarn": {
         "factor": "factor",
-        "original_max_seq_len": "original_max_position_embeddings",
+        "original_max_seq_len": _ORIGINAL,
         "beta_fast": "beta_fast",
         "beta_slow": "beta_slow",
         "mscale": "mscale",
@@ -47,7 +48,7 @@ def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     thetas = [rope["rope_theta"] for rope in spelt.values() if rope.get("rope_theta") is not None]
     if any(rule != rules[0] for rule in rules) or any(theta != thetas[0] for theta in thetas):
         problem = "not what rope_parameters beside it say"
-        raise InputError(problem, where=f"{where}: rope_scaling", found=config["rope_scaling"])
+        raise InputError(problem, where=f"{where}: rope_scaling", found=config.get("rope_scaling"))
     if not thetas:
         require_keys(config, ["rope_theta"], where)
     scaling = rules[0] if rules else {}
@@ -70,9 +71,21 @@ def _rule(spelt: Mapping[str, Any], config: Mapping[str, Any], place: str) -> di
     if unknown:
         raise InputError("not supported", where=place, found=", ".join(sorted(unknown)), accepted=fields.values())
     if "original_max_seq_len" in fields:
-        rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        rope[_ORIGINAL] = _original_length(rope, config, place)
     scaling = {ours: rope[theirs] for ours, theirs in fields.items() if rope.get(theirs) is not None}
     return {"rope_scaling": {"kind": kind, **scaling}}
+
+
+def _original_length(rope: Mapping[str, Any], config: Mapping[str, Any], place: str) -> int | None:
+    """The length of texts that a rule starts from. Raises InputError where the rule and the file beside it differ:
+    readers take one or the other."""
+    here, above = rope.get(_ORIGINAL), config.get(_ORIGINAL)
+    check_kinds(rope, {_ORIGINAL: WHOLE}, place)
+    check_kinds(config, {_ORIGINAL: WHOLE}, place.rpartition(": ")[0])
+    if None not in (here, above) and here != above:
+        raise InputError(f"not the {_ORIGINAL} {above} beside it in config.json", where=place, found=here)
+    given = (here, above, config.get("max_position_embeddings"))
+    return next((length for length in given if length is not None), None)
 
 
 def rope_parameters_of(model: Model) -> dict[str, Any]:

@@ -56,10 +56,16 @@ class TensorFiles:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def __contains__(self, name: str) -> bool:
+        return self._stored(name) in self.places
+
+    def _stored(self, name: str) -> str:
+        bare = name.split(".", 1)[-1]
+        return bare if name not in self.places and bare in self.places else name
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """One tensor in float32. Raises InputError when it is not there or has another shape."""
-        bare = name.split(".", 1)[-1]
-        stored = bare if name not in self.places and bare in self.places else name
+        stored = self._stored(name)
         file = self.places.get(stored, WEIGHTS)
         stream = self._open(file)
         if stored not in stream.keys():  # noqa: SIM118

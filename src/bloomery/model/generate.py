@@ -57,11 +57,13 @@ def generate(
     sampling: Sampling,
     stop: Sequence[int | None] = (),
     limit: int | None = None,
+    holes: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield up to `max_new` token ids after `prompt`; ends before a token of `stop` or when the context is full.
 
-    Only ids below `limit` are drawn (a model's vocabulary may be padded beyond its tokenizer's). Raises InputError when
-    the prompt is empty, does not leave room for one token, or holds an id outside the vocabulary.
+    Only ids below `limit` are drawn, and none of `holes` (a model's vocabulary may be padded beyond its tokenizer's,
+    which may leave ids out). Raises InputError when the prompt is empty, does not leave room for one token, or holds an
+    id outside the vocabulary.
     """
     model = module.model
     if not 0 < len(prompt) < model.max_seq_len:
@@ -75,11 +77,13 @@ def generate(
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
+    undrawn = torch.tensor(holes, dtype=torch.long, device=device)
     cache, new = Cache(model.layers), torch.tensor([list(prompt)], device=device)
     for _ in range(min(max_new, model.max_seq_len - len(prompt))):
         with torch.inference_mode():
-            logits_v = forward_cached(module, new, cache)[0, -1].float()
-            token = draw(logits_v[: limit or model.vocab], sampling, generator)
+            logits_v = forward_cached(module, new, cache)[0, -1].float()[: limit or model.vocab]
+            logits_v[undrawn] = -torch.inf
+            token = draw(logits_v, sampling, generator)
         if token in stop:
             return
         yield token

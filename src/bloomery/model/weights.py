@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bloomery.model.transformer import Transformer
 from bloomery.spec.commit import Commit, Rectangle, read_commit
-from bloomery.spec.errors import BloomeryError
+from bloomery.spec.errors import BloomeryError, InputError
 
 
 class CheckpointReader:
@@ -73,7 +73,19 @@ def _overlap(
 
 
 def load_weights(checkpoint: Path, module: Transformer) -> None:
-    """Fill a plain whole model from a checkpoint folder, which is verified first: averages where it has them."""
+    """Fill a plain whole model from a checkpoint folder, which is verified first: averages where it has them.
+
+    Raises InputError where the checkpoint has a tensor of a larger or another model: it would be left out unseen.
+    """
     with CheckpointReader(checkpoint, read_commit(checkpoint)) as reader, torch.no_grad():
+        _check_places(reader, {name for name, _ in module.named_parameters()})
         for name, parameter in module.named_parameters():
             parameter.copy_(reader.read(reader.commit.trained(name), tuple(parameter.shape), (0,) * parameter.dim()))
+
+
+def _check_places(reader: CheckpointReader, names: set[str]) -> None:
+    """A moment or an average is stored under its parameter's name after its own."""
+    for name in reader.commit.tensors:
+        if not {name, name.partition(".")[2]} & names:
+            where = str(reader.folder)
+            raise InputError("a tensor that the model of run.yaml has no place for", where=where, found=name)

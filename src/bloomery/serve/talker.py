@@ -88,8 +88,9 @@ class Talker:
         answer.prompt_tokens = len(ids)
         told, new = "", list[int]()
         room = min(max_new, self.context - len(ids))
-        stops, size = self.tokenizer.stops, self.tokenizer.size
-        for token in generate(self.module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size):
+        stops, size, holes = self.tokenizer.stops, self.tokenizer.size, self.tokenizer.holes(self.module.model.vocab)
+        drawn = generate(self.module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size, holes=holes)
+        for token in drawn:
             new.append(token)
             answer.completion_tokens += 1
             text = self.tokenizer.decode(new)

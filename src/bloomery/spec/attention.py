@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import log
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from bloomery.spec.base import Noun
 
@@ -32,6 +32,12 @@ class Llama3Scaling(Noun):
     low_freq_factor: float = Field(default=1.0, gt=0)
     high_freq_factor: float = Field(default=4.0, gt=0)
     original_max_seq_len: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Llama3Scaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor {self.high_freq_factor:g}")
+        return self
 
 
 class YarnScaling(Noun):

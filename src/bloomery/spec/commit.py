@@ -26,6 +26,8 @@ BYTES_PER_PARAMETER = 12  # float32 parameter and two moments
 FORMAT = 1
 AVERAGE = "average"
 """Before the name of a parameter: its running average."""
+IMPORTED = "imported"
+"""The run hash of a checkpoint that no training made: weights from elsewhere, at step 0."""
 COMMIT_FILE = "commit.json"
 FENCE_FILE = ".fence"
 EVERYTHING = slice(None)
@@ -143,6 +145,13 @@ def newest_good(checkpoints: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def imported_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint of weights from elsewhere, perhaps the only copy of them; None where there is none."""
+    folder = checkpoints / "step_000000"
+    made = (folder / COMMIT_FILE).is_file() and read_commit(folder, verify=False).run_hash == IMPORTED
+    return folder if made else None
+
+
 def read_fence(run_folder: Path) -> int:
     """The fencing number of the newest start of a run (0: none yet). A writer with a lower one has been replaced."""
     try:
@@ -169,8 +178,8 @@ def fence_held(run_folder: Path) -> Iterator[None]:
 
 def checkpoints_to_come(checkpoints: Path, *, keep: int, every: int, steps: int) -> int:
     """How many a run of so many steps has yet to find room for: no more than it keeps and the one being written, beside
-    those that are there, and than it has yet to write."""
-    there = checkpoint_folders(checkpoints)
+    those that are there, and than it has yet to write. Imported weights are none of those it keeps."""
+    there = [folder for folder in checkpoint_folders(checkpoints) if step_of(folder)]
     done = step_of(there[0]) if there else 0
     return max(1, min(keep + 1 - len(there), ceil(steps / every) - done // every))
 

@@ -49,14 +49,15 @@ UNFINISHED = (BloomeryError, OSError, ValueError, KeyError, TypeError)
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the `newest` few, and those of every `spaced`-th step (0: none)."""
+    """Which checkpoints stay: the `newest` few, those of every `spaced`-th step (0: none), and that of step 0, whose
+    weights no training of this run made."""
 
     newest: int = 2
     spaced: int = 0
 
     def outdated(self, folder: Path, trouble_since: int = -1) -> list[Path]:
         """The finished checkpoints that may go. While there is trouble, the newest from before it stays as well."""
-        older = checkpoint_folders(folder)[self.newest :]
+        older = [path for path in checkpoint_folders(folder)[self.newest :] if step_of(path)]
         before = next((path for path in checkpoint_folders(folder) if step_of(path) <= trouble_since), None)
         return [path for path in older if path != before and (not self.spaced or step_of(path) % self.spaced)]
 

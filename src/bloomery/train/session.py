@@ -13,7 +13,7 @@ from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import JOINING
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.mesh import Mesh
-from bloomery.spec.commit import checkpoint_folders, read_commit, step_of
+from bloomery.spec.commit import IMPORTED, checkpoint_folders, read_commit, step_of
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.train import checkpoint
@@ -76,8 +76,8 @@ class Session:
 
 
 def resume(session: Session) -> int:
-    """Load the newest state that verifies, from memory or from disk, or the initial weights of the stage. Returns the
-    first step."""
+    """Load the newest state that verifies, from memory or from disk, or the initial weights of the stage; imported ones
+    start an optimizer of their own. Returns the first step."""
     job = session.job
     if session.mesh.rank == 0:
         gets_on = session.clock.gets_on
@@ -91,6 +91,8 @@ def resume(session: Session) -> int:
         return 0
     path = session.checkpoints / f"step_{found:06d}" if place == NOWHERE else session.memory.path(place)
     commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
+    if commit.run_hash == IMPORTED:
+        return commit.step
     if commit.run_hash != job.run_hash() or commit.data_hash != job.data_hash:
         what = "model, batch, schedule or seed" if commit.run_hash != job.run_hash() else "data"
         raise BloomeryError(

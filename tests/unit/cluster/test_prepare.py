@@ -16,8 +16,10 @@ from bloomery.evaluate.opening import open_run
 from bloomery.spec import commit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import to_yaml
 from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
+from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 from bloomery.spec.seal import write_sums
 
@@ -279,6 +281,45 @@ def test_a_tokenizer_that_was_exchanged_under_a_run_is_noticed(run: Run, tmp_pat
     assert open_run(folder).tokenizer().size != before.size
 
 
+@pytest.fixture
+def imported(run: Run) -> Path:
+    """The run's folder as an import leaves it: a description and weights, no job."""
+    folder = prepare.run_folder(run)
+    (folder / "run.yaml").write_text(to_yaml(run.model_dump(mode="json")))
+    place = folder / "checkpoints" / "step_000000"
+    place.mkdir(parents=True)
+    shapes = {parameter.name: tuple(parameter.shape) for parameter in all_parameters(run.model)}
+    tensors = {name: commit.TensorRecord(shape=shape, parts=()) for name, shape in shapes.items()}
+    described = commit.Commit(
+        format=commit.FORMAT, step=0, cursor=0, run_hash=commit.IMPORTED, data_hash=commit.IMPORTED, layout=Layout(),
+        guard={}, tensors=tensors, files={},
+    )  # fmt: skip
+    commit.write_commit(place, described)
+    return folder
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_imported_weights_are_trained_on_and_never_removed(run: Run, imported: Path, fresh: bool) -> None:
+    later = imported / "checkpoints" / "step_000002"
+    later.mkdir()
+    prepare.prepare_pretraining(run, world_size=None, fresh=fresh)
+    assert (imported / "checkpoints" / "step_000000" / "commit.json").is_file()
+    assert later.exists() != fresh
+    assert (imported / "job.json").is_file()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("values", [{"layers": 1}, {"rope_theta": 500.0}])
+def test_imported_weights_of_another_model_are_refused_and_nothing_is_rewritten(
+    run: Run, imported: Path, values: dict[str, object], fresh: bool
+) -> None:
+    before = contents(imported)
+    other = run.model_copy(update={"model": run.model.model_copy(update=values)})
+    with pytest.raises(InputError, match="weights imported here are of another model"):
+        prepare.prepare_pretraining(other, world_size=None, fresh=fresh)
+    assert contents(imported) == before
+
+
 @pytest.mark.parametrize(
     ("compile", "steps", "expected"),
     [("auto", 2, False), ("auto", 10**9, True), (True, 2, True), (False, 10**9, False)],
@@ -309,6 +350,6 @@ def test_compilation_is_refused_where_the_engine_decides_what_layers_keep(run: R
 def test_room_is_asked_for_checkpoints_to_come_beside_those_that_no_schedule_made(
     tmp_path: Path, there: tuple[int, ...], steps: int, number: int
 ) -> None:
-    for step in there:
+    for step in (0, *there):  # 0: imported weights, which stay beside those that it keeps
         (tmp_path / f"step_{step:06d}").mkdir()
     assert commit.checkpoints_to_come(tmp_path, keep=2, every=100, steps=steps) == number

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bloomery.evaluate import huggingface
 from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
@@ -47,7 +47,29 @@ def test_the_exported_config_keeps_every_field_of_the_imported_one(
     assert {key: after[key] for key in before} == before
 
 
-WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+def with_tensors(source: Path, change: Callable[[dict], dict]) -> Path:
+    """The directory with other tensors."""
+    save_file(change(load_file(source / "model.safetensors")), source / "model.safetensors")
+    return source
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_refused(hugging_face: Make, tmp_path: Path) -> None:
+    source = with_tensors(hugging_face(tied=True), lambda there: {**there, HEAD: there[EMBEDDING] + 1})
+    with pytest.raises(InputError, match=r"lm_head\.weight: differs from model\.embed_tokens\.weight"):
+        import_directory(source, tmp_path / "run")
+    load_directory(edited(source, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("left_out", [(), (EMBEDDING,)])
+def test_a_tied_embedding_may_be_stored_as_the_head(hugging_face: Make, left_out: tuple[str, ...]) -> None:
+    source = hugging_face(tied=True)
+    embedding = load_file(source / "model.safetensors")[EMBEDDING]
+    with_tensors(source, lambda there: {**there, HEAD: embedding.clone()})
+    with_tensors(source, lambda there: {name: there[name] for name in there if name not in left_out})
+    assert torch.equal(dict(load_directory(source).named_parameters())["embedding.weight"], embedding)
 
 
 WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -61,6 +83,8 @@ def edited(folder: Path, **changes: object) -> Path:
 
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +101,10 @@ PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
         ({"num_hidden_layers": 10**18, "architectures": ["MistralForCausalLM"], "sliding_window": 4}, "at most 10000"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling: not what"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_scaling: not what"),
+        ({"original_max_position_embeddings": 32, "rope_scaling": YARN}, "original_max_position_embeddings 32 beside"),
+        ({"rope_scaling": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor"),
+        ({**MISTRAL, "use_sliding_window": False}, "use_sliding_window: contradicts sliding_window 4"),
+        ({**MISTRAL, "layer_types": ["full_attention"] * 2}, "layer_types: contradicts sliding_window 4"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -112,6 +140,9 @@ DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
         ),
         ({"rope_scaling": {"type": 3}}, "rope_scaling: type: text is expected; found 3"),
         ({"rope_theta": None}, "rope_theta: this key is required"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_parameters: rope_theta: a number is expected"),
+        ({"architectures": None, "model_type": None}, "model_type: this key is required"),
+        ({"architectures": [], "model_type": "bert"}, "model_type: an architecture that is not read; found 'bert'"),
         ({"attention_bias": "no"}, "attention_bias: true or false is expected; found 'no'"),
         ({**QWEN2, "sliding_window": "8"}, "sliding_window: a whole number is expected; found '8'"),
         ({**QWEN2, "max_window_layers": None}, "max_window_layers: this key is required"),
@@ -124,6 +155,7 @@ DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
             {**DEEPSEEK, "first_k_dense_replace": 0, "n_group": "2", "n_routed_experts": 4},
             "n_group: a whole number is expected; found '2'",
         ),
+        ({**DEEPSEEK, "routed_scaling_factor": None}, "routed_scaling_factor: this key is required"),
         ({**DEEPSEEK, "kv_lora_rank": None}, "kv_lora_rank: this key is required"),
         ({"architectures": ["MixtralForCausalLM"]}, "num_local_experts: this key is required"),
         ({"architectures": ["GPT2LMHeadModel"]}, "n_layer: this key is required"),

@@ -108,6 +108,13 @@ def test_it_ends_before_a_stop_token_and_draws_only_below_the_limit() -> None:
     assert max(drawn) < 3
 
 
+def test_an_id_without_a_token_is_never_drawn() -> None:
+    module, holes = make(), [number for number in range(50) if number not in (7, 9)]
+    for temperature in (0, 50.0):
+        sampling = Sampling(temperature=temperature, seed=1)
+        assert set(generate(module, [1], 20, sampling=sampling, limit=50, holes=holes)) <= {7, 9}
+
+
 @pytest.mark.parametrize("prompt", [[], [1] * 24, [50], [-1]])
 def test_prompts_that_do_not_fit_are_refused(prompt: list[int]) -> None:
     with pytest.raises(InputError):

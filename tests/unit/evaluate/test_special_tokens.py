@@ -60,6 +60,25 @@ def test_a_tokenizer_without_our_tokens_has_none_of_their_ids(foreign: Make) -> 
         prompt_ids(tokenizer, "")
 
 
+def test_a_tokenizer_whose_ids_have_a_hole_reads_and_stops_at_its_last_one(foreign: Make, tmp_path: Path) -> None:
+    source = foreign(generation=None)
+    path = source / TOKENIZER_FILE
+    values = json.loads(path.read_text())
+    values["model"]["vocab"]["</s>"] = 280
+    next(token for token in values["added_tokens"] if token["content"] == "</s>")["id"] = 280
+    path.write_text(json.dumps(values))
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": 280}))
+    import_directory(source, tmp_path / "run")
+    tokenizer = open_run(tmp_path / "run").tokenizer()
+    assert (tokenizer.size, tokenizer.stops) == (281, (280,))
+    nameless = [i for i in range(281) if tokenizer.name(i) is None]
+    assert 270 in nameless
+    assert tokenizer.holes(300) == nameless
+    assert tokenizer.holes(262) == [i for i in nameless if i < 262]
+    assert tokenizer.decode([*tokenizer.encode("ab"), 270, 280]) == "ab"
+
+
 def test_our_own_tokenizer_begins_and_ends_texts_with_its_end_token(tokenizer: Tokenizer) -> None:
     assert tokenizer.ends == Ends(bos=tokenizer.end, eos=(tokenizer.end,))
     assert tokenizer.stops == (tokenizer.end, tokenizer.user, tokenizer.assistant, tokenizer.pad) == (0, 1, 2, 3)

@@ -20,6 +20,7 @@ from bloomery.evaluate.huggingface import export_run, import_directory, load_dir
 from bloomery.evaluate.opening import open_run
 from bloomery.model.generate import Sampling, generate
 from bloomery.spec.errors import InputError
+from bloomery.spec.model import Model
 from bloomery.spec.parameters import parameter_count
 
 COMMON = {
@@ -229,6 +230,7 @@ ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
         ("Qwen3Moe", {**ROUTED, "num_experts": 4, "use_sliding_window": True}),
         ("DeepseekV2", {**ROUTED, "n_routed_experts": 4, **LATENT}),
         ("DeepseekV3", {**ROUTED, "n_routed_experts": 16, **LATENT}),
+        ("DeepseekV3", {**ROUTED, "n_routed_experts": 16, "first_k_dense_replace": 1, **LATENT}),
     ],
 )
 def test_what_a_file_leaves_out_is_what_transformers_takes(family: str, further: dict[str, Any]) -> None:
@@ -238,3 +240,45 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family: str, further:
     least, full = (model_of(config | named, "m", "config.json") for config in (said, whole))
     for key in ("rope_theta", "kv_heads", "head_dim", "norm_eps", "sliding_window", "tie_embeddings"):
         assert getattr(least, key) == getattr(full, key), key
+    if least.moe is not None and full.moe is not None:
+        assert least.moe.routed_scaling_factor == full.moe.routed_scaling_factor
+        assert least.moe.aux_loss_coefficient == full.moe.aux_loss_coefficient
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("mixtral", "router_aux_loss_coef"),
+        ("qwen-3-moe", "router_aux_loss_coef"),
+        ("deepseek-v2", "aux_loss_alpha"),
+    ],
+)
+def test_the_weight_of_the_balancing_loss_is_the_files(name: str, key: str) -> None:
+    family, settings = ZOO[name]
+    named = {"architectures": [_class(family)], **settings}
+    for said, expected in (({}, 0.001), ({key: 0.02}, 0.02)):
+        model = model_of({**named, **said}, name, "config.json")
+        assert model.moe is not None and model.moe.aux_loss_coefficient == expected
+        assert config_of(model)[1][key] == expected
+
+
+@pytest.mark.parametrize("idle", [{"sliding_window": 64}, {"bias": True, "qkv_bias": True}])
+def test_an_option_that_changes_nothing_is_no_reason_to_refuse_an_export(idle: dict[str, Any]) -> None:
+    model = Model(layers=1, hidden=32, heads=4, vocab=50, max_seq_len=64, **idle)
+    assert config_of(model)[0] == "llama"
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+@pytest.mark.parametrize(("above", "expected"), [({}, 64), ({"original_max_position_embeddings": 16}, 16)])
+def test_the_length_a_rule_starts_from_may_stand_above_it(kind: str, above: dict[str, int], expected: int) -> None:
+    blend = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    said = {**COMMON, **above, "rope_parameters": {"rope_type": kind, "rope_theta": 1e3, "factor": 4.0, **blend}}
+    model = model_of(said | {"architectures": ["LlamaForCausalLM"]}, "m", "config.json")
+    assert model.rope_scaling is not None
+    assert model.rope_scaling.model_dump()["original_max_seq_len"] == expected
+    theirs = transformers.LlamaConfig(**said).rope_parameters
+    assert theirs["original_max_position_embeddings"] == expected
+
+
+def test_the_name_of_a_family_stands_for_a_class_that_is_left_out() -> None:
+    assert model_of(COMMON | {"model_type": "mistral"}, "m", "config.json").sliding_window is None

@@ -18,12 +18,16 @@ import torch
 from torch import Tensor
 
 from bloomery.data.shards import write_tokens
+from bloomery.evaluate.huggingface import write_imported
 from bloomery.ledger.clock import DEVICE, Clock
 from bloomery.ledger.heartbeat import PHASE_OF
 from bloomery.ledger.sinks import read_lines
+from bloomery.model.transformer import Transformer
+from bloomery.model.weights import load_weights
 from bloomery.parallel.data_parallel import sum_over_world
 from bloomery.parallel.engine import Engine, StepStatistics
 from bloomery.parallel.mesh import Mesh, pretend
+from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -200,3 +204,26 @@ def test_an_incident_holds_the_gradients_from_before_they_were_clipped(
     norm = read_lines(tmp_path / "run" / "metrics.jsonl")[1]["grad_norm"]
     assert norm > 0.1
     assert math.hypot(*found["module_norms"].values()) == pytest.approx(norm, rel=1e-4)
+
+
+def test_training_goes_on_from_imported_weights_and_keeps_them(job: Job, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    theirs, still = Transformer(MODEL), job.optimizer.model_copy(update={"lr": 1e-30, "min_lr": 0.0})
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            tensor.normal_()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    write_imported(checkpoints / "step_000000", {name: t.detach() for name, t in theirs.named_parameters()})
+    few = job.model_copy(update={"optimizer": still, "checkpoint_every": 1, "keep_checkpoints": 1})
+    assert run(few, tmp_path / "run", Mesh(LAYOUT, torch.device("cpu"), 0, None), Clock()) == 0
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_000000", f"step_{STEPS:06d}"]
+    after = Transformer(MODEL)
+    load_weights(checkpoints / f"step_{STEPS:06d}", after)
+    assert all(torch.equal(ours, t) for ours, t in zip(after.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_checkpoint_of_a_larger_model_is_not_loaded_in_part(tmp_path: Path) -> None:
+    larger = Transformer(MODEL.model_copy(update={"layers": 2}))
+    write_imported(tmp_path / "step_000000", {name: t.detach() for name, t in larger.named_parameters()})
+    with pytest.raises(InputError, match=r"no place for; found 'layers\.1\."):
+        load_weights(tmp_path / "step_000000", Transformer(MODEL))

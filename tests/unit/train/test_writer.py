@@ -46,6 +46,8 @@ def test_the_newest_the_spaced_and_the_one_before_the_trouble_stay(tmp_path: Pat
     gone = [path.name for path in Keep(newest=2, spaced=40).outdated(tmp_path, trouble_since=35)]
     assert gone == ["step_000050", "step_000020", "step_000010"]
     assert len(Keep(newest=2).outdated(tmp_path)) == 5
+    folders(tmp_path, "step_000000")  # weights from elsewhere
+    assert len(Keep(newest=2).outdated(tmp_path)) == 5
 
 
 def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
