@@ -153,8 +153,8 @@ def inspect(
         raise InputError("no finished data build here", where=str(folder))
     for part in ("train", "heldout", "pairs") if report.pairs else ("train", "heldout"):
         verify(folder / part)
-    check_one_build(folder)
     text_of = tokenizer.load(folder)
+    check_one_build(folder)
     if sample is None:
         print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
         return
