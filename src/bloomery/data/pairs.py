@@ -1,6 +1,6 @@
 """Prompt-response pairs for supervised fine-tuning: the user's own, or made from the text.
 
-From Python (docstring and signature); of a text without any, from beginnings and what follows them.
+From Python (docstring and signature), and of other text from beginnings and what follows them.
 """
 
 from __future__ import annotations
