@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bloomery.data.build import Progress
+    from bloomery.data.corpus import Progress
     from bloomery.data.tokenizer import Tokenizer
     from bloomery.spec.run import Run, Train
 
@@ -144,6 +144,7 @@ def inspect(
     from bloomery.cli.console import print_json
     from bloomery.data import tokenizer
     from bloomery.data.build import read_report
+    from bloomery.data.origin import check_one_build
     from bloomery.data.shards import TokenDataset, verify
     from bloomery.spec.errors import InputError
 
@@ -153,6 +154,7 @@ def inspect(
     for part in ("train", "heldout", "pairs") if report.pairs else ("train", "heldout"):
         verify(folder / part)
     text_of = tokenizer.load(folder)
+    check_one_build(folder)
     if sample is None:
         print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
         return
@@ -194,14 +196,21 @@ def _show(report: dict[str, Any], folder: Path) -> None:
     table.add_column(no_wrap=True)
     for name, count, detail in rows:
         table.add_row(name, count, _end(detail, room))
-    reused = "  (built before, unchanged)" if report["reused"] else ""
-    console.print(f"[bold]{folder}[/]{reused}", soft_wrap=True)
+    console.print(f"[bold]{folder}[/]{_again(report)}", soft_wrap=True)
     console.print(table)
+
+
+def _again(report: dict[str, Any]) -> str:
+    """What became of the build that was there before."""
+    if report["reused"]:
+        return "  (built before, unchanged)"
+    damage = report["rebuilt"].partition(";")[0]
+    return f"  (built again: {damage})" if damage else ""
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """What came in, what was passed over or dropped with one name each, what came out."""
-    from bloomery.data.build import OF_DOCUMENTS
+    from bloomery.data.corpus import OF_DOCUMENTS
     from bloomery.data.readers import some
 
     sources = report["sources"]
@@ -238,6 +247,7 @@ _PAIRS = {
     "given": "yours",
     "docstrings": "made from docstrings",
     "continuations": "beginnings and what follows them",
+    "docstrings and continuations": "made from docstrings; beginnings and what follows",
 }
 """By kind; reports from before there were kinds name none."""
 

@@ -13,7 +13,7 @@ from typing import Any
 from bloomery.cluster.booking import START_FILE
 from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
-from bloomery.data.origin import check_tokenizer, other_pairs, other_text, tokenizer_hash
+from bloomery.data.origin import check_one_build, check_tokenizer, other_pairs, other_text, tokenizer_hash
 from bloomery.data.pairs import PairDataset
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
@@ -276,6 +276,7 @@ def require_data(run: Run, data: Path) -> None:
     if not (data / "report.json").is_file() or not (data / "train" / "manifest.json").is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
     _require_same_origin(run.model_copy(update={"align": ()}), data)
+    check_one_build(data)
     used = int(read_json(data / "report.json").get("vocab_used", 0))
     if used > run.model.vocab:
         problem = f"its tokenizer has {used} tokens, the model {run.model.vocab}; lower data.vocab and build again"
@@ -283,7 +284,8 @@ def require_data(run: Run, data: Path) -> None:
     for part in ("train", "heldout"):
         tokens = int(read_json(data / part / "manifest.json").get("tokens", 0))
         if tokens <= run.train.seq_len:
-            problem = f"{tokens} tokens are too few for train.seq_len {run.train.seq_len}; name more text"
+            remedy = "name more text" if part == "train" else "raise data.holdout or name more text"
+            problem = f"{tokens} tokens are too few for train.seq_len {run.train.seq_len}; {remedy}"
             raise InputError(problem, where=str(data / part))
 
 

@@ -6,8 +6,6 @@ tells the time that failures cost. Imports no torch, starts in milliseconds, out
 
 from __future__ import annotations
 
-import fcntl
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -38,6 +36,7 @@ from bloomery.spec.commit import take_fence
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.layout import Layout
+from bloomery.spec.lock import one_writer
 from bloomery.spec.memory_copies import forget_copies
 from bloomery.spec.reliability import Supervision
 
@@ -55,22 +54,15 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     A job that comes back waits for it: of a host that died, a network file system keeps the lock for a while.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     until = time.monotonic() + (DEAD_LOCK_S if requeues() else 0.0)
-    with (folder / ".lock").open("a+") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() < until:
-                    pause()
-                    continue
-            stream.seek(0)
-            raise InputError(f"another process ({stream.read().strip()}) writes here", where=str(folder))
-        stream.truncate(0)
-        stream.write(str(os.getpid()))
-        stream.flush()
+
+    def waits() -> bool:
+        if time.monotonic() >= until:
+            return False
+        pause()
+        return True
+
+    with one_writer(folder, waits):
         yield
 
 

@@ -17,42 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.data import pairs as pair_files
-from bloomery.data.origin import origin_of
-from bloomery.data.readers import (
-    SUFFIXES,
-    Account,
-    Document,
-    cut,
-    default_sources,
-    is_compressed,
-    read_documents,
-    some,
-    text_files,
-    weight,
+from bloomery.data.corpus import (
+    Progress,
+    evenly,
+    pieces,
+    place,
+    read_corpus,
+    split,
+    text_bytes,
+    unfit,
 )
-from bloomery.data.shards import read_manifest, write_tokens
-from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, train
+from bloomery.data.origin import check_one_build, origin_of, tokenizer_hash
+from bloomery.data.readers import SUFFIXES, Account, Document, default_sources, read_documents, shown, some, text_files
+from bloomery.data.shards import verify, write_tokens
+from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, load, train
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, write_atomically
+from bloomery.spec.lock import one_writer
 from bloomery.spec.run import Data
 from bloomery.spec.seal import KEY, sealed_json, write_sums
 
 REPORT_FILE = "report.json"
-TOKENIZER_BYTES = 8_000_000
-"""The tokenizer is trained on about this much text, taken evenly: more changes the merges little."""
-MAX_CHARACTERS = 300_000
-"""A longer document of the machine's own text is a table; one of the user's is a book, and cut into pieces."""
-PIECE_CHARACTERS = 50_000
-GZIP_RATIO = 5
-"""How much larger than its file compressed text is taken to be, when the disk is asked for room."""
 CHUNK = 256
-
-DUPLICATE, SHORT, LONG = "exact duplicate", "too short", f"longer than {MAX_CHARACTERS:,} characters"
-OF_DOCUMENTS = (DUPLICATE, SHORT, LONG)
-"""Reasons to drop what was read; any other is one not to read a file, a folder or a record."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, what is done and what there is in all."""
 
 
 @dataclass
@@ -76,10 +62,14 @@ class Report:
     pairs_too_long: int = 0
     pairs_cut: int = 0
     vocab_used: int = 0
+    tokenizer: str = ""
+    """The hash of the one that shards and pairs were made with."""
     tokenizer_kept: bool = False
     origin: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reused: bool = False
+    rebuilt: str = ""
+    """What was wrong with the build of the same text that was there before."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -100,59 +90,75 @@ def build(
     """Build `folder` (tokenizer.json, train/, heldout/, pairs/, report.json) from the text that `data` names.
 
     `tokenizer`: the one that is there and stays. `seq_len`: what pairs will be trained at. `described`: False where
-    `data.text` is not the description's. Raises InputError when there is no usable text or the disk cannot hold the
-    result.
+    `data.text` is not the description's. Raises InputError when there is no usable text, the disk cannot hold the
+    result or another process builds there.
     """
     tell = progress or (lambda *_: None)
-    account = Account()
-    files = text_files(_sources(data), account)
+    account, sources, kept = Account(), _sources(data), tokenizer is not None
+    files = text_files(sources, account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
-    fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
-    finished = read_report(folder)
-    kept = tokenizer is not None
-    if finished and _is_same(finished, fingerprint, seq_len, kept) and _is_whole(folder, finished, kept):
-        finished.reused = True
-        return finished
+    fingerprints = _fingerprints(data, sources, files, pairs_file, max_pairs)
+    finished, damage = read_report(folder), ""
+    if finished and _is_same(finished, fingerprints, seq_len, kept):
+        damage = _damage(folder, finished, kept)
+        if not damage:
+            finished.reused = True
+            return finished
     _check_space(data, files, folder)
-    report = Report(fingerprint, [str(source) for source in _sources(data)], tokenizer_kept=kept)
+    report = Report(fingerprints[0], [shown(source) for source in sources], tokenizer_kept=kept)
     report.origin = origin_of(
         data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
     )
-    documents = _timed(report, "read", lambda: _read(data, files, account, report, tell))
-    if not documents:
-        raise _no_text(report.sources, account)
-    if len(documents) == 1:
-        # One file is a corpus too: a tenth of it is held out.
-        documents = list(cut(documents[0], max(1, len(documents[0].text) // 10)))
-        report.documents_read += len(documents) - 1
-    if tokenizer is not None:
-        _check_ends(tokenizer, given=bool(given))
-    # From here on an interrupted build must not pass for the one before it.
-    (folder / REPORT_FILE).unlink(missing_ok=True)
-    if tokenizer is None:
-        tokenizer = _timed(report, "tokenizer", lambda: train(_evenly(documents, tell), data.vocab))
-        folder.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(folder)
-        write_sums(folder, [TOKENIZER_FILE])
-    report.vocab_used, used = tokenizer.size, tokenizer
-    training, heldout = _split(documents, data.holdout)
-    _timed(report, "encode", lambda: _shards(data, folder, training, heldout, used, report, tell))
-    found, report.pairs_kind = (given, pair_files.GIVEN) if given else pair_files.made_from(training, seq_len)
-    _timed(report, "pairs", lambda: _pairs(folder, pair_files.chosen(found, max_pairs), used, report))
-    write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
+    with one_writer(folder):
+        documents = _timed(report, "read", lambda: _read(data, sources, files, account, report, tell))
+        training, heldout = split(documents, data.holdout, ", ".join(report.sources))
+        if tokenizer is not None:
+            _check_ends(tokenizer, given=bool(given))
+        # From here on an interrupted build must not pass for the one before it.
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+        used = tokenizer or _timed(report, "tokenizer", lambda: _trained(documents, data, folder, tell))
+        report.vocab_used, report.tokenizer = used.size, tokenizer_hash(folder)
+        _timed(report, "encode", lambda: _shards(data, folder, training, heldout, used, report, tell))
+        found, report.pairs_kind = (given, pair_files.GIVEN) if given else pair_files.made_from(training, seq_len)
+        _timed(report, "pairs", lambda: _pairs(folder, pair_files.chosen(found, max_pairs), used, report))
+        write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
+    report.rebuilt = damage
     return report
+
+
+def _read(
+    data: Data, sources: list[Path], files: list[Path], account: Account, report: Report, tell: Progress
+) -> list[Document]:
+    """The documents, two at least where their text differs; what was read for them goes to the report."""
+    corpus = read_corpus(data, files, sources, account, tell)
+    if not corpus.documents:
+        raise _no_text(report.sources, account)
+    if len(corpus.documents) == 1:
+        corpus.cut_in_ten()
+    report.files, report.documents_read, report.bytes_text = corpus.files, corpus.read, corpus.size
+    report.dropped, report.named = dict(account.counts), account.named
+    return corpus.documents
+
+
+def _trained(documents: list[Document], data: Data, folder: Path, tell: Progress) -> Tokenizer:
+    """A tokenizer of the documents, written to the folder."""
+    tokenizer = train(evenly(documents, tell), data.vocab)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    write_sums(folder, [TOKENIZER_FILE])
+    return tokenizer
 
 
 def check_text(data: Data) -> None:
     """Raise InputError, as `build` would, when the text that `data` names holds no document that would be kept."""
     account = Account()
     for file in text_files(_sources(data), account):
-        for document in _pieces(read_documents(file, account), named=bool(data.text)):
-            reason = _unfit(document, data)
+        for document in pieces(read_documents(file, account), named=bool(data.text)):
+            reason = unfit(document, data)
             if not reason:
                 return
             account.drop(reason, document.path)
-    raise _no_text([str(source) for source in _sources(data)], account)
+    raise _no_text([shown(source) for source in _sources(data)], account)
 
 
 def _sources(data: Data) -> list[Path]:
@@ -176,11 +182,13 @@ def _check_ends(tokenizer: Tokenizer, *, given: bool) -> None:
         raise InputError("this tokenizer cannot mark who speaks in given pairs", where=TOKENIZER_FILE)
 
 
-def _is_same(finished: Report, fingerprint: str, seq_len: int, kept: bool) -> bool:
+def _is_same(finished: Report, fingerprints: tuple[str, str], seq_len: int, kept: bool) -> bool:
     """Whether a finished build is the one asked for: pairs depend on the sequence's length, a tokenizer kept for
-    checkpoints is used on only where it is kept again."""
+    checkpoints is used on only where it is kept again. What a run has checkpoints of may be from before fingerprints
+    were of names as they are from their source, and stays."""
     length = finished.origin.get("seq_len", seq_len)
-    return finished.fingerprint == fingerprint and length == seq_len and (kept or not finished.tokenizer_kept)
+    known = fingerprints if kept else fingerprints[:1]
+    return finished.fingerprint in known and length == seq_len and (kept or not finished.tokenizer_kept)
 
 
 def read_report(folder: Path) -> Report | None:
@@ -196,22 +204,20 @@ def read_report(folder: Path) -> Report | None:
         raise InputError("not the report of a data build; remove it and build again", where=str(path)) from None
 
 
-def _is_whole(folder: Path, finished: Report, kept: bool) -> bool:
-    """Whether what a finished build left is still there: a disk that was lost or filled up is no reason to stop. One
-    from before reports told their origin is made anew, but for shards that a run was trained on and that have pairs."""
+def _damage(folder: Path, finished: Report, kept: bool) -> str:
+    """What a finished build has lost, or has otherwise than it was written: a disk that filled up or changed a bit is
+    no reason to stop. Empty: nothing. One from before reports told their origin is made anew, but for shards that a run
+    was trained on and that have pairs."""
     if not finished.origin and not (kept and (folder / "pairs").is_dir()):
-        return False
+        return f"{folder / REPORT_FILE}: does not tell what was built"
     try:
-        for part in ("train", "heldout"):
-            read_manifest(folder / part)
-    except InputError:
-        return False
-    return (folder / TOKENIZER_FILE).is_file()
-
-
-def is_heldout(document: Document, share: float) -> bool:
-    """A pure function of the document's hash: the same text is held out in every build."""
-    return int(document.id[:8], 16) < share * 2**32
+        for part in ("train", "heldout", "pairs") if finished.pairs else ("train", "heldout"):
+            verify(folder / part)
+        load(folder)
+        check_one_build(folder)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
@@ -221,34 +227,21 @@ def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int) -> str:
+def _fingerprints(
+    data: Data, sources: list[Path], files: list[Path], pairs_file: str, max_pairs: int
+) -> tuple[str, str]:
+    """A hash of the settings and of every file's name, size and time: names as they are from their source, which may
+    be spelled in other ways; then as it was before, of whole paths."""
     named = [*files, *([Path(pairs_file)] if pairs_file else [])]
-    listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.exists()]
-    return hashlib.sha256(
-        json.dumps([data.model_dump(mode="json"), listing, pairs_file, max_pairs]).encode()
-    ).hexdigest()
+    stats = [(file, file.stat()) for file in named if file.exists()]
 
+    def hashed(settings: dict[str, Any], name_of: Callable[[Path], Any]) -> str:
+        listing = [(name_of(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        return hashlib.sha256(json.dumps([settings, listing, pairs_file, max_pairs]).encode()).hexdigest()
 
-def text_bytes(file: Path) -> int:
-    """About how much text a file holds; 0 for what is no plain file."""
-    return file.stat().st_size * (GZIP_RATIO if is_compressed(file) else 1) if file.is_file() else 0
-
-
-def fair_share(sizes: list[int], most: int) -> int:
-    """The share of one file: smaller files are read whole, larger ones so far that all together come to `most`.
-
-    >>> fair_share([10, 100, 1000], 300)
-    190
-    >>> fair_share([10, 100, 1000], 5000)
-    5000
-    """
-    left = most
-    for number, size in enumerate(sorted(sizes)):
-        share = left // (len(sizes) - number)
-        if size > share:
-            return share
-        left -= size
-    return most
+    settings = data.model_dump(mode="json")
+    placed = {**settings, "text": bool(data.text), "folder": ""}
+    return hashed(placed, lambda file: place(file, sources)), hashed(settings, str)
 
 
 def _check_space(data: Data, files: list[Path], folder: Path) -> None:
@@ -262,68 +255,6 @@ def _check_space(data: Data, files: list[Path], folder: Path) -> None:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _read(data: Data, files: list[Path], account: Account, report: Report, tell: Progress) -> list[Document]:
-    """Clean documents up to `max_bytes`, a mix: files in an order given by their names' hash, large ones in part."""
-    seen, kept, size = set[str](), list[Document](), 0
-    ordered = sorted(files, key=lambda path: hashlib.sha256(str(path).encode()).digest())
-    share = fair_share([text_bytes(file) for file in ordered], data.max_bytes)
-    for file in ordered:
-        if size >= data.max_bytes:
-            break
-        report.files += 1
-        enough = min(size + share, data.max_bytes)
-        for document in _pieces(read_documents(file, account), named=bool(data.text)):
-            report.documents_read += 1
-            reason = _unfit(document, data) or (DUPLICATE if document.id in seen else "")
-            if reason:
-                account.drop(reason, document.path)
-            else:
-                seen.add(document.id)
-                kept.append(document)
-                size += len(document.text.encode())
-                if size >= enough:
-                    break
-        tell("read text", min(size, data.max_bytes), data.max_bytes)
-    report.dropped, report.named, report.bytes_text = dict(account.counts), account.named, size
-    return kept
-
-
-def _unfit(document: Document, data: Data) -> str:
-    """Why a document is dropped whatever the others are; empty: it is not."""
-    if len(document.text) > MAX_CHARACTERS:
-        return LONG
-    short = len(document.text) < data.min_characters and weight(document.text) < data.min_characters
-    return SHORT if short else ""
-
-
-def _pieces(documents: Iterator[Document], *, named: bool) -> Iterator[Document]:
-    """The documents; long ones of text the user named are cut."""
-    for document in documents:
-        if named and len(document.text) > MAX_CHARACTERS:
-            yield from cut(document, PIECE_CHARACTERS)
-        else:
-            yield document
-
-
-def _evenly(documents: list[Document], tell: Progress) -> Iterator[str]:
-    """Every k-th document, so that about TOKENIZER_BYTES are seen."""
-    total = sum(len(document.text) for document in documents)
-    step = max(1, total // TOKENIZER_BYTES)
-    chosen = documents[::step]
-    for number, document in enumerate(chosen, start=1):
-        tell("train tokenizer", number, len(chosen))
-        yield document.text
-
-
-def _split(documents: list[Document], share: float) -> tuple[list[Document], list[Document]]:
-    """Documents to train on and documents held out, neither of them empty where there are two."""
-    heldout = [document for document in documents if is_heldout(document, share)]
-    if len(heldout) in (0, len(documents)):
-        heldout = documents[:1]
-    out = {document.id for document in heldout}
-    return [document for document in documents if document.id not in out], heldout
 
 
 def _shards(
@@ -348,9 +279,9 @@ def _shards(
 
     # A tokenizer that was kept may be larger than the description's.
     settings = {"vocab": max(data.vocab, tokenizer.size), "shard_tokens": data.shard_tokens, "end": tokenizer.end}
-    counts = write_tokens(folder / "train", encoded(training), **settings)
+    counts = write_tokens(folder / "train", encoded(training), **settings, tokenizer=report.tokenizer)
     report.documents_train, report.tokens_train = counts["documents"], counts["tokens"]
-    counts = write_tokens(folder / "heldout", encoded(heldout), **settings)
+    counts = write_tokens(folder / "heldout", encoded(heldout), **settings, tokenizer=report.tokenizer)
     report.documents_heldout, report.tokens_heldout = counts["documents"], counts["tokens"]
 
 

@@ -1,6 +1,6 @@
 """Prompt-response pairs from any text: how a paragraph begins, or its title, and what follows it there.
 
-For text without docstrings. They teach the form of a turn and to stay on a subject, not to answer questions.
+For text other than Python. They teach the form of a turn and to stay on a subject, not to answer questions.
 """
 
 from __future__ import annotations

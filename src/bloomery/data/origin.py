@@ -87,6 +87,17 @@ def check_tokenizer(run_dir: Path, folder: Path) -> None:
         raise InputError(f"{problem} starts over", where=str(folder / "tokenizer.json"))
 
 
+def check_one_build(folder: Path) -> None:
+    """Raise InputError when report, shards and tokenizer of a data folder are not of one build. Those from before the
+    tokenizer's hash was kept pass."""
+    there = tokenizer_hash(folder)
+    for name in ("report.json", "train/manifest.json", "heldout/manifest.json"):
+        path = folder / name
+        made_with = str(read_json(path).get("tokenizer", "")) if path.is_file() else ""
+        if made_with and there and made_with != there:
+            raise InputError("made with another tokenizer than the one there; build the data again", where=str(path))
+
+
 def _places(names: Iterable[str]) -> list[str]:
     return sorted(str(Path(name).expanduser().absolute()) if name else "" for name in names)
 

@@ -1,6 +1,6 @@
 """Prompt-response pairs for supervised fine-tuning: the user's own, or made from the text.
 
-From Python (docstring and signature); of a text without any, from beginnings and what follows them.
+From Python (docstring and signature), and of other text from beginnings and what follows them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 MAX_CHARACTERS = 400
 GIVEN, DOCSTRINGS, CONTINUATIONS = "given", "docstrings", "continuations"
-"""What the pairs of a build are."""
+"""What the pairs of a build are; "docstrings and continuations" where a text gives both."""
 
 
 def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
     """Questions about the functions of a Python file: what does it do, and which has this purpose."""
-    if ".py" not in document.path:
+    if not _is_python(document):
         return
     try:
         with warnings.catch_warnings():
@@ -52,12 +52,20 @@ def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
 
 
 def made_from(documents: Sequence[Document], seq_len: int) -> tuple[list[tuple[str, str]], str]:
-    """Pairs of a text and what they are: from docstrings where it has any, else beginnings and what follows them."""
-    found = [pair for document in documents for pair in pairs_of(document)]
-    if found:
-        return found, DOCSTRINGS
-    found = [pair for document in documents for pair in continuations_of(document, seq_len)]
-    return found, CONTINUATIONS if found else ""
+    """Pairs of a text and what they are: from docstrings where it has any, and from other text than Python beginnings
+    and what follows them; of a text without docstrings, from all of it."""
+    asked = [pair for document in documents for pair in pairs_of(document)]
+    told = [
+        pair
+        for document in documents
+        if not (asked and _is_python(document))
+        for pair in continuations_of(document, seq_len)
+    ]
+    return [*asked, *told], " and ".join(kind for kind, found in ((DOCSTRINGS, asked), (CONTINUATIONS, told)) if found)
+
+
+def _is_python(document: Document) -> bool:
+    return ".py" in document.path
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:

@@ -16,10 +16,10 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from html.parser import HTMLParser
 from io import BufferedIOBase
 from pathlib import Path
 
+from bloomery.data.pages import UnclosedTags, strip_html
 from bloomery.spec.errors import InputError
 from bloomery.spec.seal import is_sealed
 
@@ -27,11 +27,12 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl")
 _NAMES = ("copyright", "README", "changelog.gz")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_NAMED = 20
+BINARY = "binary (NUL bytes)"
 _SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", ".git", "node_modules"}
 _OUR_FILES = ("run.yaml", "report.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text with where it came from; `id` is a hash of the text."""
 
@@ -53,6 +54,22 @@ class Account:
         names = self.named.setdefault(reason, [])
         if len(names) < MAX_NAMED:
             names.append(what)
+
+    def add(self, other: Account) -> None:
+        """Count what another one has."""
+        self.counts.update(other.counts)
+        for reason, names in other.named.items():
+            mine = self.named.setdefault(reason, [])
+            mine += names[: MAX_NAMED - len(mine)]
+
+
+def shown(path: str | Path) -> str:
+    r"""A path as text for files and screens: where its bytes are no UTF-8, escapes stand for them.
+
+    >>> shown("iron/\udcfcber.txt")
+    'iron/\\xfcber.txt'
+    """
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def some(names: list[str], count: int, shown: int) -> str:
@@ -90,20 +107,31 @@ def _below(source: Path, account: Account) -> Iterator[Path]:
     """The files of a readable kind below a folder, but for the folders of runs and builds: what is there was text."""
 
     def unreadable(error: OSError) -> None:
-        account.drop("unreadable folder", str(error.filename))
+        account.drop("unreadable folder", shown(error.filename))
 
     for folder, folders, names in os.walk(source, onerror=unreadable):
         here = Path(folder)
         if here != source and any(name in names and is_sealed(here / name) for name in _OUR_FILES):
-            account.drop("folder of a run or a build", folder)
+            account.drop("folder of a run or a build", shown(here))
             folders.clear()
             continue
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS)
+        reasons = {name: _passed_over(here / name) for name in sorted(folders)}
+        for name, reason in reasons.items():
+            if reason:
+                account.drop(reason, shown(here / name))
+        folders[:] = [name for name, reason in reasons.items() if not reason]
         for name in sorted(names):
             if plain_name(name).endswith(SUFFIXES) or name in _NAMES:
                 yield here / name
             else:
-                account.drop("not a kind that is read", str(here / name))
+                account.drop("not a kind that is read", shown(here / name))
+
+
+def _passed_over(folder: Path) -> str:
+    """Why a folder is not looked into; empty: it is. A link may lead anywhere: who means its text names that folder."""
+    if folder.name in _SKIPPED_FOLDERS:
+        return "folder of packages or caches"
+    return "link to a folder" if folder.is_symlink() else ""
 
 
 def plain_name(name: str) -> str:
@@ -118,29 +146,34 @@ def is_compressed(path: Path) -> bool:
 
 def read_documents(path: Path, account: Account) -> Iterator[Document]:
     """The documents of one file; none, with the reason in the account, when it cannot be read as text."""
+    where = shown(path)
     if path.exists() and not path.is_file():
-        account.drop("not a plain file", str(path))
+        account.drop("not a plain file", where)
         return
     kind = plain_name(path.name)
     try:
         opener = gzip.open if is_compressed(path) else open
         with opener(path, "rb") as stream:
             if kind.endswith(".jsonl"):
-                yield from _records(path, stream, account)
+                yield from _records(where, stream, account)
                 return
             raw = stream.read(MAX_FILE_BYTES)
             whole = not stream.read(1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        account.drop(f"unreadable ({type(error).__name__})", str(path))
+        account.drop(f"unreadable ({type(error).__name__})", where)
         return
-    text = decode(raw if whole else _whole_characters(raw), str(path), account)
+    text = decode(raw if whole else _whole_characters(raw), where, account)
     if text is None:
         return
     if not whole:
-        account.drop(f"the rest of a file larger than {MAX_FILE_BYTES >> 20} MiB", str(path))
+        account.drop(f"the rest of a file larger than {MAX_FILE_BYTES >> 20} MiB", where)
     if kind.endswith((".html", ".htm")):
-        text = strip_html(text)
-    yield document(str(path), text)
+        try:
+            text = strip_html(text)
+        except UnclosedTags:
+            account.drop("page of tags without an end", where)
+            return
+    yield document(where, text)
 
 
 def _whole_characters(raw: bytes) -> bytes:
@@ -172,7 +205,7 @@ def cut(whole: Document, longest: int) -> Iterator[Document]:
 def decode(raw: bytes, where: str, account: Account) -> str | None:
     """UTF-8 text (with or without byte-order mark), or None and the reason in the account."""
     if b"\0" in raw:
-        account.drop("binary (NUL bytes)", where)
+        account.drop(BINARY, where)
         return None
     try:
         text = raw.decode("utf-8-sig")
@@ -185,7 +218,7 @@ def decode(raw: bytes, where: str, account: Account) -> str | None:
     return text
 
 
-def _records(path: Path, stream: BufferedIOBase, account: Account) -> Iterator[Document]:
+def _records(path: str, stream: BufferedIOBase, account: Account) -> Iterator[Document]:
     for number, line in enumerate(_lines(stream), start=1):
         where = f"{path}:{number}"
         if len(line) > MAX_FILE_BYTES:
@@ -193,8 +226,12 @@ def _records(path: Path, stream: BufferedIOBase, account: Account) -> Iterator[D
             continue
         if not line.strip():
             continue
+        # Not the bytes: of these, each line could be in another encoding.
+        content = decode(line, where, account)
+        if content is None:
+            continue
         try:
-            record = json.loads(line)
+            record = json.loads(content)
         except (ValueError, RecursionError):
             account.drop("not a JSON record", where)
             continue
@@ -204,6 +241,9 @@ def _records(path: Path, stream: BufferedIOBase, account: Account) -> Iterator[D
             continue
         if has_half_pair(text):
             account.drop("half a surrogate pair", where)
+            continue
+        if "\0" in text:
+            account.drop(BINARY, where)
             continue
         yield document(where, text)
 
@@ -233,47 +273,3 @@ def weight(text: str) -> int:
     (4, 14)
     """
     return len(text) + (CJK_WEIGHT - 1) * len(_CJK.findall(text))
-
-
-_LAID_OUT = """
-    title p div br hr ul ol li dl dt dd table caption thead tbody tr h1 h2 h3 h4 h5 h6 pre blockquote section article
-    header footer nav main aside figure figcaption form fieldset option address details summary
-"""
-_BLOCKS = frozenset(_LAID_OUT.split())
-_CELLS = ("td", "th")
-
-
-class _Text(HTMLParser):
-    """Collects what is shown: a block begins and ends a line, a cell is set off by a blank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.parts: list[str] = []
-        self.hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.hidden += tag in ("script", "style")
-        self._set_off(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden -= tag in ("script", "style") and self.hidden > 0
-        self._set_off(tag)
-
-    def handle_data(self, data: str) -> None:
-        if data and not self.hidden:
-            self.parts.append(data)
-
-    def _set_off(self, tag: str) -> None:
-        before = self.parts[-1][-1] if self.parts else "\n"
-        if tag in _BLOCKS and before != "\n":
-            self.parts.append("\n")
-        elif tag in _CELLS and not before.isspace():
-            self.parts.append(" ")
-
-
-def strip_html(text: str) -> str:
-    """The visible text of a page."""
-    parser = _Text()
-    parser.feed(text)
-    parser.close()  # the parser holds back the text after a last `&`
-    return "".join(parser.parts)

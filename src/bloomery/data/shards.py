@@ -1,16 +1,17 @@
 """Packed token shards on disk, with document boundaries and provenance; samples in the one order of data.
 
-A folder holds `tokens_000.bin` ... (little-endian uint16 or uint32), `documents.npy` (first token of each document),
+A folder holds `tokens_000.bin` ... (little-endian uint16 or uint32), `documents.bin` (first token of each document),
 `documents.jsonl` (id, path, bytes) and `manifest.json` with a hash of every file. It exists when it has its final name.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ MANIFEST = "manifest.json"
 
 
 def write_folder(target: Path, files: Iterable[tuple[str, bytes]], facts: dict[str, Any]) -> None:
-    """Write files and their manifest to a folder that appears whole or not at all."""
+    """Write files and their manifest to a folder that appears whole or not at all.
+
+    Files are made one by one as they are written; `facts` may be completed until the last one is.
+    """
     partial = target.with_name(f".{target.name}.writing")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -75,34 +79,64 @@ def verify(folder: Path) -> None:
 
 
 def write_tokens(
-    target: Path, documents: Iterable[tuple[dict[str, Any], list[int]]], *, vocab: int, shard_tokens: int, end: int
+    target: Path,
+    documents: Iterable[tuple[dict[str, Any], list[int]]],
+    *,
+    vocab: int,
+    shard_tokens: int,
+    end: int,
+    tokenizer: str = "",
 ) -> dict[str, int]:
     """Pack documents (each followed by the end token) into shards. `documents`: facts (id, path, bytes) and tokens.
+    `tokenizer`: the hash of the one that made them.
 
     Returns tokens, documents and text_bytes.
     """
     kind = np.dtype("<u2" if vocab <= 2**16 else "<u4")
-    facts, starts, pieces, total = list[dict[str, Any]](), list[int](), list[np.ndarray](), 0
-    for fact, ids in documents:
-        facts.append(fact)
-        starts.append(total)
-        pieces.append(np.array([*ids, end], dtype=kind))
-        total += len(ids) + 1
-    tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=kind)
-    lines = "".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts)
-    files = [
-        (f"tokens_{number:03d}.bin", tokens[first : first + shard_tokens].tobytes())
-        for number, first in enumerate(range(0, max(1, total), shard_tokens))
-    ]
-    files += [
-        ("documents.bin", np.array(starts, dtype="<i8").tobytes()),
-        ("documents.jsonl", lines.encode()),
-    ]
-    counts = {"tokens": total, "documents": len(facts), "text_bytes": sum(int(fact["bytes"]) for fact in facts)}
-    write_folder(
-        target, files, {"kind": "tokens", "dtype": kind.str, "vocab": vocab, "shard_tokens": shard_tokens, **counts}
-    )
+    counts = {"tokens": 0, "documents": 0, "text_bytes": 0}
+    facts = {"kind": "tokens", "dtype": kind.str, "vocab": vocab, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield from _packed(documents, counts, kind=kind, shard_tokens=shard_tokens, end=end)
+        facts.update(counts)
+
+    write_folder(target, files(), facts)
     return counts
+
+
+def _packed(
+    documents: Iterable[tuple[dict[str, Any], list[int]]],
+    counts: dict[str, int],
+    *,
+    kind: np.dtype[Any],
+    shard_tokens: int,
+    end: int,
+) -> Iterator[tuple[str, bytes]]:
+    """Each shard as soon as it is full, so that no more than one is held, then the documents; `counts` is kept."""
+    starts, lines, pieces, waiting = list[int](), list[str](), list[np.ndarray](), 0
+    names = (f"tokens_{number:03d}.bin" for number in itertools.count())
+    for fact, ids in documents:
+        starts.append(counts["tokens"])
+        lines.append(json.dumps(fact, ensure_ascii=False) + "\n")
+        pieces.append(np.array([*ids, end], dtype=kind))
+        waiting += len(ids) + 1
+        counts["tokens"] += len(ids) + 1
+        counts["documents"] += 1
+        counts["text_bytes"] += int(fact["bytes"])
+        if waiting >= shard_tokens:
+            tokens = np.concatenate(pieces)
+            full = waiting - waiting % shard_tokens
+            for first in range(0, full, shard_tokens):
+                yield next(names), tokens[first : first + shard_tokens].tobytes()
+            pieces, waiting = [tokens[full:].copy()], waiting - full
+    if waiting or counts["tokens"] == 0:
+        yield next(names), b"".join(piece.tobytes() for piece in pieces)
+    yield "documents.bin", np.array(starts, dtype="<i8").tobytes()
+    yield "documents.jsonl", "".join(lines).encode()
+
+
+def _shard_number(name: str) -> int:
+    return int(Path(name).stem.removeprefix("tokens_"))
 
 
 class TokenDataset:
@@ -119,7 +153,8 @@ class TokenDataset:
         self.n_tokens, self.text_bytes = int(manifest["tokens"]), int(manifest["text_bytes"])
         self.content_hash = str(manifest["content_hash"])
         self._shard_tokens = int(manifest["shard_tokens"])
-        names = sorted(name for name in manifest["files"] if name.startswith("tokens_"))
+        # By number: as text, tokens_1000 comes before tokens_101.
+        names = sorted((name for name in manifest["files"] if name.startswith("tokens_")), key=_shard_number)
         self._shards = [np.memmap(folder / name, dtype=manifest["dtype"], mode="r") for name in names]
         self._starts = np.fromfile(folder / "documents.bin", dtype="<i8")
         self.n_samples = (self.n_tokens - 1) // seq_len
@@ -134,6 +169,8 @@ class TokenDataset:
         while n > 0:
             shard, offset = divmod(first, self._shard_tokens)
             part = self._shards[shard][offset : offset + n]
+            if not len(part):
+                raise InputError("fewer tokens than its manifest says; build the data again", where=str(self.folder))
             parts.append(part)
             first, n = first + len(part), n - len(part)
         return np.concatenate(parts).astype(np.int64)

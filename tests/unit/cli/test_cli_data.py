@@ -118,6 +118,28 @@ def test_a_flipped_byte_is_found_wherever_it_is(
     assert name in capsys.readouterr().err
 
 
+def test_inspect_refuses_shards_beside_another_tokenizer(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    assert called("build", run_file, "--text", "other", "--out", "shards") == 0
+    for name in ("tokenizer.json", "SHA256SUMS"):
+        shutil.copy(Path("shards") / name, Path("runs/tiny/data") / name)
+    capsys.readouterr()
+    assert called("inspect", "runs/tiny/data") == 2
+    assert "report.json: made with another tokenizer than the one there" in capsys.readouterr().err
+
+
+def test_a_damaged_build_is_built_again_and_that_is_said(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    shutil.rmtree("runs/tiny/data/pairs")
+    assert called("build", run_file) == 0
+    assert "(built again: runs/tiny/data/pairs: no token shards here)" in capsys.readouterr().out
+    assert called("inspect", "runs/tiny/data") == 0
+
+
 def test_a_sample_is_the_one_that_the_run_was_trained_on(
     called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

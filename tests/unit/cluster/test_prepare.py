@@ -16,7 +16,7 @@ from bloomery.evaluate.opening import open_run
 from bloomery.spec import commit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import to_yaml
+from bloomery.spec.files import read_json, to_yaml
 from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.parameters import all_parameters
@@ -127,8 +127,19 @@ def test_a_disk_too_small_for_the_checkpoints_is_said_before_the_folder_is_writt
 
 def test_text_that_is_too_short_to_hold_out_is_refused_before_training_not_after_it(run: Run) -> None:
     long = run.model_copy(update={"model": run.model.model_copy(update={"max_seq_len": 4096})})
-    with pytest.raises(InputError, match=r"too few for train\.seq_len 4000"):
+    with pytest.raises(InputError, match=r"train: .* too few for train\.seq_len 4000; name more text"):
         prepare.prepare_pretraining(changed(long, seq_len=4000), world_size=None, fresh=False)
+    tokens = int(read_json(prepare.data_folder(run) / "heldout" / "manifest.json")["tokens"])
+    with pytest.raises(InputError, match=r"heldout: .* too few for .*; raise data\.holdout or name more text"):
+        prepare.prepare_pretraining(changed(long, seq_len=tokens), world_size=None, fresh=False)
+
+
+def test_shards_of_another_tokenizer_than_the_one_there_are_not_trained_on(run: Run) -> None:
+    folder = prepare.data_folder(run)
+    train(iter(["Another text. "] * 20), 300).save(folder)
+    write_sums(folder, ["tokenizer.json"])
+    with pytest.raises(InputError, match=r"report\.json: made with another tokenizer than the one there"):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(run: Run) -> None:
@@ -277,7 +288,9 @@ def test_a_tokenizer_that_was_exchanged_under_a_run_is_noticed(run: Run, tmp_pat
         open_run(folder).tokenizer()
     with pytest.raises(InputError, match="not the tokenizer this run was trained with"):
         prepare.prepare_alignment(run, run.align[0], tmp_path, tmp_path / "sft", fresh=False)
-    prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    other = redescribed(run, vocab=300)
+    build(other.data, data)
+    prepare.prepare_pretraining(other, world_size=None, fresh=True)
     assert open_run(folder).tokenizer().size != before.size
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.data.build import build, is_heldout
+from bloomery.data.build import build
 from bloomery.data.continuations import continuations_of
+from bloomery.data.corpus import is_heldout
 from bloomery.data.pairs import pairs_of, read_pairs
 from bloomery.data.readers import Account, document, read_documents
 from bloomery.spec.errors import InputError
@@ -56,7 +57,13 @@ def test_a_text_without_python_has_pairs_and_they_are_called_what_they_are(tmp_p
         code = f'def {name}(a, b):\n    """Return the area of a rectangle, a by b."""\n'
         (tmp_path / f"{name}.py").write_text(code * 3)
     with_code = Data(text=(str(tmp_path),), vocab=300, min_characters=10, holdout=0.001)
-    assert build(with_code, tmp_path / "out").pairs_kind == "docstrings"
+    report = build(with_code, tmp_path / "out", seq_len=64)
+    assert report.pairs_kind == "docstrings and continuations"
+    pairs = [json.loads(line) for line in (tmp_path / "out" / "pairs" / "pairs.jsonl").read_text().splitlines()]
+    asked = [pair for pair in pairs if "def " in pair["prompt"] + pair["response"]]
+    assert len(asked) >= 4
+    assert len(pairs) - len(asked) >= 18
+    assert not any("def " in pair["prompt"] and "What does" not in pair["prompt"] for pair in pairs)
 
 
 def test_held_out_documents_give_no_pairs(tmp_path: Path) -> None:

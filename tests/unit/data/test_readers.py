@@ -11,26 +11,10 @@ import pytest
 
 from bloomery.data import readers
 from bloomery.data.build import build, check_text
-from bloomery.data.readers import Account, document, read_documents, strip_html, text_files, weight
+from bloomery.data.readers import Account, read_documents, shown, text_files, weight
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
 from bloomery.spec.seal import sealed_json, sealed_text
-
-
-@pytest.mark.parametrize(
-    ("page", "shown"),
-    [
-        ("plain & simple AT&T", "plain & simple AT&T"),
-        ("<p>x</p> done by AT&T", "x\n done by AT&T"),
-        ("<dl><dt>term</dt><dd>definition</dd></dl>", "term\ndefinition"),
-        ("<tr><td>Name</td><td>Value</td></tr><tr><th>a</th><td>b</td></tr>", "Name Value\na b"),
-        ("<title>Iron</title><h5>Ore</h5>From it<section>comes</section><blockquote>steel</blockquote>",
-         "Iron\nOre\nFrom it\ncomes\nsteel"),
-        ("one<br/>two <b>bold</b>face<script>hidden()</script>", "one\ntwo boldface"),
-    ],
-)  # fmt: skip
-def test_what_a_page_shows_is_whole_and_its_blocks_stand_apart(page: str, shown: str) -> None:
-    assert document("page.html", strip_html(page)).text == shown
 
 
 @pytest.fixture
@@ -146,3 +130,64 @@ def test_the_folders_of_runs_and_builds_are_no_text_but_where_they_are_named(tmp
     assert found == ["broken", "theirs"]
     assert sorted(account.named["folder of a run or a build"]) == [str(tmp_path / "data"), str(tmp_path / "run")]
     assert len(text_files([tmp_path / "run"], Account())) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1", "gb18030"])
+def test_records_in_another_encoding_are_dropped_as_a_text_in_it_is(tmp_path: Path, encoding: str) -> None:
+    records, text = tmp_path / "records.jsonl", tmp_path / "text.txt"
+    line = json.dumps({"text": "Gru\u00df, Schmelz\u00f6fen"}, ensure_ascii=False) + "\n"
+    content = (line.replace("\u00df", "\u94c1").replace("\u00f6", "\u77ff") if encoding[0] != "l" else line) * 3
+    records.write_bytes(content.encode(encoding))
+    text.write_bytes(content.encode(encoding))
+    account, of_text = Account(), Account()
+    assert not list(read_documents(records, account))
+    assert not list(read_documents(text, of_text))
+    assert set(account.counts) == set(of_text.counts)
+
+
+def test_a_record_with_a_byte_order_mark_is_read_and_one_with_a_nul_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two \\u0000"}\n')
+    account = Account()
+    assert [found.text for found in read_documents(path, account)] == ["one"]
+    assert account.named == {"binary (NUL bytes)": [f"{path}:2"]}
+
+
+def test_a_page_of_unclosed_tags_is_dropped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text("<p>words</p>" + "<!--" * 100)
+    account = Account()
+    assert not list(read_documents(path, account))
+    assert account.named == {"page of tags without an end": [str(path)]}
+
+
+def test_names_that_are_no_utf8_end_nothing_and_are_shown_with_escapes(tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    words = "Iron is made from ore with charcoal, and steel from iron. " * 20
+    for number in range(10):
+        (folder / f"{number}.txt").write_text(f"{number} {words}")
+    for name in (b"\xfcber.txt", b"\xfcber.parquet", b"\xfcber.jsonl"):
+        with open(os.path.join(os.fsencode(folder), name), "w") as stream:
+            stream.write(f"more {words}")
+    assert shown(Path(os.fsdecode(b"a/\xfc"))) == "a/\\xfc"
+    report = build(Data(text=(str(folder),), vocab=300), tmp_path / "out")
+    assert report.documents_train + report.documents_heldout == 11
+    assert report.named["not a JSON record"] == [f"{folder}/\\xfcber.jsonl:1"]
+    lines = "".join((tmp_path / "out" / part / "documents.jsonl").read_text() for part in ("train", "heldout"))
+    assert any(json.loads(line)["path"].endswith("\\xfcber.txt") for line in lines.splitlines())
+
+
+def test_linked_and_skipped_folders_are_counted_and_named(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    for folder in (text / "site-packages", text / "own", tmp_path / "elsewhere"):
+        folder.mkdir(parents=True)
+        (folder / "words.txt").write_text("words")
+    (text / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    account = Account()
+    assert text_files([text], account) == [text / "own" / "words.txt"]
+    assert account.named == {
+        "link to a folder": [str(text / "linked")],
+        "folder of packages or caches": [str(text / "site-packages")],
+    }
+    assert len(text_files([text / "linked"], Account())) == 1
