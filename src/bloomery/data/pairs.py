@@ -166,13 +166,17 @@ class PairDataset:
         chosen = [int(i) for i in indices]
         inputs, targets = zip(*(self.sample(i) for i in chosen), strict=True)
         prefix = np.array([self._answers[self._pair(i)] for i in chosen]) if self.has_prefix else None
-        return Samples(np.stack(inputs), np.stack(targets), prefix=prefix)
+        lengths = np.array([self._length(self._pair(i)) for i in chosen])
+        return Samples(np.stack(inputs), np.stack(targets), prefix=prefix, lengths=lengths)
 
     def n_targets(self, i: int) -> int:
         """Targets of sample i that count, without reading its tokens."""
         pair = self._pair(i)
-        length = min(int(self._starts[pair + 1] - self._starts[pair]), self.seq_len + 1)
-        return length - int(self._answers[pair])
+        return self._length(pair) + 1 - int(self._answers[pair])
+
+    def _length(self, pair: int) -> int:
+        """Inputs of a pair: its tokens but the last, which is a target alone, as many as a sequence holds."""
+        return min(int(self._starts[pair + 1] - self._starts[pair]) - 1, self.seq_len)
 
     def provenance(self, i: int) -> list[dict[str, Any]]:
         """The pair's number in pairs.jsonl."""
