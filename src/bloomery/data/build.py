@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.data import pairs as pair_files
-from bloomery.data.origin import origin_of
+from bloomery.data.origin import origin_of, pair_limit
 from bloomery.data.readers import (
     SUFFIXES,
     Account,
@@ -73,6 +73,9 @@ class Report:
     tokens_heldout: int = 0
     pairs: int = 0
     pairs_kind: str = ""
+    pairs_double: int = 0
+    pairs_beyond: int = 0
+    """Distinct ones past the limit."""
     pairs_too_long: int = 0
     pairs_cut: int = 0
     vocab_used: int = 0
@@ -92,7 +95,7 @@ def build(
     *,
     described: bool = True,
     pairs_file: str = "",
-    max_pairs: int = 4000,
+    max_pairs: int | None = None,
     seq_len: int = 256,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
@@ -107,7 +110,8 @@ def build(
     account = Account()
     files = text_files(_sources(data), account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
-    fingerprint = _fingerprint(data, files, pairs_file, max_pairs)
+    limit = pair_limit(max_pairs, pairs_file)
+    fingerprint = _fingerprint(data, files, pairs_file, limit)
     finished = read_report(folder)
     kept = tokenizer is not None
     if finished and _is_same(finished, fingerprint, seq_len, kept) and _is_whole(folder, finished, kept):
@@ -115,9 +119,7 @@ def build(
         return finished
     _check_space(data, files, folder)
     report = Report(fingerprint, [str(source) for source in _sources(data)], tokenizer_kept=kept)
-    report.origin = origin_of(
-        data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
-    )
+    report.origin = origin_of(data, files, described=described, pairs_file=pairs_file, max_pairs=limit, seq_len=seq_len)
     documents = _timed(report, "read", lambda: _read(data, files, account, report, tell))
     if not documents:
         raise _no_text(report.sources, account)
@@ -138,7 +140,7 @@ def build(
     training, heldout = _split(documents, data.holdout)
     _timed(report, "encode", lambda: _shards(data, folder, training, heldout, used, report, tell))
     found, report.pairs_kind = (given, pair_files.GIVEN) if given else pair_files.made_from(training, seq_len)
-    _timed(report, "pairs", lambda: _pairs(folder, pair_files.chosen(found, max_pairs), used, report))
+    _timed(report, "pairs", lambda: _pairs(folder, found, limit, used, report))
     write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     return report
 
@@ -221,7 +223,7 @@ def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int) -> str:
+def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int | None) -> str:
     named = [*files, *([Path(pairs_file)] if pairs_file else [])]
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.exists()]
     return hashlib.sha256(
@@ -354,13 +356,16 @@ def _shards(
     report.documents_heldout, report.tokens_heldout = counts["documents"], counts["tokens"]
 
 
-def _pairs(folder: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> None:
-    """Write the pairs; none is no error until a stage asks for them.
+def _pairs(folder: Path, found: list[tuple[str, str]], limit: int | None, tokenizer: Tokenizer, report: Report) -> None:
+    """Write the pairs, each once and at most `limit`; none is no error until a stage asks for them.
 
     None are made of text for an imported model whose tokenizer cannot mark turns; given ones were refused before.
     """
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    if pairs and tokenizer.has_turns:
-        report.pairs = len(pairs)
+    if found and tokenizer.has_turns:
+        each = pair_files.distinct(found)
+        pairs = each[:limit]
+        report.pairs, report.pairs_double = len(pairs), len(found) - len(each)
+        report.pairs_beyond = len(each) - len(pairs)
         length = report.origin["seq_len"]
         report.pairs_too_long, report.pairs_cut = pair_files.write_pairs(folder / "pairs", pairs, tokenizer, length)
