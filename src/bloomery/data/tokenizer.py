@@ -5,9 +5,11 @@ One that came with a model from elsewhere is read too. It may lack our special t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -116,6 +118,14 @@ class Tokenizer:
         """The text of token ids; special tokens are left out."""
         return str(self._backend.decode([int(i) for i in ids if int(i) < self.size], skip_special_tokens=True))
 
+    def bytes_of_tokens(self) -> np.ndarray:
+        """The bytes of UTF-8 text that each token stands for, by its id; a special token is none."""
+        special = {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
+        decoder = self._backend.decoder
+        in_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        names = [self.name(token) or "" for token in range(self.size)]
+        return np.array([0 if i in special else _text_bytes(name, in_bytes) for i, name in enumerate(names)])
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and beside it the ends of a model from elsewhere; those of another one go."""
         self.save_plain(folder)
@@ -127,6 +137,14 @@ class Tokenizer:
     def save_plain(self, folder: Path) -> None:
         """Write tokenizer.json alone, for other programs."""
         write_atomically(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+
+def _text_bytes(name: str, in_bytes: bool) -> int:
+    """Bytes of a token's text: a letter of its name for each where names are spelt `in_bytes`; else a blank is spelt as
+    a bar, and a byte that is no letter in hexadecimal digits."""
+    if in_bytes or re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return len(name) if in_bytes else 1
+    return len(name.replace("\u2581", " ").encode())
 
 
 def train(texts: Iterator[str], vocab: int) -> Tokenizer:
