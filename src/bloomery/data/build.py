@@ -111,7 +111,7 @@ def build(
     files = text_files(_sources(data), account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     limit = pair_limit(max_pairs, pairs_file)
-    fingerprint = _fingerprint(data, files, pairs_file, limit)
+    fingerprint = _fingerprint(data, files, pairs_file, limit, tokenizer)
     finished = read_report(folder)
     kept = tokenizer is not None
     if finished and _is_same(finished, fingerprint, seq_len, kept) and _is_whole(folder, finished, kept):
@@ -223,12 +223,15 @@ def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def _fingerprint(data: Data, files: list[Path], pairs_file: str, max_pairs: int | None) -> str:
+def _fingerprint(
+    data: Data, files: list[Path], pairs_file: str, max_pairs: int | None, tokenizer: Tokenizer | None
+) -> str:
     named = [*files, *([Path(pairs_file)] if pairs_file else [])]
     listing = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in named if file.exists()]
-    return hashlib.sha256(
-        json.dumps([data.model_dump(mode="json"), listing, pairs_file, max_pairs]).encode()
-    ).hexdigest()
+    said: list[Any] = [data.model_dump(mode="json"), listing, pairs_file, max_pairs]
+    if tokenizer is not None and tokenizer.ends.start:
+        said.append(tokenizer.ends.start)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def text_bytes(file: Path) -> int:
@@ -348,8 +351,13 @@ def _shards(
             done += len(chunk)
             tell("encode", done, len(training) + len(heldout))
 
-    # A tokenizer that was kept may be larger than the description's.
-    settings = {"vocab": max(data.vocab, tokenizer.size), "shard_tokens": data.shard_tokens, "end": tokenizer.end}
+    settings: dict[str, Any] = {
+        # A tokenizer that was kept may be larger than the description's.
+        "vocab": max(data.vocab, tokenizer.size),
+        "shard_tokens": data.shard_tokens,
+        "start": tokenizer.ends.start,
+        "end": tokenizer.end,
+    }
     counts = write_tokens(folder / "train", encoded(training), **settings)
     report.documents_train, report.tokens_train = counts["documents"], counts["tokens"]
     counts = write_tokens(folder / "heldout", encoded(heldout), **settings)

@@ -75,9 +75,16 @@ def verify(folder: Path) -> None:
 
 
 def write_tokens(
-    target: Path, documents: Iterable[tuple[dict[str, Any], list[int]]], *, vocab: int, shard_tokens: int, end: int
+    target: Path,
+    documents: Iterable[tuple[dict[str, Any], list[int]]],
+    *,
+    vocab: int,
+    shard_tokens: int,
+    end: int,
+    start: tuple[int, ...] = (),
 ) -> dict[str, int]:
-    """Pack documents (each followed by the end token) into shards. `documents`: facts (id, path, bytes) and tokens.
+    """Pack documents (each between the start tokens, where there are any, and the end token) into shards. `documents`:
+    facts (id, path, bytes) and tokens.
 
     Returns tokens, documents and text_bytes.
     """
@@ -86,8 +93,8 @@ def write_tokens(
     for fact, ids in documents:
         facts.append(fact)
         starts.append(total)
-        pieces.append(np.array([*ids, end], dtype=kind))
-        total += len(ids) + 1
+        pieces.append(np.array([*start, *ids, end], dtype=kind))
+        total += len(pieces[-1])
     tokens = np.concatenate(pieces) if pieces else np.empty(0, dtype=kind)
     lines = "".join(json.dumps(fact, ensure_ascii=False) + "\n" for fact in facts)
     files = [

@@ -16,7 +16,7 @@ from bloomery.data.order import permuted, sample_at
 from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
 from bloomery.data.readers import Account, document, read_documents, text_files
 from bloomery.data.shards import TokenDataset, verify
-from bloomery.data.tokenizer import load
+from bloomery.data.tokenizer import Ends, load
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
 from bloomery.spec.seal import sealed_json
@@ -135,6 +135,23 @@ def test_chinese_comes_back_unchanged_and_specials_cannot_be_forged(corpus: Path
     tokenizer = load(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode(PROSE)) == PROSE
     assert tokenizer.end not in tokenizer.encode("a <|end|> in the text")
+
+
+def test_documents_start_as_the_texts_of_an_imported_model_do(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "own")
+    own = load(tmp_path / "own")
+    first = own.user
+    foreign = own.with_ends(Ends(bos=first, eos=(own.end,), start=(first,)))
+    build(settings(corpus), tmp_path / "out", tokenizer=own)
+    foreign.save(tmp_path / "out")
+    report = build(settings(corpus), tmp_path / "out", tokenizer=foreign)
+    assert not report.reused and build(settings(corpus), tmp_path / "out", tokenizer=foreign).reused
+    for part, documents in (("train", report.documents_train), ("heldout", report.documents_heldout)):
+        tokens, plain = (np.fromfile(tmp_path / home / part / "tokens_000.bin", "<u2") for home in ("out", "own"))
+        starts = np.fromfile(tmp_path / "out" / part / "documents.bin", "<i8")
+        assert (tokens[starts] == first).all() and (tokens[starts[1:] - 1] == own.end).all()
+        assert (len(starts), len(tokens)) == (documents, len(plain) + documents)
+        assert np.array_equal(tokens[tokens != first], plain)
 
 
 def test_bad_files_are_counted_and_named_and_nothing_else_is_lost(corpus: Path, tmp_path: Path) -> None:
