@@ -29,5 +29,5 @@ def complete(
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, room)
         new = generate(module, ids, max_new=max_new, sampling=sampling, stop=tokenizer.ends.eos, limit=tokenizer.size)
-        texts.append(tokenizer.decode(list(new)))
+        texts.append(tokenizer.after(ids)(list(new)))
     return texts
