@@ -12,7 +12,7 @@ import pytest
 
 from bloomery.data import shards
 from bloomery.data.build import OF_DOCUMENTS, build, read_report
-from bloomery.data.order import permuted, sample_at
+from bloomery.data.order import nth_seed, permuted, sample_at
 from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
 from bloomery.data.readers import Account, document, read_documents, text_files
 from bloomery.data.shards import TokenDataset, verify
@@ -61,6 +61,13 @@ def test_an_epoch_visits_every_sample_once(n: int) -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = [tuple(sample_at(i + 500 * epoch, 500, seed) for i in range(500)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
+
+
+def test_seeds_of_several_draws_are_nobody_elses() -> None:
+    assert nth_seed(7, 0) == 7 and nth_seed(-(2**63), 0) == -(2**63)
+    found = [nth_seed(seed, number) for seed in range(-50, 50) for number in range(4)]
+    assert len(set(found)) == len(found) and all(-(2**63) <= seed < 2**64 for seed in found)
+    assert nth_seed(0, 1) == 0xE220A8397B1DCDAF  # the first number of splitmix64 from 0
 
 
 def test_sample_a_billion_needs_no_walk() -> None:
