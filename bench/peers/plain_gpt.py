@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bloomery.data.heldout import Evaluated
 from bloomery.data.shards import TokenDataset
 
 MeanLoss = Callable[[Tensor, Tensor], Tensor]
@@ -87,12 +88,12 @@ def loss_of(model: PlainGpt, inputs_bs: Tensor, targets_bs: Tensor) -> Tensor:
 @torch.no_grad()
 def bits_per_byte(loss: MeanLoss, heldout: TokenDataset, batch: int, max_tokens: int) -> float:
     """On the same held-out samples as `bloomery train` evaluates on."""
-    rounds = max(1, min(max_tokens, heldout.n_tokens) // (batch * heldout.seq_len))
-    total = 0.0
-    for number in range(rounds):
-        samples = heldout.batch(range(number * batch, (number + 1) * batch))
-        total += float(loss(torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
-    return total / rounds / math.log(2) * heldout.n_tokens / heldout.text_bytes
+    chosen, total = Evaluated(heldout, max_tokens), 0.0
+    for first in range(0, len(chosen), batch):
+        samples = chosen.batch(range(first, min(first + batch, len(chosen))))
+        mean = float(loss(torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)))
+        total += mean * samples.targets.size
+    return total / math.log(2) / chosen.text_bytes
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

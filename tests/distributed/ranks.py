@@ -86,7 +86,7 @@ class Case:
     layout: str
     masked: bool = False
     dtype: str = "float64"
-    mask: Literal["causal", "prefix", "documents", "both"] = "causal"
+    mask: Literal["causal", "prefix", "documents", "both", "padding"] = "causal"
     optimizer: str = "adamw"
     ramp: bool = False
     """The first step has half as many sequences, half as long: a pipeline greets its neighbours anew in the next."""
@@ -122,12 +122,18 @@ def batch(step: int, masked: bool) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seen(step: int, mask: str) -> dict[str, np.ndarray]:
-    """What the tokens of the global batch see of each other: documents (8, 8) of uneven length and prefixes (8,)."""
+    """What is known of the global batch's tokens: documents (8, 8) of uneven length, prefixes and lengths (8,)."""
     random = np.random.default_rng([step, 11])
     documents = (random.random((GLOBAL_BATCH, SEQ_LEN)) < 0.3).cumsum(1)
     prefix = random.integers(1, SEQ_LEN, GLOBAL_BATCH)
-    found = {"documents_bs": documents, "prefix_b": prefix}
-    chosen = {"causal": (), "prefix": ("prefix_b",), "documents": ("documents_bs",), "both": tuple(found)}[mask]
+    found = {"documents_bs": documents, "prefix_b": prefix, "lengths_b": prefix}
+    chosen = {
+        "causal": (),
+        "prefix": ("prefix_b",),
+        "documents": ("documents_bs",),
+        "both": ("documents_bs", "prefix_b"),
+        "padding": ("lengths_b",),
+    }[mask]
     return {name: found[name] for name in chosen}
 
 

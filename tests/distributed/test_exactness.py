@@ -260,6 +260,11 @@ def expert_cases() -> list[Case]:
         *(Case("mixtral", layout) for layout in mixtral),
         *(Case("deepseek", layout) for layout in deepseek),
         *(Case("deepseek", layout, optimizer="muon") for layout in muon),
+        # Routers judge text, not what fills a sequence.
+        Case("mixtral", "cp=2,dp=2,micro_batch=2", mask="padding"),
+        Case("mixtral", "tp=2,dp=2,ep=2,micro_batch=2,recompute=full", mask="padding"),
+        Case("mixtral", "pp=2,dp=2,micro_batch=2,offload=activations", mask="padding"),
+        Case("deepseek", "tp=2,sp=true,micro_batch=4", mask="padding"),
     ]
 
 

@@ -253,9 +253,12 @@ _PAIRS = {
 
 
 def _misfits(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Pairs that a sequence does not hold."""
-    length = report["origin"].get("seq_len")
+    """Pairs that were not taken, or that a sequence does not hold."""
+    origin = report["origin"]
+    length = origin.get("seq_len")
     found = [
+        ("  dropped: exact duplicate", report["pairs_double"], ""),
+        ("  dropped: beyond the limit", report["pairs_beyond"], f"of align.0.max_pairs {origin.get('max_pairs')}"),
         ("  left out: prompt too long", report["pairs_too_long"], f"for train.seq_len {length}"),
         ("  cut: response too long", report["pairs_cut"], f"at train.seq_len {length}"),
     ]

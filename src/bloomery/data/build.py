@@ -27,7 +27,7 @@ from bloomery.data.corpus import (
     text_bytes,
     unfit,
 )
-from bloomery.data.origin import check_one_build, origin_of, tokenizer_hash
+from bloomery.data.origin import check_one_build, origin_of, pair_limit, tokenizer_hash
 from bloomery.data.readers import SUFFIXES, Account, Document, default_sources, read_documents, shown, some, text_files
 from bloomery.data.shards import verify, write_tokens
 from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, load, train
@@ -59,6 +59,9 @@ class Report:
     tokens_heldout: int = 0
     pairs: int = 0
     pairs_kind: str = ""
+    pairs_double: int = 0
+    pairs_beyond: int = 0
+    """Distinct ones past the limit."""
     pairs_too_long: int = 0
     pairs_cut: int = 0
     vocab_used: int = 0
@@ -82,7 +85,7 @@ def build(
     *,
     described: bool = True,
     pairs_file: str = "",
-    max_pairs: int = 4000,
+    max_pairs: int | None = None,
     seq_len: int = 256,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
@@ -97,7 +100,8 @@ def build(
     account, sources, kept = Account(), _sources(data), tokenizer is not None
     files = text_files(sources, account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
-    fingerprints = _fingerprints(data, sources, files, pairs_file, max_pairs)
+    limit = pair_limit(max_pairs, pairs_file)
+    fingerprints = _fingerprints(data, sources, files, pairs_file, limit, tokenizer)
     finished, damage = read_report(folder), ""
     if finished and _is_same(finished, fingerprints, seq_len, kept):
         damage = _damage(folder, finished, kept)
@@ -106,9 +110,7 @@ def build(
             return finished
     _check_space(data, files, folder)
     report = Report(fingerprints[0], [shown(source) for source in sources], tokenizer_kept=kept)
-    report.origin = origin_of(
-        data, files, described=described, pairs_file=pairs_file, max_pairs=max_pairs, seq_len=seq_len
-    )
+    report.origin = origin_of(data, files, described=described, pairs_file=pairs_file, max_pairs=limit, seq_len=seq_len)
     with one_writer(folder):
         documents = _timed(report, "read", lambda: _read(data, sources, files, account, report, tell))
         training, heldout = split(documents, data.holdout, ", ".join(report.sources))
@@ -120,7 +122,7 @@ def build(
         report.vocab_used, report.tokenizer = used.size, tokenizer_hash(folder)
         _timed(report, "encode", lambda: _shards(data, folder, training, heldout, used, report, tell))
         found, report.pairs_kind = (given, pair_files.GIVEN) if given else pair_files.made_from(training, seq_len)
-        _timed(report, "pairs", lambda: _pairs(folder, pair_files.chosen(found, max_pairs), used, report))
+        _timed(report, "pairs", lambda: _pairs(folder, found, limit, used, report))
         write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     report.rebuilt = damage
     return report
@@ -228,7 +230,12 @@ def _timed(report: Report, name: str, work: Callable[[], Any]) -> Any:
 
 
 def _fingerprints(
-    data: Data, sources: list[Path], files: list[Path], pairs_file: str, max_pairs: int
+    data: Data,
+    sources: list[Path],
+    files: list[Path],
+    pairs_file: str,
+    max_pairs: int | None,
+    tokenizer: Tokenizer | None,
 ) -> tuple[str, str]:
     """A hash of the settings and of every file's name, size and time: names as they are from their source, which may
     be spelled in other ways; then as it was before, of whole paths."""
@@ -237,7 +244,10 @@ def _fingerprints(
 
     def hashed(settings: dict[str, Any], name_of: Callable[[Path], Any]) -> str:
         listing = [(name_of(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-        return hashlib.sha256(json.dumps([settings, listing, pairs_file, max_pairs]).encode()).hexdigest()
+        said: list[Any] = [settings, listing, pairs_file, max_pairs]
+        if tokenizer is not None and tokenizer.ends.start:
+            said.append(tokenizer.ends.start)
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     settings = data.model_dump(mode="json")
     placed = {**settings, "text": bool(data.text), "folder": ""}
@@ -277,21 +287,29 @@ def _shards(
             done += len(chunk)
             tell("encode", done, len(training) + len(heldout))
 
-    # A tokenizer that was kept may be larger than the description's.
-    settings = {"vocab": max(data.vocab, tokenizer.size), "shard_tokens": data.shard_tokens, "end": tokenizer.end}
+    settings: dict[str, Any] = {
+        # A tokenizer that was kept may be larger than the description's.
+        "vocab": max(data.vocab, tokenizer.size),
+        "shard_tokens": data.shard_tokens,
+        "start": tokenizer.ends.start,
+        "end": tokenizer.end,
+    }
     counts = write_tokens(folder / "train", encoded(training), **settings, tokenizer=report.tokenizer)
     report.documents_train, report.tokens_train = counts["documents"], counts["tokens"]
     counts = write_tokens(folder / "heldout", encoded(heldout), **settings, tokenizer=report.tokenizer)
     report.documents_heldout, report.tokens_heldout = counts["documents"], counts["tokens"]
 
 
-def _pairs(folder: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, report: Report) -> None:
-    """Write the pairs; none is no error until a stage asks for them.
+def _pairs(folder: Path, found: list[tuple[str, str]], limit: int | None, tokenizer: Tokenizer, report: Report) -> None:
+    """Write the pairs, each once and at most `limit`; none is no error until a stage asks for them.
 
     None are made of text for an imported model whose tokenizer cannot mark turns; given ones were refused before.
     """
     shutil.rmtree(folder / "pairs", ignore_errors=True)
-    if pairs and tokenizer.has_turns:
-        report.pairs = len(pairs)
+    if found and tokenizer.has_turns:
+        each = pair_files.distinct(found)
+        pairs = each[:limit]
+        report.pairs, report.pairs_double = len(pairs), len(found) - len(each)
+        report.pairs_beyond = len(each) - len(pairs)
         length = report.origin["seq_len"]
         report.pairs_too_long, report.pairs_cut = pair_files.write_pairs(folder / "pairs", pairs, tokenizer, length)

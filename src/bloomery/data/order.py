@@ -14,6 +14,8 @@ Range = tuple[int, int]
 ROUNDS = 6
 PREFIX = 0x7072656669780000
 """Sets the draws of prefixes apart from those of the order."""
+GOLDEN = 0x9E3779B97F4A7C15
+"""What splitmix64 goes on by from number to number."""
 _MASK = (1 << 64) - 1
 
 
@@ -22,6 +24,12 @@ def _mix(value: int) -> int:
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
     return value ^ (value >> 31)
+
+
+def nth_seed(seed: int, number: int) -> int:
+    """The seed of one of several draws: the first one's is `seed` itself, the others' are splitmix64's numbers from it,
+    so that those of neighbouring seeds are not the same."""
+    return seed if number == 0 else _mix(seed + number * GOLDEN & _MASK)
 
 
 def permuted(position: int, n: int, key: int) -> int:

@@ -21,9 +21,17 @@ from bloomery.spec.seal import sha256_of
 DECISIVE = ("vocab", "max_bytes", "holdout", "shard_tokens", "min_characters")
 """What of a description, besides the text, decides the shards."""
 
+MADE_PAIRS = 4000
+"""So many pairs made from the text are kept unless more or fewer are asked for."""
+
+
+def pair_limit(max_pairs: int | None, pairs_file: str) -> int | None:
+    """The most pairs that are kept: all that the user gives, unless a number is said."""
+    return max_pairs or (None if pairs_file else MADE_PAIRS)
+
 
 def origin_of(
-    data: Data, files: Iterable[Path], *, described: bool, pairs_file: str, max_pairs: int, seq_len: int
+    data: Data, files: Iterable[Path], *, described: bool, pairs_file: str, max_pairs: int | None, seq_len: int
 ) -> dict[str, Any]:
     """What the report keeps. `described`: False where the text was named for this build alone, by no description."""
     return {
@@ -61,8 +69,9 @@ def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
     """How the pairs that a description's first alignment stage names differ from those built; empty: they do not."""
     if not origin:
         return ""
-    if origin["max_pairs"] != stage.max_pairs:
-        return f"align.0.max_pairs {origin['max_pairs']}, now {stage.max_pairs}"
+    kept, wanted = origin["max_pairs"], pair_limit(stage.max_pairs, stage.pairs)
+    if kept != wanted and bool(origin["pairs"]) == bool(stage.pairs):
+        return f"align.0.max_pairs {kept or 'null'}, now {wanted or 'null'}"
     built, named = origin["pairs"], stage.pairs
     if built and named and Path(named).is_file():
         if sha256_of(Path(named)) == origin["pairs_hash"]:

@@ -20,12 +20,13 @@ from bloomery.data.order import sample_at
 from bloomery.data.readers import Document, has_half_pair
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
-from bloomery.spec.errors import InputError
+from bloomery.spec.errors import InputError, nearest_match
 
 if TYPE_CHECKING:
     from bloomery.data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 400
+KEYS = ("prompt", "response")
 GIVEN, DOCSTRINGS, CONTINUATIONS = "given", "docstrings", "continuations"
 """What the pairs of a build are; "docstrings and continuations" where a text gives both."""
 
@@ -86,10 +87,18 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 def _pair(line: str, where: str) -> tuple[str, str]:
     try:
         record = json.loads(line)
-        prompt, response = record["prompt"], record["response"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise InputError("not a record with prompt and response", where=where) from None
-    for name, value in (("prompt", prompt), ("response", response)):
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict):
+        raise InputError("not a record with prompt and response", where=where)
+    for name in record:
+        if name not in KEYS:  # a system text or earlier turns that are passed over would not be missed
+            raise InputError("unknown key", where=where, found=name, accepted=KEYS, nearest=nearest_match(name, KEYS))
+    for name in KEYS:
+        if name not in record:
+            raise InputError("this key is required", where=f"{where}: {name}")
+    prompt, response = (record[name] for name in KEYS)
+    for name, value in record.items():
         if not isinstance(value, str):
             said = json.dumps(value, ensure_ascii=False)
             raise InputError(f"{name} must be text, not {said[:40]}", where=where)
@@ -98,13 +107,13 @@ def _pair(line: str, where: str) -> tuple[str, str]:
     return prompt, response
 
 
-def chosen(pairs: Iterable[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
-    """At most `limit` distinct pairs, in an order given by their content."""
+def distinct(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each pair once, in an order given by their content."""
 
     def key(pair: tuple[str, str]) -> str:
         return hashlib.sha256("\0".join(pair).encode()).hexdigest()
 
-    return sorted(set(pairs), key=key)[:limit]
+    return sorted(set(pairs), key=key)
 
 
 def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer, seq_len: int) -> tuple[int, int]:
@@ -174,13 +183,17 @@ class PairDataset:
         chosen = [int(i) for i in indices]
         inputs, targets = zip(*(self.sample(i) for i in chosen), strict=True)
         prefix = np.array([self._answers[self._pair(i)] for i in chosen]) if self.has_prefix else None
-        return Samples(np.stack(inputs), np.stack(targets), prefix=prefix)
+        lengths = np.array([self._length(self._pair(i)) for i in chosen])
+        return Samples(np.stack(inputs), np.stack(targets), prefix=prefix, lengths=lengths)
 
     def n_targets(self, i: int) -> int:
         """Targets of sample i that count, without reading its tokens."""
         pair = self._pair(i)
-        length = min(int(self._starts[pair + 1] - self._starts[pair]), self.seq_len + 1)
-        return length - int(self._answers[pair])
+        return self._length(pair) + 1 - int(self._answers[pair])
+
+    def _length(self, pair: int) -> int:
+        """Inputs of a pair: its tokens but the last, which is a target alone, as many as a sequence holds."""
+        return min(int(self._starts[pair + 1] - self._starts[pair]) - 1, self.seq_len)
 
     def provenance(self, i: int) -> list[dict[str, Any]]:
         """The pair's number in pairs.jsonl."""

@@ -14,9 +14,11 @@ IGNORED = -100
 class Samples:
     """n samples. inputs, targets: (n, seq) int64. `documents`: (n, seq), the number of each token's document in its
     sample, or None where documents see each other; `prefix`: (n,), so many first tokens see each other whole, or None.
+    `lengths`: (n,), so many first inputs are text and the rest padding, or None where there is no padding.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     documents: np.ndarray | None = None
     prefix: np.ndarray | None = None
+    lengths: np.ndarray | None = None

@@ -85,10 +85,11 @@ def write_tokens(
     vocab: int,
     shard_tokens: int,
     end: int,
+    start: tuple[int, ...] = (),
     tokenizer: str = "",
 ) -> dict[str, int]:
-    """Pack documents (each followed by the end token) into shards. `documents`: facts (id, path, bytes) and tokens.
-    `tokenizer`: the hash of the one that made them.
+    """Pack documents (each between the start tokens, where there are any, and the end token) into shards. `documents`:
+    facts (id, path, bytes) and tokens. `tokenizer`: the hash of the one that made them.
 
     Returns tokens, documents and text_bytes.
     """
@@ -97,7 +98,7 @@ def write_tokens(
     facts = {"kind": "tokens", "dtype": kind.str, "vocab": vocab, "shard_tokens": shard_tokens, "tokenizer": tokenizer}
 
     def files() -> Iterator[tuple[str, bytes]]:
-        yield from _packed(documents, counts, kind=kind, shard_tokens=shard_tokens, end=end)
+        yield from _packed(documents, counts, kind=kind, shard_tokens=shard_tokens, start=start, end=end)
         facts.update(counts)
 
     write_folder(target, files(), facts)
@@ -110,6 +111,7 @@ def _packed(
     *,
     kind: np.dtype[Any],
     shard_tokens: int,
+    start: tuple[int, ...],
     end: int,
 ) -> Iterator[tuple[str, bytes]]:
     """Each shard as soon as it is full, so that no more than one is held, then the documents; `counts` is kept."""
@@ -118,9 +120,9 @@ def _packed(
     for fact, ids in documents:
         starts.append(counts["tokens"])
         lines.append(json.dumps(fact, ensure_ascii=False) + "\n")
-        pieces.append(np.array([*ids, end], dtype=kind))
-        waiting += len(ids) + 1
-        counts["tokens"] += len(ids) + 1
+        pieces.append(np.array([*start, *ids, end], dtype=kind))
+        waiting += len(pieces[-1])
+        counts["tokens"] += len(pieces[-1])
         counts["documents"] += 1
         counts["text_bytes"] += int(fact["bytes"])
         if waiting >= shard_tokens:

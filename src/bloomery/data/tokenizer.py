@@ -5,9 +5,11 @@ One that came with a model from elsewhere is read too. It may lack our special t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -18,6 +20,8 @@ from bloomery.spec.seal import KEY, check_sums, sealed_json
 
 END, USER, ASSISTANT, PAD = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"
 SPECIALS = [END, USER, ASSISTANT, PAD]
+LOOK_BACK, HALF = 16, "\ufffd"
+"""Of the tokens before an answer, so many are looked at for its last whole characters; what a half one is shown as."""
 TOKENIZER_FILE, ENDS_FILE = "tokenizer.json", "special_tokens.json"
 
 
@@ -123,6 +127,37 @@ class Tokenizer:
         """The text of token ids; special tokens are left out."""
         return str(self._backend.decode([int(i) for i in ids if int(i) < self.size], skip_special_tokens=True))
 
+    def after(self, before: Sequence[int]) -> Callable[[Sequence[int]], str]:
+        """The decoder of tokens that go on from those `before`.
+
+        Alone they would lose the blank before a word where the decoder strips what texts begin with. After a special
+        token a text begins.
+        """
+        special, tail, told = self._special(), list[int](), ""
+        for token in reversed(before[-LOOK_BACK:]):
+            if token in special or (told and HALF not in told):
+                break
+            tail = [token, *tail]
+            told = self.decode(tail)
+
+        def text_of(new: Sequence[int]) -> str:
+            whole = self.decode([*tail, *new])
+            return whole[len(told) :] if whole.startswith(told) else self.decode(new)
+
+        return text_of
+
+    def _special(self) -> set[int]:
+        """The tokens that are no text."""
+        return {token for token, added in self._backend.get_added_tokens_decoder().items() if added.special}
+
+    def bytes_of_tokens(self) -> np.ndarray:
+        """The bytes of UTF-8 text that each token stands for, by its id; a special token is none."""
+        special = self._special()
+        decoder = self._backend.decoder
+        in_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
+        names = [self.name(token) or "" for token in range(self.size)]
+        return np.array([0 if i in special else _text_bytes(name, in_bytes) for i, name in enumerate(names)])
+
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and beside it the ends of a model from elsewhere; those of another one go."""
         self.save_plain(folder)
@@ -134,6 +169,14 @@ class Tokenizer:
     def save_plain(self, folder: Path) -> None:
         """Write tokenizer.json alone, for other programs."""
         write_atomically(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+
+def _text_bytes(name: str, in_bytes: bool) -> int:
+    """Bytes of a token's text: a letter of its name for each where names are spelt `in_bytes`; else a blank is spelt as
+    a bar, and a byte that is no letter in hexadecimal digits."""
+    if in_bytes or re.fullmatch("<0x[0-9A-F]{2}>", name):
+        return len(name) if in_bytes else 1
+    return len(name.replace("\u2581", " ").encode())
 
 
 def train(texts: Iterator[str], vocab: int) -> Tokenizer:

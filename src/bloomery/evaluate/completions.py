@@ -30,5 +30,5 @@ def complete(
         ids = prompt_ids(tokenizer, prompt, room)
         stops, size, holes = tokenizer.ends.eos, tokenizer.size, tokenizer.holes(module.model.vocab)
         new = generate(module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size, holes=holes)
-        texts.append(tokenizer.decode(list(new)))
+        texts.append(tokenizer.after(ids)(list(new)))
     return texts

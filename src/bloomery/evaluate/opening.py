@@ -17,6 +17,7 @@ from bloomery.spec.catalog import read_run
 from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.files import read_json
+from bloomery.spec.job import JOB_FILE
 from bloomery.spec.parameters import all_parameters
 from bloomery.spec.run import Run
 
@@ -40,6 +41,11 @@ class OpenRun:
         """The run's tokenizer. Raises InputError when its data folder is gone or was built anew with another one."""
         check_tokenizer(self.folder, self.data)
         return load_tokenizer(self.data)
+
+    @property
+    def was_trained_here(self) -> bool:
+        """Whether pre-training began from an untrained model; an imported one never did."""
+        return (self.folder / JOB_FILE).is_file()
 
     def last_stage(self) -> str:
         """The stage furthest along. Raises InputError when nothing was trained."""
@@ -105,7 +111,7 @@ def stage_names(folder: Path, run: Run) -> list[str]:
 def _data_folder(folder: Path, run: Run) -> Path:
     """Where the token shards are; the job knows best when the run was started from another place."""
     plain = Path(run.data.folder) if run.data.folder else folder / "data"
-    job = folder / "job.json"
+    job = folder / JOB_FILE
     if plain.is_dir() or not job.is_file():
         return plain
     return Path(str(read_json(job).get("data", plain))).parent

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from bloomery.data.heldout import Evaluated
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import TokenDataset
 from bloomery.model.transformer import Transformer
@@ -41,21 +42,21 @@ def heldout_perplexity(
     """Evaluate on the first samples of `folder` in the fixed order of seed 0, at most `max_tokens` tokens.
 
     A prefix model is told where prefixes end and judged on what follows them; with `document_mask` tokens see their own
-    document only. bits per byte = loss / ln 2 x tokens per byte of the whole held-out text, as training reports it.
+    document only. bits per byte = sum of losses / ln 2 / bytes of the targets, as training reports it.
     Raises InputError when the folder has no shards or fewer tokens than one sample.
     """
     has_prefix = module.model.mask == "prefix"
-    dataset = TokenDataset(folder, seq_len=seq_len, seed=0, prefix=has_prefix, documents=document_mask)
-    n_samples = max(1, min(len(dataset), max_tokens // seq_len))
+    tokens = TokenDataset(folder, seq_len=seq_len, seed=0, prefix=has_prefix, documents=document_mask)
+    dataset = Evaluated(tokens, max_tokens)
     total, count = 0.0, 0
-    for first in range(0, n_samples, batch):
-        indices = range(first, min(first + batch, n_samples))
+    for first in range(0, len(dataset), batch):
+        indices = range(first, min(first + batch, len(dataset)))
         loss, n = summed_loss(module, dataset.batch(indices))
         total, count = total + loss, count + n
         if progress is not None:
-            progress(indices.stop, n_samples)
+            progress(indices.stop, len(dataset))
     mean = total / count
-    bits = mean / math.log(2) * dataset.n_tokens / dataset.text_bytes
+    bits = total / math.log(2) / dataset.text_bytes
     return Perplexity(mean, math.exp(min(mean, 700.0)), bits, count)
 
 

@@ -9,20 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.tokenizer import ASSISTANT, END, PAD, USER, Ends, Tokenizer
+from bloomery.data.tokenizer import ASSISTANT, END, PAD, SPECIALS, USER, Ends, Tokenizer
 from bloomery.evaluate.tensor_files import read_config
 from bloomery.spec.errors import InputError
 
 TOKENIZER_CONFIG, GENERATION_CONFIG = "tokenizer_config.json", "generation_config.json"
+_CONTENT = "{{ message['content']" + "".join(f" | replace('{mark}', '< {mark[1:]}')" for mark in SPECIALS) + " }}"
+"""A mark that a message spells is broken by a blank: other programs would read it as the mark of a turn."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
-    + (ASSISTANT + "{{ message['content'] }}" + END)
+    + (ASSISTANT + _CONTENT + END)
     + "{% elif message['role'] in ['system', 'developer', 'user'] %}"
-    + (USER + "{{ message['content'] }}")
+    + (USER + _CONTENT)
     + "{% else %}{{ raise_exception('no such role: ' + message['role']) }}{% endif %}"
     + ("{% endfor %}{% if add_generation_prompt %}" + ASSISTANT + "{% endif %}")
 )
-"""The token ids of `serve.talker.Talker.chat_ids`."""
+"""The token ids of `serve.talker.Talker.chat_ids`, of messages that spell no marks."""
 
 
 def ends_of(source: Path, config: dict[str, Any], tokenizer: Tokenizer) -> Ends:

@@ -23,7 +23,7 @@ Progress = Callable[[str, int, int], None]
 def evaluate_run(
     folder: str | Path, *, max_tokens: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Evaluate the untrained model and every stage; returns and writes the evaluation.
+    """Evaluate the untrained model, unless the run was imported, and every stage; returns and writes the evaluation.
 
     {"before": figures, "pretrain": figures, "align": {stage: figures},
     "completions": [{"prompt": text, "texts": {stage: text}}], "skipped": newer checkpoints that did not verify}
@@ -34,7 +34,7 @@ def evaluate_run(
     result: dict[str, Any] = {"align": {}, "completions": []}
     prompts = opened.run.evaluate.prompts or DEFAULT_PROMPTS
     texts = dict[str, list[str]]()
-    for stage in (BEFORE, *opened.stages):
+    for stage in (*((BEFORE,) if opened.was_trained_here else ()), *opened.stages):
         figures, texts[stage] = _stage(opened, stage, prompts, max_tokens, progress)
         if stage in (BEFORE, PRETRAIN):
             result[stage] = figures

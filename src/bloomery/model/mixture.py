@@ -89,8 +89,8 @@ class Router(nn.Module):
         moves = moe.balancing == "bias"
         self.bias = nn.Parameter(torch.zeros(moe.experts), requires_grad=False) if moves else None
 
-    def forward(self, x_bsd: Tensor) -> Routing:
-        """x: (batch, seq, hidden)."""
+    def forward(self, x_bsd: Tensor, counts_bs: Tensor | None = None) -> Routing:
+        """x: (batch, seq, hidden). `counts_bs`: as in `View`; padding is sent to experts, but says nothing of them."""
         moe = self.moe
         with torch.autocast(x_bsd.device.type, enabled=False):
             wide = torch.promote_types(torch.promote_types(x_bsd.dtype, self.weight.dtype), torch.float32)
@@ -101,15 +101,20 @@ class Router(nn.Module):
             if moe.normalize_top_k:
                 weights_bsk = weights_bsk / weights_bsk.sum(-1, keepdim=True)
             weights_nk = (weights_bsk * moe.routed_scaling_factor).flatten(0, 1)
-            chosen_bz = experts_bsk.flatten(1)
-            tokens_be = chosen_bz.new_zeros(x_bsd.shape[0], moe.experts).scatter_add(
-                1, chosen_bz, torch.ones_like(chosen_bz)
-            )
-            tokens_e = tokens_be.sum(0)
+            tokens_be = self._copies(experts_bsk, torch.ones_like(experts_bsk))
             if torch.is_grad_enabled():
-                loss = self._loss(logits_bse, scores_bse, tokens_be)
-                weights_nk = _AddLoss.apply(weights_nk, loss, tokens_e, self.tally)
-        return Routing(experts_bsk.flatten(0, 1), weights_nk, tokens_e)
+                judged_be = tokens_be
+                if counts_bs is not None:
+                    text_bsk = (counts_bs > 0).to(experts_bsk.dtype)[..., None].expand_as(experts_bsk)
+                    judged_be = self._copies(experts_bsk, text_bsk)
+                loss = self._loss(logits_bse, scores_bse, judged_be, counts_bs)
+                weights_nk = _AddLoss.apply(weights_nk, loss, judged_be.sum(0), self.tally)
+        return Routing(experts_bsk.flatten(0, 1), weights_nk, tokens_be.sum(0))
+
+    def _copies(self, experts_bsk: Tensor, each_bsk: Tensor) -> Tensor:
+        """How many copies each expert gets of each sequence, (batch, experts), where every choice counts `each`."""
+        nothing_be = experts_bsk.new_zeros(experts_bsk.shape[0], self.moe.experts)
+        return nothing_be.scatter_add(1, experts_bsk.flatten(1), each_bsk.flatten(1))
 
     def choose(self, scores_bse: Tensor) -> Tensor:
         """The experts of each token, (batch, seq, k), by score and bias, within the best groups."""
@@ -125,17 +130,26 @@ class Router(nn.Module):
             scores_bse = grouped_bsge.masked_fill(~kept_bsg[..., None], -torch.inf).flatten(-2)
         return scores_bse.topk(moe.top_k, -1).indices
 
-    def _loss(self, logits_bse: Tensor, scores_bse: Tensor, tokens_be: Tensor) -> Tensor:
+    def _loss(self, logits_bse: Tensor, scores_bse: Tensor, tokens_be: Tensor, counts_bs: Tensor | None) -> Tensor:
         """This rank's part of the router's loss; each sequence by itself, so that no cut of the batch changes it."""
         moe, loss_b = self.moe, logits_bse.new_zeros(logits_bse.shape[0])
         if moe.balancing == "aux_loss":
-            share_be = (scores_bse / scores_bse.sum(-1, keepdim=True)).mean(1)
+            share_be = _mean(scores_bse / scores_bse.sum(-1, keepdim=True), counts_bs)
             whole_be = self.over_ranks(tokens_be).to(share_be.dtype)
             load_be = whole_be * (moe.experts / whole_be.sum(-1, keepdim=True))
             loss_b = loss_b + moe.aux_loss_coefficient * (share_be * load_be).sum(-1)
         if moe.z_loss_coefficient:
-            loss_b = loss_b + moe.z_loss_coefficient * logits_bse.logsumexp(-1).square().mean(1)
+            loss_b = loss_b + moe.z_loss_coefficient * _mean(
+                logits_bse.logsumexp(-1, keepdim=True).square(), counts_bs
+            ).squeeze(-1)
         return loss_b.sum() * self.loss_share
+
+
+def _mean(values_bse: Tensor, counts_bs: Tensor | None) -> Tensor:
+    """Over the tokens of each sequence, (batch, experts)."""
+    if counts_bs is not None:
+        values_bse = values_bse * counts_bs.to(values_bse.dtype)[..., None]
+    return values_bse.mean(1)
 
 
 class _Copies(torch.autograd.Function):
@@ -258,9 +272,9 @@ class Mixture(nn.Module):
         self.shared = FeedForward(model, width) if moe.shared_experts else None
         self.at_experts: AtExperts = right_here
 
-    def forward(self, x_bsd: Tensor) -> Tensor:
-        """x: (batch, seq, hidden)."""
-        routing = self.router(x_bsd)
+    def forward(self, x_bsd: Tensor, counts_bs: Tensor | None = None) -> Tensor:
+        """x: (batch, seq, hidden); `counts_bs` as in `View`."""
+        routing = self.router(x_bsd, counts_bs)
         x_nd = x_bsd.flatten(0, 1)
         order_r, back_r = by_expert(routing.experts_nk.flatten())
         y_rd = self.at_experts(self.experts, _Copies.apply(x_nd, order_r, back_r), routing.tokens_e)

@@ -16,12 +16,12 @@ from bloomery.model.attention import Attention, KeyValues
 from bloomery.model.embedding import Embedding
 from bloomery.model.head import Head
 from bloomery.model.latent import LatentAttention
-from bloomery.model.mixture import feed_forward
+from bloomery.model.mixture import Mixture, feed_forward
 from bloomery.model.narrow import narrowed
 from bloomery.model.norm import LayerNorm, RMSNorm
 from bloomery.model.rotary import rotary_tables
 from bloomery.model.shrink import shrink_gradient
-from bloomery.model.view import View
+from bloomery.model.view import View, counts_of
 from bloomery.spec.model import Model
 
 
@@ -43,7 +43,8 @@ class Layer(nn.Module):
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden)."""
         x_bsd = x_bsd + self.attention(self.attention_norm(x_bsd), view, past)
-        return x_bsd + self.ffn(self.ffn_norm(x_bsd))
+        seen = (view.counts_bs,) if isinstance(self.ffn, Mixture) else ()
+        return x_bsd + self.ffn(self.ffn_norm(x_bsd), *seen)
 
 
 def in_order(tokens: int, device: torch.device) -> Tensor:
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
         x: Tensor,
         documents_bs: Tensor | None = None,
         prefix_b: Tensor | None = None,
+        lengths_b: Tensor | None = None,
         *,
         targets_bs: Tensor | None = None,
         start: int = 0,
@@ -92,30 +94,40 @@ class Transformer(nn.Module):
         Returns hidden states; on the last stage logits (batch, seq, vocab) or, given `targets_bs`, the sum of their
         cross entropies, for which no stage but the last has a use. `documents_bs`: the document of each token of the
         whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other
-        whole.
+        whole; `lengths_b`: so many first tokens of each sequence are text, the rest padding.
         For generation, `past` holds what each layer has seen of the `start` positions before x.
         """
-        view = self.view(x, start, documents_bs, prefix_b)
+        view = self.view(x, start, documents_bs, prefix_b, lengths_b)
         if self.embedding is not None:
             x = self.embed(x, view.positions_s)
         for number, layer in enumerate(self.blocks()):
             x = layer(x, view, None if past is None else past[number])
         return x if self.norm is None or self.head is None else self.head(self.norm(x), targets_bs)
 
-    def view(self, x: Tensor, start: int, documents_bs: Tensor | None, prefix_b: Tensor | None) -> View:
-        """Where the tokens of `x` stand and what they see."""
+    def view(
+        self,
+        x: Tensor,
+        start: int,
+        documents_bs: Tensor | None,
+        prefix_b: Tensor | None,
+        lengths_b: Tensor | None = None,
+    ) -> View:
+        """Where the tokens of `x` stand and what they see; what they count is for routers alone."""
         model = self.model
         tokens = x.shape[1] * (1 if self.embedding is not None else self.sequence_cut)
         positions_s = self.positions(tokens, x.device) + start
         whole = start + tokens * self.context_cut
         window = model.sliding_window if whole > (model.sliding_window or whole) else None
+        counts_bs = None
+        if lengths_b is not None and model.moe is not None:
+            counts_bs = counts_of(positions_s, lengths_b, whole)
         if model.position == "learned":
-            return View(positions_s, None, documents_bs, prefix_b, window)
+            return View(positions_s, None, documents_bs, prefix_b, window, counts_bs)
         kind = x.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else next(self.parameters()).dtype
         tables = rotary_tables(positions_s, model.rotary_width, model.rope_theta, dtype, model.rope_scaling)
-        return View(positions_s, tables, documents_bs, prefix_b, window)
+        return View(positions_s, tables, documents_bs, prefix_b, window, counts_bs)
 
     def blocks(self) -> list[Layer]:
         """The layers in order."""

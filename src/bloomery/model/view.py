@@ -25,7 +25,8 @@ class View:
     `documents_bs` (batch, whole sequence) of a packed batch, `prefix_b` (batch,) tokens that see each other whole
     (prefix language model); None: one document, no prefix. With `window`, j > i - window too (sliding window; a prefix
     is seen whole). `positions_s` may be part of the sequence, documents are always those of all of it. `rotary`: cos
-    and sin (s, width), or None for learned positions.
+    and sin (s, width), or None for learned positions. `counts_bs`: what each token counts in a mean over its sequence
+    (0 for padding, 1 on average over the whole sequence), or None where all count alike.
     """
 
     positions_s: Tensor
@@ -33,6 +34,7 @@ class View:
     documents_bs: Tensor | None = None
     prefix_b: Tensor | None = None
     window: int | None = None
+    counts_bs: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -41,8 +43,9 @@ class View:
 
     @property
     def shared(self) -> list[Tensor]:
-        """What all layers read alike: rotary tables, and the masks made so far."""
-        return [*(self.rotary or ()), *self._biases.values()]
+        """What all layers read alike: rotary tables, what tokens count, and the masks made so far."""
+        counts = [] if self.counts_bs is None else [self.counts_bs]
+        return [*(self.rotary or ()), *counts, *self._biases.values()]
 
     @cached_property
     def _biases(self) -> dict[torch.dtype, Tensor]:
@@ -64,6 +67,11 @@ class View:
     def rotated(self, x_bhsk: Tensor) -> Tensor:
         """The queries or keys of these positions, turned (unchanged for learned positions)."""
         return x_bhsk if self.rotary is None else rotate(x_bhsk, *self.rotary)
+
+
+def counts_of(positions_s: Tensor, lengths_b: Tensor, tokens: int) -> Tensor:
+    """What the tokens at some positions of sequences of `tokens` count in a mean over those before each's padding."""
+    return (positions_s < lengths_b[:, None]) * (tokens / lengths_b.double())[:, None]
 
 
 def visible(view: View, key_s: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class Batch:
 
     tokens, targets: (batch, seq); a target of -100 counts nothing. `n_targets`: targets that count in the GLOBAL batch.
     `documents_bs`: the document of each token, tokens see their own only; `prefix_b`: so many first tokens of each
-    sequence see each other whole. None: one document, no prefix.
+    sequence see each other whole; `lengths_b`: so many first tokens of each sequence are text, the rest padding. None:
+    one document, no prefix, no padding.
     """
 
     tokens_bs: Tensor
@@ -23,11 +24,12 @@ class Batch:
     n_targets: int
     documents_bs: Tensor | None = None
     prefix_b: Tensor | None = None
+    lengths_b: Tensor | None = None
 
     @property
     def seen(self) -> dict[str, Any]:
-        """Documents and prefix where there are any: what every stage of a model is told beside its input."""
-        named = {"documents_bs": self.documents_bs, "prefix_b": self.prefix_b}
+        """Documents, prefix and lengths where there are any: what every stage of a model is told beside its input."""
+        named = {"documents_bs": self.documents_bs, "prefix_b": self.prefix_b, "lengths_b": self.lengths_b}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def split(self, size: int) -> Iterator[Batch]:

@@ -18,19 +18,22 @@ class Conversation:
         self.forgotten = 0
 
     def say(self, text: str, show: Callable[[str], None]) -> Answer:
-        """Add a user's turn and draw the answer, shown as it comes. Raises InputError when it alone is too long."""
-        self.turns.append(("user", text))
-        ids = self.talker.chat_ids(self.turns)
-        room = max(1, self.talker.context - self.max_new)
-        self.forgotten = 0
-        while len(ids) > room and len(self.turns) > 1:
-            self.turns = self.turns[2:]
-            self.forgotten += 2
-            ids = self.talker.chat_ids(self.turns)
-        if len(ids) >= self.talker.context:
-            self.turns.pop()
-            accepted = f"fewer than {self.talker.context} tokens"
+        """Add a user's turn and draw the answer, shown as it comes.
+
+        Raises InputError, and leaves the turns as they were, when it alone is too long. Old turns are forgotten for
+        half of the context's worth of answer at most, however long one may be.
+        """
+        turns = [*self.turns, ("user", text)]
+        ids = self.talker.chat_ids(turns)
+        context = self.talker.context
+        room = context - min(self.max_new, context // 2)
+        while len(ids) > room and len(turns) > 1:
+            turns = turns[2:]
+            ids = self.talker.chat_ids(turns)
+        if len(ids) >= context:
+            accepted = f"fewer than {context} tokens"
             raise InputError("the message does not fit the model's context", found=len(ids), accepted=accepted)
+        self.forgotten, self.turns = len(self.turns) + 1 - len(turns), turns
         answer = Answer()
         for piece in self.talker.talk(ids, answer, max_new=self.max_new, sampling=self.sampling):
             show(piece)

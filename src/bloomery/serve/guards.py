@@ -13,7 +13,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 MAX_BODY_BYTES = 1 << 20
-MAX_REQUESTS = 64
+MAX_REQUESTS = 32
+"""Fewer than the threads that answers are drawn in (40), so that none waits for a thread."""
 BODY_S = 30.0
 """How long a body may take to come: a client that stops half-way keeps its place no longer."""
 

@@ -11,18 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
+from bloomery.data.order import nth_seed
 from bloomery.model.generate import Sampling
 from bloomery.serve.requests import ChatRequest, CompletionRequest, Request
 from bloomery.serve.talker import Answer, Talker
 from bloomery.spec.errors import InputError
 
 DEFAULT_MAX_TOKENS = 128
+CLIENT_GONE = 499
+"""For the log alone: nobody is there to read it."""
 
 
 class NoSuchModel(InputError):
     """Another model than the one served was asked for."""
+
+
+class PastContext(InputError):
+    """Prompt and answer are longer than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class _Asked:
     def sampling(self, number: int) -> Sampling:
         """How answer `number` is drawn."""
         asked = self.request
-        seed = None if asked.seed is None else asked.seed + number
+        seed = None if asked.seed is None else nth_seed(asked.seed, number)
         return Sampling(asked.temperature, asked.top_k, asked.top_p, seed)
 
 
@@ -54,17 +63,17 @@ class Endpoints:
         self.name = f"{talker.name}-{talker.stage}"
 
     def add_to(self, app: FastAPI) -> None:
-        """Register the endpoints. They are plain functions, so each runs in a worker thread."""
+        """Register the endpoints. Tokens are counted and drawn in worker threads, so nothing else waits for them."""
         app.get("/v1/models")(self.models)
         app.get("/v1/models/{name:path}")(self.model)
         app.post("/v1/completions", response_model=None)(self.completions)
         app.post("/v1/chat/completions", response_model=None)(self.chat_completions)
 
-    def models(self) -> dict[str, Any]:
+    async def models(self) -> dict[str, Any]:
         """The one model."""
-        return {"object": "list", "data": [self.model(self.name)]}
+        return {"object": "list", "data": [await self.model(self.name)]}
 
-    def model(self, name: str) -> dict[str, Any]:
+    async def model(self, name: str) -> dict[str, Any]:
         """The one model, by its name."""
         self._check_name(name)
         model = {"id": self.name, "object": "model", "created": 0, "owned_by": "bloomery"}
@@ -74,31 +83,39 @@ class Endpoints:
         if name not in (self.name, self.talker.name):
             raise NoSuchModel("no such model", where="model", found=name, accepted=[self.name])
 
-    def completions(self, request: CompletionRequest) -> Response:
+    async def completions(self, request: CompletionRequest, client: HttpRequest) -> Response:
         """Go on from a text, or from token ids as they are."""
+        return await self._answer(await run_in_threadpool(self._completion, request), client)
+
+    async def chat_completions(self, request: ChatRequest, client: HttpRequest) -> Response:
+        """Answer a conversation."""
+        return await self._answer(await run_in_threadpool(self._chat, request), client)
+
+    def _completion(self, request: CompletionRequest) -> _Asked:
         prompt = request.prompt
         ids = self.talker.text_ids(prompt) if isinstance(prompt, str) else prompt
         if not 0 <= min(ids) <= max(ids) < self.talker.module.model.vocab:
             accepted = f"0 to {self.talker.module.model.vocab - 1}"
             raise InputError("not ids of this model's tokens", where="prompt", accepted=accepted)
-        return self._answer(request, ids, request.max_tokens, chat=False)
+        return self._asked(request, ids, request.max_tokens, chat=False)
 
-    def chat_completions(self, request: ChatRequest) -> Response:
-        """Answer a conversation. Raises InputError where the model would read its last message alone."""
+    def _chat(self, request: ChatRequest) -> _Asked:
+        """Raises InputError where the model would read the last message alone."""
         if len(request.messages) > 1 and not self.talker.reads_turns:
             problem = "this model knows no turns: it goes on from one message"
             raise InputError(problem, where="messages", found=len(request.messages), accepted="one message")
         ids = self.talker.chat_ids([message.turn for message in request.messages])
-        return self._answer(request, ids, request.max_completion_tokens or request.max_tokens, chat=True)
+        return self._asked(request, ids, request.max_completion_tokens or request.max_tokens, chat=True)
 
-    def _answer(self, request: Request, ids: list[int], max_tokens: int | None, *, chat: bool) -> Response:
+    def _asked(self, request: Request, ids: list[int], max_tokens: int | None, *, chat: bool) -> _Asked:
         if request.model:
             self._check_name(request.model)
         room = self.talker.context - len(ids)
         if room < 1 or (max_tokens is not None and max_tokens > room):
             wanted = len(ids) + (max_tokens or 1)
             accepted = f"prompt and answer of at most {self.talker.context} tokens together"
-            raise InputError("past the model's context", found=wanted, accepted=accepted)
+            where = "messages" if chat else "prompt"
+            raise PastContext("past the model's context", where=where, found=wanted, accepted=accepted)
         if request.stream and request.n > 1:
             raise InputError("one answer at a time can be streamed", where="n", found=request.n)
         name, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
@@ -108,17 +125,21 @@ class Endpoints:
             "created": int(time.time()),
             "model": self.name,
         }
-        asked = _Asked(request, ids, min(max_tokens or DEFAULT_MAX_TOKENS, room), head, chat)
-        if request.stream:
+        return _Asked(request, ids, min(max_tokens or DEFAULT_MAX_TOKENS, room), head, chat)
+
+    async def _answer(self, asked: _Asked, client: HttpRequest) -> Response:
+        """A stream, or the whole; that is given up where its client goes away."""
+        if asked.request.stream:
             return StreamingResponse(self._events(asked), media_type="text/event-stream")
         choices, drawn = [], 0
-        for number in range(request.n):
+        for number in range(asked.request.n):
             answer = Answer()
-            for _ in self._pieces(asked, answer, number):
-                pass
+            async for _ in iterate_in_threadpool(self._pieces(asked, answer, number)):
+                if await client.is_disconnected():
+                    return Response(status_code=CLIENT_GONE)
             drawn += answer.completion_tokens
-            choices.append(_choice(number, answer.text, answer.finish_reason, chat))
-        return JSONResponse({**head, "choices": choices, "usage": asked.usage(drawn)})
+            choices.append(_choice(number, answer.text, answer.finish_reason, asked.chat))
+        return JSONResponse({**asked.head, "choices": choices, "usage": asked.usage(drawn)})
 
     def _pieces(self, asked: _Asked, answer: Answer, number: int) -> Iterator[str]:
         """Draw answer `number`; the lock is held for one piece at a time, so nobody waits for a slow reader."""

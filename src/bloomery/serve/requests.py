@@ -95,11 +95,11 @@ class Request(BaseModel):
 
     model: str = ""
     max_tokens: int | None = Field(default=None, ge=1, strict=True)
-    temperature: float = Field(default=0.7, ge=0, le=2)
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
+    temperature: float = Field(default=0.7, ge=0, le=2, strict=True)
+    top_p: float = Field(default=0.95, gt=0, le=1, strict=True)
+    top_k: int = Field(default=0, ge=0, strict=True)
     n: int = Field(default=1, ge=1, le=4, strict=True)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, strict=True)
     stop: Annotated[list[str], BeforeValidator(_words)] = []
     stream: bool = Field(default=False, strict=True)
     stream_options: StreamOptions = StreamOptions()
@@ -118,7 +118,7 @@ class Request(BaseModel):
         known = [*cls.model_fields, *UNSUPPORTED, *HARMLESS]
         for key in given:
             if key not in known:
-                raise InputError("no such field", where=key, nearest=nearest_match(key, known))
+                raise InputError("no such field", where=key, nearest=nearest_match(key, cls.model_fields))
         return given
 
 

@@ -8,6 +8,7 @@ the loopback alone and answers only requests addressed to it (no rebinding of na
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 import threading
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from bloomery.serve.guards import BearerToken, BodyLimit, LoopbackNames, RequestLimit, problem
-from bloomery.serve.protocol import Endpoints, NoSuchModel
+from bloomery.serve.protocol import Endpoints, NoSuchModel, PastContext
 from bloomery.serve.talker import Talker
 from bloomery.spec.errors import InputError, in_plain_words
 
@@ -54,7 +55,8 @@ async def _invalid(_: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return problem(400, f"the body is not valid JSON ({first['ctx']['error']} at character {first['loc'][-1]})")
-    path = [str(part) for part in first["loc"] if part != "body"]
+    # Pydantic names a member of a union in the path, as `constrained-str`: no field a client has written.
+    path = [str(part) for part in first["loc"] if part != "body" and re.fullmatch(r"\w+", str(part))]
     if not path and first["type"] == "model_attributes_type":
         return problem(400, "the body must be a JSON object, its content-type application/json")
     message = ": ".join(filter(None, (".".join(path), in_plain_words(str(first["msg"])))))
@@ -67,7 +69,8 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
         return problem(error.status_code, str(error.detail))
     if isinstance(error, NoSuchModel):
         return problem(404, str(error), param="model", code="model_not_found")
-    return problem(400, str(error), param=getattr(error, "where", "") or None)
+    code = "context_length_exceeded" if isinstance(error, PastContext) else None
+    return problem(400, str(error), param=getattr(error, "where", "") or None, code=code)
 
 
 def read_token(path: Path | None, host: str) -> str | None:

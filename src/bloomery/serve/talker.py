@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bloomery.data.tokenizer import Tokenizer
+from bloomery.data.tokenizer import HALF, Tokenizer
 from bloomery.evaluate.completions import prompt_ids
 from bloomery.evaluate.opening import PRETRAIN, open_run
 from bloomery.model.generate import Sampling, generate
@@ -86,14 +86,14 @@ class Talker:
         Raises InputError when the prompt leaves no room for one token.
         """
         answer.prompt_tokens = len(ids)
-        told, new = "", list[int]()
+        told, new, text_of = "", list[int](), self.tokenizer.after(ids)
         room = min(max_new, self.context - len(ids))
         stops, size, holes = self.tokenizer.stops, self.tokenizer.size, self.tokenizer.holes(self.module.model.vocab)
         drawn = generate(self.module, ids, max_new=max_new, sampling=sampling, stop=stops, limit=size, holes=holes)
         for token in drawn:
             new.append(token)
             answer.completion_tokens += 1
-            text = self.tokenizer.decode(new)
+            text = text_of(new)
             cut = min((text.find(word) for word in stop if word in text), default=-1)
             if cut >= 0:
                 yield from _tell(answer, text[len(told) : cut])
@@ -102,7 +102,7 @@ class Talker:
             yield from _tell(answer, text[len(told) : safe])
             told = text[: max(safe, len(told))]
         answer.finish_reason = "length" if len(new) >= room else "stop"
-        yield from _tell(answer, self.tokenizer.decode(new)[len(told) :])
+        yield from _tell(answer, text_of(new)[len(told) :])
 
 
 def _tell(answer: Answer, piece: str) -> Iterator[str]:
@@ -113,7 +113,7 @@ def _tell(answer: Answer, piece: str) -> Iterator[str]:
 
 def _held_back(text: str, stop: Sequence[str]) -> int:
     """How much may be told: not a character that is half there, not what may become a stop word."""
-    whole = text.rstrip("\ufffd")
+    whole = text.rstrip(HALF)
     safe = len(whole)
     for word in stop:
         for length in range(min(len(word) - 1, len(whole)), 0, -1):

@@ -234,7 +234,9 @@ class AlignStage(Noun):
     name: FolderName = "sft"
     method: Literal["sft"] = "sft"
     pairs: str = ""
-    max_pairs: int = Field(default=4000, ge=1)
+    max_pairs: int | None = Field(
+        default=None, ge=1, description="the most pairs kept; null: all of a file, 4000 of those made from the text"
+    )
     steps: int = Field(default=50, ge=1)
     global_batch: int = Field(default=16, ge=1)
     optimizer: Optimizer = Optimizer(**ALIGNMENT_RATES)
@@ -288,4 +290,6 @@ class Run(Noun):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")
         if any(stage.pairs not in ("", self.align[0].pairs) for stage in self.align):
             raise ValueError("align: all stages read the pairs of the first one; name no others")
+        if any(stage.max_pairs not in (None, self.align[0].max_pairs) for stage in self.align):
+            raise ValueError("align: all stages read as many pairs as the first one's max_pairs says; say no other")
         return self

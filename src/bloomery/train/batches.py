@@ -57,9 +57,11 @@ def cut(samples: Samples, seq_len: int, first: int, count: int) -> Samples:
         for part in (samples.inputs, samples.targets, samples.documents)
     )
     assert inputs is not None and targets is not None
-    # Samples with a prefix are their own only piece.
-    prefix = None if samples.prefix is None else samples.prefix[first : first + count]
-    return Samples(inputs, targets, documents, prefix)
+    # Samples with a prefix or padding are their own only piece.
+    prefix, lengths = (
+        None if part is None else part[first : first + count] for part in (samples.prefix, samples.lengths)
+    )
+    return Samples(inputs, targets, documents, prefix, lengths)
 
 
 class Batches:
@@ -117,12 +119,12 @@ class Batches:
         first = dp_rank * (phase.global_batch // self.mesh.layout.dp) % phase.pieces
         samples = cut(samples, phase.seq_len, first, size)
         count = sum(self.dataset.n_targets(i) for i in taken)
-        tokens, targets, documents, prefix = (
+        tokens, targets, documents, prefix, lengths = (
             None if part is None else torch.from_numpy(part).to(self.mesh.device)
-            for part in (samples.inputs, samples.targets, samples.documents, samples.prefix)
+            for part in (samples.inputs, samples.targets, samples.documents, samples.prefix, samples.lengths)
         )
         assert tokens is not None and targets is not None
-        return Batch(tokens, targets, count, documents_bs=documents, prefix_b=prefix)
+        return Batch(tokens, targets, count, documents_bs=documents, prefix_b=prefix, lengths_b=lengths)
 
     def close(self) -> None:
         """Stop preparing."""

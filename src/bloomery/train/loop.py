@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.shards import TokenDataset
+from bloomery.data.heldout import Evaluated
 from bloomery.data.spot_check import spot_check
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import Heartbeat
@@ -189,7 +189,7 @@ def evaluate(session: Session, step: int) -> None:
     job, average = session.job, session.optimizers.average
     own = Course.of((), global_batch=job.global_batch, seq_len=job.seq_len, steps=job.steps)
     with session.clock.bucket("evaluate"):
-        heldout = open_tokens(job, job.heldout, seed=0)
+        heldout = Evaluated(open_tokens(job, job.heldout, seed=0), job.heldout_tokens)
         session.engine.expect(job.global_batch, job.seq_len)
         batches = Batches(heldout, session.mesh, own)
         row = {"step": step, **_heldout(session, batches, heldout)}
@@ -201,9 +201,8 @@ def evaluate(session: Session, step: int) -> None:
         session.recorder.metrics(row)
 
 
-def _heldout(session: Session, batches: Batches, heldout: TokenDataset) -> dict[str, float]:
-    job = session.job
-    rounds = max(1, min(job.heldout_tokens, heldout.n_tokens) // (job.global_batch * job.seq_len))
+def _heldout(session: Session, batches: Batches, heldout: Evaluated) -> dict[str, float]:
+    rounds = -(-len(heldout) // session.job.global_batch)
     total, count = 0.0, 0
     for number in range(rounds):
         with session.clock.bucket("evaluate"):  # the supervisor sees that it gets on
@@ -211,9 +210,7 @@ def _heldout(session: Session, batches: Batches, heldout: TokenDataset) -> dict[
             batches.begin(number + 1)
             loss, n = session.engine.evaluate(batch)
         total, count = total + loss, count + n
-    mean = total / count
-    bits = mean / math.log(2) * heldout.n_tokens / heldout.text_bytes
-    return {"heldout_loss": mean, "heldout_bits_per_byte": bits}
+    return {"heldout_loss": total / count, "heldout_bits_per_byte": total / math.log(2) / heldout.text_bytes}
 
 
 def _finish(session: Session) -> None:

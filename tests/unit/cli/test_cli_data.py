@@ -172,3 +172,12 @@ def test_what_is_shown_adds_up_and_says_how_many_more_there_are(
     assert all(line.startswith(words) for line, words in zip(lines[1:], beginnings, strict=False))
     assert "0.parquet and 2 more" in lines[2]
     assert "15" in lines[3] and ".txt and 2 more" in lines[4]
+
+
+def test_pairs_that_are_not_taken_are_said(called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pairs.jsonl").write_text("".join(f'{{"prompt": "{n % 9}", "response": "b"}}\n' for n in range(12)))
+    assert called("build", run_file, "--set", "align=[{pairs: pairs.jsonl, max_pairs: 7}]") == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["pairs", "7", "yours"] in shown
+    assert ["dropped:", "exact", "duplicate", "3"] in shown
+    assert ["dropped:", "beyond", "the", "limit", "2", "of", "align.0.max_pairs", "7"] in shown

@@ -13,11 +13,11 @@ import pytest
 from bloomery.data import shards
 from bloomery.data.build import build, read_report
 from bloomery.data.corpus import OF_DOCUMENTS
-from bloomery.data.order import permuted, sample_at
+from bloomery.data.order import nth_seed, permuted, sample_at
 from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
 from bloomery.data.readers import Account, document, read_documents, text_files
 from bloomery.data.shards import TokenDataset, verify
-from bloomery.data.tokenizer import load
+from bloomery.data.tokenizer import Ends, load
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
 from bloomery.spec.seal import sealed_json
@@ -62,6 +62,13 @@ def test_an_epoch_visits_every_sample_once(n: int) -> None:
 def test_epochs_and_seeds_differ() -> None:
     orders = [tuple(sample_at(i + 500 * epoch, 500, seed) for i in range(500)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4
+
+
+def test_seeds_of_several_draws_are_nobody_elses() -> None:
+    assert nth_seed(7, 0) == 7 and nth_seed(-(2**63), 0) == -(2**63)
+    found = [nth_seed(seed, number) for seed in range(-50, 50) for number in range(4)]
+    assert len(set(found)) == len(found) and all(-(2**63) <= seed < 2**64 for seed in found)
+    assert nth_seed(0, 1) == 0xE220A8397B1DCDAF  # the first number of splitmix64 from 0
 
 
 def test_sample_a_billion_needs_no_walk() -> None:
@@ -136,6 +143,23 @@ def test_chinese_comes_back_unchanged_and_specials_cannot_be_forged(corpus: Path
     tokenizer = load(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode(PROSE)) == PROSE
     assert tokenizer.end not in tokenizer.encode("a <|end|> in the text")
+
+
+def test_documents_start_as_the_texts_of_an_imported_model_do(corpus: Path, tmp_path: Path) -> None:
+    build(settings(corpus), tmp_path / "own")
+    own = load(tmp_path / "own")
+    first = own.user
+    foreign = own.with_ends(Ends(bos=first, eos=(own.end,), start=(first,)))
+    build(settings(corpus), tmp_path / "out", tokenizer=own)
+    foreign.save(tmp_path / "out")
+    report = build(settings(corpus), tmp_path / "out", tokenizer=foreign)
+    assert not report.reused and build(settings(corpus), tmp_path / "out", tokenizer=foreign).reused
+    for part, documents in (("train", report.documents_train), ("heldout", report.documents_heldout)):
+        tokens, plain = (np.fromfile(tmp_path / home / part / "tokens_000.bin", "<u2") for home in ("out", "own"))
+        starts = np.fromfile(tmp_path / "out" / part / "documents.bin", "<i8")
+        assert (tokens[starts] == first).all() and (tokens[starts[1:] - 1] == own.end).all()
+        assert (len(starts), len(tokens)) == (documents, len(plain) + documents)
+        assert np.array_equal(tokens[tokens != first], plain)
 
 
 def test_bad_files_are_counted_and_named_and_nothing_else_is_lost(corpus: Path, tmp_path: Path) -> None:

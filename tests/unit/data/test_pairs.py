@@ -104,6 +104,34 @@ def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path, row: dict[str,
         read_pairs(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "a", "respone": "b"}, r"unknown key; found 'respone'; .*did you mean 'response'\?"),
+        ({"system": "s", "prompt": "a", "response": "b"}, "unknown key; found 'system'; accepted: prompt, response"),
+        ({"prompt": "a"}, "response: this key is required"),
+        (["a", "b"], "not a record with prompt and response"),
+    ],
+)
+def test_a_key_that_nobody_reads_is_named(tmp_path: Path, row: object, said: str) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(InputError, match=rf"pairs\.jsonl:1: {said}"):
+        read_pairs(path)
+
+
+def test_given_pairs_are_all_taken_and_what_is_not_is_counted(tmp_path: Path) -> None:
+    text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    rows = [json.dumps({"prompt": str(number % 4100), "response": "b"}) for number in range(4110)]
+    pairs.write_text("\n".join(rows))
+    data = Data(text=(str(text),), vocab=300)
+    report = build(data, tmp_path / "out", pairs_file=str(pairs))
+    assert (report.pairs, report.pairs_double, report.pairs_beyond) == (4100, 10, 0)
+    report = build(data, tmp_path / "out", pairs_file=str(pairs), max_pairs=4000)
+    assert (report.pairs, report.pairs_double, report.pairs_beyond) == (4000, 10, 100)
+
+
 def test_pairs_that_a_sequence_does_not_hold_are_counted(tmp_path: Path) -> None:
     text, pairs = tmp_path / "text.txt", tmp_path / "pairs.jsonl"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)

@@ -127,6 +127,33 @@ def test_the_routers_loss_joins_the_gradients_as_a_term_of_the_loss_would() -> N
     assert tokens_e.tolist() == routing.experts_nk.flatten().bincount(minlength=8).tolist()
 
 
+def of_padded(module: Transformer, tokens_bs: Tensor, length: int) -> tuple[list[Tensor], list[list[int]], float]:
+    """Gradients, copies for the experts of each router, and the routers' loss, of texts padded to `length`."""
+    targets_bs = tokens_bs.roll(-1, 1)
+    padded, targets = (
+        F.pad(part, (0, length - part.shape[1]), value=value) for part, value in ((tokens_bs, 3), (targets_bs, -100))
+    )
+    lengths_b = torch.full((len(tokens_bs),), tokens_bs.shape[1])
+    module.zero_grad()
+    module(padded, lengths_b=lengths_b, targets_bs=targets).backward()
+    tallies = [block.router.tally.take() for block in module.modules() if isinstance(block, Mixture)]
+    gradients = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    copies = [tokens_e.tolist() for tokens_e, _ in tallies if tokens_e is not None]
+    return gradients, copies, sum(float(loss) for _, loss in tallies if loss is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_says_nothing_of_the_balance(kind: str) -> None:
+    torch.manual_seed(0)
+    module, tokens_bs = Transformer(model(**KINDS[kind])).double(), torch.randint(4, 32, (3, 5))
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.3)
+    (gradients, copies, loss), padded = (of_padded(module, tokens_bs, length) for length in (5, 12))
+    assert (padded[1], sum(map(sum, copies))) == (copies, 3 * 5 * 2 * len(copies))
+    assert padded[2] == pytest.approx(loss, rel=1e-12)
+    torch.testing.assert_close(padded[0], gradients, rtol=1e-9, atol=1e-12)
+
+
 def test_what_is_run_again_is_counted_once_and_what_does_not_train_never() -> None:
     module, x_bsd = mixture(), torch.randn(2, 6, 16, dtype=torch.float64, requires_grad=True)
     checkpoint(module, x_bsd, use_reentrant=False).sum().backward()

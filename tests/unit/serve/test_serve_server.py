@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 import uvicorn
+from anyio import to_thread
 from fastapi.testclient import TestClient
 
 from bloomery.data import tokenizer as tokenizers
@@ -80,6 +82,65 @@ def test_one_seed_gives_one_answer_and_n_gives_different_ones(client: TestClient
     assert len(set(texts)) > 1
 
 
+def test_answers_of_neighbouring_seeds_are_others(client: TestClient) -> None:
+    first, second = (chat(client, n=2, temperature=1.5, max_tokens=30, seed=seed).json()["choices"] for seed in (1, 2))
+    assert first[0]["message"] == chat(client, temperature=1.5, max_tokens=30).json()["choices"][0]["message"]
+    assert first[1]["message"] != second[0]["message"]
+
+
+def post(body: dict[str, Any]) -> Message:
+    """The scope of a POST to the completions."""
+    return {
+        "type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"",
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")], "body": json.dumps(body).encode(),
+    }  # fmt: skip
+
+
+def test_an_answer_whose_client_has_gone_is_not_drawn_to_its_end(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, scope = list[str](), post({"prompt": "hello", "n": 2})
+    messages = [{"type": "http.request", "body": scope["body"]}, {"type": "http.disconnect"}]
+
+    def talk(*_: Any, **__: Any) -> Iterator[str]:
+        for _ in range(50):
+            drawn.append("piece")
+            yield "piece"
+
+    async def receive() -> Message:
+        return messages.pop(0) if len(messages) > 1 else messages[0]
+
+    async def send(_: Message) -> None:
+        pass
+
+    monkeypatch.setattr(Talker, "talk", talk)
+    asyncio.run(create_app(talker)(scope, receive, send))
+    assert len(drawn) == 1
+
+
+def test_the_models_are_told_while_no_thread_is_free(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, done = threading.Event(), threading.Event()
+
+    def talk(*_: Any, **__: Any) -> Iterator[str]:
+        begun.set()
+        done.wait(20)
+        yield "piece"
+
+    async def ask() -> list[int]:
+        to_thread.current_default_thread_limiter().total_tokens = 1
+        transport = httpx.ASGITransport(create_app(talker))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            answer = asyncio.create_task(client.post("/v1/completions", json={"prompt": "hello"}))
+            while not begun.is_set():
+                await asyncio.sleep(0.001)
+            models = await asyncio.wait_for(client.get("/v1/models"), 10)
+            done.set()
+            return [models.status_code, (await answer).status_code]
+
+    monkeypatch.setattr(Talker, "talk", talk)
+    assert asyncio.run(ask()) == [200, 200]
+
+
 def test_a_stream_says_what_the_whole_answer_says(client: TestClient) -> None:
     whole = chat(client).json()["choices"][0]
     lines = [line[6:] for line in chat(client, stream=True).text.split("\n\n") if line]
@@ -104,6 +165,10 @@ def test_a_completion_stops_before_a_stop_word(client: TestClient) -> None:
 def test_the_context_is_a_limit(client: TestClient) -> None:
     refused(chat(client, max_tokens=CONTEXT), 400, "context", str(CONTEXT))
     refused(chat(client, messages=[{"role": "user", "content": "z" * 500}]), 400, "context")
+    long = client.post("/v1/completions", json={"prompt": "z" * 500})
+    for response, field in ((chat(client, max_tokens=CONTEXT), "messages"), (long, "prompt")):
+        error = response.json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +203,11 @@ def test_the_context_is_a_limit(client: TestClient) -> None:
         ({"max_tokens": "8"}, "max_tokens"),
         ({"max_completion_tokens": True}, "max_completion_tokens"),
         ({"stream": "yes"}, "stream"),
+        ({"temperature": "0.5"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": True}, "top_p"),
+        ({"top_k": True}, "top_k"),
+        ({"seed": True}, "seed"),
     ],
 )
 def test_values_past_a_limit_are_refused(client: TestClient, changes: dict[str, Any], word: str) -> None:
@@ -150,7 +220,15 @@ def test_a_field_that_is_none_is_named_with_the_nearest(client: TestClient) -> N
     refused(chat(client, max_token=1), 400, "max_token: no such field", "did you mean 'max_tokens'?")
     refused(chat(client, temprature=2), 400, "temprature: no such field", "did you mean 'temperature'?")
     assert chat(client, temprature=2).json()["error"]["param"] == "temprature"
+    assert "did you mean" not in chat(client, logprob=True).json()["error"]["message"]
     assert chat(client, service_tier="auto", prompt_cache_key="x").status_code == 200
+
+
+def test_a_message_names_the_field_and_not_its_type(client: TestClient) -> None:
+    headers = {"content-type": "application/json"}
+    response = client.post("/v1/completions", content=b'{"prompt": "\\ud800"}', headers=headers)
+    refused(response, 400, "prompt: ")
+    assert response.json()["error"]["param"] == "prompt"
 
 
 TURNS = [("system", "be kind"), ("user", "hello"), ("assistant", "hi"), ("user", "and?")]

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from bloomery.data import tokenizer as tokenizers
+from bloomery.evaluate.completions import complete
 from bloomery.model.generate import Sampling
 from bloomery.model.transformer import Transformer
 from bloomery.serve.chat import Conversation, converse
@@ -109,6 +111,45 @@ def test_a_message_longer_than_the_context_is_refused_and_forgotten(talker: Talk
     with pytest.raises(InputError, match="context"):
         conversation.say("zq" * 200, lambda _: None)
     assert conversation.turns == []
+
+
+def test_a_message_longer_than_the_context_leaves_the_conversation(talker: Talker) -> None:
+    conversation = Conversation(talker, max_new=8, sampling=WARM)
+    conversation.say("hello", lambda _: None)
+    before = list(conversation.turns)
+    with pytest.raises(InputError, match="context"):
+        conversation.say("zq" * 200, lambda _: None)
+    assert conversation.turns == before
+
+
+def test_answers_that_may_fill_the_context_do_not_make_every_turn_forgotten(talker: Talker) -> None:
+    conversation = Conversation(talker, max_new=1000, sampling=WARM)
+    conversation.turns = [("user", "hello"), ("assistant", "world")]
+    conversation.say("hello", lambda _: None)
+    assert conversation.forgotten == 0 and conversation.turns[0] == ("user", "hello")
+
+
+def test_an_answer_keeps_the_blank_before_its_first_word(talker: Talker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the decoder of Llama 2's tokenizer.json: blanks are bars, and one at the beginning is none of the text's."""
+    names = ["<unk>", "<s>", "\u2581", "hi", "you", *(f"<0x{i:02X}>" for i in range(256))]
+    backend = Backend(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(["<unk>", "<s>"])
+    llama = replace(talker, tokenizer=tokenizers.Tokenizer(backend))
+    iron = [5 + byte for byte in "铁".encode()]
+    for ids, new, text in (
+        ([1, 2, 3], [2, 4, *iron], " you铁"),
+        ([1, 2, 3, *iron], [*iron, 2, 4], "铁 you"),
+        ([1], [2, 4], "you"),
+        ([1, 2, 3, 2], [4, 2], "you "),
+    ):
+        monkeypatch.setattr("bloomery.serve.talker.generate", lambda *_, new=new, **__: iter(new))
+        monkeypatch.setattr("bloomery.evaluate.completions.generate", lambda *_, new=new, **__: iter(new))
+        monkeypatch.setattr("bloomery.evaluate.completions.prompt_ids", lambda *_, ids=ids: ids)
+        assert "".join(llama.talk(ids, Answer(), max_new=9, sampling=WARM)) == text
+        assert complete(llama.module, llama.tokenizer, [""], max_new=9, sampling=WARM) == [text]
 
 
 def test_a_session_at_the_terminal(talker: Talker) -> None:

@@ -144,6 +144,7 @@ def test_a_run_or_stage_is_a_folder_below_the_folder_of_runs(tmp_path: Path, nam
 def test_alignment_stages_have_names_of_their_own_and_one_file_of_pairs(tmp_path: Path) -> None:
     assert "a name of its own" in problem(tmp_path, VALID, "align=[{name: a}, {name: a}]")
     assert "pairs of the first" in problem(tmp_path, VALID, "align=[{name: a}, {name: b, pairs: b.jsonl}]")
+    assert "first one's max_pairs" in problem(tmp_path, VALID, "align=[{name: a}, {name: b, max_pairs: 9}]")
 
 
 def test_the_first_words_of_a_family_of_models_list_the_family(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from bloomery.data.shards import write_tokens
 from bloomery.evaluate.huggingface import write_imported
+from bloomery.evaluate.perplexity import heldout_perplexity
 from bloomery.ledger.clock import DEVICE, Clock
 from bloomery.ledger.heartbeat import PHASE_OF
 from bloomery.ledger.sinks import read_lines
@@ -27,6 +28,7 @@ from bloomery.model.weights import load_weights
 from bloomery.parallel.data_parallel import sum_over_world
 from bloomery.parallel.engine import Engine, StepStatistics
 from bloomery.parallel.mesh import Mesh, pretend
+from bloomery.spec.commit import newest_good
 from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
@@ -227,3 +229,18 @@ def test_a_checkpoint_of_a_larger_model_is_not_loaded_in_part(tmp_path: Path) ->
     write_imported(tmp_path / "step_000000", {name: t.detach() for name, t in larger.named_parameters()})
     with pytest.raises(InputError, match=r"no place for; found 'layers\.1\."):
         load_weights(tmp_path / "step_000000", Transformer(MODEL))
+
+
+@pytest.mark.parametrize("global_batch", [2, 4])
+def test_held_out_text_is_judged_as_evaluation_judges_it(job: Job, tmp_path: Path, global_batch: int) -> None:
+    """Five samples, whatever the batch, and each of them once."""
+    changes = {"heldout": job.data, "heldout_tokens": 5 * 8, "global_batch": global_batch}
+    trained(job.model_copy(update=changes), tmp_path / "run", Clock())
+    [row] = [line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "heldout_loss" in line]
+    checkpoint, _ = newest_good(tmp_path / "run" / "checkpoints")
+    assert checkpoint is not None
+    module = Transformer(MODEL)
+    load_weights(checkpoint, module)
+    found = heldout_perplexity(module.eval(), Path(job.data), seq_len=8, max_tokens=5 * 8)
+    assert row["heldout_loss"] == pytest.approx(found.heldout_loss, rel=1e-5)
+    assert row["heldout_bits_per_byte"] == pytest.approx(found.bits_per_byte, rel=1e-5)
