@@ -18,6 +18,7 @@ from bloomery.planner.budget import Answer, Question, budget
 from bloomery.planner.choices import compare
 from bloomery.planner.law_fit import fit, read_runs, runs_of
 from bloomery.planner.laws import law, laws
+from bloomery.planner.means import Means, spend
 from bloomery.planner.structure import structure_near
 from bloomery.planner.throughput import Machine, throughput
 from bloomery.spec import catalog
@@ -117,6 +118,17 @@ def test_a_deadline_takes_no_more_accelerators_than_it_needs() -> None:
     assert answer.spending.accelerators < CLUSTER.largest()
     with pytest.raises(LimitError):
         budget(replace(YUAN, days=15.0, accelerators=answer.spending.accelerators // 2 // 8 * 8), CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "tokens", "days"), [("eos-like", 2e10, 1.0), ("eos-like", 2e10, 0.09), ("yuan-1.0", 3e10, 3.0)]
+)
+def test_no_smaller_number_of_accelerators_keeps_the_deadline(cluster: str, tokens: float, days: float) -> None:
+    machine = Machine(catalog.cluster(cluster))
+    found = spend(Means(machine, days=days), 1e9, tokens)
+    assert found.days <= days
+    fewer = [size for size in machine.sizes() if size < found.accelerators]
+    assert fewer and all(throughput(machine, 1e9, tokens, size).days(tokens) > days for size in fewer)
 
 
 def test_a_deadline_beyond_the_whole_cluster_is_refused_by_how_much() -> None:
