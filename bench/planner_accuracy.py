@@ -202,7 +202,11 @@ def page(
     if memory:
         precision = "unknown" if memory.precision is None else f"{memory.precision:.1%}"
         text = f"What does not fit: precision {precision}, recall {memory.recall:.1%} (goals 95%) over"
-        lines += [f"{text} {memory.out_of_memory} layouts that ran out of memory and {memory.ran} that ran.", ""]
+        lines += [f"{text} {memory.out_of_memory} layouts that ran out of memory and {memory.ran} that ran."]
+        if memory.precision_all is not None:
+            others = f"{memory.false_alarms_elsewhere:,} of the {memory.elsewhere:,} runs of other sources"
+            lines += [f"{others} are said not to fit: with them the precision is {memory.precision_all:.1%}."]
+        lines += [""]
     lines += [
         "## By source",
         "",

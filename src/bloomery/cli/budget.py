@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from bloomery.planner.budget import Question
+    from bloomery.planner.budget import Budget, Question
     from bloomery.planner.laws import Law
     from bloomery.planner.throughput import Machine
 
@@ -83,8 +83,7 @@ def budget(
         print_json(plain(found))
     else:
         print_budget(found)
-    if any(one.law == question.law and one.problem and not isnan(one.parameters) for one in found.answers):
-        raise typer.Exit(3)  # a limit that is not kept under the law that was asked
+    raise typer.Exit(_exit_code(found))
 
 
 @app.command()
@@ -178,6 +177,12 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if abs(value) < float("inf") else None
     return value
+
+
+def _exit_code(found: Budget) -> int:
+    """Not 0 where the law that was asked has an answer whose limits are not kept."""
+    asked = next(one for one in found.answers if one.law == found.question.law)
+    return 0 if isnan(asked.parameters) else asked.exit_code
 
 
 def _own_law(name: str) -> Law | None:

@@ -17,7 +17,10 @@ WIDTH = 100
 GPT3_PF_DAYS = 3640.0  # Brown et al. 2020 (2005.14165), Table D.1
 HORIZONS = (1.0, 10.0, 100.0, 1000.0)
 COMPARABLE = "loss: nats a token of each law's own text and tokenizer; it ranks choices under one law, not laws"
-CONVERGED = "* models trained until they stop improving on these tokens; the optimum's loss is of its compute frontier"
+CONVERGED = (
+    "* models trained until they stop improving on these tokens, which takes more FLOP than 6ND; the optimum's loss is "
+    "of its compute frontier"
+)
 
 
 def print_budget(budget: Budget) -> None:
@@ -36,9 +39,9 @@ def print_budget(budget: Budget) -> None:
             console.print(f"[yellow]{answer.title}[/]: {answer.problem}", soft_wrap=False)
     for note in budget.notes:
         console.print(f"[yellow]note[/] {note}")
-    if any(answer.interval for answer in answered) and not question.both:
+    if any(answer.interval for answer in answered) and question.size_is_chosen:
         console.print("[dim]80 %: the published interval of the exponent, turned about the middle of the law's runs[/]")
-    if question.both:
+    if any(answer.loss_converged for answer in answered):
         console.print(f"[dim]{CONVERGED}[/]")
     console.print(f"[dim]{COMPARABLE}[/]")
 
@@ -124,13 +127,13 @@ def _laws(answers: list[Answer], question: Question) -> Table:
     spendings = [answer.spending for answer in answers if answer.spending]
     several = len({spending.accelerators for spending in spendings}) > 1
     epochs = question.unique_tokens is not None
-    columns = ["law", "params", "80 %", "tokens", "tok/par", "loss"] + (["epochs"] if epochs else [])
+    columns = ["law", "params"] + (["80 %"] if question.size_is_chosen else [])
+    columns += ["tokens", "tok/par", "loss"] + (["epochs"] if epochs else [])
     columns += ["PF-days"] + (["MFU", "days", "cost"] if spendings else []) + (["acc."] if several else [])
     table = _table(*columns, left=("law",))
     for answer in answers:
-        interval = "" if answer.interval is None else f"{_si(answer.interval[0], 3)}-{_si(answer.interval[1], 3)}"
-        cells = [answer.title, _si(answer.parameters), interval, _si(answer.tokens)]
-        cells += [f"{answer.tokens / answer.parameters:.3g}", _loss(answer.loss)]
+        cells = [answer.title, _si(answer.parameters)] + ([_interval(answer)] if question.size_is_chosen else [])
+        cells += [_si(answer.tokens), f"{answer.tokens / answer.parameters:.3g}", _own_loss(answer)]
         cells += [f"{answer.epochs:.3g}"] if epochs and answer.epochs is not None else []
         cells += [_pf_days(answer.pf_days_6nd), *(_spent(answer.spending)[: 4 if several else 3] if spendings else [])]
         table.add_row(*cells, style="bold" if answer.law == question.law else None)
@@ -143,11 +146,19 @@ def _judged(answers: list[Answer]) -> Table:
     for answer in answers:
         if answer.law.startswith("sardana"):
             continue
-        interval = "" if answer.interval is None else f"{_si(answer.interval[0], 3)}-{_si(answer.interval[1], 3)}"
         optimum = [_si(answer.optimal_parameters), _si(answer.optimal_tokens), _loss(answer.optimal_loss)]
-        loss = _loss(answer.loss) + ("*" if answer.law == "kaplan" else "")
-        table.add_row(answer.title, loss, *optimum, interval)
+        table.add_row(answer.title, _own_loss(answer), *optimum, _interval(answer))
     return table
+
+
+def _interval(answer: Answer) -> str:
+    """The 80 % of the optimum's parameters."""
+    return "" if answer.interval is None else f"{_si(answer.interval[0], 3)}-{_si(answer.interval[1], 3)}"
+
+
+def _own_loss(answer: Answer) -> str:
+    """The loss of what is answered, marked where no compute budget is behind it."""
+    return _loss(answer.loss) + ("*" if answer.loss_converged else "")
 
 
 def _spent(spending: Spending | None) -> list[str]:

@@ -84,11 +84,16 @@ def _judgements(found: Validation) -> list[str]:
         lines.append(f"order of layouts in {order.groups} groups: {figures}")
     if found.memory:
         fit = found.memory
-        precision = "unknown" if fit.precision is None else f"{fit.precision:.1%}"
-        counts = f"({fit.out_of_memory} did not, {fit.ran} ran)"
-        lines.append(f"does not fit: precision {precision}, recall {fit.recall:.1%} {counts}")
-        lines.append(f"{fit.false_alarms_elsewhere} of {fit.elsewhere} runs of other sources are said not to fit")
+        counts = f"{fit.out_of_memory} did not, {fit.ran} ran"
+        figures = f"precision {_share(fit.precision)}, recall {fit.recall:.1%}"
+        lines.append(f"does not fit, of layouts tried ({counts}): {figures}")
+        others = f"{fit.false_alarms_elsewhere:,} of {fit.elsewhere:,} are said not to fit"
+        lines.append(f"with the runs of other sources ({others}): precision {_share(fit.precision_all)}")
     return lines
+
+
+def _share(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
 
 
 def _cells(score: Score) -> list[str]:

@@ -117,9 +117,10 @@ def _chips(found: Validation) -> list[str]:
         order = found.ranking
         chips.append(f"order in {order.groups} groups: regret {order.regret:.2%}, Kendall tau {order.kendall_tau:.2f}")
     if found.memory:
-        told = found.memory.precision
-        precision = "unknown" if told is None else f"{told:.1%}"
-        chips.append(f"does not fit: precision {precision}, recall {found.memory.recall:.1%}")
+        judged = found.memory.precision, found.memory.precision_all
+        tried, every = ("unknown" if share is None else f"{share:.1%}" for share in judged)
+        chips.append(f"does not fit: of layouts tried precision {tried}, recall {found.memory.recall:.1%}")
+        chips.append(f"does not fit: with the runs of other sources precision {every}")
     return chips
 
 

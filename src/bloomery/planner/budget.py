@@ -13,6 +13,7 @@ from math import isfinite, isnan, nan
 
 from bloomery.perf.flops import PF_DAY
 from bloomery.planner.laws import (
+    FLOPS_RANGE,
     INFERENCE_FLOPS,
     TRAINING_FLOPS,
     Law,
@@ -28,10 +29,12 @@ from bloomery.planner.laws import (
 )
 from bloomery.planner.means import Means, Spending, spend, work_within
 from bloomery.planner.throughput import Machine
-from bloomery.spec.errors import InputError, LimitError
+from bloomery.spec.errors import BloomeryError, InputError, LimitError
 
 TOLERANCE = 0.01
 """Given quantities may disagree by so much before they contradict: published figures are rounded."""
+RANGES = {"pf_days": (1e-10, 1e10), "parameters": (1e4, 1e15), "tokens": (1e4, 1e16), "days": (1e-4, 1e5)}
+"""What can be asked for: far beyond what was ever trained on either side, and within what the laws answer."""
 NEARLY_FRESH_EPOCHS = 4.0
 """Repeated so often tokens are still nearly as good as new ones (Muennighoff et al. 2023, section 5)."""
 
@@ -77,6 +80,20 @@ class Question:
         """Whether parameters and tokens are both given, or follow from PF-days without a law."""
         return sum(value is not None for value in (self.parameters, self.tokens, self.pf_days)) >= 2
 
+    @property
+    def size_is_chosen(self) -> bool:
+        """Whether the parameters are a law's optimum, not given and no consequence of the tokens."""
+        others = (self.target_loss, self.pf_days, self.days, self.money)
+        return self.parameters is None and (self.tokens is None or all(value is None for value in others))
+
+    @property
+    def asked(self) -> str:
+        """What was given of the work, or of the means where they alone say how much, as options."""
+        work = ("pf_days", "parameters", "tokens", "target_loss")
+        given = [name for name in (*work, "days", "money") if getattr(self, name) is not None]
+        shown = [name for name in given if name in work or not self.work_is_fixed]
+        return " ".join(f"--{name.replace('_', '-')} {getattr(self, name):.4g}" for name in shown)
+
     def flops(self) -> float | None:
         """The training FLOP by 6 N D, where parameters, tokens or PF-days say them."""
         if self.parameters is not None and self.tokens is not None:
@@ -90,7 +107,8 @@ class Question:
 class Answer:
     """One law's answer. `optimal_*`: what the law would choose with the same FLOP; `interval` is its N's 80 %.
 
-    `spending` is None without a cluster or where `problem` says why there is none. `total_flops` counts inference too.
+    `loss_converged`: `loss` is of models trained until they stop improving. `spending` is None without a cluster or
+    where `problem` says why there is none; `exit_code` is what it would be alone. `total_flops` counts inference too.
     """
 
     law: str
@@ -100,6 +118,7 @@ class Answer:
     pf_days_6nd: float
     pf_days_8nd: float
     loss: float | None
+    loss_converged: bool
     optimal_parameters: float
     optimal_tokens: float
     optimal_loss: float | None
@@ -108,6 +127,7 @@ class Answer:
     total_flops: float
     spending: Spending | None
     problem: str
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,21 +191,31 @@ def _answer(question: Question, of: Law, means: Means | None) -> Answer:
         try:
             parameters, tokens, spending = work_within(means, of, question.parameters, question.tokens)
         except (LimitError, InputError) as error:
-            return _unanswered(of, str(error))
-        return _told(question, of, parameters, tokens, spending, "")
+            return _unanswered(of, error)
+        return _told(question, of, parameters, tokens, spending)
     parameters, tokens = work(question, of)
     if isnan(parameters) or isnan(tokens):
-        reason = "never reaches this loss" if of.has_loss else "has no loss to aim at"
-        return _unanswered(of, reason)
+        return _unanswered(of, InputError(_why_no_work(question, of)))
     return _spent(question, of, parameters, tokens, means)
+
+
+def _why_no_work(question: Question, of: Law) -> str:
+    """Why a law says no parameters and tokens for what was asked."""
+    if question.target_loss is not None:
+        return "never reaches this loss" if of.has_loss else "has no loss to aim at"
+    least, most = FLOPS_RANGE
+    what = "so many tokens" if question.parameters is None else "this size"
+    return f"no budget of {least:.0e} to {most:.0e} FLOP has {what} as its optimum"
 
 
 def _inference_answer(question: Question, of: Law, means: Means | None) -> Answer:
     """Sardana's point: the loss that `of` reaches, with the least training and inference FLOP together."""
     base = _answer(question, of, means)
     named = replace(of, key=f"sardana-{of.key}", title=f"Sardana ({of.title})", exponent_interval=None)
+    if of.converged:
+        return _unanswered(named, InputError(f"{of.key} has no L(N, D) of a compute budget to hold equal"))
     if base.loss is None:
-        return _unanswered(named, f"{of.key} has no loss to hold equal")
+        return _unanswered(named, InputError(f"{of.key} has no loss to hold equal"))
     if means is not None and base.spending is not None:  # what it takes, on the same accelerators, without limits
         means = Means(means.machine, accelerators=base.spending.accelerators)
     parameters, tokens = inference_aware(of, base.loss, question.inference_tokens or 0.0)
@@ -194,16 +224,15 @@ def _inference_answer(question: Question, of: Law, means: Means | None) -> Answe
 
 def _spent(question: Question, of: Law, parameters: float, tokens: float, means: Means | None) -> Answer:
     if means is None:
-        return _told(question, of, parameters, tokens, None, "")
+        return _told(question, of, parameters, tokens, None)
     try:
-        return _told(question, of, parameters, tokens, spend(means, parameters, tokens), "")
+        return _told(question, of, parameters, tokens, spend(means, parameters, tokens))
     except (LimitError, InputError) as error:
-        return _told(question, of, parameters, tokens, None, str(error))
+        told = _told(question, of, parameters, tokens, None)
+        return replace(told, problem=str(error), exit_code=error.exit_code)
 
 
-def _told(
-    question: Question, of: Law, parameters: float, tokens: float, spending: Spending | None, problem: str
-) -> Answer:
+def _told(question: Question, of: Law, parameters: float, tokens: float, spending: Spending | None) -> Answer:
     product = parameters * tokens
     flops = TRAINING_FLOPS * product
     best_n, best_d = of.optimal(flops)
@@ -217,6 +246,7 @@ def _told(
         pf_days_6nd=flops / PF_DAY,
         pf_days_8nd=8.0 * product / PF_DAY,
         loss=_finite(loss),
+        loss_converged=of.converged and not on_frontier,
         optimal_parameters=float(best_n),
         optimal_tokens=float(best_d),
         optimal_loss=_finite(of.optimal_loss(flops)),
@@ -224,12 +254,13 @@ def _told(
         epochs=None if question.unique_tokens is None else tokens / question.unique_tokens,
         total_flops=flops + INFERENCE_FLOPS * parameters * (question.inference_tokens or 0.0),
         spending=spending,
-        problem=problem,
+        problem="",
     )
 
 
-def _unanswered(of: Law, reason: str) -> Answer:
-    return Answer(of.key, of.title, nan, nan, nan, nan, None, nan, nan, None, None, None, nan, None, reason)
+def _unanswered(of: Law, error: BloomeryError) -> Answer:
+    nothing = (nan, nan, nan, nan, None, False, nan, nan, None, None, None, nan, None)
+    return Answer(of.key, of.title, *nothing, str(error), error.exit_code)
 
 
 def _finite(value: float) -> float | None:
@@ -243,6 +274,11 @@ def _check(question: Question, machine: Machine | None) -> None:
         value = getattr(question, name)
         if value is not None and not (isfinite(value) and value > 0):
             raise InputError("a positive number is expected", where=f"--{name.replace('_', '-')}", found=value)
+    for name, (least, most) in RANGES.items():
+        value = getattr(question, name)
+        if value is not None and not least <= value <= most:
+            where, accepted = f"--{name.replace('_', '-')}", f"{least:g} to {most:g}"
+            raise InputError("beyond what can be asked", where=where, found=value, accepted=accepted)
     needs_cluster = [name for name in ("money", "days", "accelerators") if getattr(question, name) is not None]
     if needs_cluster and machine is None:
         raise InputError(f"--{needs_cluster[0]} needs --cluster: time and price are a cluster's")
@@ -297,8 +333,8 @@ def _refuse_where_nothing_is_left(question: Question, answers: list[Answer]) -> 
     reasons = [answer.problem for answer in answers]
     if all(reasons):
         chosen = next(answer for answer in answers if answer.law == question.law)
-        if question.target_loss is not None and isnan(chosen.parameters):
-            raise InputError(f"--target-loss {question.target_loss:g}: {chosen.title} {chosen.problem}")
+        if chosen.exit_code == InputError.exit_code:
+            raise InputError(f"{chosen.title}: {chosen.problem}", where=question.asked)
         raise LimitError(chosen.problem)
 
 

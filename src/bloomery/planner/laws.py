@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,7 +31,10 @@ FLOPS_RANGE = (1e9, 1e36)
 @dataclass(frozen=True)
 class Law:
     """What all laws share. `exponent_interval`: 80 % interval of a in N_opt ~ C^a, as published (None: none);
-    `fitted_flops`: FLOP of the smallest and the largest run behind it (None: see its source)."""
+    `fitted_flops`: FLOP of the smallest and the largest run behind it (None: see its source); `converged`: whether its
+    L(N, D) is of models trained until they stop improving, which no budget of 6 N D reaches."""
+
+    converged: ClassVar[bool] = False
 
     key: str
     title: str
@@ -94,6 +97,8 @@ class Kaplan(Frontier):
     improving on D tokens, so its smallest value at a given C is not the frontier's. D = C / 6 N here; the paper's own
     D_opt = 2e10 C^0.27 counts training at the critical batch, which doubles the FLOP.
     """
+
+    converged: ClassVar[bool] = True
 
     loss_exponent: float = 0.05
     loss_pf_days: float = 1.0
@@ -242,10 +247,11 @@ def parameters_for_loss(of: Law, tokens: Any, loss: Any) -> Any:
 def inference_aware(of: Law, loss: float, inference_tokens: float) -> tuple[float, float]:
     """(N, D) that reach `loss` with the least 6 N D + 2 N D_inference (Sardana et al. 2024, 2401.00448, eq. 3).
 
-    NaN twice where the law has no loss or never reaches it. D_inference of 0 gives the compute-optimal point.
+    NaN twice where the law has no loss of a compute budget or never reaches it. D_inference of 0 gives the
+    compute-optimal point.
     """
     start = float(flops_for_loss(of, loss))
-    if not np.isfinite(start):
+    if of.converged or not np.isfinite(start):
         return float("nan"), float("nan")
     largest = float(of.optimal(start)[0])  # inference only ever asks for fewer parameters
 

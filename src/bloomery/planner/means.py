@@ -14,6 +14,7 @@ from bloomery.spec.errors import InputError, LimitError
 
 ROUNDS = 3  # the structure planned with is then within a few per cent of the size answered, and its rate scaled
 CLOSE = 0.005
+HEADROOM = 1.25  # no part of a cluster is taken to be more efficient than a smaller one by more than this
 FIRST_MFU = 0.4  # where the search for a consistent size starts; the answer does not depend on it
 
 
@@ -122,27 +123,41 @@ def _count(means: Means) -> int:
 
 
 def _in_time(means: Means, parameters: float, tokens: float) -> Spending:
-    """The fewest accelerators that keep the deadline: from an estimate upwards through the sizes."""
-    sizes, deadline = means.machine.sizes(), means.days or float("inf")
-    whole = throughput(means.machine, parameters, tokens, sizes[-1])
-    fastest = whole.days(tokens)
-    if fastest > deadline:
-        raise LimitError(
-            f"all {sizes[-1]} accelerators of {means.machine.cluster.name} need {fastest:.3g} days, "
-            f"{fastest / deadline:.2f} times the {deadline:g} given"
-        )
-    enough = 0.5 * sizes[-1] * fastest / deadline  # from below: a whole cluster is seldom half as efficient as a part
+    """On the fewest accelerators that keep the deadline. Raises LimitError where not even all of them do."""
+    deadline = means.days or float("inf")
+    rate = _fewest(means.machine, parameters, tokens, deadline)
+    if rate is None:
+        largest = means.machine.largest()
+        rate = throughput(means.machine, parameters, tokens, largest)
+        if rate.days(tokens) > deadline:
+            raise LimitError(
+                f"all {largest} accelerators of {means.machine.cluster.name} need {rate.days(tokens):.3g} days, "
+                f"{rate.days(tokens) / deadline:.2f} times the {deadline:g} given"
+            )
+    return _affordable(means, _spending(means, tokens, rate))
+
+
+def _fewest(machine: Machine, parameters: float, tokens: float, deadline: float) -> Throughput | None:
+    """The rate of the first size that keeps the deadline, upwards from what it would take at peak; None without one.
+
+    A size that is too slow says how many are enough. It may be the less efficient one (short of memory, or of a batch
+    that divides badly), hence HEADROOM.
+    """
+    sizes = machine.sizes()
+    peak = machine.cluster.accelerator.peak(_dtype(machine, sizes[-1]))
+    enough = TRAINING_FLOPS * parameters * tokens / (peak * deadline * DAY_S)
     for size in sizes:
         if size < enough:
             continue
         try:
-            rate = throughput(means.machine, parameters, tokens, size)
+            rate = throughput(machine, parameters, tokens, size)
         except (LimitError, InputError):  # too little memory, or no layout of this size
             continue
-        if rate.days(tokens) <= deadline:
-            return _affordable(means, _spending(means, tokens, rate))
-        enough = 0.98 * size * rate.days(tokens) / deadline
-    return _affordable(means, _spending(means, tokens, whole))
+        days = rate.days(tokens)
+        if days <= deadline:
+            return rate
+        enough = max(enough, size * days / deadline / HEADROOM)
+    return None
 
 
 def _affordable(means: Means, spending: Spending) -> Spending:

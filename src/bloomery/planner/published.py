@@ -58,7 +58,8 @@ HEAD_WIDTH = 128
 class Published:
     """One run that can be modelled. `cluster` has data-sheet rates alone: a calibration says the rest.
 
-    `scale`: the batch over what whole micro-batches of the layout hold.
+    `scale`: the batch over what whole micro-batches of the layout hold; `kernels`: which of its software's kernels ran,
+    where the notes say so.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Published:
     measured_s: float | None
     flags: tuple[str, ...]
     n_gpus: int
+    kernels: str
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -133,7 +135,13 @@ def published(row: Mapping[str, str]) -> Published:
         measured_s=_measured_s(row, model, layout, cluster, dtype),
         flags=flags(row.get("flags", "")),
         n_gpus=n_gpus,
+        kernels=_kernels(row.get("notes", "")),
     )
+
+
+def _kernels(notes: str) -> str:
+    found = re.search(r"\bkernel=([^;]+)", notes)
+    return found[1].strip() if found else ""
 
 
 def _profile(row: Mapping[str, str], chip: Accelerator) -> Profile:

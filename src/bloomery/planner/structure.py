@@ -26,7 +26,9 @@ def structure_near(parameters: float, *, max_seq_len: int = 131_072, vocab: int 
     given, sizes below what that vocabulary allows become the smallest structure.
     """
     if vocab is None and not SMALLEST <= parameters <= LARGEST:
-        raise InputError("no standard structure of this size", found=f"{parameters:.3g}", accepted="1e6 to 1e14")
+        raise InputError(
+            "no standard structure of so many parameters", found=f"{parameters:.3g}", accepted="1e6 to 1e14"
+        )
     vocab = vocab or next(size for limit, size in VOCABULARIES if parameters <= limit)
     candidates = [model for hidden in _widths() if (model := _of_width(hidden, parameters, vocab, max_seq_len))]
     return min(candidates, key=lambda model: _distance(model, parameters))

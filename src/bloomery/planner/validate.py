@@ -107,9 +107,13 @@ class Ranking:
 @dataclass(frozen=True)
 class MemoryScore:
     """Of 'does not fit': precision and recall over layouts that were tried on the same machines, and false alarms among
-    runs of other sources, which all fitted. Precision is None where none of those that ran is known."""
+    runs of other sources, which all fitted. Precision is None where none of those that ran is known.
+
+    `precision_all` counts those other runs too (flagged ones left out): of all said not to fit, what did not.
+    """
 
     precision: float | None
+    precision_all: float | None
     recall: float
     out_of_memory: int
     ran: int
@@ -226,15 +230,15 @@ def _by_source(rows: Iterable[Row]) -> dict[str, Score]:
 
 
 def ranking(scored: Iterable[tuple[Row, Published]]) -> Ranking | None:
-    """How well layouts of one model, number of accelerators, sequence and batch are ordered; None without any group, or
-    where all took the same time."""
+    """How well layouts of one model, number of accelerators, sequence, batch and software are ordered; None without any
+    group, or where all took the same time."""
     from scipy.stats import kendalltau
 
     together: dict[object, dict[object, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row, run in scored:
         batch, chip = round(run.global_batch * run.scale), run.cluster.accelerator.name
         same = (row.source, run.model, chip, run.n_gpus, run.seq_len, batch, run.dtype)
-        together[same][run.layout].append(row)
+        together[(*same, run.profile.stack, run.kernels)][run.layout].append(row)
     regrets, taus = [], []
     for by_layout in together.values():
         if len(by_layout) < FEWEST_LAYOUTS:
@@ -254,12 +258,13 @@ def _memory(ran: Sequence[Row], refused: Sequence[Row]) -> MemoryScore:
     found = [row.fits for row in refused if row.fits is not None]
     beside = [row.fits for row in ran if row.fits is not None and row.source in sources]
     elsewhere = [row.fits for row in ran if row.fits is not None and row.source not in sources and not row.flagged]
-    caught, alarms = found.count(False), beside.count(False)
+    caught, alarms, others = found.count(False), beside.count(False), elsewhere.count(False)
     return MemoryScore(
         precision=caught / max(1, caught + alarms) if beside else None,
+        precision_all=caught / max(1, caught + alarms + others) if beside or elsewhere else None,
         recall=caught / max(1, len(found)),
         out_of_memory=len(found),
         ran=len(beside),
-        false_alarms_elsewhere=elsewhere.count(False),
+        false_alarms_elsewhere=others,
         elsewhere=len(elsewhere),
     )

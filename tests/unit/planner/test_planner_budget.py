@@ -18,6 +18,7 @@ from bloomery.planner.budget import Answer, Question, budget
 from bloomery.planner.choices import compare
 from bloomery.planner.law_fit import fit, read_runs, runs_of
 from bloomery.planner.laws import law, laws
+from bloomery.planner.means import Means, spend
 from bloomery.planner.structure import structure_near
 from bloomery.planner.throughput import Machine, throughput
 from bloomery.spec import catalog
@@ -119,6 +120,17 @@ def test_a_deadline_takes_no_more_accelerators_than_it_needs() -> None:
         budget(replace(YUAN, days=15.0, accelerators=answer.spending.accelerators // 2 // 8 * 8), CLUSTER)
 
 
+@pytest.mark.parametrize(
+    ("cluster", "tokens", "days"), [("eos-like", 2e10, 1.0), ("eos-like", 2e10, 0.09), ("yuan-1.0", 3e10, 3.0)]
+)
+def test_no_smaller_number_of_accelerators_keeps_the_deadline(cluster: str, tokens: float, days: float) -> None:
+    machine = Machine(catalog.cluster(cluster))
+    found = spend(Means(machine, days=days), 1e9, tokens)
+    assert found.days <= days
+    fewer = [size for size in machine.sizes() if size < found.accelerators]
+    assert fewer and all(throughput(machine, 1e9, tokens, size).days(tokens) > days for size in fewer)
+
+
 def test_a_deadline_beyond_the_whole_cluster_is_refused_by_how_much() -> None:
     with pytest.raises(LimitError, match=r"all 2128 accelerators of yuan-1\.0 need .* times the 2 given"):
         budget(replace(YUAN, days=2.0), CLUSTER)
@@ -157,12 +169,34 @@ def test_a_target_loss_beside_given_work_is_refused() -> None:
         (Question(days=-3.0), NODE, "positive"),
         (Question(target_loss=1.0, law="hoffmann-3"), NODE, "never reaches"),
         (Question(pf_days=1.0, law="chinchila"), None, "no such law"),
+        (Question(tokens=1e30), None, r"--tokens: beyond what can be asked; found 1e\+30; accepted"),
+        (Question(parameters=1000.0), None, "--parameters: beyond"),
+        (Question(days=1e-9), NODE, "--days: beyond"),
+        (Question(pf_days=1e30), NODE, "--pf-days: beyond"),
     ],
 )
 def test_wrong_input_is_one_line(question: Question, machine: Machine | None, words: str) -> None:
     with pytest.raises((InputError, LimitError), match=words) as error:
         budget(question, machine)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        (Question(pf_days=1e-9), "--pf-days 1e-09: Besiroglu: no standard structure of so many parameters"),
+        (Question(parameters=2e4, tokens=1e6), r"--parameters 2e\+04 --tokens 1e\+06: Besiroglu: no standard"),
+    ],
+)
+def test_a_size_that_nobody_plans_is_wrong_input_and_names_what_asked_for_it(question: Question, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        budget(question, NODE)
+
+
+def test_a_law_without_an_answer_says_why_by_what_was_asked() -> None:
+    assert "this size as its optimum" in under(Question(parameters=1e10, unique_tokens=1.0), key="muennighoff").problem
+    assert "so many tokens as its optimum" in under(Question(tokens=1e15), key="kaplan").problem
+    assert "never reaches this loss" in under(Question(parameters=1e10, target_loss=2.0), key="muennighoff").problem
 
 
 def test_unique_tokens_are_counted_in_epochs_and_noted_where_they_fade() -> None:
@@ -177,6 +211,33 @@ def test_inference_adds_sardanas_smaller_model_at_equal_loss() -> None:
     assert served.loss == pytest.approx(base.loss)
     assert served.parameters < base.parameters
     assert served.total_flops < base.total_flops
+
+
+def test_kaplans_loss_of_converged_models_is_no_compute_budget_for_sardana() -> None:
+    found = under(Question(target_loss=2.0, inference_tokens=1.0, law="kaplan"), None, "sardana-kaplan")
+    assert "no L(N, D) of a compute budget" in found.problem
+
+
+def test_a_loss_of_converged_models_is_told_from_one_of_a_frontier() -> None:
+    aimed, optimal = Question(target_loss=2.0, parameters=1e10), Question(target_loss=2.0)
+    assert [under(each, key="kaplan").loss_converged for each in (aimed, GPT3, optimal)] == [True, True, False]
+    assert not under(aimed).loss_converged
+
+
+@pytest.mark.parametrize(
+    ("question", "chosen"),
+    [
+        (Question(pf_days=100.0), True),
+        (Question(tokens=2e10), True),
+        (Question(days=3.0), True),
+        (Question(parameters=1e10), False),
+        (Question(parameters=1e10, target_loss=2.0), False),
+        (Question(tokens=2e12, target_loss=2.0), False),
+        (Question(tokens=2e12, days=3.0), False),
+    ],
+)
+def test_a_law_chooses_the_size_where_neither_it_nor_what_fixes_it_is_given(question: Question, chosen: bool) -> None:
+    assert question.size_is_chosen is chosen
 
 
 def test_the_plans_batch_stays_within_the_critical_one() -> None:
@@ -331,6 +392,13 @@ def test_a_sweep_is_fitted_from_its_file(tmp_path: Path) -> None:
     values = json.loads(bloomery("fit", path, "--resamples", "20", "--json").stdout)
     assert values["runs"] == 35
     assert values["intervals"]["alpha"][0] < 0.3478 < values["intervals"]["alpha"][1]
+
+
+def test_a_given_size_has_no_interval_beside_it_and_a_converged_loss_its_mark() -> None:
+    aimed = bloomery("--target-loss", "2.0", "--parameters", "10B").stdout
+    assert "80 %" not in aimed and "2.000*" in aimed and "* models trained until they stop improving" in aimed
+    optimal = bloomery("--target-loss", "2.0").stdout
+    assert "80 %" in optimal and "*" not in optimal
 
 
 def test_the_third_of_parameters_tokens_and_pf_days_is_told() -> None:

@@ -169,6 +169,10 @@ def test_inference_asks_for_a_smaller_model_trained_for_longer_at_equal_loss() -
     assert inference_aware(of, loss, 0.0) == pytest.approx((best_n, best_d), rel=1e-3)
 
 
+def test_inference_asks_nothing_of_a_loss_of_converged_models() -> None:
+    assert np.isnan(inference_aware(law("kaplan"), 2.0, 1e12)).all()
+
+
 def test_an_unknown_law_suggests_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean 'hoffmann-3'"):
         law("hofmann-3")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bloomery.cli.plan_figures import SERIES
+from bloomery.cli.validate import _judgements
 from bloomery.cli.validate_page import render, scatter
 from bloomery.planner.calibrate import Constant, constants_of, fit, usual, value_in, with_values
 from bloomery.planner.cells import Unusable
@@ -109,6 +110,33 @@ def test_layouts_that_ran_may_stand_in_the_file_of_those_that_did_not() -> None:
     tried = [bursts, row(id="c", iteration_time_s="", outcome="ok")]
     found = validate([row(id="a", source="another")], calibration(), memory_rows=tried)
     assert found.memory is not None and (found.memory.precision, found.memory.ran) == (1, 1)
+
+
+def test_a_run_of_another_source_that_is_said_not_to_fit_counts_in_the_precision_over_all() -> None:
+    impossible = {"tp": 1, "pp": 1, "vpp": 1, "dp": 64}
+    bursts = row(id="b", **impossible, iteration_time_s="", outcome="OOM")
+    elsewhere = row(id="c", **impossible, source="another")
+    found = validate([row(id="a"), elsewhere], calibration(), memory_rows=[bursts])
+    assert found.memory is not None
+    assert (found.memory.precision, found.memory.precision_all) == (1, 0.5)
+    assert (found.memory.false_alarms_elsewhere, found.memory.elsewhere) == (1, 1)
+    shown = "\n".join(_judgements(found))
+    assert "of layouts tried (1 did not, 1 ran): precision 100.0%" in shown
+    assert "1 of 1 are said not to fit): precision 50.0%" in shown
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"notes": "kernel=flash_attentionv1.0.8; more"}, {"flash_attention": 0}],
+)
+def test_layouts_are_ordered_among_those_of_the_same_software(other: dict[str, Any]) -> None:
+    rows = [{**one, "notes": "kernel=flash_attention2; more", "flash_attention": "1"} for one in grid(calibration())]
+    alone = validate(rows, calibration()).ranking
+    assert alone is not None
+    slower = [{**one, **{key: str(value) for key, value in other.items()}} for one in rows]
+    slower = [{**one, "iteration_time_s": str(3 * float(one["iteration_time_s"]))} for one in slower]
+    both = validate(rows + slower, calibration()).ranking
+    assert both is not None and both.groups == 2 * alone.groups
 
 
 def test_rows_of_one_name_are_different_runs() -> None:
