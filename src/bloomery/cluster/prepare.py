@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.booking import START_FILE
+from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs
 from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
-from bloomery.data.origin import check_one_build, check_tokenizer, other_pairs, other_text, tokenizer_hash
-from bloomery.data.pairs import PairDataset
+from bloomery.data.origin import tokenizer_hash
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
 from bloomery.ledger.trackers import check_trackers
@@ -26,7 +26,7 @@ from bloomery.planner.search import plan, run_dtype
 from bloomery.spec.cluster import Dtype
 from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, checkpoints_to_come, imported_checkpoint
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json, to_yaml, write_atomically
+from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.fitting import fitted, with_batch
 from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
@@ -224,7 +224,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         }
     )
     staged = run.model_copy(update={"train": train})
-    require_pairs(run, data)
+    require_pairs(run, run_folder(run), data)
     dtype = _dtype(staged, layout)
     expected = predicted(staged, layout, dtype)
     job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
@@ -244,49 +244,6 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
-
-
-def require_pairs(run: Run, data: Path) -> None:
-    """Raise InputError unless `data` has pairs that this run's description asks for and its model can be trained on."""
-    if not (data / "report.json").is_file():
-        raise InputError("no finished data build here; `bloomery data build RUN.yaml` makes one", where=str(data))
-    check_tokenizer(run_folder(run), data)
-    _require_same_origin(run, data)
-    if not (data / "pairs" / "manifest.json").is_file():
-        problem = (
-            "no prompt-response pairs: none could be made from the text; name a file in align.0.pairs and build again"
-        )
-        raise InputError(problem, where=str(data))
-    PairDataset(data / "pairs", seq_len=run.train.seq_len, seed=0)
-
-
-def _require_same_origin(run: Run, data: Path) -> None:
-    """Raise InputError when shards and pairs were built from something else than the run's description names."""
-    path = data / "report.json"
-    origin = read_json(path).get("origin", {}) if path.is_file() else {}
-    text, pairs = other_text(origin, run.data), other_pairs(origin, run.align[0]) if run.align else ""
-    if text or pairs:
-        problem = f"built from other {'text' if text else 'pairs'} ({text or pairs})"
-        raise InputError(f"{problem}; `bloomery data build RUN.yaml` builds it again", where=str(data))
-
-
-def require_data(run: Run, data: Path) -> None:
-    """Raise InputError unless `data` is a finished build of this run's text that its model can read, held-out text
-    included."""
-    if not (data / "report.json").is_file() or not (data / "train" / "manifest.json").is_file():
-        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data))
-    _require_same_origin(run.model_copy(update={"align": ()}), data)
-    check_one_build(data)
-    used = int(read_json(data / "report.json").get("vocab_used", 0))
-    if used > run.model.vocab:
-        problem = f"its tokenizer has {used} tokens, the model {run.model.vocab}; lower data.vocab and build again"
-        raise InputError(problem, where=str(data))
-    for part in ("train", "heldout"):
-        tokens = int(read_json(data / part / "manifest.json").get("tokens", 0))
-        if tokens <= run.train.seq_len:
-            remedy = "name more text" if part == "train" else "raise data.holdout or name more text"
-            problem = f"{tokens} tokens are too few for train.seq_len {run.train.seq_len}; {remedy}"
-            raise InputError(problem, where=str(data / part))
 
 
 def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str = "", fresh: bool) -> Job:
@@ -321,14 +278,6 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
         write_job(folder, job)
     return job
-
-
-def manifest_hash(folder: Path) -> str:
-    """The hash of the token shards, from their manifest. Raises InputError when there is none."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(folder))
-    return str(read_json(path)["content_hash"])
 
 
 def is_finished(folder: Path) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from bloomery.cluster.prepare import chosen_layout, data_folder, is_finished, require_data, run_folder
+from bloomery.cluster.built_data import require_data
+from bloomery.cluster.prepare import chosen_layout, data_folder, is_finished, run_folder
 from bloomery.ledger.trackers import check_trackers
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
