@@ -10,7 +10,6 @@ import numpy as np
 
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import TokenDataset
-from bloomery.data.tokenizer import TOKENIZER_FILE, load
 
 
 class Evaluated:
@@ -31,6 +30,9 @@ class Evaluated:
 
         Of shards without a tokenizer beside them, what as many tokens are on the mean of all.
         """
+        # Here, not above: a rank starts without the tokenizer's library, and one without held-out text needs none.
+        from bloomery.data.tokenizer import TOKENIZER_FILE, load
+
         targets = (self.tokens.sample(i)[1] for i in range(len(self)))
         counted = np.concatenate([each[each != IGNORED] for each in targets])
         home = self.tokens.folder.parent
