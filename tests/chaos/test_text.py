@@ -79,8 +79,7 @@ def write_records(folder: Path, draw: random.Random) -> dict[str, int]:
 
 
 def write_files(folder: Path) -> dict[str, int]:
-    """Whole files that are broken, links that loop, one record that is long. Returns what must be
-    counted at least."""
+    """Whole files that are broken, links that loop, one record that is long. Returns the least each must count."""
     (folder / "empty.txt").write_bytes(b"")
     (folder / "nul.txt").write_bytes(b"text\0text" * 50)
     (folder / "latin.txt").write_bytes("Schmelzöfen ".encode("latin-1") * 50)

@@ -104,7 +104,7 @@ def build(
     fingerprints = _fingerprints(data, sources, files, pairs_file, limit, tokenizer)
     finished, damage = read_report(folder), ""
     if finished and _is_same(finished, fingerprints, seq_len, kept):
-        damage = _damage(folder, finished, kept)
+        damage = _damage(folder, finished, kept=kept, alike=finished.fingerprint == fingerprints[0])
         if not damage:
             finished.reused = True
             return finished
@@ -206,14 +206,17 @@ def read_report(folder: Path) -> Report | None:
         raise InputError("not the report of a data build; remove it and build again", where=str(path)) from None
 
 
-def _damage(folder: Path, finished: Report, kept: bool) -> str:
+def _damage(folder: Path, finished: Report, *, kept: bool, alike: bool) -> str:
     """What a finished build has lost, or has otherwise than it was written: a disk that filled up or changed a bit is
-    no reason to stop. Empty: nothing. One from before reports told their origin is made anew, but for shards that a run
-    was trained on and that have pairs."""
+    no reason to stop. Empty: nothing.
+
+    What a run was trained on is not made anew without need. From before reports told their origin it stays if it has
+    pairs; where it would not come out alike, in the order of today, pairs alone are no such need.
+    """
     if not finished.origin and not (kept and (folder / "pairs").is_dir()):
         return f"{folder / REPORT_FILE}: does not tell what was built"
     try:
-        for part in ("train", "heldout", "pairs") if finished.pairs else ("train", "heldout"):
+        for part in ("train", "heldout", "pairs") if finished.pairs and alike else ("train", "heldout"):
             verify(folder / part)
         load(folder)
         check_one_build(folder)

@@ -70,17 +70,10 @@ class _Part:
 
 def _in_order(files: Sequence[Path], sources: Sequence[Path]) -> list[_Part]:
     """The files in an order given by their names' hash: those of one folder do not come one after the other."""
-
-    def key(file: Path) -> tuple[bytes, int]:
-        number, name = place(file, sources)
-        return hashlib.sha256(os.fsencode(name)).digest(), number
-
+    placed = [(*place(file, sources), file) for file in files]
+    placed.sort(key=lambda one: (hashlib.sha256(os.fsencode(one[1])).digest(), one[0]))
     several = len(sources) > 1
-    parts = []
-    for file in sorted(files, key=key):
-        number, name = place(file, sources)
-        parts.append(_Part(file, shown(f"{number}/{name}" if several else name)))
-    return parts
+    return [_Part(file, shown(f"{number}/{name}" if several else name)) for number, name, file in placed]
 
 
 @dataclass

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.readers import Account, text_files
+from bloomery.data.readers import Account, shown, text_files
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
@@ -36,7 +36,7 @@ def origin_of(
     """What the report keeps. `described`: False where the text was named for this build alone, by no description."""
     return {
         **{name: getattr(data, name) for name in DECISIVE},
-        "text": list(data.text) if described else None,
+        "text": [shown(name) for name in data.text] if described else None,
         "places": _places(data.text),
         "listing": _listing(files),
         "pairs": pairs_file,
@@ -108,7 +108,7 @@ def check_one_build(folder: Path) -> None:
 
 
 def _places(names: Iterable[str]) -> list[str]:
-    return sorted(str(Path(name).expanduser().absolute()) if name else "" for name in names)
+    return sorted(shown(Path(name).expanduser().absolute()) if name else "" for name in names)
 
 
 def _listing(files: Iterable[Path]) -> str:

@@ -20,7 +20,8 @@ def test_an_unfinished_pre_training_is_named_and_aligned_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], finished: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text("Iron is made from ore. It needs charcoal, and air that bellows blow in.\n\n" * 40)
+    words = "Iron number {} is made from ore. It needs charcoal, and air that bellows blow in.\n\n"
+    Path("text.txt").write_text("".join(map(words.format, range(40))))
     values = {
         "name": "tiny",
         "model": {"layers": 2, "hidden": 32, "heads": 4, "vocab": 400, "max_seq_len": 64},

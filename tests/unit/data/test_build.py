@@ -105,4 +105,7 @@ def test_data_that_a_run_was_trained_on_stay_though_names_were_whole_paths_then(
     report.fingerprint = hashlib.sha256(whole.encode()).hexdigest()
     (out / "report.json").write_text(sealed_json(report.to_json()))
     assert build(data, out, tokenizer=load(out)).reused
+    shutil.rmtree(out / "pairs")
+    assert build(data, out, tokenizer=load(out)).reused
     assert not build(data, out).reused
+    verify(out / "pairs")

@@ -162,7 +162,7 @@ def test_a_page_of_unclosed_tags_is_dropped_and_counted(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_utf8_end_nothing_and_are_shown_with_escapes(tmp_path: Path) -> None:
-    folder = tmp_path / "text"
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/t\xe4xt"))
     folder.mkdir()
     words = "Iron is made from ore with charcoal, and steel from iron. " * 20
     for number in range(10):
@@ -173,7 +173,7 @@ def test_names_that_are_no_utf8_end_nothing_and_are_shown_with_escapes(tmp_path:
     assert shown(Path(os.fsdecode(b"a/\xfc"))) == "a/\\xfc"
     report = build(Data(text=(str(folder),), vocab=300), tmp_path / "out")
     assert report.documents_train + report.documents_heldout == 11
-    assert report.named["not a JSON record"] == [f"{folder}/\\xfcber.jsonl:1"]
+    assert report.named["not a JSON record"] == [f"{tmp_path}/t\\xe4xt/\\xfcber.jsonl:1"]
     lines = "".join((tmp_path / "out" / part / "documents.jsonl").read_text() for part in ("train", "heldout"))
     assert any(json.loads(line)["path"].endswith("\\xfcber.txt") for line in lines.splitlines())
 
