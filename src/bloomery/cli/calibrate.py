@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 def calibrate(
     run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that `train` wrote.")],
     cluster: Annotated[
-        Path | None, typer.Option("--cluster", help="The cluster file (default: what the newest run was planned on).")
+        Path | None,
+        typer.Option(
+            "--cluster", help="The cluster file (default: --out where it is there, else what the newest run has)."
+        ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Where to write it (default: over --cluster).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """Refit a cluster file to finished runs: few factors with a meaning, each drawn to where the file has it.
+    """Refit a cluster file to finished runs: few factors with a meaning, each drawn to where the probe had it.
 
     What is no run, or a short one, is passed over. Runs of earlier calibrations are remembered beside the file and
     fitted again; a fit that makes them worse is taken back as far as it must. Exit code 3: nothing could be kept, the
@@ -39,8 +42,11 @@ def calibrate(
         raise InputError(
             "name the file to write", where="--out", accepted=["--out FILE", "--cluster FILE (written over)"]
         )
-    given, base = _read(run_dirs, read_cluster(cluster) if cluster else None)
-    runs = with_earlier(given, remembered(cluster) if cluster else [])
+    files = [file for file in dict.fromkeys((cluster or target, target)) if file == cluster or file.exists()]
+    clusters = [read_cluster(file) for file in files]
+    given, base = _read(run_dirs, clusters[0] if clusters else None)
+    _check_alike(base, clusters[1:], target)
+    runs = with_earlier(given, [run for file in files for run in remembered(file)])
     found = refit(runs, base)
     if found.kept:
         write_cluster(_with_provenance(found), target, written_by="bloomery calibrate")
@@ -51,6 +57,17 @@ def calibrate(
         _print(found, target)
     if not found.kept:
         raise SystemExit(3)
+
+
+def _check_alike(base: Cluster, others: list[Cluster], target: Path) -> None:
+    """Raise InputError where what would be written over is of another machine: its runs are kept and fitted too."""
+    from bloomery.ledger.measured import machine, same_machine
+    from bloomery.spec.errors import InputError
+
+    for other in others:
+        if not same_machine(base, other):
+            problem, accepted = "this file is of another machine", f"{machine(base)}, or a new file"
+            raise InputError(problem, where=f"--out {target}", found=machine(other), accepted=accepted)
 
 
 def _read(run_dirs: list[Path], base: Cluster | None) -> tuple[list[Measured], Cluster]:
@@ -84,15 +101,16 @@ def _read(run_dirs: list[Path], base: Cluster | None) -> tuple[list[Measured], C
 
 
 def _with_provenance(found: Refit) -> Cluster:
-    """The fitted cluster, which says when it was fitted, to what, and what it changed."""
+    """The fitted cluster, which says when it was fitted, to what, and what has changed since the probe."""
     import datetime
+
+    from bloomery.planner.knobs import with_factors
 
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     before, after = found.summary()["median"]
     calibrated = f"{now}, runs: {len(found.runs)}, median error {before:.1%} before, {after:.1%} after"
-    factors = ", ".join(f"{row['name']} {row['factor']:.3f}" for row in found.turned())
-    provenance = {**found.cluster.provenance, "calibrated": calibrated, "calibration_factors": factors}
-    return found.cluster.model_copy(update={"provenance": provenance})
+    fitted = with_factors(found.cluster, found.factors)
+    return fitted.model_copy(update={"provenance": {**fitted.provenance, "calibrated": calibrated}})
 
 
 def _print(found: Refit, target: Path) -> None:

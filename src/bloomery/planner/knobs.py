@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from bloomery.spec.cluster import Accelerator, Cluster, CollectiveName, ComputeFactor, Tier
+from bloomery.spec.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,38 @@ def knobs_of(cluster: Cluster) -> tuple[Knob, ...]:
         for cut in cuts
     )
     return (*KNOBS, *paces)
+
+
+FACTORS = "calibration_factors"
+"""In a cluster's provenance: what calibrations have made of it since it was probed."""
+
+
+def turned_so_far(cluster: Cluster) -> dict[str, float]:
+    """By knob, the product of its factors in all calibrations since the probe; a knob that is not there is at 1.
+
+    Raises InputError where the file's text is none of ours.
+    """
+    said = cluster.provenance.get(FACTORS, "")
+    found = {}
+    for item in filter(None, said.split(", ")):
+        name, _, factor = item.partition(" ")
+        try:
+            found[name] = float(factor)
+        except ValueError:
+            found[name] = 0.0
+        if not 0 < found[name] < float("inf"):
+            where, accepted = f"{cluster.name}: provenance.{FACTORS}", "a name and a factor above 0, as in gemm 0.95"
+            raise InputError("not what a calibration writes", where=where, found=item, accepted=accepted)
+    return found
+
+
+def with_factors(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:
+    """The cluster whose provenance has these factors on top of those before."""
+    product = turned_so_far(cluster)
+    for name, factor in factors.items():
+        product[name] = product.get(name, 1.0) * factor
+    said = ", ".join(f"{name} {factor:.6g}" for name, factor in product.items() if f"{factor:.6g}" != "1")
+    return cluster.model_copy(update={"provenance": {**cluster.provenance, FACTORS: said}})
 
 
 def turned(cluster: Cluster, factors: Mapping[str, float]) -> Cluster:

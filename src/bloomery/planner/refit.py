@@ -1,7 +1,10 @@
-"""Refits a cluster file to finished runs on it: robust least squares, every knob drawn to where the file has it.
+"""Refits a cluster file to finished runs on it: robust least squares, every knob drawn to where the probe had it.
 
     minimise  sum_i soft(log(predicted_i / measured_i) / sigma_i) + sum_ip soft(part error_ip / (sigma_part step_i))
-              + sum_k (log factor_k / spread_k)^2
+              + sum_k (log(factor_k so_far_k) / spread_k)^2
+
+`so_far` is what earlier calibrations have made of the file: their runs are fitted again each time, and drawn only to
+the file as they left it they would pull it on and on, however little they say.
 
 The parts of each run (matrix products, messages of each dimension, ...) tell the knobs apart that its step time alone
 would not, where a clock finds what the model means by them (`_comparable`); `soft` is scipy's soft_l1, so a run that
@@ -28,7 +31,7 @@ import numpy as np
 from bloomery.perf.breakdown import compute_kinds
 from bloomery.perf.case import Case
 from bloomery.perf.estimate import Estimates
-from bloomery.planner.knobs import Knob, knobs_of, turned
+from bloomery.planner.knobs import Knob, knobs_of, turned, turned_so_far
 from bloomery.spec.cluster import Cluster, Interval
 from bloomery.spec.components import COMPUTE, KINDS
 from bloomery.spec.layout import LayoutBatch
@@ -142,6 +145,12 @@ class _Problem:
     def knobs(self) -> tuple[Knob, ...]:
         return knobs_of(self.cluster)
 
+    @cached_property
+    def _so_far(self) -> np.ndarray:
+        """Where the file stands, in spreads from the probe."""
+        before = turned_so_far(self.cluster)
+        return np.array([np.log(before.get(knob.name, 1.0)) / knob.spread for knob in self.knobs])
+
     def factors(self, x: np.ndarray) -> dict[str, float]:
         """By knob, from distances in spreads."""
         return {knob.name: float(np.exp(knob.spread * v)) for knob, v in zip(self.knobs, x, strict=True)}
@@ -153,7 +162,7 @@ class _Problem:
         """Of steps (n,), of parts, of knobs."""
         predicted = self.runs.predict(self.at(x))
         steps = self.weights * np.log(predicted.step_s / self.runs.measured_s) / self.runs.noise
-        return np.concatenate([steps, self._part_errors(predicted), x])
+        return np.concatenate([steps, self._part_errors(predicted), self._so_far + x])
 
     def _part_errors(self, predicted: Predicted) -> np.ndarray:
         errors = []

@@ -11,6 +11,7 @@ import pytest
 
 from bloomery.cli import main as command_line
 from bloomery.ledger.history import remembered
+from bloomery.planner.knobs import turned_so_far
 from bloomery.spec.catalog import read_cluster
 from bloomery.spec.cluster import PROBED
 from bloomery.spec.files import parse_yaml, to_yaml
@@ -43,6 +44,36 @@ def test_a_calibration_writes_a_file_that_predicts_the_run_better_and_remembers_
     assert called(monkeypatch, again, "--cluster", file) == 0
     assert [kept.name for kept in remembered(file)] == ["toy", "second"]
     assert "second" in capsys.readouterr().out
+
+
+def test_a_file_that_is_there_keeps_its_runs_and_its_fit_however_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = [make(tmp_path / name, align=False) for name in ("one", "two", "three", "four")]
+    file, other = tmp_path / "machine.yaml", tmp_path / "other.yaml"
+    called(monkeypatch, *runs[:2], "--out", file)
+    before = turned_so_far(read_cluster(file))
+    assert called(monkeypatch, runs[2], "--out", file) in (0, 3)
+    assert {run.name for run in remembered(file)} >= {"one", "two"}
+    assert turned_so_far(read_cluster(file))["host"] == pytest.approx(before["host"], rel=0.05)
+    called(monkeypatch, runs[3], "--out", other)
+    assert called(monkeypatch, runs[2], "--cluster", file, "--out", other) == 0
+    assert {run.name for run in remembered(other)} == {"one", "two", "three", "four"}
+
+
+def test_a_file_of_another_machine_is_not_written_over(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    mine, file = planned_on(make(tmp_path / "mine", align=False)), tmp_path / "machine.yaml"
+    other, taken = planned_on(make(tmp_path / "other", align=False), name="H100"), tmp_path / "taken.yaml"
+    assert called(monkeypatch, mine, "--out", file) == 0
+    assert called(monkeypatch, other, "--out", taken) == 0
+    before = taken.read_text()
+    capsys.readouterr()
+    assert called(monkeypatch, mine, "--cluster", file, "--out", taken) == 2
+    error = capsys.readouterr().err
+    assert "taken.yaml: this file is of another machine" in error and error.count("\n") == 1
+    assert taken.read_text() == before
 
 
 def test_what_is_no_run_or_too_short_is_passed_over_with_a_note(

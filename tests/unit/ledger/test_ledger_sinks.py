@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import pytest
+
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import JsonLines, read_lines
 
@@ -34,6 +36,24 @@ def test_a_torn_last_line_is_left_out_and_what_is_no_record(tmp_path: Path) -> N
     path.write_bytes('{"step": 1}\n{"text": "好'.encode()[:-1])
     assert read_lines(path) == [{"step": 1}]
     assert read_lines(tmp_path / "missing") == []
+
+
+def test_a_line_that_a_full_disk_tore_is_an_error_and_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink, write = JsonLines(tmp_path / "events.jsonl"), os.write
+    sink.write({"step": 1})
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+        with pytest.raises(OSError, match="No space left"):
+            sink.write({"step": 2})
+    sink.close()
+    for step in (3, 4):
+        sink = JsonLines(tmp_path / "events.jsonl")
+        sink.write({"step": step})
+        sink.close()
+    assert read_lines(tmp_path / "events.jsonl") == [{"step": 1}, {"step": 3}, {"step": 4}]
+    assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 4
 
 
 def test_the_environment_names_versions_and_keeps_secrets_out() -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from bloomery.ledger.history import remember, remembered, with_earlier
 from bloomery.planner import refit as planner_refit
-from bloomery.planner.knobs import KNOBS, turned
+from bloomery.planner.knobs import FACTORS, KNOBS, turned, turned_so_far, with_factors
 from bloomery.planner.refit import Runs, refit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.cluster import Cluster, Cut, Tier
+from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
 from bloomery.spec.measured import Measured
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -101,6 +102,33 @@ def test_a_machine_that_is_as_the_file_says_stays(machine: Cluster) -> None:
     found = refit(ran_on(machine, LAYOUTS[:4]), machine)
     assert found.kept == 0.0  # nothing could fall
     assert all(factor == pytest.approx(1.0, abs=0.01) for factor in found.factors.values())
+
+
+def test_calibrating_again_on_the_same_run_leaves_the_file_where_it_is(machine: Cluster) -> None:
+    (told,) = ran_on(machine, LAYOUTS[2:3])
+    alone = [told.model_copy(update={"step_s": 1.6 * told.step_s, "seconds": {}})]
+    first = refit(alone, machine)
+    assert abs(first.after[0]) < abs(first.before[0]) - 0.02
+    assert abs(first.after[0]) > 0.05  # one run does not say everything
+    file, again = with_factors(first.cluster, first.factors), first
+    for _ in range(2):
+        again = refit(alone, file)
+        file = with_factors(again.cluster, again.factors)
+    assert again.after[0] == pytest.approx(first.after[0], abs=0.01)
+    for name, factor in turned_so_far(file).items():
+        assert factor == pytest.approx(first.factors[name], rel=0.1), name
+
+
+def test_a_file_says_what_calibrations_have_made_of_it_since_its_probe(machine: Cluster) -> None:
+    assert turned_so_far(machine) == {}
+    once = with_factors(machine, {"gemm": 0.9, "host": 1.0})
+    twice = with_factors(once, {"gemm": 0.9, "memory": 1.25, "host": 1.0})
+    assert twice.provenance[FACTORS] == "gemm 0.81, memory 1.25"
+    assert turned_so_far(twice) == pytest.approx({"gemm": 0.81, "memory": 1.25})
+    for text in ("gemm", "gemm -1", "gemm nan", "gemm inf", "gemm 1.0,host 2"):
+        changed = machine.model_copy(update={"provenance": {FACTORS: text}})
+        with pytest.raises(InputError, match=FACTORS):
+            turned_so_far(changed)
 
 
 def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others(machine: Cluster) -> None:
