@@ -75,6 +75,12 @@ class OpenRun:
         return module.to(where).eval()
 
 
+def reads_turns(stage: str, tokenizer: Tokenizer) -> bool:
+    """Whether a stage's model has read the marks of who speaks, here or before it came here, and its tokenizer has
+    them."""
+    return tokenizer.has_turns and (stage != PRETRAIN or tokenizer.ends.turns)
+
+
 def initialise(module: Transformer, seed: int, start_scale: float = 1.0) -> None:
     """The weights training started from."""
     table = {parameter.name: parameter for parameter in all_parameters(module.model)}
