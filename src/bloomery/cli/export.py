@@ -47,9 +47,12 @@ def import_(
 
     from bloomery.cli.console import print_json
     from bloomery.evaluate.huggingface import import_directory
+    from bloomery.evaluate.special_tokens import CHAT_TEMPLATE, chat_template
     from bloomery.spec.parameters import parameter_count
 
     run = import_directory(source, out)
+    if chat_template(out / "data") not in (None, CHAT_TEMPLATE):
+        print("its chat template is kept for export, but not read: chat goes on from the last message", file=sys.stderr)
     count = parameter_count(run.model)
     if as_json:
         print_json({"run_dir": str(out), "parameters": count, "model": run.model.model_dump(mode="json")})

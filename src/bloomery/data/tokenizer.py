@@ -26,11 +26,13 @@ TOKENIZER_FILE, ENDS_FILE = "tokenizer.json", "special_tokens.json"
 
 
 class Ends(Noun):
-    """Ids that a model's makers begin and end texts with: `start` stands before every prompt, any of `eos` ends one."""
+    """Ids that a model's makers begin and end texts with: `start` stands before every prompt, any of `eos` ends one.
+    `turns`: the model has read our marks of who speaks."""
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
+    turns: bool = False
 
 
 class Tokenizer:

@@ -18,11 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE, Tokenizer
+from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE
 from bloomery.data.tokenizer import read as read_tokenizer
 from bloomery.evaluate.architectures import config_of, family_in, further_layers, model_of
-from bloomery.evaluate.opening import OpenRun
-from bloomery.evaluate.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, ends_of, token_settings
+from bloomery.evaluate.opening import PRETRAIN, OpenRun, reads_turns
+from bloomery.evaluate.special_tokens import (
+    GENERATION_CONFIG,
+    SETTINGS,
+    TEMPLATE_FILE,
+    TOKENIZER_CONFIG,
+    ends_of,
+    kept_settings,
+    token_settings,
+)
 from bloomery.evaluate.tensor_files import WEIGHTS, TensorFiles, read_config
 from bloomery.model.names import translations
 from bloomery.model.transformer import Transformer
@@ -56,7 +64,7 @@ def _whole_or_absent(target: Path) -> Iterator[None]:
 
 def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
     """Write a stage of a run as a directory. Raises InputError when it exists with content or has no such names."""
-    model, tokenizer = opened.run.model, opened.tokenizer()
+    model, stage = opened.run.model, stage or opened.last_stage()
     family, config = config_of(model)
     ours = opened.model(stage, device="cpu").state_dict()
     tensors = dict[str, Tensor]()
@@ -65,28 +73,36 @@ def export_run(opened: OpenRun, target: Path, *, stage: str = "") -> Path:
         tensors |= {name: tensor.contiguous() for name, tensor in zip(part.theirs, theirs, strict=True)}
     with _whole_or_absent(target):
         save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        _write_settings(target, model, tokenizer, config)
+        _write_settings(target, opened, stage, config)
     return target
 
 
-def _write_settings(target: Path, model: Model, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """The tokenizer and every JSON file, then a hash of each file there."""
+def _write_settings(target: Path, opened: OpenRun, stage: str, config: dict[str, Any]) -> None:
+    """The tokenizer and every JSON file, then a hash of each file there. An imported model keeps what its makers say of
+    its tokens, until it is aligned with our turns."""
+    tokenizer = opened.tokenizer()
     tokenizer.save_plain(target)
-    ids, names = token_settings(tokenizer)
+    ids, names = token_settings(tokenizer, turns=reads_turns(stage, tokenizer))
+    drawing, theirs = kept_settings(opened.data, tokenizer)
+    aligned = stage != PRETRAIN and tokenizer.has_turns
+    if tokenizer.own is not None and not aligned and (opened.data / TEMPLATE_FILE).is_file():
+        shutil.copyfile(opened.data / TEMPLATE_FILE, target / TEMPLATE_FILE)
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.max_seq_len,
-        **names,
+        "model_max_length": opened.run.model.max_seq_len,
+        **({**theirs, **names} if aligned else {**names, **theirs}),
         "clean_up_tokenization_spaces": False,
     }
+    drawing = {**ids, **drawing, **{key: value for key, value in ids.items() if value is not None}}
     of_model = {**config, "bos_token_id": ids["bos_token_id"], "eos_token_id": ids["eos_token_id"]}
-    for name, values in ((TOKENIZER_CONFIG, tokenizer_config), (GENERATION_CONFIG, ids), ("config.json", of_model)):
+    for name, values in ((TOKENIZER_CONFIG, tokenizer_config), (GENERATION_CONFIG, drawing), ("config.json", of_model)):
         write_atomically(target / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     write_sums(target, [file.name for file in target.iterdir()])
 
 
 def import_directory(source: Path, target: Path) -> Run:
-    """Make a run folder of a directory: run.yaml, data/tokenizer.json with the model's own ends, and one checkpoint.
+    """Make a run folder of a directory: run.yaml, data/tokenizer.json with the model's own ends and what the directory
+    says of its tokens, and one checkpoint.
 
     Ready for `chat`, `serve` and `export`; `evaluate` and `align` need text, which `bloomery data build` on its
     run.yaml makes. Raises InputError naming what is missing or not supported, before the tensors are read.
@@ -104,7 +120,10 @@ def import_directory(source: Path, target: Path) -> Run:
     with _whole_or_absent(target):
         write_imported(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
         tokenizer.save(target / "data")
-        write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE])
+        said = [name for name in SETTINGS if (source / name).is_file()]
+        for name in said:
+            shutil.copyfile(source / name, target / "data" / name)
+        write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE, *said])
         write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
     return run
 

@@ -14,7 +14,7 @@ from bloomery.model.init import initial_value
 from bloomery.model.transformer import Transformer
 from bloomery.model.weights import load_weights
 from bloomery.spec.catalog import read_run
-from bloomery.spec.commit import newest_good
+from bloomery.spec.commit import imported_checkpoint, newest_good
 from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
@@ -44,8 +44,8 @@ class OpenRun:
 
     @property
     def was_trained_here(self) -> bool:
-        """Whether pre-training began from an untrained model; an imported one never did."""
-        return (self.folder / JOB_FILE).is_file()
+        """Whether pre-training began from an untrained model; that of an imported one, if any, did not."""
+        return (self.folder / JOB_FILE).is_file() and imported_checkpoint(self.folder / "checkpoints") is None
 
     def last_stage(self) -> str:
         """The stage furthest along. Raises InputError when nothing was trained."""
@@ -73,6 +73,12 @@ class OpenRun:
                 "no such stage", where="--stage", found=stage, accepted=accepted, nearest=nearest_match(stage, accepted)
             )
         return module.to(where).eval()
+
+
+def reads_turns(stage: str, tokenizer: Tokenizer) -> bool:
+    """Whether a stage's model has read the marks of who speaks, here or before it came here, and its tokenizer has
+    them."""
+    return tokenizer.has_turns and (stage != PRETRAIN or tokenizer.ends.turns)
 
 
 def initialise(module: Transformer, seed: int, start_scale: float = 1.0) -> None:

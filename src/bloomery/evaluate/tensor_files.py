@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bloomery.evaluate.config_keys import MAPPING, TEXT, check_kinds, require_keys
 from bloomery.spec.errors import InputError
-from bloomery.spec.files import read_json
+from bloomery.spec.files import read_json, read_text
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_JSON_BYTES = 64_000_000
@@ -23,9 +23,19 @@ _HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|^lm_head\
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file of bounded size. Raises InputError when it is larger or no mapping."""
+    _check_size(path)
+    return read_json(path)
+
+
+def read_template(path: Path) -> str:
+    """A text of bounded size, of which nothing is run. Raises InputError when it is larger or no text."""
+    _check_size(path)
+    return read_text(path)
+
+
+def _check_size(path: Path) -> None:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise InputError(f"larger than {MAX_JSON_BYTES} bytes", where=str(path))
-    return read_json(path)
 
 
 def _places(index: Path) -> dict[str, str]:

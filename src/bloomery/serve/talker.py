@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bloomery.data.tokenizer import HALF, Tokenizer
 from bloomery.evaluate.completions import prompt_ids
-from bloomery.evaluate.opening import PRETRAIN, open_run
+from bloomery.evaluate.opening import open_run, reads_turns
 from bloomery.model.generate import Sampling, generate
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
@@ -52,7 +52,7 @@ class Talker:
     @property
     def reads_turns(self) -> bool:
         """Whether the model has read turn markers, and its tokenizer has them."""
-        return self.stage != PRETRAIN and self.tokenizer.has_turns
+        return reads_turns(self.stage, self.tokenizer)
 
     def chat_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of (role, text) turns, ready for the assistant's; system text stands as a user's turn.

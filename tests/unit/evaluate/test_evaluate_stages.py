@@ -32,13 +32,18 @@ def run_dir(hugging_face: Make, tmp_path: Path, tokenizer: Tokenizer) -> Path:
     return folder
 
 
-def test_an_imported_model_never_was_untrained_here(run_dir: Path) -> None:
+@pytest.mark.parametrize("trained_on", [False, True])
+def test_an_imported_model_never_was_untrained_here(run_dir: Path, trained_on: bool) -> None:
+    if trained_on:
+        (run_dir / "job.json").write_text("{}")
     result = evaluate_run(run_dir, max_tokens=64)
     assert set(result["completions"][0]["texts"]) == {"pretrain", "sft"} and "before" not in result
 
 
 def test_every_stage_is_evaluated_and_written(run_dir: Path) -> None:
     (run_dir / "job.json").write_text("{}")
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / "step_000000").rename(checkpoints / "step_000002")
     seen = list[tuple[str, int, int]]()
     result = evaluate_run(run_dir, max_tokens=300, progress=lambda *state: seen.append(state))
     assert json.loads((run_dir / "evaluation.json").read_text()) == result

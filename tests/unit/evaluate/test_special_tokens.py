@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE, Ends, Tokenizer
 from bloomery.evaluate import completions
 from bloomery.evaluate.completions import complete, prompt_ids
 from bloomery.evaluate.huggingface import export_run, import_directory
-from bloomery.evaluate.opening import open_run
+from bloomery.evaluate.opening import OpenRun, open_run
+from bloomery.evaluate.special_tokens import CHAT_TEMPLATE
 from bloomery.model.generate import Sampling
 from bloomery.serve import talker as talking
 from bloomery.serve.talker import Answer, Talker, open_talker
@@ -174,6 +176,57 @@ def test_fine_tuning_without_marks_for_turns_is_refused(foreign: Make, tmp_path:
     require_turns(tmp_path / "ours")
 
 
+def aligned(folder: Path) -> OpenRun:
+    """The run as if a stage of fine-tuning had left its checkpoint."""
+    shutil.copytree(folder / "checkpoints", folder / "align" / "sft" / "checkpoints")
+    return open_run(folder)
+
+
+def settings_of(target: Path) -> tuple[dict, dict]:
+    """Of the tokenizer, and of drawing."""
+    names, drawing = (target / f"{name}_config.json" for name in ("tokenizer", "generation"))
+    return json.loads(names.read_text()), json.loads(drawing.read_text())
+
+
+def test_an_imported_chat_model_is_exported_as_one(foreign: Make, tmp_path: Path) -> None:
+    said = {"chat_template": "{{ messages }}", "eos_token": "<eot>", "pad_token": "<eot>", "auto_map": {"AutoX": "x.X"}}
+    source = foreign(**said)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    drawing = {"eos_token_id": [EOS, EOT], "pad_token_id": EOT, "temperature": 0.6, "repetition_penalty": 1.1}
+    (source / "generation_config.json").write_text(json.dumps(drawing))
+    import_directory(source, tmp_path / "run")
+    target = export_run(open_run(tmp_path / "run"), tmp_path / "out")
+    names, generation = settings_of(target)
+    assert {key: names.get(key) for key in said} == {**said, "auto_map": None}
+    assert generation == {**drawing, "bos_token_id": BOS}
+    assert (target / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert transformers.AutoTokenizer.from_pretrained(target).eos_token_id == EOT
+    assert not open_talker(tmp_path / "run").reads_turns
+
+
+def test_our_turns_win_over_the_settings_of_a_model_that_was_aligned_with_them(
+    hugging_face: Make, tmp_path: Path
+) -> None:
+    source = hugging_face()
+    (source / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|pad|>", "padding_side": "left"}))
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    import_directory(source, tmp_path / "run")
+    target = export_run(aligned(tmp_path / "run"), tmp_path / "out")
+    names, _ = settings_of(target)
+    assert (names["chat_template"], names["padding_side"]) == (CHAT_TEMPLATE, "left")
+    assert not (target / "chat_template.jinja").exists()
+
+
+def test_a_model_that_knew_turns_knows_them_when_it_comes_back(hugging_face: Make, tmp_path: Path) -> None:
+    import_directory(hugging_face(), tmp_path / "run")
+    opened = aligned(tmp_path / "run")
+    for stage, knows in (("pretrain", False), ("sft", True)):
+        import_directory(export_run(opened, tmp_path / stage, stage=stage), tmp_path / f"again_{stage}")
+        assert open_talker(tmp_path / f"again_{stage}").reads_turns == knows
+    again = export_run(open_run(tmp_path / "again_sft"), tmp_path / "out")
+    assert settings_of(again)[0]["chat_template"] == CHAT_TEMPLATE
+
+
 @pytest.mark.parametrize(
     "roles",
     [
@@ -187,7 +240,7 @@ def test_fine_tuning_without_marks_for_turns_is_refused(foreign: Make, tmp_path:
 )
 def test_the_exported_chat_template_gives_the_ids_of_chat(hugging_face: Make, tmp_path: Path, roles: str) -> None:
     import_directory(hugging_face(), tmp_path / "run")
-    opened = open_run(tmp_path / "run")
+    opened = aligned(tmp_path / "run")
     target = export_run(opened, tmp_path / "out")
     turns = [(role, f" the {role} says\n  一 {i} ") for i, role in enumerate(roles.split())]
     talker = Talker("toy", "sft", opened.model(device="cpu"), opened.tokenizer())

@@ -276,7 +276,7 @@ def test_the_length_a_rule_starts_from_may_stand_above_it(kind: str, above: dict
     model = model_of(said | {"architectures": ["LlamaForCausalLM"]}, "m", "config.json")
     assert model.rope_scaling is not None
     assert model.rope_scaling.model_dump()["original_max_seq_len"] == expected
-    theirs = transformers.LlamaConfig(**said).rope_parameters
+    theirs = transformers.LlamaModel(transformers.LlamaConfig(**said)).config.rope_parameters
     assert theirs["original_max_position_embeddings"] == expected
 
 
