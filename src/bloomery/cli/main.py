@@ -99,7 +99,7 @@ def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
 
 
 def _say_what_can_be_said() -> None:
-    """A terminal or file of another encoding gets `?` for what it does not have, as bars and names: no traceback."""
+    """What an encoding does not have, of bars and names, is `?` there and no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

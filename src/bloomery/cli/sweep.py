@@ -77,7 +77,8 @@ def described(run: Run, point: Point, folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(run: Run, point: Point, folder: Path) -> str:
-    """A hash of all that a point's loss follows from: its description, with the shards' content for their place."""
+    """A hash of what a point's loss follows from: its description, with the shards' content for their place and of the
+    cluster the accelerator alone: one that is calibrated or launched on by other words trains the same."""
     import hashlib
     import json
 
@@ -87,6 +88,7 @@ def fingerprint(run: Run, point: Point, folder: Path) -> str:
     manifests = (data_folder(run) / part / "manifest.json" for part in ("train", "heldout"))
     shards = [read_json(manifest).get("content_hash") for manifest in manifests if manifest.is_file()]
     values = described(run, point, folder) | {"out": "", "data": shards}
+    values |= {"cluster": run.cluster.accelerator.name, "launch": {}}
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

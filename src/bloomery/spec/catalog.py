@@ -188,7 +188,7 @@ def _linked(tier: Any, constants: ArchitectureConstants, *, inner: bool) -> Any:
 
 def read_cluster(path: str | Path) -> Cluster:
     """A cluster file, as `probe` writes it."""
-    return Cluster.checked(_cluster_values(str(path), "cluster", Path(".")), where=str(path))
+    return Cluster.checked(_cluster_values(str(path), f"{path}: cluster", Path(".")), where=str(path))
 
 
 def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:

@@ -98,7 +98,7 @@ def test_a_sweep_repeats_no_run_of_its_own_and_takes_no_loss_of_another(
         sweep(description, flops="1e15", sizes="2M,4M", out=out, set_=list(assignments))
         return len(asked) - before
 
-    assert (again(), again()) == (2, 0)
+    assert (again(), again(), again("cluster.price_per_accelerator_hour=9")) == (2, 0, 0)
     for other in ("train.seed=1", "train.optimizer.lr=0.003", "train.optimizer.clip=2"):
         with pytest.raises(InputError, match=r"sweep\.jsonl: its row .* by another description .* another --out"):
             again(other)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.spec.catalog import read_run
+from bloomery.spec.catalog import read_cluster, read_run
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import MAX_BYTES, read_yaml
 
@@ -68,6 +68,12 @@ def test_what_the_catalog_has_can_be_extended_and_an_unknown_key_there_says_so(
     assert was in VALID
     message = problem(tmp_path, VALID.replace(was, now))
     assert f"run.yaml: {path}: unknown key; accepted: " in message and ", extends" in message
+
+
+def test_an_unknown_key_of_a_cluster_files_accelerator_names_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "name: mine\naccelerator: {name: x, like: h200}\n", "machine.yaml")
+    with pytest.raises(InputError, match=r"machine\.yaml: cluster\.accelerator\.like: unknown key; .*, extends"):
+        read_cluster(path)
 
 
 def test_an_unknown_key_elsewhere_speaks_of_no_catalog(tmp_path: Path) -> None:

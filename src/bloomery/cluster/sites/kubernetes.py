@@ -161,7 +161,7 @@ def _mounts(one: Order) -> list[Manifest]:
 
 
 def _shared_mounts(one: Order) -> list[str]:
-    """Where our container has volumes that outlive it: the claim's, then what the site has laid over the pod."""
+    """Where our container has volumes: the claim's, then those the site lays over the pod as shared ones."""
     site = one.run.launch.kubernetes
     ours = "bloomery" if site.kind == "jobset" else "node"
     laid = [item for item in site.pod.get("containers", []) if item.get("name") == ours]
