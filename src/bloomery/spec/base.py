@@ -16,6 +16,10 @@ class Noun(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
 
+    def stated(self, key: str) -> bool:
+        """Whether somebody wrote this key, and something else than it would be anyway."""
+        return key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
+
     @classmethod
     def checked(cls, values: Any, *, where: str = "") -> Self:
         """Validate `values`; raise `InputError` naming file and key path (`where: a.b.c`) of the first problem."""

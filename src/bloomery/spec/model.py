@@ -129,6 +129,9 @@ class Model(Noun):
             raise ValueError("rope_scaling needs position rope")
         if self.mla is not None:
             self._check_latent(self.mla)
+        if self.moe is not None and self.moe.first_dense_layers >= self.layers:
+            dense = f"moe.first_dense_layers {self.moe.first_dense_layers}"
+            raise ValueError(f"{dense} leaves none of {self.layers} layers to experts; leave moe out")
         if self.init == "unit_stream" and self.tie_embeddings:
             raise ValueError("init unit_stream needs an untied head: it starts embeddings at one and the head at zero")
         return self

@@ -107,6 +107,12 @@ class Optimizer(Noun):
             raise ValueError(f"min_lr {self.min_lr:g} must not exceed lr {self.lr:g}")
         return self
 
+    @model_validator(mode="after")
+    def _scales_from(self) -> Optimizer:
+        if self.scaling == "none" and self.stated("base_hidden"):
+            raise ValueError(f"base_hidden {self.base_hidden} does nothing without scaling mup")
+        return self
+
     def shrink(self, hidden: int) -> float:
         """How much narrower the width is that `lr` belongs to; 1 where rates do not scale."""
         return self.base_hidden / hidden if self.scaling == "mup" else 1.0
@@ -123,6 +129,12 @@ class Averaging(Noun):
     decay: float = Field(default=0.999, gt=0, lt=1, description="of ema, at each update")
     every: int = Field(default=1, ge=1, description="steps from update to update")
     start: float = Field(default=0.0, ge=0, lt=1, description="share of the steps before it begins")
+
+    @model_validator(mode="after")
+    def _decays(self) -> Averaging:
+        if self.method != "ema" and self.stated("decay"):
+            raise ValueError(f"decay {self.decay:g} does nothing under method {self.method}; ema has one")
+        return self
 
     @property
     def updates_per_step(self) -> float:
@@ -285,6 +297,11 @@ class Run(Noun):
         if optimizer.scaling == "mup" and self.model.init != "unit_stream":
             # A head that starts at one size moves the logits the more the wider it is.
             raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
+        factors = {"train": optimizer, **{f"align.{i}": stage.optimizer for i, stage in enumerate(self.align)}}
+        for place, one in factors.items():
+            if self.model.tie_embeddings and one.stated("head_lr_factor"):
+                # A tied head is the embedding and moves with it.
+                raise ValueError(f"{place}.optimizer.head_lr_factor does nothing under model.tie_embeddings")
         names = [stage.name for stage in self.align]
         if len(set(names)) < len(names):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")

@@ -61,7 +61,7 @@ def test_what_reads_the_stream_starts_smaller_where_rates_follow_the_width() -> 
         torch.testing.assert_close(scaled, plain * 0.5 if reads else plain, rtol=1e-6, atol=0)
     assert Optimizer(scaling="mup", base_hidden=64).start_scale(64) == 1.0
     assert Optimizer(scaling="mup", base_hidden=64).start_scale(256) == 0.5
-    assert Optimizer(base_hidden=64).start_scale(256) == 1.0
+    assert Optimizer().start_scale(256) == 1.0
 
 
 def test_a_head_that_is_the_embedding_cannot_start_at_zero() -> None:

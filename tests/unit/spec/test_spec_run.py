@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -92,3 +93,36 @@ def test_an_average_of_one_moment_is_refused(averaging: dict[str, Any]) -> None:
         Train.checked({"steps": 100, "averaging": {"method": "uniform", **averaging}})
     assert Train.checked({"steps": 100, "averaging": {"method": "uniform", "every": 99}}).averaging.updates(100) == 2
     Train.checked({"steps": 100, "averaging": {"every": 5000}})
+
+
+MOE = {"experts": 4, "top_k": 2, "expert_ffn_hidden": 8}
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"train": {"averaging": {"decay": 0.99}}}, "train.averaging: decay 0.99 does nothing under method none"),
+        ({"train": {"optimizer": {"base_hidden": 64}}}, "train.optimizer: base_hidden 64 does nothing without"),
+        (
+            {"model": {**MODEL, "tie_embeddings": True}, "train": {"optimizer": {"head_lr_factor": 3}}},
+            "train.optimizer.head_lr_factor does nothing under model.tie_embeddings",
+        ),
+        (
+            {"model": {**MODEL, "tie_embeddings": True}, "align": [{"optimizer": {"head_lr_factor": 3}}]},
+            "align.0.optimizer.head_lr_factor does nothing",
+        ),
+        (
+            {"model": {**MODEL, "moe": {**MOE, "first_dense_layers": 2}}},
+            "model: moe.first_dense_layers 2 leaves none of 2 layers to experts",
+        ),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(described: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=re.escape(reason)):
+        Run.checked({"model": MODEL, "cluster": cluster("this-machine").model_dump(), **described})
+
+
+def test_a_resolved_description_says_every_default_and_is_read_again() -> None:
+    tied = {**MODEL, "tie_embeddings": True, "moe": {**MOE, "first_dense_layers": 1}}
+    run = Run.checked({"model": tied, "cluster": cluster("this-machine").model_dump(), "align": [{"name": "a"}]})
+    assert Run.checked(run.model_dump(mode="json")) == run

@@ -129,12 +129,13 @@ def test_a_checkpoint_holds_one_moment_of_a_matrix_and_two_of_the_rest(tmp_path:
     assert {"exp_avg.head.weight", "exp_avg_sq.head.weight", "exp_avg.layers.0.ffn_norm.weight"} <= held
 
 
-def moved(name: str, scaling: str, hidden: int) -> dict[str, list[float]]:
+def moved(name: str, hidden: int, *, mup: bool) -> dict[str, list[float]]:
     """Root mean square, step by step, of what blocks write and of how far logits have moved, by what is measured."""
     model = Model(
         layers=2, hidden=hidden, heads=hidden // 16, head_dim=16, vocab=32, max_seq_len=8, init="unit_stream"
     )  # fmt: skip
-    settings = Optimizer(name=name, lr=2e-3, scaling=scaling, base_hidden=32, weight_decay=0.0)  # type: ignore[arg-type]
+    scaled = {"scaling": "mup", "base_hidden": 32} if mup else {}
+    settings = Optimizer.checked({"name": name, "lr": 2e-3, "weight_decay": 0.0, **scaled})
     part, seen = engine(model, settings.start_scale(hidden)), dict[str, list[float]]()
 
     def watch(what: str, module: nn.Module) -> None:
@@ -160,7 +161,7 @@ def size(values: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_under_mup_steps_move_blocks_and_logits_as_far_at_every_width(name: str) -> None:
     """The coordinate check of 2203.03466, appendix D.1: 8 times as wide, the same learning rate."""
-    narrow, wide, plain = moved(name, "mup", 32), moved(name, "mup", 256), moved(name, "none", 256)
+    narrow, wide, plain = moved(name, 32, mup=True), moved(name, 256, mup=True), moved(name, 256, mup=False)
     assert plain["logits"][0] > 4 * narrow["logits"][0]
     for what, values in narrow.items():
         for step, value in enumerate(values):
