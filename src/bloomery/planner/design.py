@@ -271,12 +271,13 @@ def _grid(run: Run, parameters: float, spread: float, variants: Sequence[shapes.
     """Every shape near the size, by width and depth, under every variant in their order."""
     unit = shapes.tensor_unit(run.cluster)
     between = parameters * (1.0 - spread), parameters * (1.0 + spread)
-    return [
+    found = [
         model
         for variant in variants
         for hidden in shapes.widths(run.model, unit, parameters)
         for model in shapes.of_width(run.model, hidden, variant, unit, between)
     ]
+    return list(dict.fromkeys(found))  # where fewer key-value heads are taken, variants may meet
 
 
 def _pipelines(desk: _Desk, model: Model) -> set[int]:
@@ -306,7 +307,8 @@ def _trade(desk: _Desk, parameters: float, spread: float, named: list[Structure]
         layout, name = own.row.layout, own.name.removeprefix("own ")
         by_depth: dict[int, Model] = {}
         for model in sorted(grid, key=lambda model: abs(parameter_count(model) - parameters)):
-            if shapes.divides(model, layout, "equal"):
+            as_own = desk.run.model.kv_heads in (model.kv_heads, desk.run.model.heads)
+            if as_own and shapes.divides(model, layout, "equal"):
                 by_depth.setdefault(model.layers, model)
         depths = sorted(by_depth, reverse=True)
         for depth in depths[:: ceil(len(depths) / DEPTHS_OF_TRADE) or 1]:

@@ -29,6 +29,7 @@ ASPECT_FACTOR = 4.0
 """Shapes up to so many times wider or deeper than the optimum are looked at; the tolerance of the loss cuts further."""
 FEWEST_WIDTHS, MOST_WIDTHS = 40, 80
 LARGEST_UNIT = 8
+FEWEST_GROUPS = 2
 Stages = Literal["equal", "ends", "any"]
 STAGES: tuple[Stages, ...] = get_args(Stages)
 
@@ -96,10 +97,11 @@ def tensor_unit(cluster: Cluster) -> int:
 
 
 def variants(own: Model) -> list[Variant]:
-    """The run's own first, then its feed-forward ratio changed and, where it has none, grouped queries."""
+    """The run's own first, then its feed-forward ratio changed and grouped queries: fewer groups where it has some."""
     tried = shape_facts()["variants"]
     own_kv = 0 if own.kv_heads == own.heads else own.kv_heads
-    kv_heads = [own_kv] if own_kv or own.mla else [0, int(tried["kv_heads"])]
+    fewer = [n for n in tried["fewer_kv_heads"] if n < own_kv] if own_kv else [int(tried["kv_heads"])]
+    kv_heads = [own_kv, *([] if own.mla else fewer)]
     ratio = own.ffn_hidden / own.hidden
     return [Variant(ratio * factor, kv) for factor in tried["feed_forward"] for kv in kv_heads]
 
@@ -124,8 +126,8 @@ def widths(own: Model, unit: int, parameters: float) -> list[int]:
 def of_width(own: Model, hidden: int, variant: Variant, unit: int, between: tuple[float, float]) -> list[Model]:
     """Every depth of this width with parameters `between`, those in the middle first."""
     heads = hidden // own.head_dim
-    kv_heads = variant.kv_heads or heads
-    if heads % kv_heads:
+    kv_heads = _kv_heads(own, heads, variant)
+    if kv_heads is None:
         return []
     values = {
         "layers": 1,
@@ -166,6 +168,13 @@ def divides(model: Model, layout: Layout, rule: Stages) -> bool:
     wide = model.hidden % (TILE * tp) == 0 or model.hidden % model.head_dim == 0
     tiles = model.ffn_hidden % tp == 0 and model.vocab % (TILE * tp) == 0
     return whole_heads and wide and tiles and bool(stages_agree(model.layers, layout.n_stages, rule))
+
+
+def _kv_heads(own: Model, heads: int, variant: Variant) -> int | None:
+    """As the variant says; where the run's own are grouped, else the next fewer that share the heads evenly."""
+    wanted = variant.kv_heads or heads
+    fewest = wanted if own.kv_heads == own.heads else FEWEST_GROUPS
+    return next((n for n in range(wanted, fewest - 1, -1) if heads % n == 0), None)
 
 
 def _rounded(width: float, unit: int) -> int:

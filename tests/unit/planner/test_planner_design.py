@@ -132,6 +132,27 @@ def test_the_penalty_is_nothing_at_the_optimum_and_grows_on_both_sides_to_kaplan
     assert penalty(20, 31946) > penalty(40, 22589) > penalty(83, 15682) < penalty(160, 11295) < penalty(320, 7987)
 
 
+def test_grouped_queries_are_tried_with_fewer_groups_and_at_widths_that_their_own_do_not_share() -> None:
+    own, between = catalog.model("llama-3-8b"), (7.8e9, 8.3e9)
+    assert {variant.kv_heads for variant in shapes.variants(own)} == {8, 4, 2}
+    ratio = own.ffn_hidden / own.hidden
+
+    def groups(heads: int, wanted: int) -> set[int]:
+        found = shapes.of_width(own, heads * own.head_dim, shapes.Variant(ratio, wanted), 8, between)
+        return {model.kv_heads for model in found}
+
+    asked = ((32, 8), (32, 2), (28, 8), (28, 4), (27, 8), (31, 8))
+    assert [groups(heads, wanted) for heads, wanted in asked] == [{8}, {2}, {7}, {4}, {3}, set()]
+
+
+def test_a_model_of_grouped_queries_has_more_widths_than_its_own_groups_divide() -> None:
+    run = catalog.read_run(EXAMPLES / "llama3-8b.yaml")
+    found = design(run, Wish(spread=0.015), top=10, runnable_only=False)
+    assert any(structure.model.hidden % 1024 for structure in found.best)
+    assert all(structure.model.heads % structure.model.kv_heads == 0 for structure in found.best)
+    assert {structure.model.kv_heads for structure in found.trade} <= {run.model.kv_heads}
+
+
 def test_every_fact_about_shapes_names_its_source() -> None:
     assert all("20" in fact["source"] for fact in shapes.shape_facts().values())
 
