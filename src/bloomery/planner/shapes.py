@@ -173,7 +173,7 @@ def divides(model: Model, layout: Layout, rule: Stages) -> bool:
 def _kv_heads(own: Model, heads: int, variant: Variant) -> int | None:
     """As the variant says; where the run's own are grouped, else the next fewer that share the heads evenly."""
     wanted = variant.kv_heads or heads
-    fewest = wanted if own.kv_heads == own.heads else FEWEST_GROUPS
+    fewest = wanted if own.kv_heads == own.heads else min(wanted, FEWEST_GROUPS)
     return next((n for n in range(wanted, fewest - 1, -1) if heads % n == 0), None)
 
 

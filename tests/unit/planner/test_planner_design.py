@@ -141,8 +141,8 @@ def test_grouped_queries_are_tried_with_fewer_groups_and_at_widths_that_their_ow
         found = shapes.of_width(own, heads * own.head_dim, shapes.Variant(ratio, wanted), 8, between)
         return {model.kv_heads for model in found}
 
-    asked = ((32, 8), (32, 2), (28, 8), (28, 4), (27, 8), (31, 8))
-    assert [groups(heads, wanted) for heads, wanted in asked] == [{8}, {2}, {7}, {4}, {3}, set()]
+    asked = ((32, 8), (32, 2), (28, 8), (28, 4), (27, 8), (31, 8), (32, 1), (31, 1))
+    assert [groups(heads, wanted) for heads, wanted in asked] == [{8}, {2}, {7}, {4}, {3}, set(), {1}, {1}]
 
 
 def test_a_model_of_grouped_queries_has_more_widths_than_its_own_groups_divide() -> None:
