@@ -6,9 +6,17 @@ import types
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from bloomery.spec.errors import InputError, in_plain_words, nearest_match
+
+_RESOLVED = "resolved"
+
+
+def written(info: ValidationInfo) -> bool:
+    """Whether a person wrote what is validated. A run's own description says every default of its day, and a run that
+    was trained stays readable: rules about what would do nothing, or no good, are not for it."""
+    return not (info.context or {}).get(_RESOLVED)
 
 
 class Noun(BaseModel):
@@ -21,15 +29,18 @@ class Noun(BaseModel):
         return key in self.model_fields_set and getattr(self, key) != type(self).model_fields[key].default
 
     @classmethod
-    def checked(cls, values: Any, *, where: str = "") -> Self:
-        """Validate `values`; raise `InputError` naming file and key path (`where: a.b.c`) of the first problem."""
+    def checked(cls, values: Any, *, where: str = "", resolved: bool = False) -> Self:
+        """Validate `values`; raise `InputError` naming file and key path (`where: a.b.c`) of the first problem.
+
+        `resolved`: they are a run's own description (`written`).
+        """
         if not isinstance(values, dict):
             raise InputError("a mapping is expected", where=where, found=values, accepted=cls.model_fields)
         for path, value in _disguised_numbers(cls, values):
             location = ": ".join(filter(None, (where, ".".join(path))))
             raise InputError("a plain number is expected", where=location, found=value)
         try:
-            return cls.model_validate(values)
+            return cls.model_validate(values, context={_RESOLVED: resolved})
         except ValidationError as error:
             raise _first_problem(cls, error, where) from None
 

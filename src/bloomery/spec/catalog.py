@@ -15,6 +15,7 @@ from bloomery.spec.errors import InputError, nearest_match
 from bloomery.spec.files import merge, override, parse_yaml, read_yaml
 from bloomery.spec.model import Model
 from bloomery.spec.run import Run
+from bloomery.spec.seal import is_sealed
 
 _NOUNS: dict[str, type[Noun]] = {"models": Model, "accelerators": Accelerator, "clusters": Cluster}
 _FOLDER = Path(__file__).parent / "catalog"
@@ -192,7 +193,8 @@ def read_cluster(path: str | Path) -> Cluster:
 
 
 def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
-    """Read, override, resolve catalog names and validate a `run.yaml`.
+    """Read, override, resolve catalog names and validate a `run.yaml`: one that a run has left and nobody has changed
+    is valid though a rule is newer.
 
     Raises InputError (file, key path, found, accepted, nearest) on the first fault.
     """
@@ -204,4 +206,4 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
     if "cluster" in values:
         _check_cuts_apart(described.get("cluster"), values["cluster"], f"{path}: cluster")
         values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
-    return Run.checked(values, where=str(path))
+    return Run.checked(values, where=str(path), resolved=is_sealed(path) and not assignments)

@@ -129,7 +129,7 @@ def read_job(run_dir: Path) -> Job:
         raise InputError("no job here; `bloomery train RUN.yaml` writes it", where=str(path))
     values = read_json(path)
     values.pop(KEY, None)
-    return Job.checked(values, where=str(path))
+    return Job.checked(values, where=str(path), resolved=True)
 
 
 def write_job(run_dir: Path, job: Job) -> None:

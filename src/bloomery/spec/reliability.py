@@ -18,7 +18,11 @@ class GuardSettings(Noun):
     warm_up: int = Field(default=32, ge=8, description="good steps before a finite step is judged at all")
     clip_sigmas: float = Field(default=4.0, gt=0, description="above the median: clip to this level")
     skip_sigmas: float = Field(default=5.5, gt=0, description="above the median: leave the weights alone")
-    max_skips: int = Field(default=5, ge=0, description="skipped steps of the last 100; one more goes back")
+    max_skips: int = Field(
+        default=5,
+        ge=0,
+        description="skipped steps of the last 100; one more goes back. Below 2, larger gradients never become usual",
+    )
     recompute_every: int = Field(
         default=0, ge=0, description="steps of which one micro-batch is computed twice and compared; 0: none"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from bloomery.spec.base import Noun
+from bloomery.spec.base import Noun, written
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.course import Course, RampStage, ramp_problem, ramp_steps
 from bloomery.spec.float8 import Float8
@@ -102,14 +102,14 @@ class Optimizer(Noun):
         return {**values, "min_lr": lr / 10} if isinstance(lr, int | float) else values
 
     @model_validator(mode="after")
-    def _falls(self) -> Optimizer:
-        if self.min_lr > self.lr:
+    def _falls(self, info: ValidationInfo) -> Optimizer:
+        if self.min_lr > self.lr and written(info):
             raise ValueError(f"min_lr {self.min_lr:g} must not exceed lr {self.lr:g}")
         return self
 
     @model_validator(mode="after")
-    def _scales_from(self) -> Optimizer:
-        if self.scaling == "none" and self.stated("base_hidden"):
+    def _scales_from(self, info: ValidationInfo) -> Optimizer:
+        if self.scaling == "none" and self.stated("base_hidden") and written(info):
             raise ValueError(f"base_hidden {self.base_hidden} does nothing without scaling mup")
         return self
 
@@ -131,8 +131,8 @@ class Averaging(Noun):
     start: float = Field(default=0.0, ge=0, lt=1, description="share of the steps before it begins")
 
     @model_validator(mode="after")
-    def _decays(self) -> Averaging:
-        if self.method != "ema" and self.stated("decay"):
+    def _decays(self, info: ValidationInfo) -> Averaging:
+        if self.method != "ema" and self.stated("decay") and written(info):
             raise ValueError(f"decay {self.decay:g} does nothing under method {self.method}; ema has one")
         return self
 
@@ -215,8 +215,8 @@ class Train(Noun):
         return self
 
     @model_validator(mode="after")
-    def _average_of_several(self) -> Train:
-        if self.averaging.updates(self.n_steps) == 1:
+    def _average_of_several(self, info: ValidationInfo) -> Train:
+        if self.averaging.updates(self.n_steps) == 1 and written(info):
             problem = f"one update in {self.n_steps} steps is no average: every {self.averaging.every}"
             raise ValueError(f"averaging: {problem}, start {self.averaging.start:g}")
         return self
@@ -297,16 +297,23 @@ class Run(Noun):
         if optimizer.scaling == "mup" and self.model.init != "unit_stream":
             # A head that starts at one size moves the logits the more the wider it is.
             raise ValueError("train.optimizer.scaling mup needs model.init unit_stream")
-        factors = {"train": optimizer, **{f"align.{i}": stage.optimizer for i, stage in enumerate(self.align)}}
-        for place, one in factors.items():
-            if self.model.tie_embeddings and one.stated("head_lr_factor"):
-                # A tied head is the embedding and moves with it.
-                raise ValueError(f"{place}.optimizer.head_lr_factor does nothing under model.tie_embeddings")
         names = [stage.name for stage in self.align]
         if len(set(names)) < len(names):
             raise ValueError(f"align: every stage needs a name of its own, not {', '.join(names)}")
         if any(stage.pairs not in ("", self.align[0].pairs) for stage in self.align):
             raise ValueError("align: all stages read the pairs of the first one; name no others")
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_in_vain(self, info: ValidationInfo) -> Run:
+        if not written(info):
+            return self
+        factors = {"train": self.train.optimizer}
+        factors.update({f"align.{i}": stage.optimizer for i, stage in enumerate(self.align)})
+        for place, one in factors.items():
+            if self.model.tie_embeddings and one.stated("head_lr_factor"):
+                # A tied head is the embedding and moves with it.
+                raise ValueError(f"{place}.optimizer.head_lr_factor does nothing under model.tie_embeddings")
         if any(stage.max_pairs not in (None, self.align[0].max_pairs) for stage in self.align):
             raise ValueError("align: all stages read as many pairs as the first one's max_pairs says; say no other")
         return self

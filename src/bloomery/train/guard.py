@@ -35,8 +35,7 @@ ONE_LEVEL = math.log(4.0)
 """Gradient norms within a factor of 4 of each other are a new level (a schedule's change), a wider range is a spike."""
 
 LEAST_HELD = 2
-"""Steps that must have been larger before one more makes a level, however few may be skipped: one is always like
-itself."""
+"""Steps that must have been larger before one more makes a level: one is always like itself."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,10 @@ class Guard:
         return judgement
 
     def _new_level(self) -> bool:
-        """True when gradients are larger step after step, but alike and at a usual loss: nothing that data explains."""
+        """True when gradients are larger step after step, but alike and at a usual loss: nothing that data explains.
+
+        Where `max_skips` is below LEAST_HELD it goes back first, so no new level is ever found.
+        """
         enough = max(self.settings.max_skips, LEAST_HELD)
         return len(self.held) > enough and max(self.held) - min(self.held) < ONE_LEVEL
 

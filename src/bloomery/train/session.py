@@ -13,7 +13,7 @@ from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import JOINING
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.mesh import Mesh
-from bloomery.spec.commit import IMPORTED, checkpoint_folders, read_commit, step_of
+from bloomery.spec.commit import IMPORTED, checkpoint_folders, imported_checkpoint, read_commit, step_of
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import Job
 from bloomery.train import checkpoint
@@ -134,7 +134,8 @@ def _newest_good(session: Session, at_most: int | None = None, number: int = 1) 
 
 def _verifies(session: Session, step: int) -> bool:
     """Whether a checkpoint is whole; ranks share out its files. Where one finds fault rank 0 looks at the same files:
-    what it does not find whole either is set aside, never deleted. Raises BloomeryError where it does."""
+    what it does not find whole either is set aside, never deleted. Raises BloomeryError where it does, and for imported
+    weights: the start without them would be a random one."""
     folder, mesh = session.checkpoints / f"step_{step:06d}", session.mesh
     finder = _first(session, _fault(session, folder, mesh.rank) != "")
     if finder == mesh.world_size:
@@ -143,6 +144,8 @@ def _verifies(session: Session, step: int) -> bool:
         fault = _fault(session, folder, finder)
         if not fault:
             raise BloomeryError(f"{folder}: what rank 0 reads is whole, what rank {finder} reads is not")
+        if step == 0 and imported_checkpoint(session.checkpoints):
+            raise BloomeryError(f"the imported weights are damaged; import them again: {fault}")
         kept = checkpoint.set_aside(folder, "damaged")
         session.recorder.event("checkpoint_skipped", reason=fault, set_aside=kept.name)
     return False
@@ -261,7 +264,10 @@ def rewind(session: Session, step: int) -> int:
         session.optimizers.forget()
         path = session.checkpoints / f"step_{found:06d}"
         commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
-        session.guard = Guard.from_state(commit.guard, session.job.guard)
+        settings = session.job.guard
+        # Imported weights come without statistics: they start new ones.
+        known = commit.run_hash != IMPORTED
+        session.guard = Guard.from_state(commit.guard, settings) if known else Guard(settings)
         session.guard.went_back(earlier, step, samples)
         batches.passed_over = session.guard.passed_over
         if session.mesh.rank == 0:

@@ -321,6 +321,18 @@ def test_imported_weights_are_trained_on_and_never_removed(run: Run, imported: P
     assert (imported / "job.json").is_file()
 
 
+def test_damaged_imported_weights_are_refused_until_training_has_left_them(run: Run, imported: Path) -> None:
+    place = imported / "checkpoints" / "step_000000"
+    missing = {"rank_00000.safetensors": commit.FileRecord(bytes=1, sha256="0" * 64)}
+    commit.write_commit(place, commit.read_commit(place).model_copy(update={"files": missing}))
+    before = contents(imported)
+    with pytest.raises(InputError, match=r"imported weights are damaged; import .*safetensors: missing or torn"):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    assert contents(imported) == before
+    (imported / "checkpoints" / "step_000002").mkdir()
+    prepare.prepare_pretraining(run, world_size=None, fresh=False)
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("values", [{"layers": 1}, {"rope_theta": 500.0}])
 def test_imported_weights_of_another_model_are_refused_and_nothing_is_rewritten(

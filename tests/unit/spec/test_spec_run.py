@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bloomery.spec.catalog import cluster
+from bloomery.spec.catalog import cluster, read_run
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import to_yaml
+from bloomery.spec.job import Job, read_job
+from bloomery.spec.layout import Layout
+from bloomery.spec.model import Model
 from bloomery.spec.run import AlignStage, Optimizer, Run, Train, step_window
+from bloomery.spec.seal import sealed_json, sealed_text
 
 MODEL: dict[str, Any] = {"layers": 2, "hidden": 32, "heads": 2, "vocab": 64}
 
@@ -126,3 +132,44 @@ def test_a_resolved_description_says_every_default_and_is_read_again() -> None:
     tied = {**MODEL, "tie_embeddings": True, "moe": {**MOE, "first_dense_layers": 1}}
     run = Run.checked({"model": tied, "cluster": cluster("this-machine").model_dump(), "align": [{"name": "a"}]})
     assert Run.checked(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"train": {"optimizer": {"lr": 5e-5, "min_lr": 1e-4}}}, "min_lr"),
+        ({"train": {"optimizer": {"base_hidden": 64}}}, "base_hidden"),
+        ({"train": {"averaging": {"decay": 0.99}}}, "decay"),
+        ({"train": {"steps": 20, "averaging": {"method": "ema", "every": 50}}}, "one update"),
+        (
+            {"model": {**MODEL, "tie_embeddings": True}, "align": [{"optimizer": {"head_lr_factor": 3}}]},
+            "head_lr_factor",
+        ),
+        ({"align": [{"name": "a", "max_pairs": 1000}, {"name": "b", "max_pairs": 4000}]}, "max_pairs"),
+    ],
+)
+def test_what_an_earlier_run_has_left_stays_readable(tmp_path: Path, described: dict[str, Any], reason: str) -> None:
+    """As it was trained, until somebody changes it."""
+    values = {"model": MODEL, "cluster": cluster("this-machine").model_dump(mode="json"), **described}
+    path = tmp_path / "run.yaml"
+    path.write_text(sealed_text(to_yaml(values)))
+    run = read_run(path)
+    for section, given in described.get("train", {}).items():
+        if isinstance(given, dict):
+            assert given.items() <= getattr(run.train, section).model_dump().items()
+    with pytest.raises(InputError, match=reason):
+        read_run(path, ["train.seed=1"])
+    path.write_text(to_yaml(values))
+    with pytest.raises(InputError, match=reason):
+        read_run(path)
+
+
+def test_an_earlier_job_stays_readable(tmp_path: Path) -> None:
+    job = Job(
+        name="pretrain", model=Model(**MODEL), layout=Layout(), dtype="float32", seed=0, seq_len=8, global_batch=2,
+        steps=3, optimizer=Optimizer(), data="", heldout="",
+    )  # fmt: skip
+    values = job.model_dump(mode="json")
+    values["optimizer"] |= {"lr": 5e-5, "base_hidden": 64}
+    (tmp_path / "job.json").write_text(sealed_json(values))
+    assert read_job(tmp_path).optimizer.min_lr == 1e-4

@@ -28,8 +28,8 @@ from bloomery.model.weights import load_weights
 from bloomery.parallel.data_parallel import sum_over_world
 from bloomery.parallel.engine import Engine, StepStatistics
 from bloomery.parallel.mesh import Mesh, pretend
-from bloomery.spec.commit import newest_good
-from bloomery.spec.errors import InputError
+from bloomery.spec.commit import newest_good, read_commit
+from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -62,7 +62,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
 
 def trained(job: Job, folder: Path, clock: Clock) -> list[dict[str, float]]:
     """The buckets of every step."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     assert run(job, folder, Mesh(job.layout, torch.device("cpu"), 0, None), clock) == 0
     return [line["buckets"] for line in read_lines(folder / "ledger.jsonl") if line["step"] > 0]
 
@@ -222,6 +222,39 @@ def test_training_goes_on_from_imported_weights_and_keeps_them(job: Job, tmp_pat
     after = Transformer(MODEL)
     load_weights(checkpoints / f"step_{STEPS:06d}", after)
     assert all(torch.equal(ours, t) for ours, t in zip(after.parameters(), theirs.parameters(), strict=True))
+
+
+def test_a_rewind_to_imported_weights_starts_new_statistics(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged_bad = iter([False, True])
+
+    def judged(guard: Guard, step: int, *_: Any) -> Judgement:
+        guard.episode = step
+        return Judgement("rewind" if next(judged_bad, False) else "ok", "by hand")
+
+    monkeypatch.setattr(Guard, "judge", judged)
+    weights = {name: tensor.detach() for name, tensor in Transformer(MODEL).named_parameters()}
+    write_imported(tmp_path / "run" / "checkpoints" / "step_000000", weights)
+    trained(job, tmp_path / "run", Clock())
+    [found] = [event for event in read_lines(tmp_path / "run" / "events.jsonl") if event["event"] == "rewound"]
+    assert found["to"] == 0
+    newest, _ = newest_good(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    kept = read_commit(newest).guard
+    assert newest.name == f"step_{STEPS:06d}" and kept["rewinds_in_a_row"] == 1
+    assert kept["passed_over"] == [found["samples_passed_over"]]
+
+
+def test_damaged_imported_weights_are_not_replaced_by_random_ones(job: Job, tmp_path: Path) -> None:
+    weights = {name: tensor.detach() for name, tensor in Transformer(MODEL).named_parameters()}
+    folder = tmp_path / "run" / "checkpoints" / "step_000000"
+    write_imported(folder, weights)
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(BloomeryError, match=r"import them again: .*step_000000/rank_00000\.safetensors: content"):
+        trained(job, tmp_path / "run", Clock())
+    assert file.is_file()
 
 
 def test_a_checkpoint_of_a_larger_model_is_not_loaded_in_part(tmp_path: Path) -> None:
