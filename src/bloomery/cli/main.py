@@ -99,10 +99,10 @@ def _called(app: typer.Typer, arguments: list[str], name: str) -> None:
 
 
 def _say_what_can_be_said() -> None:
-    """What an encoding does not have, of bars and names, is `?` there and no traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    """What an encoding does not have is no traceback: `?` in tables, and escaped in errors, which still name a file."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors=errors)
 
 
 def main() -> None:

@@ -11,6 +11,21 @@ if TYPE_CHECKING:
     from bloomery.planner.sweep import Point
     from bloomery.spec.run import Run
 
+LOSS_FOLLOWS_FROM = (
+    "seed",
+    "seq_len",
+    "global_batch",
+    "ramp",
+    "dtype",
+    "float8",
+    "optimizer",
+    "averaging",
+    "guard",
+    "stabilisers",
+    "document_mask",
+)
+"""Of `train`; the other keys say how a run is watched, saved and kept alive."""
+
 
 def sweep(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="Its data, batch, optimizer and cluster.")],
@@ -45,8 +60,10 @@ def sweep(
     if not (data_folder(run) / "train" / "manifest.json").is_file():
         raise InputError("no token shards here; `bloomery data build RUN.yaml` makes them", where=str(data_folder(run)))
     folder = out.parent / f"{out.stem}-runs"
-    asked = {point.name: fingerprint(run, point, folder) for point in grid}
-    done = trained(read_lines(out), asked, out)
+    common = recipe(run)
+    asked = {point.name: fingerprint(common, point) for point in grid}
+    shared = hashed(common)
+    done = trained(read_lines(out), asked, shared, out)
     for number, point in enumerate(grid, start=1):
         if point.name in done:
             continue
@@ -57,7 +74,7 @@ def sweep(
         loss = train_point(run, point, folder)
         row = {"run": point.name, "flops": point.flops, "parameters": point.parameters, "tokens": point.tokens}
         with out.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({**row, "loss": loss, "description": asked[point.name]}) + "\n")
+            lines.write(json.dumps({**row, "loss": loss, "recipe": shared, "description": asked[point.name]}) + "\n")
     if as_json:
         names = {point.name for point in grid}
         print_json({"file": str(out), "runs": [row for row in read_lines(out) if row.get("run") in names]})
@@ -76,36 +93,51 @@ def described(run: Run, point: Point, folder: Path) -> dict[str, Any]:
     return values | {"compare": {}, "align": []}
 
 
-def fingerprint(run: Run, point: Point, folder: Path) -> str:
-    """A hash of what a point's loss follows from: its description, with the shards' content for their place and of the
-    cluster the accelerator alone: one that is calibrated or launched on by other words trains the same."""
-    import hashlib
-    import json
-
+def recipe(run: Run) -> dict[str, Any]:
+    """What the losses of all points follow from, and a law needs to be the same in all of them: the shards by their
+    content, and of the cluster the accelerator alone, for one that is calibrated trains the same."""
     from bloomery.cluster.prepare import data_folder
     from bloomery.spec.files import read_json
 
     manifests = (data_folder(run) / part / "manifest.json" for part in ("train", "heldout"))
-    shards = [read_json(manifest).get("content_hash") for manifest in manifests if manifest.is_file()]
-    values = described(run, point, folder) | {"out": "", "data": shards}
-    values |= {"cluster": run.cluster.accelerator.name, "launch": {}}
+    train = run.train.model_dump(mode="json")
+    return {
+        "vocab": run.model.vocab,
+        "train": {key: train[key] for key in LOSS_FOLLOWS_FROM},
+        "data": [read_json(manifest).get("content_hash") for manifest in manifests if manifest.is_file()],
+        "accelerator": run.cluster.accelerator.name,
+        "heldout_tokens": run.evaluate.max_tokens,
+    }
+
+
+def fingerprint(common: dict[str, Any], point: Point) -> str:
+    """A hash of what a point's loss follows from."""
+    return hashed({**common, "model": point.model.model_dump(mode="json"), "tokens": point.tokens})
+
+
+def hashed(values: dict[str, Any]) -> str:
+    """A short hash of plain values."""
+    import hashlib
+    import json
+
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def trained(rows: list[dict[str, Any]], asked: dict[str, str], out: Path) -> set[str]:
-    """Those of the points asked for that have a row. Raises InputError where a row's loss answers another question."""
+def trained(rows: list[dict[str, Any]], asked: dict[str, str], shared: str, out: Path) -> set[str]:
+    """Those of the points asked for that have a row. Raises InputError where a row's loss answers another question:
+    one law is fitted to all rows of the file, so those not asked for now count as well."""
     from bloomery.spec.errors import InputError
 
-    found = {str(row["run"]): row.get("description") for row in rows if str(row.get("run")) in asked}
-    for name, description in found.items():
-        if description != asked[name]:
-            says = (
-                "was trained by another description or on other data"
-                if description
-                else "does not say how it was trained"
-            )
-            raise InputError(f"its row {name} {says}", where=str(out), accepted="another --out")
-    return set(found)
+    for number, row in enumerate(rows, start=1):
+        name = str(row.get("run", number))
+        if not row.get("recipe"):
+            says = "does not say how it was trained"
+        elif row["recipe"] != shared or row.get("description") != asked.get(name, row.get("description")):
+            says = "was trained by another description or on other data"
+        else:
+            continue
+        raise InputError(f"its row {name} {says}", where=str(out), accepted="another --out")
+    return {str(row["run"]) for row in rows if row.get("run") in asked}
 
 
 def train_point(run: Run, point: Point, folder: Path) -> float:

@@ -126,11 +126,15 @@ def describe(event: dict[str, Any]) -> str:
 
 
 def _incident(events: list[dict[str, Any]], turn: str) -> str:
-    """The newest failure, else the newest event that is not routine; a stop that the run has gone on from is."""
+    """The newest failure, else the newest event that is not routine; a stop that the run has gone on from is.
+
+    Where training itself stopped, a rank has said why; its end and the supervisor's account of it follow and say less.
+    """
     routine = ROUTINE if turn == "stopped" else {*ROUTINE, "stopped"}
     notable = [event for event in events if event.get("event") not in routine]
     failures = [event for event in notable if event.get("event") in FAILED]
-    newest = next(reversed(failures or notable), None)
+    own = [event for event in failures[-3:] if event["event"] == "stopped" and "rank" in event]
+    newest = next(reversed(own or failures or notable), None)
     return describe(newest) if newest else ""
 
 

@@ -16,15 +16,20 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(self._descriptor).st_size
-        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
-            os.write(self._descriptor, b"\n")  # a line that a full disk tore takes no other with it
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record. Raises OSError where the disk took less than all of it."""
         line = (json.dumps(record, ensure_ascii=False) + "\n").encode()
+        if self._torn():
+            line = b"\n" + line
         if os.write(self._descriptor, line) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _torn(self) -> bool:
+        """Whether the file ends within a line, which would take the next one with it: whoever wrote it, a full disk
+        may have torn it while this one was open."""
+        size = os.fstat(self._descriptor).st_size
+        return size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
     def close(self) -> None:
         """Close the file."""

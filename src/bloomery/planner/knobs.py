@@ -146,19 +146,22 @@ FACTORS = "calibration_factors"
 def turned_so_far(cluster: Cluster) -> dict[str, float]:
     """By knob, the product of its factors in all calibrations since the probe; a knob that is not there is at 1.
 
-    Raises InputError where the file's text is none of ours.
+    A factor of 0 is what older files made of a very small one: nothing is known of it. Raises InputError where the
+    file's text is none of ours.
     """
     said = cluster.provenance.get(FACTORS, "")
     found = {}
-    for item in filter(None, said.split(", ")):
+    for item in filter(None, map(str.strip, said.split(","))):
         name, _, factor = item.partition(" ")
         try:
-            found[name] = float(factor)
+            value = float(factor)
         except ValueError:
-            found[name] = 0.0
-        if not 0 < found[name] < float("inf"):
+            value = float("nan")
+        if not 0 <= value < float("inf"):
             where, accepted = f"{cluster.name}: provenance.{FACTORS}", "a name and a factor above 0, as in gemm 0.95"
             raise InputError("not what a calibration writes", where=where, found=item, accepted=accepted)
+        if value:
+            found[name] = value
     return found
 
 

@@ -130,7 +130,7 @@ def test_what_an_encoding_does_not_have_is_no_traceback_and_json_stays_whole(
 
     def bars() -> None:
         print(said["bars"], said["name"])
-        print(said["bars"], file=sys.stderr)
+        print(said["name"], file=sys.stderr)
         print_json(said)
 
     monkeypatch.setattr("bloomery.cli.catalog.catalog", bars)
@@ -143,7 +143,7 @@ def test_what_an_encoding_does_not_have_is_no_traceback_and_json_stays_whole(
     line, _, document = streams["stdout"].read().partition("\n")
     assert line == "??? ??-" + ("é" if encoding == "latin-1" else "?")
     assert json.loads(document) == said
-    assert streams["stderr"].read() == "???\n"
+    assert streams["stderr"].read() == "\\u8bad\\u7ec3-" + ("é" if encoding == "latin-1" else "\\xe9") + "\n"
 
 
 def test_a_path_that_cannot_be_is_wrong_input() -> None:

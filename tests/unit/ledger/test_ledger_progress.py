@@ -101,6 +101,17 @@ def test_slow_steps_do_not_hide_a_failure_before_them(tmp_path: Path) -> None:
     assert found.incident == "worker failed at step 8 on rank 1: killed by SIGKILL"
 
 
+def test_why_training_gave_up_is_not_hidden_by_the_account_of_its_end(tmp_path: Path) -> None:
+    why = {"event": "stopped", "rank": 0, "step": 7, "reason": "loss is not finite", "culprit_rank": 1}
+    failed = {"event": "worker_failed", "rank": 0, "step": 7, "cause": "exit code 4"}
+    summary = {"event": "stopped", "step": 7, "reason": "training gave up; the reason is above"}
+    folder = stage(tmp_path / "a", [row(7)], [why, failed, summary])
+    assert progress(folder).incident == "stopped at step 7 on rank 1: loss is not finite"
+    with (folder / "events.jsonl").open("a") as stream:
+        stream.write('{"event": "resumed", "step": 5}\n{"event": "stopped", "step": 9, "reason": "told to stop"}\n')
+    assert progress(folder).incident == "stopped at step 9: told to stop"
+
+
 def test_the_newest_incident_is_one_line(tmp_path: Path) -> None:
     events = [{"event": "resumed"}, {"event": "slow_step", "step": 7, "rank": 1, "bucket": "data"}]
     assert progress(stage(tmp_path / "a", [row(9)], events)).incident == "slow step at step 7 on rank 1: data"

@@ -56,6 +56,23 @@ def test_a_line_that_a_full_disk_tore_is_an_error_and_takes_no_other_with_it(
     assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 4
 
 
+def test_what_is_written_on_after_a_torn_line_is_whole_whoever_tore_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = tmp_path / "events.jsonl", os.write
+    mine, other = JsonLines(path), JsonLines(path)
+    for step, sink in ((1, mine), (3, other)):
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+            with pytest.raises(OSError, match="No space left"):
+                mine.write({"torn": step})
+        sink.write({"step": step})
+        sink.write({"step": step + 1})
+    for sink in (mine, other):
+        sink.close()
+    assert read_lines(path) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
 def test_the_environment_names_versions_and_keeps_secrets_out() -> None:
     os.environ["HARMLESS_TOKEN"], os.environ["OMP_NUM_THREADS_TEST"] = "secret", "1"
     try:

@@ -77,9 +77,11 @@ def test_a_sweep_answers_with_its_rows_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "sweep.jsonl"
-    path.write_text('{"run": "of another grid", "loss": 9}\n')
     monkeypatch.setattr(sweep_command, "train_point", lambda *_: 2.5)
-    sweep(run_file(tmp_path), flops="1e15", sizes="2M,4M", out=path, as_json=True)
+    description = run_file(tmp_path)
+    sweep(description, flops="1e16", sizes="4M", out=path)
+    capsys.readouterr()
+    sweep(description, flops="1e15", sizes="2M,4M", out=path, as_json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["file"] == str(path)
     assert [(row["flops"], row["loss"]) for row in answer["runs"]] == [(1e15, 2.5)] * 2
@@ -109,6 +111,36 @@ def test_a_sweep_repeats_no_run_of_its_own_and_takes_no_loss_of_another(
     assert len(asked) == 2
 
 
+def test_what_no_loss_follows_from_may_change_within_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(sweep_command, "train_point", lambda run, point, _: asked.append(point.name) or 2.5)
+    description = run_file(tmp_path)
+    for same in (
+        "evaluate.prompts=[Once]",
+        "train.metrics=[]",
+        "train.log_every=7",
+        "train.keep_checkpoints=3",
+        "train.memory_every=5",
+        "train.supervision.restarts=1",
+    ):
+        sweep(description, flops="1e15", sizes="2M", out=tmp_path / "sweep.jsonl", set_=[same])
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("other", ["train.optimizer.lr=0.003", "evaluate.max_tokens=4096", "train.document_mask=true"])
+def test_a_file_takes_no_other_point_by_another_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    out = tmp_path / "sweep.jsonl"
+    monkeypatch.setattr(sweep_command, "train_point", lambda *_: 2.5)
+    description = run_file(tmp_path)
+    sweep(description, flops="1e15", sizes="2M", out=out)
+    with pytest.raises(InputError, match=r"sweep\.jsonl: its row .* by another description .* another --out"):
+        sweep(description, flops="1e16", sizes="2M", out=out, set_=[other])
+    sweep(description, flops="1e16", sizes="2M", out=out)
+    assert len(out.read_text().splitlines()) == 2
+
+
 def test_a_row_that_does_not_say_how_it_was_trained_is_no_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +149,7 @@ def test_a_row_that_does_not_say_how_it_was_trained_is_no_answer(
     grid = {"flops": "1e15", "sizes": "2M", "out": out}
     sweep(run_file(tmp_path), **grid)
     row = json.loads(out.read_text())
-    out.write_text(json.dumps({key: value for key, value in row.items() if key != "description"}) + "\n")
+    out.write_text(json.dumps({key: value for key, value in row.items() if key != "recipe"}) + "\n")
     with pytest.raises(InputError, match=r"row .* does not say how it was trained"):
         sweep(tmp_path / "run.yaml", **grid)
 

@@ -125,10 +125,17 @@ def test_a_file_says_what_calibrations_have_made_of_it_since_its_probe(machine: 
     twice = with_factors(once, {"gemm": 0.9, "memory": 1.25, "host": 1.0})
     assert twice.provenance[FACTORS] == "gemm 0.81, memory 1.25"
     assert turned_so_far(twice) == pytest.approx({"gemm": 0.81, "memory": 1.25})
-    for text in ("gemm", "gemm -1", "gemm nan", "gemm inf", "gemm 1.0,host 2"):
+    for text in ("gemm", "gemm -1", "gemm nan", "gemm inf", "gemm 1.0 host 2"):
         changed = machine.model_copy(update={"provenance": {FACTORS: text}})
         with pytest.raises(InputError, match=FACTORS):
             turned_so_far(changed)
+
+
+def test_factors_may_stand_close_together_and_one_that_an_older_file_rounded_to_nothing_is_passed_over(
+    machine: Cluster,
+) -> None:
+    written = machine.model_copy(update={"provenance": {FACTORS: "gemm 0.95,launch 1.2, host 0.000,"}})
+    assert turned_so_far(written) == {"gemm": 0.95, "launch": 1.2}
 
 
 def test_runs_together_are_never_worse_even_with_some_that_contradict_the_others(machine: Cluster) -> None:
