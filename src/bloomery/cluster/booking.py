@@ -105,7 +105,8 @@ def book_lost_start(folder: Path, heard: float | None) -> None:
 
 def _book_late(folder: Path, row: dict[str, Any]) -> None:
     why = row.pop("unwritten", "its supervisor was lost")
-    if not _written(folder / SUPERVISION_FILE, row) and row["code"] not in (0, STOPPED_BY_SIGNAL):
+    ended = row["code"] in (0, STOPPED_BY_SIGNAL) or row["cause"] == BROKEN_OFF
+    if not _written(folder / SUPERVISION_FILE, row) and not ended:
         failure = {"rank": row["rank"], "step": row["step"], "cause": row["cause"]}
         write_event(folder, "worker_failed", time=row["began"] + row["wall_s"], **failure, then=f"booked late: {why}")
 

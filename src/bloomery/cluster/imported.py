@@ -26,6 +26,12 @@ def check_imported(folder: Path, model: Model) -> None:
         stored = {name: record.shape for name, record in read_commit(checkpoint, verify=untrained).tensors.items()}
     except BloomeryError as error:
         raise InputError(f"the imported weights are damaged; import them again: {error}", where=str(folder)) from None
-    if shapes != stored or (described.is_file() and read_run(described).model != model):
+    if shapes != stored or (described.is_file() and not _same(read_run(described).model, model)):
         problem = "the weights imported here are of another model; give your run another name"
         raise InputError(problem, where=str(folder))
+
+
+def _same(one: Model, other: Model) -> bool:
+    """Whether weights of one model are the other's, whatever it is called and however it would have started."""
+    said = {"name": "", "source": "", "init": "gpt2"}
+    return one.model_copy(update=said) == other.model_copy(update=said)

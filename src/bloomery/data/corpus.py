@@ -125,7 +125,7 @@ def read_corpus(data: Data, files: Sequence[Path], sources: Sequence[Path], acco
     """Clean documents up to `max_bytes`, a mix. How much text a file holds is known once it is read: what small files
     leave of their shares goes to the larger ones, in further rounds."""
     corpus, waiting, most = Corpus(data, account), _in_order(files, sources), data.max_bytes
-    share = fair_share([text_bytes(part.path) for part in waiting], most)
+    share = max(1, fair_share([text_bytes(part.path) for part in waiting], most))
     while waiting and corpus.size < most:
         unfinished = []
         for part in waiting:
