@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -110,8 +110,13 @@ class Job(Noun):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:
-        """The names of what must not change and did, `earlier` being the job that checkpoints were made by."""
-        names = [name for name in (*FIXED, "data_hash") if getattr(self, name) != getattr(earlier, name)]
+        """The names of what must not change and did, `earlier` being the job that checkpoints were made by; of settings
+        that have keys, with the first that differs: a description that leaves it out can say it."""
+        names = [
+            name + _first_change(getattr(earlier, name), getattr(self, name))
+            for name in (*FIXED, "data_hash")
+            if getattr(self, name) != getattr(earlier, name)
+        ]
         return names + (["starting checkpoint"] if self._starts_elsewhere(earlier) else [])
 
     def _starts_elsewhere(self, earlier: Job) -> bool:
@@ -120,6 +125,13 @@ class Job(Noun):
         if self.initial_hash and earlier.initial_hash:
             return self.initial_hash != earlier.initial_hash
         return Path(self.initial).name != Path(earlier.initial).name
+
+
+def _first_change(before: Any, now: Any) -> str:
+    if not isinstance(before, Noun):
+        return ""
+    keys = (key for key in type(before).model_fields if getattr(before, key) != getattr(now, key))
+    return next((f" ({key} {getattr(before, key)}, now {getattr(now, key)})" for key in keys), "")
 
 
 def read_job(run_dir: Path) -> Job:

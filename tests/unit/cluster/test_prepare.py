@@ -20,7 +20,7 @@ from bloomery.spec.files import read_json, to_yaml
 from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
 from bloomery.spec.parameters import all_parameters
-from bloomery.spec.run import Run
+from bloomery.spec.run import Optimizer, Run
 from bloomery.spec.seal import write_sums
 
 
@@ -63,7 +63,13 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"), [({"steps": 3}, "steps"), ({"seed": 1}, "seed"), ({"seq_len": 16}, "seq")]
+    ("values", "named"),
+    [
+        ({"steps": 3}, "steps"),
+        ({"seed": 1}, "seed"),
+        ({"seq_len": 16}, "seq"),
+        ({"optimizer": Optimizer(min_lr=1e-5)}, r"another optimizer \(min_lr 0\.0001, now 1e-05\)"),
+    ],
 )
 def test_a_resume_under_another_description_is_refused_and_nothing_is_rewritten(
     run: Run, values: dict[str, object], named: str
