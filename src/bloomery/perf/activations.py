@@ -345,9 +345,9 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
 
     1F1B: min(m, p - i). GPipe: m. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v, which on the first rank is
-    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them; where chunks are not even,
-    `stages.held`. ZB-V keeps 2p half chunks on every rank, which is
-    1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more (DeepSeek-V3, 2412.19437, table 2).
+    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them; where chunks are not even, `stages.held`. ZB-V keeps
+    2p half chunks on every rank, which is 1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more
+    (DeepSeek-V3, 2412.19437, table 2).
     """
     lay, m, index = case.lay, case.micro_batches, ranks.index
     chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
@@ -355,8 +355,8 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     if case.stack.eager:
         # The engine runs GPipe where there are fewer micro-batches than stages.
         one_by_one = np.where(m < lay.pp, m, one_by_one)
-    rounds = np.clip(-(-m // lay.pp), 1, len(ranks.turned)) - 1
-    turned = np.take_along_axis(ranks.turned, np.broadcast_to(rounds, ranks.layers.shape)[None], axis=0)[0]
-    looped = np.where(turned > 0, np.minimum(turned / np.maximum(ranks.layers, 1), m), chunks / lay.vpp)
+    rounds = np.clip(-(-m // lay.pp), 1, len(ranks.most_held)) - 1
+    most_held = np.take_along_axis(ranks.most_held, np.broadcast_to(rounds, ranks.layers.shape)[None], axis=0)[0]
+    looped = np.where(most_held > 0, np.minimum(most_held / np.maximum(ranks.layers, 1), m), chunks / lay.vpp)
     kinds = [lay.schedule == kind for kind in (GPIPE, INTERLEAVED, ZBV, DUALPIPEV)]
     return np.select(kinds, [m, looped, lay.pp, lay.pp + 0.5], one_by_one)

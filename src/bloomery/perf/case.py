@@ -327,8 +327,8 @@ class Case:
     def ranks(self, index: np.ndarray) -> Ranks:
         """The pipeline ranks `index` (n,) of each layout."""
         table, row = self._stage_table
-        layers, moe, last, _, behind, *turned = (table[row, i, index] for i in range(ROWS))
-        plain = Ranks(index, layers, moe, index == 0, last == 1, behind, np.array(turned))
+        layers, moe, last, _, behind, *most_held = (table[row, i, index] for i in range(ROWS))
+        plain = Ranks(index, layers, moe, index == 0, last == 1, behind, np.array(most_held))
         if table.shape[1] == ROWS:
             return plain
         most, *own = table[row, ROWS:, index].T

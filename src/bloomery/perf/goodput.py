@@ -112,13 +112,11 @@ def spare_nodes(nodes: float, failures_per_1000_node_days: float, repair_days: f
     infinite server (Palm's theorem), Poisson whatever the distribution of repair times.
     """
     under_repair = nodes * failures_per_1000_node_days / 1000.0 * repair_days
-    if under_repair == 0.0:
+    if math.exp(-under_repair) >= 1.0 - SHORT_SHARE:
         return 0
-    enough, k = math.exp(-under_repair), 0
-    while 1.0 - enough >= SHORT_SHARE:
-        k += 1
-        enough += math.exp(k * math.log(under_repair) - under_repair - math.lgamma(k + 1))
-    return k
+    from scipy.special import pdtrik
+
+    return math.ceil(pdtrik(1.0 - SHORT_SHARE, under_repair))
 
 
 def cluster_mtbf_s(cluster: Cluster, *, pessimistic: bool = False) -> float:

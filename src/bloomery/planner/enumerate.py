@@ -80,8 +80,8 @@ def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:
 
 def cuttings(model: Model, global_batch: int, pipelines: Iterable[int]) -> np.ndarray:
     """Every way to cut the step, shape (o, 6), in the order of `CUTTING`: chunks that divide the layers, or those of
-    the deepest rank of one of `pipelines` (`looped_split`). Each schedule comes with
-    stages as even as they can be and as fast as they can be (`balanced`), the head counted in layers."""
+    the deepest rank of one of `pipelines` (`looped_split`). Each schedule comes with stages as even as they can be and
+    as fast as they can be (`balanced`), the head counted in layers."""
     one, looped, *folded = (SCHEDULES.index(name) for name in ("1f1b", "interleaved", *V_SCHEDULES))
     chunks = sorted({*divisors(model.layers), *(vpp for pp in pipelines for vpp in divisors(-(-model.layers // pp)))})
     schedules = [(vpp, looped if vpp > 1 else one, 0) for vpp in chunks]
