@@ -79,6 +79,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "learned positions instead of rotary": {"model": {"position": "learned"}},
     "embedding at the matrices' learning rate": {"optimizer": {"embedding_lr_factor": 1.0}},
     "head at the matrices' learning rate": {"optimizer": {"head_lr_factor": 1.0}},
+    "values by token besides": {"model": {"value_embeddings": True}},
+    "the embedding read again by every layer besides": {"model": {"embedding_skip": True}},
 }
 
 

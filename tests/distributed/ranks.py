@@ -71,6 +71,8 @@ MODELS = {
 MODELS["wide-window"] = MODELS["llama"].model_copy(update={"sliding_window": 6})
 """Wider than what one of two context-parallel ranks has of a sequence, narrower than all of it."""
 MODELS["deep"] = MODELS["llama"].model_copy(update={"layers": 8})
+MODELS["read-again"] = MODELS["llama"].model_copy(update={"value_embeddings": True, "embedding_skip": True})
+MODELS["values"] = MODELS["llama"].model_copy(update={"value_embeddings": True})
 MODELS["tied-gpt"] = MODELS["gpt"].model_copy(update={"tie_embeddings": True})
 
 STABLE = Stabilisers(z_loss=0.1, embedding_gradient=0.1)

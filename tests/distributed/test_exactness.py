@@ -86,6 +86,7 @@ def table() -> list[Case]:
     return [
         *cases,
         *stabilised(),
+        *read_again(),
         *on_a_v(),
         *uneven(),
         *memory,
@@ -103,6 +104,20 @@ def stabilised() -> list[Case]:
         Case("tied-gpt", "tp=2,pp=2,sp=true,micro_batch=2", stable=True),
         Case("tied-gpt", "dp=2,zero=1,micro_batch=2", stable=True),
         Case("mixtral", "dp=4,ep=2,zero=3,micro_batch=1", stable=True),
+    ]
+
+
+def read_again() -> list[Case]:
+    """Layers that read tokens, or their embedding, again."""
+    return [
+        Case("read-again", "tp=2,dp=2,sp=true,zero=3,micro_batch=2", masked=True),
+        Case("read-again", "tp=2,dp=2,zero=1,micro_batch=2", optimizer="muon"),
+        Case("read-again", "cp=2,dp=2,zero=2,micro_batch=2,recompute=full"),
+        Case("read-again", "tp=2,sp=true,micro_batch=2,recompute=selective,offload=activations"),
+        Case("values", "tp=2,pp=2,dp=2,zero=2,sp=true,micro_batch=2"),
+        Case("values", "cp=2,pp=2,micro_batch=2", mask="documents"),
+        Case("values", "pp=2,dp=2,micro_batch=1,schedule=zbv"),
+        Case("values", "pp=2,dp=2,vpp=2,zero=1,micro_batch=1,recompute=full"),
     ]
 
 

@@ -10,6 +10,8 @@ from typing import Protocol
 
 from torch import Tensor, cat, nn
 
+from bloomery.model.embedding import Embedding
+from bloomery.model.narrow import narrowed
 from bloomery.model.norm import RMSNorm
 from bloomery.model.projection import Linear, project
 from bloomery.model.view import View, attend
@@ -50,6 +52,7 @@ class Attention(nn.Module):
         self.q = Linear(model.hidden, model.query_width, bias=bias)
         self.k = Linear(model.hidden, model.kv_width, bias=bias)
         self.v = Linear(model.hidden, model.kv_width, bias=bias)
+        self.value_embedding = Embedding(model.vocab, model.value_width) if model.value_embeddings else None
         if model.qk_norm:
             self.q_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
             self.k_norm = RMSNorm(model.head_dim, eps=model.norm_eps)
@@ -59,7 +62,11 @@ class Attention(nn.Module):
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden). With `past`, keys and values of earlier positions are read too and these join."""
         # Values apart: they are kept as they come, and as a part of what queries and keys come in would keep that too.
-        projected = *project(x_bsd, self.q, self.k), self.v(x_bsd)
+        v_bsk = self.v(x_bsd)
+        if self.value_embedding is not None:
+            assert view.tokens_bs is not None, "values by token, of unknown tokens"
+            v_bsk = v_bsk + narrowed(self.value_embedding(view.tokens_bs))
+        projected = *project(x_bsd, self.q, self.k), v_bsk
         q_bshk, k_bshk, v_bshk = (x_bsk.unflatten(-1, (-1, self.head_dim)) for x_bsk in projected)
         if self.qk_norm:
             # Before heads change places with positions: a norm of the view would keep a copy of it besides.

@@ -8,6 +8,7 @@ the same code. Parameter names are those of `bloomery.spec.parameters`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +32,33 @@ def norm(model: Model) -> nn.Module:
     return kind(model.hidden, eps=model.norm_eps)
 
 
+class Skip(nn.Module):
+    """x + weight * the token embedding, channel by channel."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden))
+
+    def forward(self, x_bsd: Tensor, view: View) -> Tensor:
+        """x: (batch, seq, hidden), as the embedding."""
+        assert view.embedded_bsd is not None, "a skip from an embedding that is not there"
+        return x_bsd + self.weight.to(x_bsd.dtype) * view.embedded_bsd
+
+
 class Layer(nn.Module):
-    """Pre-norm residual layer: x + attention(norm x), then x + ffn(norm x)."""
+    """Pre-norm residual layer: x + attention(norm x), then x + ffn(norm x); x with a skip from the embedding before."""
 
     def __init__(self, model: Model, layer: int) -> None:
         super().__init__()
         attention = Attention if model.mla is None else LatentAttention
+        self.skip = Skip(model.hidden) if model.embedding_skip else None
         self.attention_norm, self.attention = norm(model), attention(model)
         self.ffn_norm, self.ffn = norm(model), feed_forward(model, layer)
 
     def forward(self, x_bsd: Tensor, view: View, past: KeyValues | None = None) -> Tensor:
         """x: (batch, seq, hidden)."""
+        if self.skip is not None:
+            x_bsd = self.skip(x_bsd, view)
         x_bsd = x_bsd + self.attention(self.attention_norm(x_bsd), view, past)
         seen = (view.counts_bs,) if isinstance(self.ffn, Mixture) else ()
         return x_bsd + self.ffn(self.ffn_norm(x_bsd), *seen)
@@ -86,6 +103,7 @@ class Transformer(nn.Module):
         lengths_b: Tensor | None = None,
         *,
         targets_bs: Tensor | None = None,
+        tokens_bs: Tensor | None = None,
         start: int = 0,
         past: Sequence[KeyValues] | None = None,
     ) -> Tensor:
@@ -94,12 +112,17 @@ class Transformer(nn.Module):
         Returns hidden states; on the last stage logits (batch, seq, vocab) or, given `targets_bs`, the sum of their
         cross entropies, for which no stage but the last has a use. `documents_bs`: the document of each token of the
         whole sequences, tokens see their own only; `prefix_b`: so many first tokens of each sequence see each other
-        whole; `lengths_b`: so many first tokens of each sequence are text, the rest padding.
+        whole; `lengths_b`: so many first tokens of each sequence are text, the rest padding; `tokens_bs`: what a later
+        stage of a model with value embeddings needs beside hidden states.
         For generation, `past` holds what each layer has seen of the `start` positions before x.
         """
         view = self.view(x, start, documents_bs, prefix_b, lengths_b)
+        if self.model.value_embeddings:
+            view = replace(view, tokens_bs=x if self.embedding is not None else tokens_bs)
         if self.embedding is not None:
             x = self.embed(x, view.positions_s)
+        if self.model.embedding_skip:
+            view = replace(view, embedded_bsd=x)
         for number, layer in enumerate(self.blocks()):
             x = layer(x, view, None if past is None else past[number])
         return x if self.norm is None or self.head is None else self.head(self.norm(x), targets_bs)

@@ -26,7 +26,8 @@ class View:
     (prefix language model); None: one document, no prefix. With `window`, j > i - window too (sliding window; a prefix
     is seen whole). `positions_s` may be part of the sequence, documents are always those of all of it. `rotary`: cos
     and sin (s, width), or None for learned positions. `counts_bs`: what each token counts in a mean over its sequence
-    (0 for padding, 1 on average over the whole sequence), or None where all count alike.
+    (0 for padding, 1 on average over the whole sequence), or None where all count alike. `tokens_bs` and
+    `embedded_bsd`: the tokens at hand and their embedding, for models whose layers read them again.
     """
 
     positions_s: Tensor
@@ -35,6 +36,8 @@ class View:
     prefix_b: Tensor | None = None
     window: int | None = None
     counts_bs: Tensor | None = None
+    tokens_bs: Tensor | None = None
+    embedded_bsd: Tensor | None = None
 
     @property
     def plain(self) -> bool:
@@ -43,9 +46,9 @@ class View:
 
     @property
     def shared(self) -> list[Tensor]:
-        """What all layers read alike: rotary tables, what tokens count, and the masks made so far."""
-        counts = [] if self.counts_bs is None else [self.counts_bs]
-        return [*(self.rotary or ()), *counts, *self._biases.values()]
+        """What all layers read alike: rotary tables, what tokens count, tokens, their embedding, masks so far."""
+        found = (*(self.rotary or ()), self.counts_bs, self.tokens_bs, self.embedded_bsd, *self._biases.values())
+        return [tensor for tensor in found if tensor is not None]
 
     @cached_property
     def _biases(self) -> dict[torch.dtype, Tensor]:

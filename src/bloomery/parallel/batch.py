@@ -32,6 +32,11 @@ class Batch:
         named = {"documents_bs": self.documents_bs, "prefix_b": self.prefix_b, "lengths_b": self.lengths_b}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
+    def told(self, *, tokens: bool, targets: bool) -> dict[str, Any]:
+        """What the stages of a pipeline rank are told beside their input, which is tokens on the first alone."""
+        own_tokens = {"tokens_bs": self.tokens_bs} if tokens else {}
+        return {**self.seen, **own_tokens, **({"targets_bs": self.targets_bs} if targets else {})}
+
     def split(self, size: int) -> Iterator[Batch]:
         """Micro-batches of `size` sequences."""
         seen = {name: tensor.split(size) for name, tensor in self.seen.items()}

@@ -188,8 +188,8 @@ class Engine:
         with self.measure("pp_comm"), self._autocast():
             first, last = 0 in self.stages, self.layout.n_stages - 1 in self.stages
             inputs = (batch.tokens_bs,) if first else ()
-            known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last else batch.seen
             target, found = (batch.targets_bs, losses) if last else (None, None)
+            known = batch.told(tokens=self.model.value_embeddings, targets=last)
             self.schedule.step(*inputs, target=target, losses=found, return_outputs=False, **known)
         return torch.stack(losses).sum().detach() if losses else torch.zeros((), device=self.mesh.device)
 
@@ -310,7 +310,7 @@ class Engine:
             else:
                 losses: list[Tensor] = []
                 inputs = (batch.tokens_bs,) if 0 in self.stages else ()
-                known: dict[str, Any] = {**batch.seen, "targets_bs": batch.targets_bs} if last_stage else batch.seen
+                known = batch.told(tokens=self.model.value_embeddings, targets=last_stage)
                 target, found = (batch.targets_bs, losses) if last_stage else (None, None)
                 self.schedule.eval(*inputs, target=target, losses=found, return_outputs=False, **known)
                 total += sum(losses)

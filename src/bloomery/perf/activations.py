@@ -260,7 +260,8 @@ class Activations:
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
         shared = zeros + _rotary_tables_bytes(case) if case.stack.eager else None
         message = zeros + inputs if case.stack.eager else None
-        return cls(layers, received, shared, message, waiting, again + moving + ends, moving)
+        skip = inputs * case.model.embedding_skip  # the embedding's gradient, added up layer by layer
+        return cls(layers, received, shared, message, waiting, again + moving + ends + skip, moving)
 
 
 def _waiting_bytes(case: Case) -> Any:

@@ -242,6 +242,12 @@ class Case:
         return _held(self.model, "dense")
 
     @OfLayouts
+    def values_by_token(self) -> np.ndarray:
+        """Elements of a layer's table of values on one rank, shape (n,): looked up, no product reads it."""
+        model = self.model
+        return model.value_embeddings * model.vocab * model.value_width / self.lay.tp
+
+    @OfLayouts
     def moe_layer(self) -> Held:
         """Parameters of a mixture-of-experts layer (of a plain one where the model has none)."""
         return _held(self.model, "last")

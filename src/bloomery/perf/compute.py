@@ -61,10 +61,10 @@ def _layer(case: Case, held: Held, *, moe: bool) -> Work:
     """One transformer layer."""
     attention_forward, attention_backward = _attention(case)
     written = _elementwise(case, moe)
-    blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), written]
+    blocks = [_projections(case), _experts(case) if moe else _feed_forward(case), written, _again(case)]
     forward = attention_forward + sum(block[0] for block in blocks)
     backward = (
-        attention_backward + sum(block[1] for block in blocks) + _casts(case, held, scaled=True) + _joined(case, held)
+        attention_backward + sum(block[1] for block in blocks) + _casts(case, held, layer=True) + _joined(case, held)
     )
     experts: Any = case.model.moe.experts / case.lay.ep if moe and case.model.moe else 0
     narrow, tiles = case.dtype in ("float8", "float4"), np.where(case.lay.cp > 1, case.lay.cp, 0)
@@ -308,12 +308,14 @@ def _accumulation(case: Case, held: Held) -> Any:
     return memory_s(case.accelerator, _elements(case, held) * (case.stack.accumulate * case.precision.gradient))
 
 
-def _casts(case: Case, held: Held, *, scaled: bool = False) -> Any:
+def _casts(case: Case, held: Held, *, layer: bool = False) -> Any:
     """Autocast's copies of the weights, unless they are gathered narrow, and their gradients back to wide ones. (Of
-    experts that ZeRO leaves whole the copies are not counted.) `scaled`: in 8 bit, dense ones are cast for each product
-    instead."""
+    experts that ZeRO leaves whole the copies are not counted.) `layer`: its tables are no weights, and in 8 bit dense
+    ones are cast for each product instead."""
     elements = np.where(case.lay.gathers, 1, 2) * _elements(case, held)
-    if scaled and case.stack.fuses and case.precision.operand < case.precision.stream:
+    if layer:
+        elements = elements - np.where(case.lay.gathers, 0, 2) * case.values_by_token
+    if layer and case.stack.fuses and case.precision.operand < case.precision.stream:
         elements = elements - np.where(case.lay.gathers, 0, 1) * held.dense(case.lay)
     return cast_s(case, elements)
 
@@ -348,6 +350,21 @@ def _embedding(case: Case) -> Work:
         table = case.embedding.dense(case.lay) * case.precision.gradient
         backward = backward + memory_s(case.accelerator, table)
     return _end(case, lookup, backward, case.embedding)
+
+
+def _again(case: Case) -> tuple[Any, Any]:
+    """What a layer reads of tokens again (forward, backward): values by token, looked up and added as an embedding is,
+    and the embedding itself, whose gradient is added up over layers."""
+    model, seconds = case.model, [0.0 * case.tokens, 0.0 * case.tokens]
+    if model.value_embeddings:
+        values = case.tokens * model.value_width / case.lay.tp * case.precision.stream
+        # As of the embedding: zeros for the whole table before rows are added.
+        table = case.values_by_token * case.precision.gradient if case.stack.serial_launch else 0.0
+        seconds = [memory_s(case.accelerator, 5 * values), memory_s(case.accelerator, 3 * values + table)]
+    if model.embedding_skip:
+        stream = case.stream_tokens * model.hidden * case.precision.stream
+        seconds = [part + memory_s(case.accelerator, 5 * stream) for part in seconds]
+    return seconds[0], seconds[1]
 
 
 def _head(case: Case) -> Work:

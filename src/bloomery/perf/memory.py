@@ -185,9 +185,9 @@ def _reduced_gradient(case: Case) -> Any:
 
 
 def _looked_up(case: Case, ranks: Ranks) -> Any:
-    """Elements of an embedding that is only looked up: no product reads it, as the head does one that is tied here."""
+    """Elements of embeddings that are only looked up: no product reads them, as the head does one that is tied here."""
     alone = ranks.first & ~ranks.last if case.model.tie_embeddings else ranks.first
-    return alone * case.embedding.dense(case.lay)
+    return alone * case.embedding.dense(case.lay) + ranks.layers * case.values_by_token
 
 
 def _logits(case: Case, ranks: Ranks) -> Any:

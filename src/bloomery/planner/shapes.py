@@ -21,7 +21,13 @@ from bloomery.spec.cluster import Cluster
 from bloomery.spec.files import parse_yaml
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import Model
-from bloomery.spec.parameters import embedding_parameters, head_parameters, layer_parameter_count, parameter_count
+from bloomery.spec.parameters import (
+    embedding_parameters,
+    head_parameters,
+    layer_parameter_count,
+    layer_parameters,
+    parameter_count,
+)
 
 TILE = 128
 """Widths and vocabulary per rank are multiples of it where there is room: the tile of a matrix multiplication."""
@@ -54,7 +60,8 @@ def shape_facts() -> dict[str, Any]:
 
 def inner_parameters(model: Model) -> int:
     """Parameters without embeddings and head."""
-    return parameter_count(model) - sum(p.size for p in embedding_parameters(model) + head_parameters(model))
+    tables = model.layers * sum(p.size for p in layer_parameters(model, 0) if p.kind == "embedding")
+    return parameter_count(model) - tables - sum(p.size for p in embedding_parameters(model) + head_parameters(model))
 
 
 def aspect(model: Model) -> float:

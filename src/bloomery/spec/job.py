@@ -50,6 +50,10 @@ LATER = ("stabilisers", "ramp", "averaging", "float8")
 """Of these, what is no part of the hash where it is not used: checkpoints from before there was any go on."""
 
 
+LATER_IN_MODEL = ("value_embeddings", "embedding_skip")
+"""The same of the model's keys."""
+
+
 class Job(Noun):
     """One stage of training (pre-training or an alignment stage), every default resolved."""
 
@@ -107,6 +111,9 @@ class Job(Noun):
         for name in LATER:
             if getattr(self, name) == Job.model_fields[name].default:
                 del values[name]
+        for name in LATER_IN_MODEL:
+            if not values["model"][name]:
+                del values["model"][name]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def changes_since(self, earlier: Job) -> list[str]:

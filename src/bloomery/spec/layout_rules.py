@@ -104,6 +104,11 @@ def runnable_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]
     rules: list[tuple[str, str, Any]] = [
         *_expert_rules(model, lay),
         ("order", "the engine numbers ranks with pp outermost", lay.outermost == OUTERMOST.index("dp")),
+        (
+            "embedding_skip",
+            "every layer reads the embedding again, which the first stage alone has: embedding_skip needs pp = 1",
+            (lay.pp > 1) & model.embedding_skip,
+        ),
         ("empty_stage", "the engine runs no stage without layers", _empty_stages(lay)),
         (
             "tied_v_zero2",

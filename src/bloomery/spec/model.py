@@ -76,6 +76,10 @@ class Model(Noun):
     squared ReLU (So et al. 2021, arXiv 2109.08668). `qk_norm`: RMSNorm over each head's query and key before they are
     rotated (Henry et al. 2020, arXiv 2010.04245, as in Qwen 3). `sliding_window`: a token sees itself and so many minus
     one before it (Beltagy et al. 2020, arXiv 2004.05150).
+
+    `value_embeddings`: every layer has a table of values by token, added to what its projection makes of the stream;
+    `embedding_skip`: every layer reads the token embedding again, each channel times a weight that starts at zero
+    (both modded-nanogpt, github.com/KellerJordan/modded-nanogpt, records of November and December 2024).
     """
 
     name: str = "model"
@@ -99,6 +103,8 @@ class Model(Noun):
     mask: Literal["causal", "prefix"] = "causal"
     init: Literal["gpt2", "unit_stream"] = Field(default="gpt2", description="how weights start, see `model.init`")
     qk_norm: bool = False
+    value_embeddings: bool = False
+    embedding_skip: bool = False
     sliding_window: int | None = Field(default=None, ge=1)
     mla: LatentAttention | None = None
     moe: MixtureOfExperts | None = None
@@ -147,6 +153,7 @@ class Model(Noun):
         for name, wrong in (
             ("position learned", self.position != "rope"),
             ("qk_norm", self.qk_norm),
+            ("value_embeddings", self.value_embeddings),
             ("bias", self.bias or self.qkv_bias),
             ("norm layernorm", self.norm != "rmsnorm"),
         ):

@@ -6,7 +6,7 @@ GROUPS = ("embedding", "attention", "ffn", "norm", "head", "other")
 """Parts of a transformer that go wrong separately: a spike often starts in one of them (embedding: GLM-130B, arXiv
 2210.02414; attention and head: Wortsman et al., 2309.14322; norms: SPAM, 2501.06842)."""
 
-_OUTER = {"position": "embedding"}
+_OUTER = {"position": "embedding", "skip": "embedding"}
 
 
 def group_of(name: str) -> str:

@@ -106,6 +106,10 @@ def attention_parameters(model: Model, prefix: str) -> tuple[Parameter, ...]:
     parameters = _linear(f"{prefix}.q", model.query_width, model.hidden, qkv_bias, 0)
     parameters += _linear(f"{prefix}.k", model.kv_width, model.hidden, qkv_bias, 0)
     parameters += _linear(f"{prefix}.v", model.value_width, model.hidden, qkv_bias, 0)
+    if model.value_embeddings:
+        parameters.append(
+            Parameter(f"{prefix}.value_embedding.weight", (model.vocab, model.value_width), "embedding", 1)
+        )
     if model.qk_norm:
         parameters += [_inner_norm(f"{prefix}.{name}_norm", model.head_dim) for name in ("q", "k")]
     return tuple(parameters + _linear(f"{prefix}.o", model.hidden, model.output_width, model.bias, 1))
@@ -159,7 +163,8 @@ def layer_parameters(model: Model, layer: int) -> tuple[Parameter, ...]:
 
 def _layer(model: Model, layer: int) -> list[Parameter]:
     prefix = f"layers.{layer}"
-    parameters = _norm(model, f"{prefix}.attention_norm")
+    parameters = [Parameter(f"{prefix}.skip.weight", (model.hidden,), "bias")] if model.embedding_skip else []
+    parameters += _norm(model, f"{prefix}.attention_norm")
     parameters += attention_parameters(model, f"{prefix}.attention")
     parameters += _norm(model, f"{prefix}.ffn_norm")
     if model.moe is not None and model.is_routed(layer):
@@ -205,9 +210,13 @@ def parameter_count(model: Model, *, active: bool = False) -> int:
 
 
 def layer_parameter_count(model: Model, layer: int, *, active: bool = False) -> int:
-    """Parameters of one layer; with `active`, those one token passes through."""
+    """Parameters of one layer; with `active`, those one token passes through (of a table of values a row at most)."""
     parameters = layer_parameters(model, layer)
-    if not (active and model.moe):
-        return sum(p.size for p in parameters)
+    whole = sum(p.size for p in parameters)
+    if not active:
+        return whole
+    whole -= sum(p.size for p in parameters if p.kind == "embedding")
+    if model.moe is None:
+        return whole
     routed = sum(p.size for p in parameters if p.expert)
-    return sum(p.size for p in parameters) - routed + routed * model.moe.top_k // model.moe.experts
+    return whole - routed + routed * model.moe.top_k // model.moe.experts

@@ -25,6 +25,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "prefix": {"mask": "prefix"},
     "prefix, windowed": {"mask": "prefix", "sliding_window": 3},
+    "read again": {"kv_heads": 2, "value_embeddings": True, "embedding_skip": True},
     "tied": {"tie_embeddings": True, "qkv_bias": True},
 }
 

@@ -31,13 +31,14 @@ LATENT = Model(
 PLAIN_QUERY = LATENT.model_copy(
     update={"mla": LatentAttention(kv_lora_rank=10, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=6)}
 )
+READ_AGAIN = LLAMA.model_copy(update={"value_embeddings": True, "embedding_skip": True})
 TIED = LLAMA.model_copy(update={"tie_embeddings": True, "qkv_bias": True})
 
 
 @pytest.mark.parametrize(
     "model",
-    [LLAMA, GPT, TIED, NORMED, LATENT, PLAIN_QUERY],
-    ids=["llama", "gpt", "tied", "qk-norm", "latent", "latent-plain-query"],
+    [LLAMA, GPT, TIED, NORMED, READ_AGAIN, LATENT, PLAIN_QUERY],
+    ids=["llama", "gpt", "tied", "qk-norm", "read-again", "latent", "latent-plain-query"],
 )
 def test_modules_hold_exactly_the_parameters_of_the_table(model: Model) -> None:
     found = {name: tuple(p.shape) for name, p in Transformer(model).named_parameters()}
@@ -45,7 +46,9 @@ def test_modules_hold_exactly_the_parameters_of_the_table(model: Model) -> None:
     assert sum(p.numel() for p in Transformer(model).parameters()) == parameter_count(model)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, NORMED, LATENT], ids=["llama", "gpt", "qk-norm", "latent"])
+@pytest.mark.parametrize(
+    "model", [LLAMA, GPT, NORMED, READ_AGAIN, LATENT], ids=["llama", "gpt", "qk-norm", "read-again", "latent"]
+)
 def test_the_future_never_changes_the_past(model: Model) -> None:
     module = Transformer(model).double()
     tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -56,11 +59,13 @@ def test_the_future_never_changes_the_past(model: Model) -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT, NORMED, LATENT], ids=["llama", "gpt", "qk-norm", "latent"])
+@pytest.mark.parametrize(
+    "model", [LLAMA, GPT, NORMED, READ_AGAIN, LATENT], ids=["llama", "gpt", "qk-norm", "read-again", "latent"]
+)
 def test_under_autocast_all_between_embedding_and_loss_is_narrow(model: Model) -> None:
     module, found = Transformer(model), set[torch.dtype]()
     for name, part in module.named_modules():
-        if name.startswith("layers.") or name == "norm":
+        if (name.startswith("layers.") or name == "norm") and not name.endswith("value_embedding"):
             part.register_forward_hook(lambda _, inputs, output: found.update((inputs[0].dtype, output.dtype)))
     for layer in module.blocks():
         plain = layer.attention.attend
@@ -105,6 +110,37 @@ def test_causal_and_prefix_agree_when_the_prefix_is_one_token() -> None:
     module = Transformer(LLAMA).double()
     tokens = torch.arange(12)[None]
     torch.testing.assert_close(module(tokens), module(tokens, prefix_b=torch.tensor([1])), rtol=1e-12, atol=1e-12)
+
+
+def test_values_by_token_are_added_to_what_the_stream_gives() -> None:
+    plain, module = Transformer(LLAMA).double(), Transformer(READ_AGAIN).double()
+    tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    module.load_state_dict(plain.state_dict(), strict=False)
+    tables = [layer.attention.value_embedding for layer in module.blocks()]
+    for table in tables:
+        torch.nn.init.zeros_(table.weight)
+    torch.testing.assert_close(module(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+    # One value for all tokens is what a bias of the projection would add.
+    value = torch.randn(8, dtype=torch.float64)
+    for table, layer in zip(tables, plain.blocks(), strict=True):
+        table.weight.data[:] = value
+        layer.attention.v.register_forward_hook(lambda _, inputs, output: output + value)
+    torch.testing.assert_close(module(tokens), plain(tokens), rtol=1e-12, atol=1e-12)
+
+
+def test_a_skip_adds_the_embedding_to_what_a_layer_reads() -> None:
+    module = Transformer(LLAMA.model_copy(update={"embedding_skip": True})).double()
+    tokens = torch.randint(0, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    before, second = module(tokens), module.blocks()[1]
+    second.skip.weight.data[:] = torch.linspace(-1, 1, 16, dtype=torch.float64)
+    wanted = module.embedding(tokens) * second.skip.weight
+    second.skip, skip = None, second.skip
+    second.register_forward_pre_hook(lambda _, inputs: (inputs[0] + wanted, *inputs[1:]))
+    expected = module(tokens)
+    second._forward_pre_hooks.clear()
+    second.skip = skip
+    torch.testing.assert_close(module(tokens), expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(before, expected)
 
 
 def test_rotation_keeps_length_and_depends_only_on_distance() -> None:
