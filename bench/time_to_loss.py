@@ -5,9 +5,9 @@ text. The peers: the reference (`bench/peers/plain_gpt.py`) and, where the user 
 (`bench/peers/nanochat_gpt.py`). A schedule must know its end, so ours is run with budgets that grow by a tenth
 (`SHARES` of the peer's steps), and the smallest that reaches the peer's bits per byte is taken. All get the same number
 of learning-rate trials, on a quarter of their budget's steps and on another seed than those reported. Set-up and
-evaluation count for nobody; compiling counts for ours and not for nanochat. Ours computes in the number format that
-`train.dtype: auto` takes on this machine; `--dtype float32` holds it to the peers'. `--ablate` takes each choice of our
-recipe out in turn at that budget.
+evaluation count for nobody. All are compiled; that counts for ours and not for peers. Ours computes in the number
+format that `train.dtype: auto` takes on this machine; `--dtype float32` holds it to the peers'. `--ablate` takes each
+choice of our recipe out in turn, and others in, at that budget.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Peer:
     start: float
 
 
-REFERENCE = Peer("reference", "plain_gpt.py", (), 2000, (1e-3, 6e-4, 2e-3), 1 / 8)
+REFERENCE = Peer("reference", "plain_gpt.py", ("--compile",), 2000, (1e-3, 6e-4, 2e-3), 1 / 8)
 
 
 def nanochat(checkout: Path) -> Peer:

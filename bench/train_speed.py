@@ -43,7 +43,7 @@ RUN = """name: {name}
 model: {model}
 cluster: {cluster}
 layout: {{micro_batch: {micro_batch}}}
-data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}}}
+data: {{folder: {data}, vocab: {vocab}, max_bytes: {max_bytes}, holdout: {holdout}}}
 train: {{seq_len: {seq_len}, global_batch: {batch}, steps: {steps}, checkpoint_every: 1000000,
   dtype: {dtype}, float8: {{emulate: {emulated}}},
   profile: "{profile}",
@@ -111,6 +111,8 @@ def run_file(work: Workload, variant: Variant, cluster: Path | None = None) -> P
             micro_batch=variant.micro_batch, profile=work.profile, out=work.scratch,
             data=work.scratch / f"data-{work.model.vocab}",
             max_bytes=24 * work.tokens_per_step * work.steps,
+            # A batch of it at least, however short the run.
+            holdout=max(0.01, min(0.5, 2 / work.steps)),
         )
     )  # fmt: skip
     return path

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from train_speed import Outcome, Variant, Workload, bloomery, environments, ours
 from bloomery.ledger.parts import parts_of_step
 from bloomery.ledger.reconcile import reconcile
 from bloomery.parallel.formats import has_float8_units
+from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.model import MixtureOfExperts, Model
 
 VOCAB = 32_768
@@ -55,11 +57,6 @@ TINY = {
         4,
     ),
 }  # fmt: skip
-DENSE_FLOPS = {
-    "bfloat16": {"H100": 989e12, "H200": 989e12, "A100": 312e12},
-    "float8": {"H100": 1979e12, "H200": 1979e12},
-}
-"""Dense peaks of data sheets (NVIDIA H100, H200 and A100 product briefs), by what the device's name contains."""
 
 
 def measured(
@@ -100,8 +97,16 @@ def measured(
 
 
 def data_sheet_peak(name: str, dtype: str) -> float | None:
-    """Dense FLOP/s of a known device, else None: never a guess."""
-    return next((peak for part, peak in DENSE_FLOPS.get(dtype, {}).items() if part in name), None)
+    """Dense FLOP/s of the one data sheet that a device's name can mean, else None: never a guess."""
+    sheets = {
+        sheet.peak_flops_per_s.get(dtype) for sheet in data_sheets_of(name) if is_pcie(sheet.name) == is_pcie(name)
+    }
+    return sheets.pop() if len(sheets) == 1 else None
+
+
+def is_pcie(name: str) -> bool:
+    """Whether a name says that it is a card."""
+    return bool({"pcie", "nvl"} & set(re.split(r"[^a-z0-9]+", name.lower())))
 
 
 def show(system: str, outcome: Outcome, least_s: float) -> None:

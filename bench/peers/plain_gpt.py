@@ -4,7 +4,7 @@ Structure and settings are nanoGPT's for a CPU (github.com/karpathy/nanoGPT, REA
 train.py): LayerNorm and linear layers without biases, exact GELU, learned positions, tied embeddings, no dropout, one
 fused q/k/v projection, fused AdamW with betas (0.9, 0.99), weight decay 0.1 on matrices, clipping at 1, cosine from a
 warm-up of 100 of 2000 steps to a tenth of the learning rate. Reads the same token shards in the same order as ours.
-Time counts batches, forward, backward and optimizer; set-up and evaluation do not count.
+Time counts batches, forward, backward and optimizer; set-up, compiling (`--compile`) and evaluation do not.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def rate(step: int, steps: int, lr: float) -> float:
     return lr * (FINAL + (1 - FINAL) * share)
 
 
-def loss_of(model: PlainGpt, inputs_bs: Tensor, targets_bs: Tensor) -> Tensor:
+def loss_of(model: nn.Module, inputs_bs: Tensor, targets_bs: Tensor) -> Tensor:
     """Mean cross entropy."""
     return F.cross_entropy(model(inputs_bs).flatten(0, 1), targets_bs.flatten())
 
@@ -112,6 +112,7 @@ def main() -> None:
     """Train, and print one JSON line."""
     parser = arguments(__doc__)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--compile", action="store_true", help="by torch.compile, before time counts")
     options = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(options.seed)
@@ -123,10 +124,16 @@ def main() -> None:
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.99), fused=True)
     text = TokenDataset(options.data / "train", seq_len=options.seq_len, seed=options.seed)
+    called: nn.Module = model
+    if options.compile:
+        called = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        samples = text.batch(range(options.batch))
+        loss_of(called, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets)).backward()
+        model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     for step in range(options.steps):
         samples = text.batch(range(step * options.batch, (step + 1) * options.batch))
-        loss = loss_of(model, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets))
+        loss = loss_of(called, torch.from_numpy(samples.inputs), torch.from_numpy(samples.targets))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -135,7 +142,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
     seconds = time.perf_counter() - started
     heldout = TokenDataset(options.data / "heldout", seq_len=options.seq_len, seed=0)
-    bits = bits_per_byte(partial(loss_of, model), heldout, options.batch, options.heldout_tokens)
+    bits = bits_per_byte(partial(loss_of, called), heldout, options.batch, options.heldout_tokens)
     print(json.dumps({"bits_per_byte": bits, "seconds": seconds, "steps": options.steps, "lr": options.lr}))
 
 

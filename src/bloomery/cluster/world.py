@@ -30,7 +30,7 @@ from bloomery.cluster.watch import find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
-from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
+from bloomery.spec.job import JOB_FILE, STOPPED_BY_SIGNAL, read_job
 from bloomery.spec.reliability import Supervision
 
 POLL_S = 0.05
@@ -128,7 +128,8 @@ class World:
         self._beats = [Beat(0, self.started)] * len(share.ranks)
         for name, value in READ_AT_IMPORT.items():
             os.environ.setdefault(name, value)
-        context = forking(*PRELOADED, *imported_for(read_job(folder)))
+        job = [read_job(folder)] if (folder / JOB_FILE).is_file() else []  # a module of its own may need none
+        context = forking(*PRELOADED, *(module for each in job for module in imported_for(each)))
         self.processes = [
             context.Process(target=_rank, args=(module, str(folder), _environment(rank, share, scratch)))
             for rank in share.ranks
