@@ -15,7 +15,7 @@ import pytest
 import torch
 from runs import Figure, chance, describe, events, final_bits, train
 
-from bloomery.ledger.goodput import goodput
+from bloomery.ledger.goodput import ADDS_UP, goodput
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.commit import checkpoint_folders, newest_good, take_fence
 from bloomery.spec.errors import BloomeryError
@@ -193,7 +193,7 @@ def test_f16_clocks_that_are_set(tmp_path: Path, data: Path, figure: Figure, mon
         found = goodput(folder)
         assert found is not None
         fine = code == 0 and len(events(folder, "worker_failed")) == 1 and final_bits(folder) == final_bits(reference)
-        effects += not (fine and found.gap <= 0.005 and min(found.seconds.values()) >= 0 and found.wall_s < 60)
+        effects += not (fine and found.gap <= ADDS_UP and min(found.seconds.values()) >= 0 and found.wall_s < 60)
     figure("F16", f"clocks set by up to 2 h, {len(JUMPS)} runs", "0 effects", f"{effects} effects", effects == 0)
     assert effects == 0
 

@@ -27,7 +27,7 @@ app = typer.Typer(
 def build(
     run_file: Annotated[Path, typer.Argument(metavar="RUN.yaml", help="What to train, and on what (see examples/).")],
     text: Annotated[list[str] | None, typer.Option(metavar="PATH", help="Folder or file of text; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the shards go.")] = None,
+    out: Annotated[str | None, typer.Option(metavar="FOLDER", help="Where the shards go.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a key of the file, as in train.steps=20; repeatable.")
     ] = None,
@@ -48,8 +48,9 @@ def build(
     from bloomery.spec.run import AlignStage
 
     require_names(text or [], "--text")
+    require_names([] if out is None else [out], "--out")
     run = read_run(run_file, set_ or [])
-    folder = out or data_folder(run)
+    folder = data_folder(run) if out is None else Path(out)
     tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
     _check_vocabulary(run, tokenizer, run_file)
     if text:

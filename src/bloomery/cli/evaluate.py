@@ -10,7 +10,9 @@ import typer
 
 def evaluate(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder `train` wrote.")],
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Held-out tokens to read (default: the run's).")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Held-out tokens to read instead of the run's; writes nothing.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Evaluate before training and after each stage; writes RUN_DIR/evaluation.json."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where runs are.")] = Path("runs"),
+    where: Annotated[str, typer.Argument(metavar="FOLDER", help="Where runs are.")] = "runs",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
 ) -> None:
     """List runs, best bits per byte first: model, layout, steps, loss, step time and the plan's error.
@@ -26,10 +26,12 @@ def runs(
     from rich.console import Console
     from rich.text import Text
 
-    from bloomery.cli.console import print_json, warn
+    from bloomery.cli.console import print_json, require_names, warn
     from bloomery.ledger.overview import runs_under
     from bloomery.spec.errors import InputError
 
+    require_names([where], "FOLDER")
+    folder = Path(where)
     if not folder.is_dir():
         raise InputError("no such folder", where=str(folder))
     rows, problems = runs_under(folder)

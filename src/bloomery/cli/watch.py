@@ -18,7 +18,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 def watch(
     folders: Annotated[
-        list[Path] | None, typer.Argument(metavar="FOLDER", help="Runs, or folders of runs (default: runs).")
+        list[str] | None, typer.Argument(metavar="FOLDER", help="Runs, or folders of runs (default: runs).")
     ] = None,
     every: Annotated[float, typer.Option(help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and leave.")] = False,
@@ -28,18 +28,20 @@ def watch(
 
     Starts nothing and touches nothing: it reads the files that the runs write. Ctrl-C leaves earlier.
     """
+    import math
     import sys
     import time
 
     from rich.console import Console
     from rich.live import Live
 
-    from bloomery.cli.console import print_json, warn
+    from bloomery.cli.console import print_json, require_names, warn
     from bloomery.spec.errors import InputError
 
-    if every <= 0:
-        raise InputError("must be above zero", where="--every", found=every)
-    where = folders or [Path("runs")]
+    if not 0 < every < math.inf:
+        raise InputError("must be a number of seconds above zero", where="--every", found=every)
+    require_names(folders or [], "FOLDER")
+    where = [Path(folder) for folder in folders or ["runs"]]
     seen, problems = look(where)
     warn(problems)
     if as_json:

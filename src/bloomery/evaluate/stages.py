@@ -23,7 +23,8 @@ Progress = Callable[[str, int, int], None]
 def evaluate_run(
     folder: str | Path, *, max_tokens: int | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Evaluate the untrained model, unless the run was imported, and every stage; returns and writes the evaluation.
+    """Evaluate the untrained model, unless the run was imported, and every stage; returns the evaluation, and writes it
+    unless `max_tokens` asks for a look at other text than the run's own figures are of.
 
     {"before": figures, "pretrain": figures, "align": {stage: figures},
     "completions": [{"prompt": text, "texts": {stage: text}}], "skipped": newer checkpoints that did not verify}
@@ -46,7 +47,8 @@ def evaluate_run(
     ]
     if opened.skipped:
         result["skipped"] = list(opened.skipped)
-    write_atomically(opened.folder / EVALUATION_FILE, json.dumps(result, indent=1, ensure_ascii=False))
+    if max_tokens is None:
+        write_atomically(opened.folder / EVALUATION_FILE, json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
 

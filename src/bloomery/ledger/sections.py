@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bloomery.ledger.figures import MEASURED, PREDICTED
+from bloomery.ledger.goodput import ADDS_UP
 from bloomery.ledger.markup import (
     bar,
     bytes_,
@@ -294,6 +295,9 @@ def goodput(facts: Facts) -> str:
         f"the plan expected {share(found['ettr']['predicted'])}{formula}. "
         f"Writing checkpoints beside the steps made them {found['contention_s']:.2f} s longer in all.</p>"
     )
+    if found["gap"] > ADDS_UP:
+        over = f"{share(found['gap'])} more than the supervisor measured (limit {share(ADDS_UP)})"
+        said += f'<p class="quiet">Does not add up: the ledger has {over}.</p>'
     return said + table(["where the time went", "seconds", "share"], rows, emphasised=[len(rows) - 1])
 
 

@@ -115,10 +115,14 @@ def worst_memory(case: Case) -> dict[str, np.ndarray]:
 def parameters_on(case: Case, ranks: Ranks) -> tuple[Any, Any]:
     """Elements on one rank before ZeRO, shape (n,): (outside routed experts, in routed experts)."""
     lay = case.lay
-    head = np.where(ranks.first, case.head.dense(lay), case.lone_head.dense(lay))
     dense = ranks.dense_layers * case.dense_layer.dense(lay) + ranks.moe_layers * case.moe_layer.dense(lay)
-    dense = dense + ranks.first * case.embedding.dense(lay) + ranks.last * head
-    return dense, ranks.moe_layers * case.moe_layer.experts(lay)
+    return dense + _ends(case, ranks), ranks.moe_layers * case.moe_layer.experts(lay)
+
+
+def _ends(case: Case, ranks: Ranks) -> Any:
+    """Elements outside layers on one rank; where it has both ends a tied head is its embedding."""
+    head = np.where(ranks.first, case.head.dense(case.lay), case.lone_head.dense(case.lay))
+    return ranks.first * case.embedding.dense(case.lay) + ranks.last * head
 
 
 def updated_parameters(case: Case, ranks: Ranks) -> Any:
@@ -143,8 +147,7 @@ def state_bytes(case: Case, ranks: Ranks) -> dict[str, Any]:
     dense, experts = parameters_on(case, ranks)
     whole = precision.parameter * (dense + experts)
     layer = _largest_layer(case, ranks)
-    ends = ranks.first * case.embedding.dense(lay) + ranks.last * case.lone_head.dense(lay)
-    window = (2 * layer + ends) * precision.gathered + layer * _reduced_gradient(case)
+    window = (2 * layer + _ends(case, ranks)) * precision.gathered + layer * _reduced_gradient(case)
     # Megatron's and DeepSpeed's ZeRO 2 keep 16-bit weights whole anyway; FSDP keeps its shards beside the whole.
     shards = precision.parameter * _cut(case, dense, experts, lay.zero_stage >= 2)
     sharded = lay.zero_stage >= 2

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
-from math import gcd, isqrt
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,17 @@ class Enumeration:
 @cache
 def divisors(n: int) -> tuple[int, ...]:
     """All divisors of n, ascending."""
-    small = [k for k in range(1, isqrt(n) + 1) if n % k == 0]
-    return (*small, *(n // k for k in reversed(small) if k * k != n))
+    found, rest, factor = [1], n, 2
+    while rest > 1:
+        if factor * factor > rest:
+            factor = rest
+        power, own = 1, list(found)
+        while rest % factor == 0:
+            rest //= factor
+            power *= factor
+            found += [power * k for k in own]
+        factor += 1
+    return tuple(sorted(found))
 
 
 def meshes(model: Model, world_size: int, *, runnable_only: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ from bloomery.spec.base import Noun
 from bloomery.spec.calibration import ArchitectureConstants, calibration
 from bloomery.spec.cluster import OPERATIONS, Accelerator, Cluster
 from bloomery.spec.errors import InputError, nearest_match
-from bloomery.spec.files import merge, override, parse_yaml, read_yaml
+from bloomery.spec.files import merge, override, parse_yaml, read_yaml, said_in
 from bloomery.spec.model import Model
 from bloomery.spec.run import Run
 from bloomery.spec.seal import is_sealed
@@ -206,4 +206,8 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
     if "cluster" in values:
         _check_cuts_apart(described.get("cluster"), values["cluster"], f"{path}: cluster")
         values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
-    return Run.checked(values, where=str(path), resolved=is_sealed(path) and not assignments)
+    try:
+        return Run.checked(values, where=str(path), resolved=is_sealed(path) and not assignments)
+    except InputError as error:
+        key = error.where.removeprefix(f"{path}: ")
+        raise InputError(str(error).removeprefix(f"{error.where}: "), where=said_in(path, assignments, key)) from None

@@ -25,23 +25,34 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not accepted")
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"line {line}: aliases (*name) are not accepted")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {key!r} stands twice")
+        seen = list[Hashable]()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: key {key!r} stands twice")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int | str:
-    """YAML 1.1 reads 24:00:00 as a number to base 60; everybody else as text."""
-    return node.value if ":" in node.value else loader.construct_yaml_int(node)
+    """YAML 1.1 reads 24:00:00 as a number to base 60 and 010 as one to base 8; everybody else reads neither so."""
+    digits = node.value.lstrip("+-").replace("_", "")
+    octal = digits[0] == "0" and digits.isdecimal() and len(digits) > 1
+    return node.value if ":" in node.value or octal else loader.construct_yaml_int(node)
+
+
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float | str:
+    """The same of 1:30.5."""
+    return node.value if ":" in node.value else loader.construct_yaml_float(node)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 # YAML 1.1 reads 1e9 as text; every other reader of numbers does not.
 _Loader.add_implicit_resolver(
@@ -57,11 +68,13 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise InputError("nested too deeply", where=where) from None
+    except ValueError:  # beyond what Python turns into a number
+        raise InputError("not valid YAML: a number of thousands of digits", where=where) from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise InputError(f"not valid YAML: {problem}", where=f"{where}{line}") from None
+        raise InputError(f"not valid YAML: {' '.join(problem.split())}", where=f"{where}{line}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -73,6 +86,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         return values
     if not isinstance(base, str):
         raise InputError("a file name is expected", where=f"{path}: extends", found=base)
+    if not base.endswith((".yaml", ".yml")) and not (path.parent / base).exists():
+        accepted = "a file beside this one (a name of the catalog is extended in a run's own description)"
+        raise InputError("no such file", where=f"{path}: extends", found=base, accepted=accepted)
     below = _read_mapping(path.parent / base)
     if "extends" in below:
         raise InputError("a file that is extended must not itself extend", where=f"{path.parent / base}: extends")
@@ -134,6 +150,31 @@ def _over(below: Any, above: Any) -> Any:
     return above
 
 
+def said_in(path: Path, assignments: Sequence[str], key: str) -> str:
+    """Where a description says what stands at `key` (a.b.c): in an assignment, the file, or the one it extends."""
+    for assignment in reversed(assignments):
+        name = assignment.partition("=")[0].strip()
+        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+            return f"--set {key}"
+    own = _read_mapping(path)
+    base = own.get("extends")
+    if (
+        isinstance(base, str)
+        and not _has(own, key.split("."))
+        and _has(_read_mapping(path.parent / base), key.split("."))
+    ):
+        return f"{path.parent / base}: {key}"
+    return f"{path}: {key}"
+
+
+def _has(values: Any, keys: Sequence[str]) -> bool:
+    for key in keys:
+        if not isinstance(values, Mapping) or key not in values:
+            return False
+        values = values[key]
+    return True
+
+
 EXTENDED = ("model", "cluster", "cluster.accelerator")
 """What a run may name instead of describing it."""
 
@@ -149,6 +190,8 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         keys = path.strip().split(".")
         if not equals or not all(keys):
             raise InputError("not of the form a.b=value", where="--set", found=assignment)
+        if not text.strip():
+            raise InputError("no value; null clears a key", where=f"--set {path.strip()}", found=assignment)
         result = _assigned(result, keys, 0, parse_yaml(text, f"--set {path}"))
     return dict(result)
 

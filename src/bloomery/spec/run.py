@@ -27,6 +27,15 @@ def _folder_name(name: str) -> str:
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
+def _path_name(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("a name of printable characters is expected")
+    return name
+
+
+PathName = Annotated[str, AfterValidator(_path_name)]
+
+
 def step_window(text: str) -> tuple[int, int]:
     """First and last step of a window written `10-12` (both counted, from 1). Raises ValueError for anything else."""
     first, dash, last = text.partition("-")
@@ -50,8 +59,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Data(Noun):
     """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
 
-    text: tuple[str, ...] = ()
-    folder: str = ""
+    text: tuple[PathName, ...] = ()
+    folder: PathName = ""
     vocab: int = Field(default=8192, ge=300)
     max_bytes: int = Field(default=64_000_000, ge=1, description="stop reading after this much text")
     holdout: float = Field(default=0.01, gt=0, lt=0.5, description="share of documents kept for evaluation")
@@ -150,11 +159,15 @@ class Averaging(Noun):
         return 0 if self.method == "none" else 1 + (n_steps - self.first_step(n_steps)) // self.every
 
 
+MOST_SEQUENCE, MOST_BATCH = 1 << 30, 1 << 30
+"""Far beyond any training there is: layouts are searched by divisors of the batch."""
+
+
 class Train(Noun):
     """Pre-training. `global_batch` is in sequences; the budget is `tokens` or `steps`."""
 
-    seq_len: int = Field(default=256, ge=2)
-    global_batch: int = Field(default=16, ge=1)
+    seq_len: int = Field(default=256, ge=2, le=MOST_SEQUENCE)
+    global_batch: int = Field(default=16, ge=1, le=MOST_BATCH)
     tokens: int | None = Field(default=None, ge=1)
     steps: int | None = Field(default=None, ge=1)
     ramp: tuple[RampStage, ...] = Field(
@@ -245,7 +258,7 @@ class AlignStage(Noun):
 
     name: FolderName = "sft"
     method: Literal["sft"] = "sft"
-    pairs: str = ""
+    pairs: PathName = ""
     max_pairs: int | None = Field(
         default=None, ge=1, description="the most pairs kept; null: all of a file, 4000 of those made from the text"
     )
@@ -281,7 +294,7 @@ class Run(Noun):
     align: tuple[AlignStage, ...] = ()
     evaluate: Evaluate = Evaluate()
     launch: Launch = Launch()
-    out: str = "runs"
+    out: PathName = "runs"
 
     @model_validator(mode="after")
     def _fits(self) -> Run:

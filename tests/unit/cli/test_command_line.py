@@ -39,6 +39,10 @@ def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["data", "build", "run.yaml", "--bogus"], "see `bloomery data build --help`"),
         (["serve", "run", "--port", "70000"], "'--port': at most 65535 is expected"),
         (["trian"], "did you mean 'train'?"),
+        (["data", "build", "run.yaml", "--out", ""], "--out: a file or folder is expected"),
+        (["runs", ""], "FOLDER: a file or folder is expected"),
+        (["watch", "runs", ""], "FOLDER: a file or folder is expected"),
+        (["watch", "runs", "--every", "nan"], "a number of seconds above zero"),
     ],
 )
 def test_a_wrong_option_is_one_line_and_exit_code_2(

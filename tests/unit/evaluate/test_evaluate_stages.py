@@ -45,8 +45,11 @@ def test_every_stage_is_evaluated_and_written(run_dir: Path) -> None:
     checkpoints = run_dir / "checkpoints"
     (checkpoints / "step_000000").rename(checkpoints / "step_000002")
     seen = list[tuple[str, int, int]]()
-    result = evaluate_run(run_dir, max_tokens=300, progress=lambda *state: seen.append(state))
+    looked = evaluate_run(run_dir, max_tokens=300)
+    assert not (run_dir / "evaluation.json").exists()
+    result = evaluate_run(run_dir, progress=lambda *state: seen.append(state))
     assert json.loads((run_dir / "evaluation.json").read_text()) == result
+    assert looked["before"]["tokens"] < result["before"]["tokens"]
     assert result["before"]["heldout_loss"] != result["pretrain"]["heldout_loss"]
     assert result["align"]["sft"] == result["pretrain"]
     first = result["completions"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,16 @@ def test_a_start_that_nobody_booked_is_a_gap_and_one_that_runs_is_none(tmp_path:
     steps = [line(fence, fence, 5.0) for fence in (1, 2, 3)]
     assert account(tmp_path, [start(1, 10.0), start(3, 10.0)], steps).gap == pytest.approx(0.25)
     assert account(tmp_path, [start(1, 10.0), start(2, 10.0)], steps).gap <= 0.0
+
+
+def test_dalys_formula_counts_failures_while_steps_run(tmp_path: Path) -> None:
+    # One failure in 100 s, 60 of them its recovery: M = 40 s of running, R = 60 s. Two saves after ten seconds of steps
+    # each, one second a stall: tau = 10, C = 1, so 10 / ((40 + 60) (e^(11/40) - 1)) = 0.3160.
+    starts = [{**start(1, 51.0, 1, step=2), "waited_s": 0.0, "forked_s": 40.0}, {**start(2, 49.0), "forked_s": 20.0}]
+    lines = [line(1, 1, 5.0), line(1, 2, 6.0, checkpoint=1.0), line(2, 3, 9.0), line(2, 4, 2.0, checkpoint=1.0)]
+    found = account(tmp_path, starts, lines)
+    assert found.seconds["restart"] >= 60.0
+    left = found.wall_s - sum(found.seconds[name] for name in ("detect", "restart", "load", "queue"))
+    recovery = found.wall_s - left
+    expected = 10.0 / ((left + recovery) * (math.exp(11.0 / left) - 1.0))
+    assert found.formula == pytest.approx(expected, rel=1e-6)

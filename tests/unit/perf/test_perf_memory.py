@@ -87,6 +87,14 @@ def test_states_take_18_bytes_a_parameter_and_zero_cuts_them() -> None:
     assert found[2] == found[3] == pytest.approx(18 / 16 * n)
 
 
+def test_zero_3_gathers_two_layers_at_a_time_and_the_ends() -> None:
+    one = case(Layout(dp=16, zero_stage=3, micro_batch=1))
+    layer, ends = 12 * H * H + 13 * H, (51200 + S) * H + 2 * H
+    assert parameter_count(GPT3) == pytest.approx(L * layer + ends, rel=1e-3)
+    # In 16 bit, and one layer's whole gradient in 32 on its way to the rank that keeps it.
+    assert memory_of(one, one.first)["buffers"][0] == pytest.approx(2 * (2 * layer + ends) + 4 * layer, rel=1e-3)
+
+
 @pytest.mark.parametrize(("dtype", "each"), [("float32", 4), ("bfloat16", 2)])
 def test_our_engine_gathers_weights_in_the_format_of_its_arithmetic(dtype: str, each: int) -> None:
     n, cluster = parameter_count(GPT3), catalog.cluster("this-machine")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bloomery.perf.flops import forward_flops
-from bloomery.planner.enumerate import Enumeration, enumerate_layouts
+from bloomery.planner.enumerate import Enumeration, divisors, enumerate_layouts
 from bloomery.spec import catalog
 from bloomery.spec.layout import CP_METHODS, RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, layout_problems, runnable_problems
@@ -191,3 +191,9 @@ def slowest_rank(split: tuple[int, ...], head: float) -> float:
     """Layers and head of the rank on a V that has most."""
     pairs = [down + up for down, up in zip(split[: len(split) // 2], reversed(split), strict=False)]
     return max(pairs[0] + head, *pairs[1:])
+
+
+def test_divisors_are_those_that_trial_finds() -> None:
+    for n in (*range(1, 200), 1024, 9973, 2 * 3 * 5 * 7 * 11 * 13):
+        assert divisors(n) == tuple(k for k in range(1, n + 1) if n % k == 0)
+    assert len(divisors(1 << 30)) == 31

@@ -156,3 +156,58 @@ def test_a_full_disk_is_told_with_the_file_that_it_has_no_room_for(
         write_atomically(tmp_path / "file.txt", "text")
     assert caught.value.filename == str(tmp_path / "file.txt")
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_that_yaml_reads_in_another_base_stay_text() -> None:
+    assert parse_yaml("{a: 010, b: 1:30.5, c: 24:00:00, d: 0, e: -7, f: 1_000, g: 0.5}", "f") == {
+        "a": "010", "b": "1:30.5", "c": "24:00:00", "d": 0, "e": -7, "f": 1000, "g": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: key 'a' stands twice"),
+        ("a: &x 1\nb: *x\n", "line 2: aliases"),
+        (f"a: {'9' * 5000}\n", "thousands of digits"),
+        ("a: \0", "not valid YAML"),
+    ],
+)
+def test_wrong_yaml_is_one_line_that_says_where(text: str, words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("*", r"\*")) as caught:
+        parse_yaml(text, "f.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_without_a_value_is_refused_and_null_clears() -> None:
+    with pytest.raises(InputError, match="no value; null clears a key"):
+        override({"train": {"steps": 3}}, ["train.steps="])
+    assert override({"train": {"steps": 3}}, ["train.steps=null"]) == {"train": {"steps": None}}
+
+
+def test_a_fault_names_the_file_that_says_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("model: tiny-5m\ncluster: this-machine\ntrain: {stps: 3}\n")
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {seed: 1}\n")
+    with pytest.raises(InputError, match=r"base\.yaml: train\.stps: unknown key"):
+        read_run(tmp_path / "run.yaml")
+    (tmp_path / "base.yaml").write_text("model: tiny-5m\ncluster: this-machine\n")
+    with pytest.raises(InputError, match=r"^--set train\.steps: a plain number is expected"):
+        read_run(tmp_path / "run.yaml", ["train.steps=two"])
+    (tmp_path / "run.yaml").write_text("extends: base.yaml\ntrain: {seed: x}\n")
+    with pytest.raises(InputError, match=r"run\.yaml: train\.seed"):
+        read_run(tmp_path / "run.yaml", ["train.steps=2"])
+
+
+def test_a_file_cannot_extend_a_name_of_the_catalog_and_is_told_where_to(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("extends: this-machine\n")
+    with pytest.raises(InputError, match="a file beside this one"):
+        read_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\x1b[31m", "a\nb"])
+def test_a_folder_of_unprintable_name_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run.yaml").write_text("model: tiny-5m\ncluster: this-machine\n")
+    values = {"model": "tiny-5m", "cluster": "this-machine", "out": name}
+    (tmp_path / "run.yaml").write_text(to_yaml(values))
+    with pytest.raises(InputError, match="printable"):
+        read_run(tmp_path / "run.yaml")
