@@ -58,13 +58,15 @@ class Disk(Noun):
 
 
 class Facts(Noun):
-    """One host. `cores_online`: of the machine, `cores_allowed`: of this process; `steal`, `others`: shares of all
-    cores while it was watched; `files`, `locked_bytes`: soft and hard limits, -1 without one."""
+    """One host. `amd`: it has AMD's GPUs, which `gpus` does not list; `cores_online`: of the machine, `cores_allowed`:
+    of this process; `steal`, `others`: shares of all cores while it was watched; `files`, `locked_bytes`: soft and hard
+    limits, -1 without one."""
 
     host: str
     versions: dict[str, str] = {}
     gpus: tuple[Gpu, ...] = ()
     gpu_problem: str = ""
+    amd: bool = False
     xids: tuple[str, ...] = ()
     interfaces: dict[str, Interface] = {}
     variables: dict[str, str] = {}
@@ -104,6 +106,7 @@ def gather(folder: Path) -> Facts:
         versions=_versions() | driver,
         gpus=gpus,
         gpu_problem=gpu_problem,
+        amd=Path("/dev/kfd").exists(),
         xids=recent_xids() if gpus else (),
         interfaces=_interfaces(),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},

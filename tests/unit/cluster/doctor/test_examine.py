@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from bloomery.cluster.doctor import examine
-from bloomery.cluster.doctor.checks import CHECKS, Needs
+from bloomery.cluster.doctor.checks import CHECKS
 from bloomery.cluster.doctor.compare import BURN_IN, compared
 from bloomery.cluster.doctor.examine import Agent, visit
 from bloomery.cluster.doctor.finding import Finding
+from bloomery.cluster.doctor.needs import Needs
 from bloomery.cluster.hostfile import Host, Hosts, here
 from bloomery.cluster.measuring import run_ranks
 from bloomery.spec.errors import BloomeryError
