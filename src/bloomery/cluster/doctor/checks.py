@@ -11,6 +11,7 @@ from bloomery.cluster.doctor.devices import gpu_memory, gpu_use, gpus
 from bloomery.cluster.doctor.facts import Facts
 from bloomery.cluster.doctor.finding import Answer, Finding, Verdict, good
 from bloomery.cluster.doctor.needs import Needs
+from bloomery.cluster.doctor.network import network
 from bloomery.spec import catalog
 from bloomery.spec.files import parse_yaml
 
@@ -74,44 +75,6 @@ def versions(facts: Facts, _: Needs) -> Answer:
             f"driver {needed} or newer, or torch for older CUDA",
         )
     return good(listed)
-
-
-def network(facts: Facts, needs: Needs) -> Answer:
-    """The interfaces that variables name are there and up, and no much faster one lies idle."""
-    ours = [name for key in VARIABLES_OF_INTERFACES for name in _named(facts.variables.get(key, ""))]
-    for name in ours:
-        if name not in facts.interfaces:
-            have = ", ".join(sorted(facts.interfaces))
-            return "fault", f"no interface {name}", f"correct GLOO_/NCCL_SOCKET_IFNAME; there are {have}"
-        if not facts.interfaces[name].up:
-            return "fault", f"interface {name} is down", f"`ip link set {name} up`, or name another"
-    wanted = facts.variables.get("NCCL_IB_HCA", "").lstrip("^=").split(",")
-    missing = [
-        hca for hca in wanted if hca and not any(have.startswith(hca.partition(":")[0]) for have in facts.infiniband)
-    ]
-    if missing:
-        return (
-            "fault",
-            f"no adapter {missing[0]}",
-            f"correct NCCL_IB_HCA; there are {', '.join(facts.infiniband) or 'none'}",
-        )
-    links = {n: i for n, i in facts.interfaces.items() if i.up and i.addresses and "127.0.0.1" not in i.addresses}
-    fastest = max(links, key=lambda name: links[name].mbit_per_s, default="")
-    for name in ours:
-        if name in links and 0 < 2 * links[name].mbit_per_s <= links[fastest].mbit_per_s:
-            slow, fast = links[name].mbit_per_s, links[fastest].mbit_per_s
-            return "advice", f"{name} at {slow} Mbit/s while {fastest} has {fast}", f"name {fastest} instead"
-    if needs.hosts > 1 and not links:
-        return "fault", "no interface but loopback is up", "connect the host"
-    return good(", ".join(f"{n} {i.mbit_per_s or '?'} Mbit/s" for n, i in sorted(links.items())) or "loopback alone")
-
-
-VARIABLES_OF_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-def _named(value: str) -> list[str]:
-    """The interfaces a variable names exactly; `^x` excludes one, and is no name."""
-    return [name.lstrip("=") for name in value.split(",") if name and not value.startswith("^")]
 
 
 def affinity(facts: Facts, needs: Needs) -> Answer:
