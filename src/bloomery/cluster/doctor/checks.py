@@ -22,6 +22,8 @@ CONTAINER_SHM_BYTES = 64 * MIB
 """What container engines give /dev/shm by default; NCCL and data loaders die in it."""
 ENOUGH_SHM_BYTES = GIB
 FILES_OF_A_RANK = 256
+ENOUGH_LOCKED = 0.5
+"""Of the host's memory: more than RDMA registers of it."""
 SLOW_DISK_BYTES_PER_S, SLOW_SYNC_S, SLOW_RESOLVE_S = 50e6, 0.5, 2.0
 
 
@@ -159,7 +161,10 @@ def locked_memory(facts: Facts, _: Needs) -> Answer:
         return good("no RDMA adapter here")
     if soft == -1:
         return good("no limit")
-    return "fault", f"{soft / MIB:.0f} MiB may be locked", "memlock unlimited in limits.conf and for slurmd"
+    found = f"{soft / MIB:.0f} MiB of {facts.memory_bytes / MIB:.0f} may be locked"
+    if soft >= ENOUGH_LOCKED * facts.memory_bytes:
+        return good(found)
+    return "fault", found, "memlock unlimited in limits.conf and for slurmd"
 
 
 def disk(facts: Facts, needs: Needs) -> Answer:

@@ -117,6 +117,7 @@ def version(**values: Any) -> dict[str, Any]:
         ({"files": (256, 256)}, "open files", "fault", "768 needed"),
         ({"files": (-1, -1)}, "open files", "good", ""),
         ({"locked_bytes": (8 << 20, 8 << 20)}, "locked memory", "fault", "8 MiB"),
+        ({"locked_bytes": (400 * GIB, 400 * GIB)}, "locked memory", "good", ""),
         ({"infiniband": {}, "locked_bytes": (8 << 20, 8 << 20)}, "locked memory", "good", ""),
         (disk(free_bytes=10**11), "disk", "fault", "1000.0 GB needed"),
         (disk(problem="read-only file system"), "disk", "fault", "read-only"),
