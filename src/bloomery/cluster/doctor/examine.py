@@ -38,8 +38,9 @@ class Agent:
     def __init__(self, hosts: Hosts, host: Host) -> None:
         self.host = host
         command = hosts.command(host, AGENT, READ_AT_IMPORT)
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace"
         )
 
     def ask(self, kind: str, **values: Any) -> dict[str, Any]:
