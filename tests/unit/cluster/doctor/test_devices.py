@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from bloomery.cluster.doctor.devices import gpu_use, gpus
+from bloomery.cluster.doctor.devices import gpus
 from bloomery.cluster.doctor.facts import Facts
 from bloomery.cluster.doctor.needs import Needs
 from bloomery.cluster.doctor.nvidia import Gpu
-
-GIB = 1 << 30
 
 
 def host(*devices: Gpu, xids: tuple[str, ...] = ()) -> Facts:
@@ -28,8 +26,3 @@ def test_all_faults_are_named_and_the_first_ones_in_full() -> None:
     assert found.startswith("0000:3b:00 Xid 79: fell off the bus; GPU 0: 1 uncorrected")
     assert found.endswith("GPU 1: 1 uncorrected memory errors; 2 more")
     assert remedy.count("replace it") == 1
-
-
-def test_a_gpu_that_only_draws_a_screen_is_free() -> None:
-    drawing = Gpu(index=0, name="RTX", used_bytes=GIB // 4, total_bytes=24 * GIB)
-    assert gpu_use(host(drawing), Needs())[0] == "good"
