@@ -7,10 +7,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from bloomery.cluster.doctor.devices import gpu_memory, gpu_use, gpus
 from bloomery.cluster.doctor.facts import Facts
-from bloomery.cluster.doctor.finding import Finding, Verdict
+from bloomery.cluster.doctor.finding import Answer, Finding, Verdict, good
+from bloomery.cluster.doctor.needs import Needs
+from bloomery.cluster.doctor.network import network
 from bloomery.spec import catalog
-from bloomery.spec.base import Noun
 from bloomery.spec.files import parse_yaml
 
 GB, GIB, MIB = 1e9, 1 << 30, 1 << 20
@@ -20,28 +22,9 @@ CONTAINER_SHM_BYTES = 64 * MIB
 """What container engines give /dev/shm by default; NCCL and data loaders die in it."""
 ENOUGH_SHM_BYTES = GIB
 FILES_OF_A_RANK = 256
+ENOUGH_LOCKED = 0.5
+"""Of the host's memory: more than RDMA registers of it."""
 SLOW_DISK_BYTES_PER_S, SLOW_SYNC_S, SLOW_RESOLVE_S = 50e6, 0.5, 2.0
-HOT_CELSIUS = 88
-IN_USE = 0.05
-
-
-class Needs(Noun):
-    """What training will ask of a host. `peers`: ranks in the world; `memory_bytes`: of one rank; `disk_bytes`: of the
-    checkpoints to come."""
-
-    ranks: int = 1
-    peers: int = 1
-    hosts: int = 1
-    memory_bytes: float = 0.0
-    disk_bytes: float = 0.0
-
-
-Answer = tuple[Verdict, str, str]
-
-
-def good(found: str) -> Answer:
-    """Nothing to remedy."""
-    return "good", found, ""
 
 
 def judged(facts: Facts, needs: Needs) -> list[Finding]:
@@ -96,76 +79,6 @@ def versions(facts: Facts, _: Needs) -> Answer:
     return good(listed)
 
 
-def gpus(facts: Facts, _: Needs) -> Answer:
-    """Errors, throttling, heat, narrow links."""
-    if facts.gpu_problem:
-        return "fault", facts.gpu_problem, "look at the driver (`nvidia-smi`, `dmesg`); reset or reboot the host"
-    if facts.xids:
-        return "fault", "; ".join(facts.xids[:3]), "drain the host; reset the GPU, send it in when it comes back"
-    for gpu in facts.gpus:
-        who = f"GPU {gpu.index}"
-        if gpu.remap_failed or gpu.uncorrected:
-            what = "row remapping failed" if gpu.remap_failed else f"{gpu.uncorrected} uncorrected memory errors"
-            return "fault", f"{who}: {what}", "reset the GPU; replace it when errors come back"
-        if gpu.throttled:
-            return "fault", f"{who} slowed down: {', '.join(gpu.throttled)}", "look at cooling and power supply"
-        if gpu.remap_pending:
-            return "advice", f"{who}: a memory row waits to be remapped", "reset the GPU before the next run"
-        if (gpu.celsius or 0) >= HOT_CELSIUS:
-            return "advice", f"{who}: {gpu.celsius} °C", "look at the cooling; it will slow down"
-        if gpu.link[0] < gpu.link[1]:
-            return "advice", f"{who}: PCIe x{gpu.link[0]} of x{gpu.link[1]}", "reseat the card; look at the slot"
-    return good(f"{len(facts.gpus)} in order" if facts.gpus else "none here")
-
-
-def gpu_use(facts: Facts, _: Needs) -> Answer:
-    """Who else has memory of the devices: no fault of the machine, and none for a program that drains it."""
-    for gpu in facts.gpus:
-        if gpu.processes or gpu.used_bytes > IN_USE * max(gpu.total_bytes, 1):
-            by = f" by process {gpu.processes[0]}" if gpu.processes else ""
-            found = f"GPU {gpu.index}: {gpu.used_bytes / GIB:.1f} GiB in use{by}"
-            return "fault", found, "end what uses it, or choose another"
-    return good("by nobody else" if facts.gpus else "none here")
-
-
-def network(facts: Facts, needs: Needs) -> Answer:
-    """The interfaces that variables name are there and up, and no much faster one lies idle."""
-    ours = [name for key in VARIABLES_OF_INTERFACES for name in _named(facts.variables.get(key, ""))]
-    for name in ours:
-        if name not in facts.interfaces:
-            have = ", ".join(sorted(facts.interfaces))
-            return "fault", f"no interface {name}", f"correct GLOO_/NCCL_SOCKET_IFNAME; there are {have}"
-        if not facts.interfaces[name].up:
-            return "fault", f"interface {name} is down", f"`ip link set {name} up`, or name another"
-    wanted = facts.variables.get("NCCL_IB_HCA", "").lstrip("^=").split(",")
-    missing = [
-        hca for hca in wanted if hca and not any(have.startswith(hca.partition(":")[0]) for have in facts.infiniband)
-    ]
-    if missing:
-        return (
-            "fault",
-            f"no adapter {missing[0]}",
-            f"correct NCCL_IB_HCA; there are {', '.join(facts.infiniband) or 'none'}",
-        )
-    links = {n: i for n, i in facts.interfaces.items() if i.up and i.addresses and "127.0.0.1" not in i.addresses}
-    fastest = max(links, key=lambda name: links[name].mbit_per_s, default="")
-    for name in ours:
-        if name in links and 0 < 2 * links[name].mbit_per_s <= links[fastest].mbit_per_s:
-            slow, fast = links[name].mbit_per_s, links[fastest].mbit_per_s
-            return "advice", f"{name} at {slow} Mbit/s while {fastest} has {fast}", f"name {fastest} instead"
-    if needs.hosts > 1 and not links:
-        return "fault", "no interface but loopback is up", "connect the host"
-    return good(", ".join(f"{n} {i.mbit_per_s or '?'} Mbit/s" for n, i in sorted(links.items())) or "loopback alone")
-
-
-VARIABLES_OF_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
-
-def _named(value: str) -> list[str]:
-    """The interfaces a variable names exactly; `^x` excludes one, and is no name."""
-    return [name.lstrip("=") for name in value.split(",") if name and not value.startswith("^")]
-
-
 def affinity(facts: Facts, needs: Needs) -> Answer:
     """Cores for every rank, on every NUMA node."""
     allowed, online = facts.cores_allowed, facts.cores_online
@@ -201,11 +114,13 @@ def load(facts: Facts, _: Needs) -> Answer:
 
 
 def memory(facts: Facts, needs: Needs) -> Answer:
-    """What is free, and what the control group leaves of it, for all ranks here."""
+    """What is free, and what the control group leaves of it, for all ranks here; of a GPU, where a rank has one."""
+    if needs.gpus:
+        return gpu_memory(facts, needs)
     free, limit = facts.memory_free_bytes, facts.memory_limit_bytes
     room = free if limit is None else min(free, limit)
     found = f"{room / GIB:.1f} GiB free" + ("" if limit is None else f", control group {limit / GIB:.1f} GiB")
-    need = needs.memory_bytes * needs.ranks * (not facts.gpus)
+    need = needs.memory_bytes * needs.ranks
     if need > room:
         remedy = "raise the job's memory" if limit == room else "fewer ranks here, a layout with less memory, ZeRO"
         return "fault", f"{found}; {needs.ranks} ranks need {need / GIB:.1f}", remedy
@@ -246,7 +161,10 @@ def locked_memory(facts: Facts, _: Needs) -> Answer:
         return good("no RDMA adapter here")
     if soft == -1:
         return good("no limit")
-    return "fault", f"{soft / MIB:.0f} MiB may be locked", "memlock unlimited in limits.conf and for slurmd"
+    found = f"{soft / MIB:.0f} MiB of {facts.memory_bytes / MIB:.0f} may be locked"
+    if soft >= ENOUGH_LOCKED * facts.memory_bytes:
+        return good(found)
+    return "fault", found, "memlock unlimited in limits.conf and for slurmd"
 
 
 def disk(facts: Facts, needs: Needs) -> Answer:

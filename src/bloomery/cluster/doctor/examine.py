@@ -12,9 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bloomery.cluster.doctor.checks import Needs, judged
+from bloomery.cluster.doctor.checks import judged
 from bloomery.cluster.doctor.facts import Facts, gather
 from bloomery.cluster.doctor.finding import Finding
+from bloomery.cluster.doctor.needs import Needs
 from bloomery.cluster.doctor.peers import Offset, alike, best_offset, clocks, reachable
 from bloomery.cluster.hostfile import Host, Hosts
 from bloomery.cluster.measuring import Tell
@@ -37,8 +38,9 @@ class Agent:
     def __init__(self, hosts: Hosts, host: Host) -> None:
         self.host = host
         command = hosts.command(host, AGENT, READ_AT_IMPORT)
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8", errors="replace"
         )
 
     def ask(self, kind: str, **values: Any) -> dict[str, Any]:

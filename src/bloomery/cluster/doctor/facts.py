@@ -32,9 +32,10 @@ CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limi
 
 
 class Interface(Noun):
-    """A network interface. `mbit_per_s`: 0 where it does not say."""
+    """A network interface. `mbit_per_s`: 0 where it does not say; `device`: there is hardware behind it."""
 
     up: bool
+    device: bool = True
     mbit_per_s: int = 0
     addresses: tuple[str, ...] = ()
 
@@ -58,17 +59,19 @@ class Disk(Noun):
 
 
 class Facts(Noun):
-    """One host. `cores_online`: of the machine, `cores_allowed`: of this process; `steal`, `others`: shares of all
-    cores while it was watched; `files`, `locked_bytes`: soft and hard limits, -1 without one."""
+    """One host. `amd`: it has AMD's GPUs, which `gpus` does not list; `infiniband`: by `adapter:port` whether it is
+    active; `cores_online`: of the machine, `cores_allowed`: of this process; `steal`, `others`: shares of all cores
+    while it was watched; `files`, `locked_bytes`: soft and hard limits, -1 without one."""
 
     host: str
     versions: dict[str, str] = {}
     gpus: tuple[Gpu, ...] = ()
     gpu_problem: str = ""
+    amd: bool = False
     xids: tuple[str, ...] = ()
     interfaces: dict[str, Interface] = {}
     variables: dict[str, str] = {}
-    infiniband: tuple[str, ...] = ()
+    infiniband: dict[str, bool] = {}
     cores_online: int = 1
     cores_allowed: int = 1
     numa_nodes: int = 1
@@ -104,10 +107,11 @@ def gather(folder: Path) -> Facts:
         versions=_versions() | driver,
         gpus=gpus,
         gpu_problem=gpu_problem,
+        amd=Path("/dev/kfd").exists(),
         xids=recent_xids() if gpus else (),
         interfaces=_interfaces(),
         variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
-        infiniband=tuple(sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))),
+        infiniband=ports_of_adapters(Path("/sys/class/infiniband")),
         cores_online=os.cpu_count() or 1,
         cores_allowed=len(os.sched_getaffinity(0)),
         numa_nodes=len(_numa()) or 1,
@@ -194,11 +198,18 @@ def _interfaces() -> dict[str, Interface]:
     return {
         name: Interface(
             up=state.isup,
+            device=(Path("/sys/class/net") / name / "device").exists(),
             mbit_per_s=state.speed,
             addresses=tuple(a.address.partition("%")[0] for a in addresses.get(name, ()) if a.family in ip),
         )
         for name, state in states.items()
     }
+
+
+def ports_of_adapters(folder: Path) -> dict[str, bool]:
+    """Which ports of RDMA adapters are active, by `adapter:port`."""
+    states = sorted(folder.glob("*/ports/*/state"))
+    return {f"{path.parts[-4]}:{path.parts[-2]}": path.read_text().strip().endswith("ACTIVE") for path in states}
 
 
 def _numa() -> list[set[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -31,14 +32,15 @@ def best_offset(asked: Sequence[tuple[float, float, float]]) -> Offset:
 
 
 def clocks(offsets: Mapping[str, Offset]) -> list[Finding]:
-    """Who is ahead or behind the others' median by more than can be measured."""
-    middle = median(found.seconds for found in offsets.values())
+    """Who is ahead or behind the others' median by more than can be measured of both."""
     findings = []
     for host, found in offsets.items():
-        ahead = found.seconds - middle
-        sure = max(0.0, abs(ahead) - found.within_s)
+        others = [one for name, one in offsets.items() if name != host]
+        ahead = found.seconds - median(one.seconds for one in others)
+        within_s = found.within_s + median(one.within_s for one in others)
+        sure = max(0.0, abs(ahead) - within_s)
         verdict: Verdict = "fault" if sure >= SKEW_FAULT_S else "advice" if sure >= SKEW_ADVICE_S else "good"
-        text = f"{abs(ahead):.3f} s {'ahead' if ahead > 0 else 'behind'} (to within {found.within_s:.3f} s)"
+        text = f"{abs(ahead):.3f} s {'ahead' if ahead > 0 else 'behind'} (to within {within_s:.3f} s)"
         remedy = "start chronyd or systemd-timesyncd" if verdict != "good" else ""
         findings.append(Finding(check="clock", host=host, verdict=verdict, found=text, remedy=remedy))
     return findings
@@ -52,18 +54,32 @@ def alike(facts: Sequence[Facts]) -> list[Finding]:
     values["GPUs"] = {one.host: f"{len(one.gpus)} x {one.gpus[0].name}" if one.gpus else "none" for one in facts}
     values["cores"] = {one.host: str(one.cores_allowed) for one in facts}
     for name, by_host in values.items():
-        have = list(by_host.values())
-        usual = max(dict.fromkeys(have), key=have.count)
-        for host, value in by_host.items():
-            if value != usual:
-                verdict: Verdict = "advice" if name in ("python", "cores") else "fault"
-                found = f"{name} {value}, others {usual}"
-                remedy = (
-                    "install the same everywhere" if name in facts[0].versions else "leave it out, or let it work alone"
-                )
-                findings.append(Finding(check="alike", host=host, verdict=verdict, found=found, remedy=remedy))
+        verdict: Verdict = "advice" if name in ("python", "cores") else "fault"
+        remedy = "install the same everywhere" if name in names else "leave it out, or let it work alone"
+        for host, others in differing(by_host).items():
+            found = f"{name} {by_host[host]}, {others}"
+            findings.append(Finding(check="alike", host=host, verdict=verdict, found=found, remedy=remedy))
     together = Finding(check="alike", host="all", verdict="good", found="the same versions, devices and cores")
     return findings or [together]
+
+
+def differing(by_host: Mapping[str, str]) -> dict[str, str]:
+    """Each host that has another value than most, with what those have. Where no value is more usual than another,
+    nobody can say who is wrong: all are named, each with one that differs.
+
+    >>> differing({"a": "1", "b": "1", "c": "2"})
+    {'c': 'others 1'}
+    >>> differing({"a": "1", "b": "2"})
+    {'a': 'b has 2', 'b': 'a has 1'}
+    """
+    counts = Counter(by_host.values()).most_common()
+    if len(counts) == 1:
+        return {}
+    usual = counts[0][0]
+    if counts[0][1] > counts[1][1]:
+        return {host: f"others {usual}" for host, value in by_host.items() if value != usual}
+    other = {value: next(host for host, its in by_host.items() if its != value) for value, _ in counts}
+    return {host: f"{other[value]} has {by_host[other[value]]}" for host, value in by_host.items()}
 
 
 def reachable(attempts: Mapping[tuple[str, str], str]) -> list[Finding]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 from pathlib import Path
 
-from bloomery.cluster.doctor.checks import Needs
 from bloomery.cluster.doctor.compare import burn_in, compared
 from bloomery.cluster.doctor.examine import visit
 from bloomery.cluster.doctor.finding import Finding
 from bloomery.cluster.doctor.history import read_history, remember
+from bloomery.cluster.doctor.needs import Needs
 from bloomery.cluster.hostfile import Hosts
 from bloomery.cluster.measuring import Tell
 from bloomery.cluster.prepare import chosen_layout, predicted, run_folder
@@ -33,12 +33,14 @@ def needs_of(run: Run | None, hosts: Hosts | None) -> tuple[Needs, Path]:
     layout = chosen_layout(run, None)
     dtype = run_dtype(run, run.cluster.cut(layout.world_size))
     folder = run_folder(run)
-    train = run.train
+    train, cluster = run.train, run.cluster
+    on_a_host = min(layout.world_size, cluster.accelerators_per_node)
     missing = checkpoints_to_come(
         folder / "checkpoints", keep=train.keep_checkpoints, every=train.checkpoint_every, steps=train.n_steps
     )
     return Needs(
-        ranks=ranks if hosts else min(layout.world_size, run.cluster.accelerators_per_node),
+        ranks=ranks if hosts else on_a_host,
+        gpus=on_a_host if cluster.accelerator.kind == "gpu" else 0,
         peers=layout.world_size,
         hosts=count,
         memory_bytes=predicted(run, layout, dtype)["estimate"]["memory_bytes"],

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from bloomery.cluster.doctor import examine
-from bloomery.cluster.doctor.checks import CHECKS, Needs
+from bloomery.cluster.doctor.checks import CHECKS
 from bloomery.cluster.doctor.compare import BURN_IN, compared
 from bloomery.cluster.doctor.examine import Agent, visit
 from bloomery.cluster.doctor.finding import Finding
+from bloomery.cluster.doctor.needs import Needs
 from bloomery.cluster.hostfile import Host, Hosts, here
 from bloomery.cluster.measuring import run_ranks
 from bloomery.spec.errors import BloomeryError
@@ -59,6 +60,12 @@ for line in sys.stdin:
     print("[1, 2]")
     print('{"time": 1.0}', flush=True)
 """
+PRINTS_LATIN_1 = """
+import sys
+for line in sys.stdin:
+    sys.stdout.buffer.write(b"Willkommen in M\\xfcnchen\\n")
+    print('{"time": 1.0}', flush=True)
+"""
 ENDS_WITH_A_WORD = """
 print("Your account has expired.", flush=True)
 """
@@ -70,8 +77,9 @@ def agent(code: str, monkeypatch: pytest.MonkeyPatch) -> Agent:
     return Agent(Hosts(PAIR), PAIR[1])
 
 
-def test_what_a_login_shell_prints_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = agent(PRINTS_A_BANNER, monkeypatch)
+@pytest.mark.parametrize("code", [PRINTS_A_BANNER, PRINTS_LATIN_1])
+def test_what_a_login_shell_prints_is_no_answer(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = agent(code, monkeypatch)
     assert [one.ask("clock"), one.ask("clock")] == [{"time": 1.0}] * 2
     one.end()
 

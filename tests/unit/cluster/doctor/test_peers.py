@@ -31,6 +31,22 @@ def test_the_host_whose_clock_is_off_is_named_unless_it_could_not_be_measured() 
     assert verdicts == {"a": "good", "b": "good", "c": "fault", "d": "good"}
 
 
+def test_between_two_hosts_the_difference_counts_whole_and_for_both() -> None:
+    def verdicts(b: Offset) -> dict[str, str]:
+        return {finding.host: finding.verdict for finding in clocks({"a": Offset(0.0, 0.001), "b": b})}
+
+    assert verdicts(Offset(1.9, 0.001)) == {"a": "fault", "b": "fault"}
+    assert verdicts(Offset(1.5, 2.0)) == {"a": "good", "b": "good"}
+
+
+def test_where_no_version_is_more_usual_all_are_named() -> None:
+    facts = [Facts(host=name, versions={"torch": version}) for name, version in (("a", "2.13.0"), ("b", "2.12.0"))]
+    assert {finding.host: finding.found for finding in alike(facts)} == {
+        "a": "torch 2.13.0, b has 2.12.0",
+        "b": "torch 2.12.0, a has 2.13.0",
+    }
+
+
 def test_the_odd_version_is_named_on_the_host_that_has_it() -> None:
     facts = [Facts(host=name, versions={"torch": "2.13.0", "nccl": "2.27.3"}) for name in "abc"]
     assert [finding.verdict for finding in alike(facts)] == ["good"]
