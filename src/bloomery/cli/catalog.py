@@ -1,4 +1,4 @@
-"""`bloomery catalog`: the models, accelerators, clusters and failure rates known by name."""
+"""`bloomery catalog`: models, accelerators, clusters and failure rates known by name, and the keys of a run.yaml."""
 
 from __future__ import annotations
 
@@ -12,22 +12,39 @@ if TYPE_CHECKING:
 WIDTH = 100
 LEAST_SOURCE = 10
 KINDS = ("models", "accelerators", "clusters", "failures")
+KEYS = "keys"
 
 
 def catalog(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="models, accelerators, clusters or failures; all when left out.")
+        str,
+        typer.Argument(metavar="KIND", help="models, accelerators, clusters or failures; all when left out. Or: keys."),
+    ] = "",
+    below: Annotated[
+        str, typer.Argument(metavar="KEY", help="Of keys, those at or below this one, as in train.guard.")
     ] = "",
     json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """List what a run.yaml can name: models, accelerators, clusters and failure rates, each with its source."""
+    """List what a run.yaml can name: models, accelerators, clusters and failure rates, each with its source.
+
+    `bloomery catalog keys` lists the keys of a run.yaml: what each takes, its default, what it means.
+    """
     from rich.console import Console
 
     from bloomery.cli.console import print_json
     from bloomery.spec.errors import InputError, nearest_match
 
-    if kind and kind not in KINDS:
-        raise InputError("not a part of the catalog", found=kind, accepted=KINDS, nearest=nearest_match(kind, KINDS))
+    accepted = (*KINDS, KEYS)
+    if kind and kind not in accepted:
+        near = nearest_match(kind, accepted)
+        raise InputError("not a part of the catalog", found=kind, accepted=accepted, nearest=near)
+    if below and kind != KEYS:
+        raise InputError(
+            "only keys lie below others", where="KEY", found=below, accepted=f"bloomery catalog {KEYS} KEY"
+        )
+    if kind == KEYS:
+        _show_keys(below, json)
+        return
     kinds = [kind] if kind else list(KINDS)
     if json:
         tables = {name: _entries(name) for name in kinds}
@@ -38,6 +55,42 @@ def catalog(
     console.width = width
     for name in kinds:
         console.print(_table(name, width))
+
+
+def _show_keys(below: str, json: bool) -> None:
+    """The keys of a run.yaml at or below one (all: ""). Raises InputError where there are none."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from bloomery.cli.console import print_json
+    from bloomery.spec.errors import InputError, nearest_match
+    from bloomery.spec.keys import keys
+    from bloomery.spec.run import Run
+
+    every = list(keys(Run))
+    found = [key for key in every if not below or f"{key.path}.".startswith(f"{below}.")]
+    if not found:
+        near = nearest_match(below, [key.path for key in every])
+        raise InputError("no such key", where="KEY", found=below, nearest=near)
+    if json:
+        print_json([key.to_json() for key in found])
+        return
+    console = Console()
+    console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column, share in (("key", 4), ("takes", 3), ("default", 2), ("what it is", 5)):
+        table.add_column(column, overflow="fold", ratio=share)
+    for key in found:
+        default = "needed" if key.required else "" if key.default is None else _as_written(key.default)
+        table.add_row(key.path, key.accepts, default, key.meaning)
+    console.print(table, markup=False)
+
+
+def _as_written(value: Any) -> str:
+    """A default as a description would have it."""
+    from json import dumps
+
+    return value if isinstance(value, str) and value else dumps(value, ensure_ascii=False)
 
 
 def _entries(kind: str) -> list[dict[str, Any]]:

@@ -118,10 +118,10 @@ class Tier(Noun):
     """
 
     name: str
-    span: int = Field(ge=1)
-    bandwidth_bytes_per_s: float = Field(gt=0)
-    ports_per_node: int = Field(ge=1)
-    latency_s: float = Field(ge=0)
+    span: int = Field(ge=1, description="accelerators that it joins")
+    bandwidth_bytes_per_s: float = Field(gt=0, description="of one port, one way")
+    ports_per_node: int = Field(ge=1, description="links or cards of a node that work side by side")
+    latency_s: float = Field(ge=0, description="of one hop")
     half_size_bytes: float = Field(default=0.0, ge=0, description="message size at half bandwidth")
     op_factor: dict[CollectiveName, Annotated[float, Field(gt=0)]] = {}
     op_latency_s: dict[CollectiveName, Annotated[float, Field(ge=0)]] = {}
@@ -171,8 +171,8 @@ class Cluster(Noun):
     """Nodes x accelerators with their link tiers, smallest span first."""
 
     name: str = "cluster"
-    nodes: int = Field(default=1, ge=1)
-    accelerators_per_node: int = Field(ge=1)
+    nodes: int = Field(default=1, ge=1, description="hosts")
+    accelerators_per_node: int = Field(ge=1, description="of each host")
     accelerator: Accelerator
     tiers: tuple[Tier, ...] = Field(min_length=1)
     storage: Storage = Storage()
@@ -183,8 +183,10 @@ class Cluster(Noun):
     """For every 8 accelerators, as the published rates are counted, whatever the size of a node here. A file may name
     a published rate of the catalog instead of the number (`rsc-1`, `llama-3`)."""
     repair_days: float = Field(default=3.0, ge=0, description="until a failed node is back; sizes the spares")
-    price_per_accelerator_hour: float | None = Field(default=None, ge=0)
-    pue: float = Field(default=1.2, ge=1)
+    price_per_accelerator_hour: float | None = Field(
+        default=None, ge=0, description="in any currency; null: no cost is told"
+    )
+    pue: float = Field(default=1.2, ge=1, description="power of the whole site over that of its machines")
     process_start_s: float | None = Field(default=None, ge=0, description="until a rank has imported and joined")
     noise: float = Field(default=0.0, ge=0, description="relative standard error of the probe; widens intervals")
     source: str = ""

@@ -34,20 +34,22 @@ class Layout(Noun):
     """Degrees of parallelism and how the step is cut. Mesh order, outermost first: pp, dp, cp, tp (ep inside dp); dp,
     pp, cp, tp where `outermost` says so."""
 
-    tp: int = Field(default=1, ge=1)
-    pp: int = Field(default=1, ge=1)
+    tp: int = Field(default=1, ge=1, description="tensor-parallel ranks")
+    pp: int = Field(default=1, ge=1, description="pipeline ranks")
     vpp: int = Field(default=1, ge=1, description="model chunks per pipeline rank (interleaving)")
-    dp: int = Field(default=1, ge=1)
+    dp: int = Field(default=1, ge=1, description="data-parallel ranks")
     dp_replicas: int = Field(default=1, ge=1, description="of dp: groups that ZeRO cuts inside of and repeats (HSDP)")
-    cp: int = Field(default=1, ge=1)
+    cp: int = Field(default=1, ge=1, description="context-parallel ranks: each has a part of every sequence")
     cp_method: Literal["ring", "all_gather"] = Field(
         default="ring", description="how keys and values reach the other context-parallel ranks: one by one or at once"
     )
-    ep: int = Field(default=1, ge=1)
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    sequence_parallel: bool = False
+    ep: int = Field(default=1, ge=1, description="of dp: ranks that experts are spread over")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        default=0, description="what dp ranks share: 1 optimizer state, 2 gradients, 3 parameters"
+    )
+    sequence_parallel: bool = Field(default=False, description="tensor-parallel ranks cut the stream between blocks")
     micro_batch: int = Field(default=1, ge=1, description="sequences per micro-batch and data-parallel rank")
-    schedule: Schedule = "1f1b"
+    schedule: Schedule = Field(default="1f1b", description="order of micro-batches in the pipeline")
     recompute: Recompute | tuple[Recompute, ...] = Field(
         default="none", description="what layers make again in the backward pass: of all stages, or of each (a+b+...)"
     )

@@ -30,11 +30,11 @@ class MixtureOfExperts(Noun):
     `z_loss_coefficient`: of the mean squared log-sum-exp of the router's logits (ST-MoE, 2202.08906).
     """
 
-    experts: int = Field(ge=2, le=MAX_EXPERTS)
-    top_k: int = Field(ge=1)
-    expert_ffn_hidden: int = Field(ge=1)
-    shared_experts: int = Field(default=0, ge=0)
-    first_dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS)
+    experts: int = Field(ge=2, le=MAX_EXPERTS, description="routed experts of a layer")
+    top_k: int = Field(ge=1, description="experts of a token")
+    expert_ffn_hidden: int = Field(ge=1, description="width inside one expert")
+    shared_experts: int = Field(default=0, ge=0, description="experts that all tokens pass")
+    first_dense_layers: int = Field(default=0, ge=0, le=MAX_LAYERS, description="layers before the first with experts")
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     normalize_top_k: bool = True
     routed_scaling_factor: float = Field(default=1.0, gt=0)
@@ -83,29 +83,35 @@ class Model(Noun):
     """
 
     name: str = "model"
-    layers: int = Field(ge=1, le=MAX_LAYERS)
-    hidden: int = Field(ge=1)
-    heads: int = Field(ge=1)
-    kv_heads: int = Field(default=0, ge=0)
-    head_dim: int = Field(default=0, ge=0)
-    ffn_hidden: int = Field(default=0, ge=0)
-    vocab: int = Field(ge=2)
-    max_seq_len: int = Field(default=2048, ge=1)
+    layers: int = Field(ge=1, le=MAX_LAYERS, description="transformer layers")
+    hidden: int = Field(ge=1, description="width of the residual stream")
+    heads: int = Field(ge=1, description="query heads")
+    kv_heads: int = Field(default=0, ge=0, description="heads of keys and values; 0: as many as query heads")
+    head_dim: int = Field(default=0, ge=0, description="width of a head; 0: hidden / heads")
+    ffn_hidden: int = Field(default=0, ge=0, description="width inside the feed-forward block; 0: 4 x hidden")
+    vocab: int = Field(ge=2, description="rows of the embedding; at least the tokenizer's")
+    max_seq_len: int = Field(default=2048, ge=1, description="longest sequence, of generation too")
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0)
-    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = "swiglu"
-    position: Literal["rope", "learned"] = "rope"
-    rope_theta: float = Field(default=10000.0, gt=0)
+    activation: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = Field(
+        default="swiglu", description="of the feed-forward block; swiglu has a gate beside"
+    )
+    position: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a learned table")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of rotary frequencies")
     rope_scaling: RopeScaling | None = None
-    bias: bool = False
-    qkv_bias: bool = False
-    tie_embeddings: bool = False
-    mask: Literal["causal", "prefix"] = "causal"
+    bias: bool = Field(default=False, description="of every projection and norm")
+    qkv_bias: bool = Field(default=False, description="of queries, keys and values alone")
+    tie_embeddings: bool = Field(default=False, description="the head is the embedding")
+    mask: Literal["causal", "prefix"] = Field(
+        default="causal", description="prefix: given first tokens see each other whole"
+    )
     init: Literal["gpt2", "unit_stream"] = Field(default="gpt2", description="how weights start, see `model.init`")
-    qk_norm: bool = False
-    value_embeddings: bool = False
-    embedding_skip: bool = False
-    sliding_window: int | None = Field(default=None, ge=1)
+    qk_norm: bool = Field(default=False, description="RMSNorm of each head's query and key")
+    value_embeddings: bool = Field(default=False, description="a table of values by token in every layer")
+    embedding_skip: bool = Field(default=False, description="every layer reads the token embedding again")
+    sliding_window: int | None = Field(
+        default=None, ge=1, description="tokens that one sees, itself counted; null: all before it"
+    )
     mla: LatentAttention | None = None
     moe: MixtureOfExperts | None = None
     source: str = ""

@@ -59,12 +59,12 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class Data(Noun):
     """Text in, token shards out. `text` names files or folders; empty means the text this machine already has."""
 
-    text: tuple[PathName, ...] = ()
-    folder: PathName = ""
-    vocab: int = Field(default=8192, ge=300)
+    text: tuple[PathName, ...] = Field(default=(), description="folders or files of text; empty: what this machine has")
+    folder: PathName = Field(default="", description="of the token shards; empty: data in the run's folder")
+    vocab: int = Field(default=8192, ge=300, description="of the tokenizer that is trained")
     max_bytes: int = Field(default=64_000_000, ge=1, description="stop reading after this much text")
     holdout: float = Field(default=0.01, gt=0, lt=0.5, description="share of documents kept for evaluation")
-    shard_tokens: int = Field(default=4_000_000, ge=1024)
+    shard_tokens: int = Field(default=4_000_000, ge=1024, description="tokens in one file")
     min_characters: int = Field(
         default=200,
         ge=1,
@@ -86,20 +86,22 @@ class Optimizer(Noun):
     it for what AdamW moves. `min_lr` is a tenth of `lr` where it is not given.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(default=USUAL_LR, gt=0)
-    min_lr: float = Field(default=USUAL_LR / 10, ge=0)
-    embedding_lr_factor: float = Field(default=1.0, gt=0)
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: matrices of layers by Muon, the rest by AdamW"
+    )
+    lr: float = Field(default=USUAL_LR, gt=0, description="highest learning rate")
+    min_lr: float = Field(default=USUAL_LR / 10, ge=0, description="lowest; a tenth of lr where it is not given")
+    embedding_lr_factor: float = Field(default=1.0, gt=0, description="times lr, of embeddings")
     head_lr_factor: float = Field(default=1.0, gt=0, description="of a head that is not tied to the embedding")
     scaling: Literal["none", "mup"] = Field(default="none", description="mup: `lr` is that of width `base_hidden`")
-    base_hidden: int = Field(default=128, ge=1)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    base_hidden: int = Field(default=128, ge=1, description="width that lr is tuned at, for mup")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's")
     momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's")
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)
-    clip: float = Field(default=1.0, gt=0)
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup: float = Field(default=0.05, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices and embeddings")
+    clip: float = Field(default=1.0, gt=0, description="largest global gradient norm")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(default="cosine", description="wsd: flat, then down")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps")
     decay: float = Field(default=0.2, gt=0, le=1, description="WSD: share of the steps that decays")
 
     @model_validator(mode="before")
@@ -166,32 +168,34 @@ MOST_SEQUENCE, MOST_BATCH = 1 << 30, 1 << 30
 class Train(Noun):
     """Pre-training. `global_batch` is in sequences; the budget is `tokens` or `steps`."""
 
-    seq_len: int = Field(default=256, ge=2, le=MOST_SEQUENCE)
-    global_batch: int = Field(default=16, ge=1, le=MOST_BATCH)
-    tokens: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
+    seq_len: int = Field(default=256, ge=2, le=MOST_SEQUENCE, description="tokens of a sample")
+    global_batch: int = Field(default=16, ge=1, le=MOST_BATCH, description="sequences of a step")
+    tokens: int | None = Field(default=None, ge=1, description="budget; or steps")
+    steps: int | None = Field(default=None, ge=1, description="budget; or tokens")
     ramp: tuple[RampStage, ...] = Field(
         default=(), description="smaller batches or shorter sequences at the start, stage by stage"
     )
-    seed: int = Field(default=0, ge=0)
-    dtype: Literal["auto", "float64", "float32", "bfloat16", "float8"] = "auto"
+    seed: int = Field(default=0, ge=0, description="of initial weights and of the order of samples")
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float8"] = Field(
+        default="auto", description="auto: the fastest that is safe on the accelerator"
+    )
     float8: Float8 = Float8()
     compile: bool | Literal["auto"] = Field(
         default="auto", description="layers and loss by torch.compile; auto: where the run is long enough to pay for it"
     )
     optimizer: Optimizer = Optimizer()
     averaging: Averaging = Averaging()
-    checkpoint_every: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=100, ge=1, description="steps")
     memory_every: int = Field(
         default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
     )
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, description="so many newest stay")
     keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
     stabilisers: Stabilisers = Stabilisers()
     evaluate_every: int = Field(default=0, ge=0, description="0: only at the end")
-    log_every: int = Field(default=1, ge=1)
+    log_every: int = Field(default=1, ge=1, description="steps")
     document_mask: bool = Field(
         default=False, description="tokens see their own document only, not others packed into the same sequence"
     )
@@ -258,12 +262,12 @@ class AlignStage(Noun):
 
     name: FolderName = "sft"
     method: Literal["sft"] = "sft"
-    pairs: PathName = ""
+    pairs: PathName = Field(default="", description="JSON Lines of prompt and response; empty: made from the text")
     max_pairs: int | None = Field(
         default=None, ge=1, description="the most pairs kept; null: all of a file, 4000 of those made from the text"
     )
-    steps: int = Field(default=50, ge=1)
-    global_batch: int = Field(default=16, ge=1)
+    steps: int = Field(default=50, ge=1, description="of this stage")
+    global_batch: int = Field(default=16, ge=1, description="pairs of a step")
     optimizer: Optimizer = Optimizer(**ALIGNMENT_RATES)
 
     @field_validator("optimizer", mode="before")
@@ -276,9 +280,9 @@ class AlignStage(Noun):
 class Evaluate(Noun):
     """Held-out evaluation and the prompts whose completions are shown."""
 
-    max_tokens: int = Field(default=65_536, ge=1)
-    prompts: tuple[str, ...] = ()
-    completion_tokens: int = Field(default=48, ge=1)
+    max_tokens: int = Field(default=65_536, ge=1, description="held-out tokens that are read")
+    prompts: tuple[str, ...] = Field(default=(), description="to complete, for the eye; empty: three of ours")
+    completion_tokens: int = Field(default=48, ge=1, description="of each")
 
 
 class Run(Noun):
