@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +16,26 @@ MEGATRON_VOCABULARY = 51_200
 """GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
 HEAD_WIDTH = 128
 """Of attention heads where their number is not stated."""
+AGREES = 0.05
+"""By what share hidden and heads may differ from the catalog's model of that name (GPT-3 13B is printed 5140 wide)."""
+SIZE_AGREES = 1.25
+"""By what factor parameters may be more or fewer than a row says: names round, some leave embeddings out."""
+OTHERS = re.compile(r"(?<![a-z])(m?t5|(ro|de|al)?berta?|electra|vit|mamba|rwkv)(?![a-z])")
+"""Models of another kind, by name: encoders, encoder-decoders, recurrent ones."""
 
 
 def model_of(row: Mapping[str, str], profile: Profile) -> Model:
     """The structure a row describes; what it leaves blank is the catalog's where that knows a model of this name and
-    width, else what its software trained by default."""
-    known = model_called(row.get("model_name", ""))
-    if not row["layers"] and known is not None:
-        return known
+    size, else what its software trained by default. Raises Unusable where it is not of so many parameters as it says.
+    """
+    name = row.get("model_name", "")
+    if other := OTHERS.search(name.lower()):
+        raise Unusable(f"{other[0]}: no causal transformer, the only kind that is modelled")
+    known = model_called(name)
+    alike = known if known is not None and _agrees(row, known) else None
+    if not row["layers"] and alike is not None:
+        return alike
     hidden = integer(row, "hidden")
-    alike = known if known is not None and known.hidden == hidden else None
     stated = gated(row)
     gate = stated if stated is not None else alike.gated if alike else profile.gated
     heads = round(number(row, "heads") or (alike.heads if alike else max(1, hidden // HEAD_WIDTH)))
@@ -50,7 +61,32 @@ def model_of(row: Mapping[str, str], profile: Profile) -> Model:
     if not values.get("head_dim") and gate and (hidden // heads) % 2:
         values["position"] = "learned"
     values["moe"] = _experts(row, values, alike)
-    return Model.model_validate(values)
+    found = Model.model_validate(values)
+    if not _is_of_its_size(row, found):
+        says = f"structure has {parameter_count(found) / 1e9:.3g} B parameters, row says {_billions(row):g} B"
+        raise Unusable(says)
+    return found
+
+
+def _agrees(row: Mapping[str, str], known: Model) -> bool:
+    """Whether what the row says of a model is true of the catalog's; of one cut short, the parameters need not be."""
+    pairs = [(number(row, "hidden"), known.hidden), (number(row, "heads"), known.heads)]
+    alike = all(abs(stated / value - 1) <= AGREES for stated, value in pairs if stated)
+    return alike and (number(row, "layers") not in (None, known.layers) or _is_of_its_size(row, known))
+
+
+def _is_of_its_size(row: Mapping[str, str], model: Model) -> bool:
+    """Whether a model has about as many parameters as the row says, if it says it."""
+    stated = _billions(row)
+    if not stated:
+        return True
+    ratio = parameter_count(model) / (stated * 1e9)
+    return 1 / SIZE_AGREES <= ratio <= SIZE_AGREES
+
+
+def _billions(row: Mapping[str, str]) -> float | None:
+    """Parameters that the row says (`70B` too)."""
+    return number({"params_b": row.get("params_b", "").rstrip("Bb ")}, "params_b")
 
 
 def _attention_of(known: Model) -> dict[str, Any]:
@@ -66,13 +102,26 @@ def _experts(row: Mapping[str, str], values: dict[str, Any], alike: Model | None
     counts = experts(told)
     if counts is None:
         return None
+    stated = number(row, "ffn_hidden")
+    if stated:
+        mixture = _mixture(counts, round(stated))
+        if _is_of_its_size(row, Model.model_validate({**values, "moe": mixture})):
+            return mixture
+    # None is stated, or that of its dense layers.
+    return _mixture(counts, _expert_width(row, values, counts))
+
+
+def _mixture(counts: tuple[int, int, int], width: int) -> MixtureOfExperts:
     n, top_k, shared = counts
-    width = number(row, "ffn_hidden")
-    if width is None:
-        billions = number(row, "params_b")
-        if billions is None:
-            raise Unusable("width of the experts not stated")
-        dense = parameter_count(Model.model_validate({**values, "ffn_hidden": 1}))
-        width = (billions * 1e9 - dense) / (3 * values["layers"] * values["hidden"] * (n + shared))
-        width = 64 * max(1, round(width / 64))
-    return MixtureOfExperts(experts=n, top_k=top_k, expert_ffn_hidden=round(width), shared_experts=shared)
+    return MixtureOfExperts(experts=n, top_k=top_k, expert_ffn_hidden=width, shared_experts=shared)
+
+
+def _expert_width(row: Mapping[str, str], values: dict[str, Any], counts: tuple[int, int, int]) -> int:
+    """What makes a mixture of so many parameters as the row says."""
+    billions, (n, _, shared) = _billions(row), counts
+    if not billions:
+        raise Unusable("width of the experts not stated")
+    dense = parameter_count(Model.model_validate({**values, "ffn_hidden": 1}))
+    matrices = 3 if values["activation"] == "swiglu" else 2
+    width = (billions * 1e9 - dense) / (matrices * values["layers"] * values["hidden"] * (n + shared))
+    return 64 * max(1, round(width / 64))

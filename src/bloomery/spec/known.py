@@ -106,7 +106,9 @@ def model_called(text: str) -> Model | None:
 
 
 def _plain(text: str) -> str:
-    """Letters and digits; a generation that not everybody prints is left out (`Nemotron-4 340B`, `Llama 3.1 405B`)."""
-    plain = re.sub(r"[^a-z0-9]", "", text.lower())
-    plain = re.sub(r"^nemotron[34](?=\d+b)", "nemotron", plain)
-    return re.sub(r"^llama31(?=405b)", "llama3", plain)
+    """Letters, digits and the points of numbers, without whose model it is (`meta-llama/Llama-3-70B`); a generation
+    that not everybody prints is left out (`Nemotron-4 340B`, `Llama 3.1 405B`)."""
+    named = re.sub(r"^([\w.-]+/)?(meta[ _-])?", "", text.lower())
+    named = re.sub(r"^nemotron[ _-]*[34][ _-]+(?=\d+b)", "nemotron", named)
+    plain = re.sub(r"[^a-z0-9.]|(?<!\d)\.|\.(?!\d)", "", named)
+    return re.sub(r"^llama3\.?1(?=405b)", "llama3", plain)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from bloomery.planner.published import Published, read_rows, usable
+from bloomery.planner.cells import Unusable
+from bloomery.planner.published import Published, published, read_rows, usable
 from bloomery.spec.errors import InputError
 
 CELLS = {"id": "a", "source": "torchtitan", "model_name": "mine", "accelerator": "H100-80GB-SXM", "n_gpus": "16",
@@ -60,3 +61,47 @@ def test_headers_are_read_in_any_case_and_a_missing_one_names_the_nearest(tmp_pa
     path.write_text(text.replace("seq_len", "seqlen"), encoding="utf-8")
     with pytest.raises(InputError, match=r"no column 'seq_len'.*did you mean 'seqlen'"):
         read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "catalog"),
+    [({}, "llama-3-8b"), ({"hidden": 4096, "heads": 32, "params_b": 8}, "llama-3-8b"), ({"hidden": 2048}, None),
+     ({"heads": 16}, None), ({"params_b": 1.3}, None)],
+)  # fmt: skip
+def test_a_name_stands_for_the_catalogs_model_unless_the_row_says_another(
+    change: dict[str, Any], catalog: str | None
+) -> None:
+    named = row(**{"model_name": "Meta-Llama-3-8B", "layers": "", "hidden": "", "heads": "", **change})
+    if catalog:
+        assert published(named).model.name == catalog
+    else:
+        with pytest.raises(Unusable, match="not stated"):
+            published(named)
+
+
+def test_a_model_cut_short_has_fewer_parameters_and_is_still_the_catalogs() -> None:
+    short = row(model_name="Llama-3-70B", layers=8, hidden=8192, heads=64, kv_heads="", params_b=8.9, ffn_hidden="",
+                vocab="")  # fmt: skip
+    assert (published(short).model.kv_heads, published(short).model.ffn_hidden) == (8, 28672)
+
+
+def test_a_structure_of_another_size_than_the_row_says_is_no_question() -> None:
+    assert published(row(params_b=7.2)).model.layers == 32
+    with pytest.raises(Unusable, match=r"structure has 7\.\d+ B parameters, row says 70 B"):
+        published(row(params_b="70B"))
+
+
+MOONLIGHT = {"model_name": "Moonlight-16B-A3B", "layers": 27, "hidden": 2048, "heads": 16, "kv_heads": "",
+             "vocab": 163840, "moe": "64/6+2 shared", "pp": 1, "tp": 1, "dp": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("ffn_hidden", ["", 1408, 11264])
+def test_the_width_of_dense_layers_is_not_that_of_experts(ffn_hidden: object) -> None:
+    found = published(row(**MOONLIGHT, params_b=16, ffn_hidden=ffn_hidden)).model
+    assert found.moe is not None and 1280 <= found.moe.expert_ffn_hidden <= 1472
+
+
+@pytest.mark.parametrize("name", ["T5-11B", "BERT-large", "RoBERTa", "ViT-22B", "Mamba2-2.7B"])
+def test_other_kinds_of_models_are_none_of_ours(name: str) -> None:
+    with pytest.raises(Unusable, match="no causal transformer"):
+        published(row(model_name=name))

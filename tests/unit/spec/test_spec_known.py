@@ -58,12 +58,15 @@ def test_a_tray_of_four_has_its_cards_whatever_is_called_a_node(
 @pytest.mark.parametrize(
     ("text", "name"),
     [("Qwen3_30B_a3B (dropless)", "qwen3-30b-a3b"), ("Nemotron-8B", "nemotron-3-8b"), ("GPT OSS 120B", "gpt-oss-120b"),
-     ("Nemotron4 340B", "nemotron-4-340b"), ("Llama 3.1 405B", "llama-3-405b"), ("LLAMA3_70B", "llama-3-70b")],
+     ("Nemotron4 340B", "nemotron-4-340b"), ("Llama 3.1 405B", "llama-3-405b"), ("LLAMA3_70B", "llama-3-70b"),
+     ("Nemotron 340B", "nemotron-4-340b"), ("Nemotron-340B", "nemotron-4-340b"), ("Nemotron 3 22B", "nemotron-3-22b"),
+     ("Meta-Llama-3-8B", "llama-3-8b"), ("meta-llama/Llama-3-70B", "llama-3-70b"), ("Qwen/Qwen2.5-7B", "qwen2.5-7b"),
+     ("GPT-3 13B", "gpt3-13b"), ("Qwen3-1.7B.", "qwen3-1.7b")],
 )  # fmt: skip
 def test_models(text: str, name: str) -> None:
     found = model_called(text)
     assert found is not None and found.name == name
-    assert model_called("mine") is None
+    assert model_called("mine") is None and model_called("GPT-3 1.3B") is None
 
 
 @pytest.mark.parametrize(
