@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bloomery.perf.profiles import Profile
-from bloomery.planner.cells import Unusable, experts, gated, integer, number, says_dense
+from bloomery.planner.cells import Unusable, count, experts, gated, integer, number, says_dense
 from bloomery.spec.known import model_called
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import parameter_count
@@ -38,17 +38,17 @@ def model_of(row: Mapping[str, str], profile: Profile) -> Model:
     hidden = integer(row, "hidden")
     stated = gated(row)
     gate = stated if stated is not None else alike.gated if alike else profile.gated
-    heads = round(number(row, "heads") or (alike.heads if alike else max(1, hidden // HEAD_WIDTH)))
+    heads = count(row, "heads") or (alike.heads if alike else max(1, hidden // HEAD_WIDTH))
     width = 4 * hidden
     values: dict[str, Any] = {
         "name": row.get("model_name") or "published",
         "layers": integer(row, "layers"),
         "hidden": hidden,
         "heads": heads,
-        "kv_heads": round(number(row, "kv_heads") or (alike.kv_heads if alike else heads)),
+        "kv_heads": count(row, "kv_heads") or (alike.kv_heads if alike else heads),
         **(_attention_of(alike) if alike else {}),
-        "ffn_hidden": round(number(row, "ffn_hidden") or (alike.ffn_hidden if alike else width)),
-        "vocab": round(number(row, "vocab") or (alike.vocab if alike else MEGATRON_VOCABULARY)),
+        "ffn_hidden": count(row, "ffn_hidden") or (alike.ffn_hidden if alike else width),
+        "vocab": count(row, "vocab") or (alike.vocab if alike else MEGATRON_VOCABULARY),
         "max_seq_len": integer(row, "seq_len"),
         "activation": "swiglu" if gate else "gelu",
         "norm": "rmsnorm" if gate else "layernorm",
@@ -70,9 +70,9 @@ def model_of(row: Mapping[str, str], profile: Profile) -> Model:
 
 def _agrees(row: Mapping[str, str], known: Model) -> bool:
     """Whether what the row says of a model is true of the catalog's; of one cut short, the parameters need not be."""
-    pairs = [(number(row, "hidden"), known.hidden), (number(row, "heads"), known.heads)]
+    pairs = [(count(row, "hidden"), known.hidden), (count(row, "heads"), known.heads)]
     alike = all(abs(stated / value - 1) <= AGREES for stated, value in pairs if stated)
-    return alike and (number(row, "layers") not in (None, known.layers) or _is_of_its_size(row, known))
+    return alike and (count(row, "layers") not in (None, known.layers) or _is_of_its_size(row, known))
 
 
 def _is_of_its_size(row: Mapping[str, str], model: Model) -> bool:
@@ -102,9 +102,8 @@ def _experts(row: Mapping[str, str], values: dict[str, Any], alike: Model | None
     counts = experts(told)
     if counts is None:
         return None
-    stated = number(row, "ffn_hidden")
-    if stated:
-        mixture = _mixture(counts, round(stated))
+    if stated := count(row, "ffn_hidden"):
+        mixture = _mixture(counts, stated)
         if _is_of_its_size(row, Model.model_validate({**values, "moe": mixture})):
             return mixture
     # None is stated, or that of its dense layers.

@@ -20,14 +20,17 @@ from pydantic import ValidationError
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.planner.cells import (
     Unusable,
+    count,
     first_number,
     flags,
+    flash_attention,
     integer,
     number,
     number_format,
     recompute,
     said,
     schedule,
+    trades_time_for_memory,
     yes,
     zero_stage,
 )
@@ -139,7 +142,7 @@ def published(row: Mapping[str, str]) -> Published:
     profile = _profile(row, chip)
     model = model_of(row, profile)
     n_gpus = integer(row, "n_gpus")
-    cluster = cluster_around(chip, n_gpus, number(row, "gpus_per_node"), row.get("interconnect", ""))
+    cluster = cluster_around(chip, n_gpus, count(row, "gpus_per_node"), row.get("interconnect", ""))
     layout, scale, micro_batches = _layout(row, model, profile, n_gpus)
     dtype = _dtype(row, cluster)
     return Published(
@@ -168,16 +171,16 @@ def _kernels(notes: str) -> str:
 def _profile(row: Mapping[str, str], chip: Accelerator) -> Profile:
     """What its software is."""
     words = f"{row.get('notes', '')} {row.get('source_ref', '')}"
-    year, flash = first_number(row.get("year", "")), yes(row, "flash_attention")
-    return profile_of(row["source"], words, year, flash, eight_bit="float8" in chip.peak_flops_per_s)
+    year, fused = first_number(row.get("year", "")), flash_attention(row)
+    return profile_of(row["source"], words, year, fused, eight_bit="float8" in chip.peak_flops_per_s)
 
 
 def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, int, int]:
     """tp, pp, dp and cp: of three axes one may be blank, and whoever cuts all parameters over everybody needs none."""
-    stated = {name: number(row, name) for name in ("tp", "pp", "dp")}
-    cp = round(number(row, "cp") or 1)
+    stated = {name: count(row, name) for name in ("tp", "pp", "dp")}
+    cp = count(row, "cp") or 1
     blank = [name for name, value in stated.items() if value is None]
-    sizes = {name: max(1, round(value)) for name, value in stated.items() if value is not None}
+    sizes = {name: max(1, value) for name, value in stated.items() if value is not None}
     rest = n_gpus // (math.prod(sizes.values()) * cp)
     if blank and (len(blank) == 1 or stage == 3 or rest == 1):
         taker = "dp" if "dp" in blank else blank[0]
@@ -200,7 +203,9 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     batch = integer(row, "global_batch") / dp
     if batch < 1:
         raise Unusable(f"{integer(row, 'global_batch')} sequences for {dp} data-parallel ranks")
-    stated = number(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
+    stated = count(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
+    if stated > math.ceil(batch):
+        raise Unusable(f"micro-batches of {stated:g} sequences, and {batch:g} in all for a rank")
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
@@ -235,10 +240,11 @@ def _pipeline(
     if pp == 1:
         return "1f1b", 1
     most = max(1, model.layers // pp)
-    order, chunks = schedule(row.get("pipeline_schedule", "")), number(row, "vpp")
+    told = row.get("pipeline_schedule", "")
+    order, chunks = schedule(told), count(row, "vpp")
     if order in V_SCHEDULES:
         return (order, 2) if most > 1 else ("1f1b", 1)
-    if order == "gpipe":
+    if order == "gpipe" or (order == "1f1b" and trades_time_for_memory(told)):
         return order, 1
     if chunks is None and order == "interleaved":
         chunks = min(max(2, profile.chunks), round(model.layers / pp))
@@ -246,20 +252,20 @@ def _pipeline(
     if chunks is None and order is None and idle > IDLE and micro_batches % pp == 0 and not profile.as_many_as_stages:
         chunks = min(profile.chunks, round(model.layers / pp))
     # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
-    vpp = min(max(1, round(chunks or 1)), most)
+    vpp = min(max(1, chunks or 1), most)
     return "interleaved" if vpp > 1 else "1f1b", vpp
 
 
 def _experts_over(row: Mapping[str, str], model: Model, dp: int, most: int) -> int:
     """Ranks that experts are cut over: where only the software for it is named, as many as can be of `DISPATCHED`."""
-    stated = number(row, "ep")
+    stated = count(row, "ep")
     if (
         stated is None
         and model.moe is not None
         and re.search(r"deepep|expert[- ]parallel", row.get("notes", "").lower())
     ):
         return math.gcd(DISPATCHED, dp, model.moe.experts)
-    return min(max(1, round(stated or 1)), most)
+    return min(stated or 1, most)
 
 
 def _by_cost(model: Model, pp: int) -> tuple[int, ...]:

@@ -105,3 +105,21 @@ def test_the_width_of_dense_layers_is_not_that_of_experts(ffn_hidden: object) ->
 def test_other_kinds_of_models_are_none_of_ours(name: str) -> None:
     with pytest.raises(Unusable, match="no causal transformer"):
         published(row(model_name=name))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"tp": 2.5}, "tp is no whole number"), ({"tp": -1}, "tp is no whole number"),
+     ({"layers": 31.6}, "layers is no whole number"), ({"ffn_hidden": 2.67}, "ffn_hidden is no whole number"),
+     ({"micro_batch": 99}, "micro-batches of 99 sequences, and 16 in all"), ({"micro_batch": 0.5}, "micro_batch")],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_no_other_numbers(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
+        published(row(**change))
+
+
+@pytest.mark.parametrize("order", ["V-Half", "v_min"])
+def test_orders_that_trade_time_for_memory_hold_what_1f1b_does(order: str) -> None:
+    found = published(row(pipeline_schedule=order, vpp=2)).layout
+    assert (found.schedule, found.vpp) == ("1f1b", 1)
+    assert published(row(pipeline_schedule="1F1B", vpp=2)).layout.vpp == 2
