@@ -123,3 +123,14 @@ def test_orders_that_trade_time_for_memory_hold_what_1f1b_does(order: str) -> No
     found = published(row(pipeline_schedule=order, vpp=2)).layout
     assert (found.schedule, found.vpp) == ("1f1b", 1)
     assert published(row(pipeline_schedule="1F1B", vpp=2)).layout.vpp == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "later"),
+    [({"year": 2022, "accelerator": "A100-80GB-SXM"}, False), ({"year": 2024, "accelerator": "A100-80GB-SXM"}, True),
+     ({"year": ""}, True), ({"year": 2024, "flash_attention": "no"}, False)],
+)  # fmt: skip
+def test_deepspeed_grows_with_its_time(change: dict[str, Any], later: bool) -> None:
+    stack = published(row(source="DeepSpeed ZeRO-3", **change)).profile.stack
+    assert stack.name == "megatron-deepspeed" and stack.gradient_bytes == 2
+    assert (stack.flash_attention, not stack.dropout, stack.gradient_overlap > 0) == (later, later, later)
