@@ -46,6 +46,8 @@ MEGATRON_DEEPSPEED = Profile(
     replace(MEGATRON_2022, name="megatron-deepspeed", gradient_bytes=2), recompute="full", chunks=1
 )
 """DeepSpeed's engine accumulates and reduces gradients in the 16 bits of the weights."""
+LATER_DEEPSPEED = replace(MEGATRON_DEEPSPEED, stack=replace(PUBLISHED, name="megatron-deepspeed", gradient_bytes=2))
+"""The same engine around models of Megatron-Core's years: fused attention, no dropout, messages beside compute."""
 MEGATRON_CORE = Profile(
     replace(PUBLISHED, name="megatron-core", each_expert=Passes(4, 8), narrow_kernels=3.0),
     zero_stage=1,
@@ -131,8 +133,11 @@ def profile_of(
     if found is None:
         before = flash_attention is False or (year or FLASH_SINCE) < FLASH_SINCE
         found = _unnamed(MEGATRON if before else MEGATRON_CORE)
-    if found is MEGATRON and (eight_bit or (year or 0) >= CORE_SINCE):
+    recent = eight_bit or (year or 0) >= CORE_SINCE
+    if found is MEGATRON and recent:
         found = MEGATRON_CORE
+    if found is MEGATRON_DEEPSPEED and recent and flash_attention is not False:
+        found = LATER_DEEPSPEED
     for plain, pattern, variant in VARIANTS:
         if found is plain and re.search(pattern, words.lower()):
             found = variant

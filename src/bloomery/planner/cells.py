@@ -15,6 +15,8 @@ from bloomery.spec.cluster import Dtype
 from bloomery.spec.layout import Schedule
 
 YES, NO = ("1", "true", "yes", "y", "on"), ("0", "false", "no", "n", "off", "none")
+FUSED = r"flash|sdpa|xformers|\bfa[- ]?\d|^v\d"
+"""Attention that keeps no scores, by any of its names."""
 GATED = ("swiglu", "geglu", "reglu", "silu", "swish", "glu")
 SILENT = ("-", "--", "?", "n/a", "na", "nan", "null", "unknown", "not stated")
 """What stands in a cell of which the source says nothing."""
@@ -61,14 +63,25 @@ def number(row: Mapping[str, str], name: str) -> float | None:
     return value if math.isfinite(value) and value >= 0 else None
 
 
-def integer(row: Mapping[str, str], name: str) -> int:
-    """A cell's number, rounded. Raises Unusable where there is none, or none above zero."""
+def count(row: Mapping[str, str], name: str) -> int | None:
+    """A cell's whole number; None where it is blank. Raises Unusable for a word, a fraction and less than none."""
+    text = row.get(name, "")
     value = number(row, name)
+    if value is None and not text:
+        return None
+    if value is None or value % 1:
+        raise Unusable(f"{name} is no whole number from 0 on: {text!r}")
+    return int(value)
+
+
+def integer(row: Mapping[str, str], name: str) -> int:
+    """A cell's whole number. Raises Unusable where there is none, or none above zero."""
+    value = count(row, name)
     if value is None:
         raise Unusable(f"{name} not stated")
-    if not round(value):
+    if not value:
         raise Unusable(f"{name} is zero")
-    return round(value)
+    return value
 
 
 def first_number(text: str) -> float | None:
@@ -79,12 +92,25 @@ def first_number(text: str) -> float | None:
 
 def yes(row: Mapping[str, str], name: str) -> bool | None:
     """Yes or no; None where the source does not say. Raises Unusable for another word."""
-    text = row.get(name, "").lower()
+    text = _whole(row.get(name, "").lower())
     if text in YES or text in NO:
         return text in YES
     if text:
         raise Unusable(f"{name} is neither yes nor no: {text!r}")
     return None
+
+
+def _whole(text: str) -> str:
+    """`1` and `0` as they were before a column with blank cells was read as fractions: `1.0`, `0.0`."""
+    return re.sub(r"^([01])\.0+$", r"\1", text)
+
+
+def flash_attention(row: Mapping[str, str]) -> bool | None:
+    """Whether attention was fused; None where the source does not say. Raises Unusable for an unknown word."""
+    text = row.get("flash_attention", "").lower()
+    if re.search(FUSED, text):
+        return not re.search(r"^(no|not|without)\b|\b(disabled|off|not used)\b", text)
+    return yes(row, "flash_attention")
 
 
 def gated(row: Mapping[str, str]) -> bool | None:
@@ -103,7 +129,7 @@ def number_format(text: str) -> Dtype | None:
 
 def recompute(text: str) -> Literal["none", "selective", "full"] | None:
     """What is computed again; None for a blank cell. Raises Unusable for an unknown word."""
-    word = text.lower()
+    word = _whole(text.lower())
     if not word:
         return None
     denied = r"(disabled|off|not used|no|without)\b"
@@ -118,8 +144,9 @@ def recompute(text: str) -> Literal["none", "selective", "full"] | None:
 
 def schedule(text: str) -> Schedule | None:
     """The order of a pipeline's passes, the nearest that is modelled: whoever splits the backward pass to fill what
-    would be idle counts as ZB-V, unless it trades that for memory (V-Half, V-Min: about what 1F1B takes). None for a
-    blank cell. Raises Unusable for an unknown word."""
+    would be idle counts as ZB-V, unless it trades that for memory (V-Half, V-Min: about what 1F1B takes); DualPipe
+    too, though it holds its parameters twice, DualPipeV once. None for a blank cell. Raises Unusable for an unknown
+    word."""
     word = re.sub(r"[\s_]+", "-", text.lower())
     if not word or word in NO:
         return None
@@ -127,6 +154,11 @@ def schedule(text: str) -> Schedule | None:
     if found is None:
         raise Unusable(f"pipeline_schedule not understood: {text!r}")
     return found
+
+
+def trades_time_for_memory(text: str) -> bool:
+    """Whether an order of passes holds what 1F1B does with its two chunks a rank: it stands for 1F1B with one."""
+    return re.search(r"v[\s_-]*(half|min)", text.lower()) is not None
 
 
 def says_dense(text: str) -> bool:
@@ -161,11 +193,11 @@ def experts(text: str) -> tuple[int, int, int] | None:
 
 def zero_stage(text: str) -> int | None:
     """ZeRO's stage from `3`, `ZeRO-3`, `FSDP`, `distributed optimizer`; None for a blank cell. Raises Unusable for an
-    unknown word."""
+    unknown word. Sharding that is whole on each of several groups (HSDP, ZeRO++) counts as one over all."""
     word = text.lower()
     if not word:
         return None
-    if (found := first_number(re.sub(r"fsdp ?[12]", "fsdp", word))) is not None:
+    if (found := first_number(re.sub(r"([fh]sdp) ?[12]", r"\1", word))) is not None:
         if found not in (0, 1, 2, 3):
             raise Unusable(f"zero_stage not understood: {text!r}")
         return round(found)
@@ -173,7 +205,7 @@ def zero_stage(text: str) -> int | None:
         return 0
     if re.search(r"grad_op", word):
         return 2
-    if re.search(r"fsdp|full[_ -]?shard|fully", word):
+    if re.search(r"[fh]sdp|full[_ -]?shard|fully|hybrid|zero\+\+", word):
         return 3
     if re.search(r"dist\w*[ -]?opt|optimi[sz]er", word):
         return 1

@@ -20,38 +20,36 @@ from pydantic import ValidationError
 from bloomery.perf.profiles import Profile, profile_of
 from bloomery.planner.cells import (
     Unusable,
-    experts,
+    count,
     first_number,
     flags,
-    gated,
+    flash_attention,
     integer,
     number,
     number_format,
     recompute,
     said,
-    says_dense,
     schedule,
+    trades_time_for_memory,
     yes,
     zero_stage,
 )
 from bloomery.planner.conventions import counted_flops, counts_recomputation
+from bloomery.planner.described import model_of
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
-from bloomery.spec.errors import InputError
-from bloomery.spec.known import accelerator_called, cluster_around, model_called
+from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.known import accelerator_called, cluster_around
 from bloomery.spec.layout import V_SCHEDULES, Layout, Schedule
-from bloomery.spec.model import MixtureOfExperts, Model
-from bloomery.spec.parameters import parameter_count
+from bloomery.spec.model import Model
 from bloomery.spec.splits import balanced_split
 
+SURPLUS = ""
+"""The key of what is wrong with a row that has more cells than the table has columns."""
 REQUIRED = ("id", "source", "accelerator", "n_gpus", "tp", "pp", "dp", "layers", "hidden", "heads", "seq_len")
-MEGATRON_VOCABULARY = 51_200
-"""GPT-2's 50,257 tokens padded to a multiple of 1024 (8 tensor-parallel ranks x 128): what Megatron makes of them."""
 IDLE = 0.25
 """Share of a step of 1F1B: a longer wait at its ends is no one's silent choice."""
 DISPATCHED = 64
 """The widest expert parallelism that is common."""
-HEAD_WIDTH = 128
-"""Of attention heads where their number is not stated."""
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,42 @@ class Published:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file in this schema. Raises InputError for a missing file or column."""
+    """The rows of a CSV file in this schema, its headers in whatever case. Raises InputError for a missing file or
+    column, and for what is no table."""
     if not path.is_file():
         raise InputError("no such file", where=str(path))
     try:
         text = path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark before the first column's name
     except UnicodeDecodeError:
         raise InputError("not a table of text in UTF-8", where=str(path)) from None
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [name for name in REQUIRED if name not in (reader.fieldnames or ())]
-    if missing:
-        raise InputError(f"no column {missing[0]!r}", where=str(path), found=reader.fieldnames, accepted=REQUIRED)
-    return [{key: said(value or "") for key, value in row.items() if key} for row in reader]
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    # Strict: else a quote that nobody closes takes all rows after it for one cell.
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    begins = 1
+    try:
+        reader.fieldnames = columns = [name.strip().lower() for name in reader.fieldnames or ()]
+        missing = [name for name in REQUIRED if name not in columns]
+        if missing:
+            nearest = nearest_match(missing[0], columns)
+            raise InputError(
+                f"no column {missing[0]!r}", where=str(path), found=columns, accepted=REQUIRED, nearest=nearest
+            )
+        rows = []
+        begins = reader.line_num + 1
+        for row in reader:
+            rows.append(_cells(row, len(columns)))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"not a table: {error}", where=f"{path}, row from line {begins}") from None
+    return rows
+
+
+def _cells(row: dict[Any, Any], columns: int) -> dict[str, str]:
+    """A row's cells by column; what makes it wider than the table is told instead, for no cell's place is certain."""
+    surplus = row.pop(None, ())
+    cells = {key: said(value or "") for key, value in row.items() if key}
+    wider = any(said(value) for value in surplus)
+    return cells | ({SURPLUS: f"{columns + len(surplus)} cells for {columns} columns"} if wider else {})
 
 
 def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Published | Unusable]]:
@@ -110,15 +132,17 @@ def usable(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], Publish
 
 def published(row: Mapping[str, str]) -> Published:
     """The question a row asks. Raises Unusable."""
+    if row.get(SURPLUS):
+        raise Unusable(row[SURPLUS])
     if "tpu" in row["accelerator"].lower():
         raise Unusable("TPU: not a kind of accelerator that is modelled")
     chip = accelerator_called(row["accelerator"])
     if chip is None:
         raise Unusable("accelerator unknown" if not row["accelerator"] else f"no data sheet of {row['accelerator']}")
     profile = _profile(row, chip)
-    model = _model(row, profile)
+    model = model_of(row, profile)
     n_gpus = integer(row, "n_gpus")
-    cluster = cluster_around(chip, n_gpus, number(row, "gpus_per_node"), row.get("interconnect", ""))
+    cluster = cluster_around(chip, n_gpus, count(row, "gpus_per_node"), row.get("interconnect", ""))
     layout, scale, micro_batches = _layout(row, model, profile, n_gpus)
     dtype = _dtype(row, cluster)
     return Published(
@@ -147,77 +171,16 @@ def _kernels(notes: str) -> str:
 def _profile(row: Mapping[str, str], chip: Accelerator) -> Profile:
     """What its software is."""
     words = f"{row.get('notes', '')} {row.get('source_ref', '')}"
-    year, flash = first_number(row.get("year", "")), yes(row, "flash_attention")
-    return profile_of(row["source"], words, year, flash, eight_bit="float8" in chip.peak_flops_per_s)
-
-
-def _model(row: Mapping[str, str], profile: Profile) -> Model:
-    """The structure a row describes; what it leaves blank is the catalog's where that knows a model of this name and
-    width, else what its software trained by default."""
-    known = model_called(row.get("model_name", ""))
-    if not row["layers"] and known is not None:
-        return known
-    hidden = integer(row, "hidden")
-    alike = known if known is not None and known.hidden == hidden else None
-    stated = gated(row)
-    gate = stated if stated is not None else alike.gated if alike else profile.gated
-    heads = round(number(row, "heads") or (alike.heads if alike else max(1, hidden // HEAD_WIDTH)))
-    width = 4 * hidden
-    values: dict[str, Any] = {
-        "name": row.get("model_name") or "published",
-        "layers": integer(row, "layers"),
-        "hidden": hidden,
-        "heads": heads,
-        "kv_heads": round(number(row, "kv_heads") or (alike.kv_heads if alike else heads)),
-        **(_attention_of(alike) if alike else {}),
-        "ffn_hidden": round(number(row, "ffn_hidden") or (alike.ffn_hidden if alike else width)),
-        "vocab": round(number(row, "vocab") or (alike.vocab if alike else MEGATRON_VOCABULARY)),
-        "max_seq_len": integer(row, "seq_len"),
-        "activation": "swiglu" if gate else "gelu",
-        "norm": "rmsnorm" if gate else "layernorm",
-        "position": "rope" if gate else "learned",
-        "bias": not gate,
-        "tie_embeddings": not gate,
-    }
-    if values["heads"] % values["kv_heads"]:
-        raise Unusable(f"{values['kv_heads']} kv heads do not divide {heads} heads")
-    if not values.get("head_dim") and gate and (hidden // heads) % 2:
-        values["position"] = "learned"
-    values["moe"] = _experts(row, values, alike)
-    return Model.model_validate(values)
-
-
-def _attention_of(known: Model) -> dict[str, Any]:
-    """What rows do not say of a model's attention."""
-    return {"head_dim": known.head_dim, "qk_norm": known.qk_norm, "mla": known.mla}
-
-
-def _experts(row: Mapping[str, str], values: dict[str, Any], alike: Model | None) -> MixtureOfExperts | None:
-    """Routed experts; their width from catalog, row, or parameter count."""
-    told = row.get("moe", "")
-    if alike is not None and alike.moe is not None and not says_dense(told):
-        return alike.moe
-    counts = experts(told)
-    if counts is None:
-        return None
-    n, top_k, shared = counts
-    width = number(row, "ffn_hidden")
-    if width is None:
-        billions = number(row, "params_b")
-        if billions is None:
-            raise Unusable("width of the experts not stated")
-        dense = parameter_count(Model.model_validate({**values, "ffn_hidden": 1}))
-        width = (billions * 1e9 - dense) / (3 * values["layers"] * values["hidden"] * (n + shared))
-        width = 64 * max(1, round(width / 64))
-    return MixtureOfExperts(experts=n, top_k=top_k, expert_ffn_hidden=round(width), shared_experts=shared)
+    year, fused = first_number(row.get("year", "")), flash_attention(row)
+    return profile_of(row["source"], words, year, fused, eight_bit="float8" in chip.peak_flops_per_s)
 
 
 def _cuts(row: Mapping[str, str], stage: int, n_gpus: int) -> tuple[int, int, int, int]:
     """tp, pp, dp and cp: of three axes one may be blank, and whoever cuts all parameters over everybody needs none."""
-    stated = {name: number(row, name) for name in ("tp", "pp", "dp")}
-    cp = round(number(row, "cp") or 1)
+    stated = {name: count(row, name) for name in ("tp", "pp", "dp")}
+    cp = count(row, "cp") or 1
     blank = [name for name, value in stated.items() if value is None]
-    sizes = {name: max(1, round(value)) for name, value in stated.items() if value is not None}
+    sizes = {name: max(1, value) for name, value in stated.items() if value is not None}
     rest = n_gpus // (math.prod(sizes.values()) * cp)
     if blank and (len(blank) == 1 or stage == 3 or rest == 1):
         taker = "dp" if "dp" in blank else blank[0]
@@ -240,7 +203,9 @@ def _layout(row: Mapping[str, str], model: Model, profile: Profile, n_gpus: int)
     batch = integer(row, "global_batch") / dp
     if batch < 1:
         raise Unusable(f"{integer(row, 'global_batch')} sequences for {dp} data-parallel ranks")
-    stated = number(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
+    stated = count(row, "micro_batch") or (max(1.0, batch / pp) if profile.as_many_as_stages and pp > 1 else 1.0)
+    if stated > math.ceil(batch):
+        raise Unusable(f"micro-batches of {stated:g} sequences, and {batch:g} in all for a rank")
     # A last micro-batch may be smaller: as many as are needed, of the nearest whole size.
     micro_batches = max(1, math.ceil(batch / stated - 1e-9))
     micro_batch = max(1, round(batch / micro_batches))
@@ -275,10 +240,11 @@ def _pipeline(
     if pp == 1:
         return "1f1b", 1
     most = max(1, model.layers // pp)
-    order, chunks = schedule(row.get("pipeline_schedule", "")), number(row, "vpp")
+    told = row.get("pipeline_schedule", "")
+    order, chunks = schedule(told), count(row, "vpp")
     if order in V_SCHEDULES:
         return (order, 2) if most > 1 else ("1f1b", 1)
-    if order == "gpipe":
+    if order == "gpipe" or (order == "1f1b" and trades_time_for_memory(told)):
         return order, 1
     if chunks is None and order == "interleaved":
         chunks = min(max(2, profile.chunks), round(model.layers / pp))
@@ -286,20 +252,20 @@ def _pipeline(
     if chunks is None and order is None and idle > IDLE and micro_batches % pp == 0 and not profile.as_many_as_stages:
         chunks = min(profile.chunks, round(model.layers / pp))
     # Embedding and loss may have been counted as layers, so that there are a few more chunks than there are of them.
-    vpp = min(max(1, round(chunks or 1)), most)
+    vpp = min(max(1, chunks or 1), most)
     return "interleaved" if vpp > 1 else "1f1b", vpp
 
 
 def _experts_over(row: Mapping[str, str], model: Model, dp: int, most: int) -> int:
     """Ranks that experts are cut over: where only the software for it is named, as many as can be of `DISPATCHED`."""
-    stated = number(row, "ep")
+    stated = count(row, "ep")
     if (
         stated is None
         and model.moe is not None
         and re.search(r"deepep|expert[- ]parallel", row.get("notes", "").lower())
     ):
         return math.gcd(DISPATCHED, dp, model.moe.experts)
-    return min(max(1, round(stated or 1)), most)
+    return min(stated or 1, most)
 
 
 def _by_cost(model: Model, pp: int) -> tuple[int, ...]:

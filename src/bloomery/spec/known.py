@@ -15,27 +15,54 @@ CARD = 200 * GIGABIT
 ALONE = 100 * GIGABIT
 """A report that names one rate up to this and no number means one card a node; of faster ones nodes have their usual
 number."""
+DRIVER_REPORTS = 0.995
+"""Of the GiB printed on an accelerator's box."""
 LINK, NETWORK = "link", "network"
 """Names of the tiers inside a node and between nodes."""
 
 
 def accelerator_called(text: str) -> Accelerator | None:
-    """The entry whose words the text has most of; its product number must be there. `A100-80GB-SXM` is `a100-80gb`, as
-    are `A100SXM4 80G` and `a100_80 GiB`. A board power that it tells is the entry's then (`H100 HBM2e 500W`)."""
-    said = re.sub(r"(\d+)[ _-]?g(i?b)?\b", r"\1gb", text.lower())
+    """The entry whose words the text has most of; its product number must be there, and its kind of board.
+    `A100-80GB-SXM` is `a100-80gb`, as are `A100SXM4 80G` and `8x a100_80 GiB`. What it tells of board power and memory
+    is the entry's then (`H100 HBM2e 500W`, `A100-SXM-64GB`)."""
+    said = _spelled(text)
     best: tuple[int, float] | None = None
     chosen = None
     for name in names("accelerators"):
-        parts = name.split("-")
-        known = re.search(rf"(?<![a-z0-9]){product_number(name)}(?!\d)", said)
-        if not known or ("pcie" in parts) != ("pcie" in said):
+        # A letter more is another product (A100X), but `A100x8` is eight.
+        known = re.search(rf"(?<![a-z0-9]){product_number(name)}(?!\d|x(?!\d))", said)
+        if not known or _board(name) != _board(said):
             continue
         entry = data_sheet(name)
-        rank = (sum(part in said for part in parts), entry.memory_bytes)
+        rank = (sum(bool(re.search(rf"(?<!\d){part}", said)) for part in name.split("-")), entry.memory_bytes)
         if best is None or rank > best:
             best, chosen = rank, entry
-    power = re.search(r"\b(\d{3,4}) ?w\b", said)
-    return chosen.model_copy(update={"tdp_w": float(power[1])}) if chosen and power else chosen
+    return chosen and chosen.model_copy(update=_told(said, chosen))
+
+
+def _spelled(text: str) -> str:
+    """Small letters, one spelling of gigabytes and of PCIe, and nothing in front of a product's name."""
+    said = re.sub(r"pci[- ]?e", "pcie", text.lower())
+    said = re.sub(r"(?<![a-z0-9])(\d+ ?x ?|[dh]gx)(?=[a-z])", " ", said)
+    return re.sub(r"(\d+)[ _-]?g(i?b)?\b", r"\1gb", said)
+
+
+def _board(text: str) -> str:
+    """What a product of the same number is built as, where that is no usual module: other clocks, other links."""
+    return next((word for word in ("cnx", r"nvl(?![a-z0-9])", "pcie") if re.search(word, text)), "")
+
+
+def _told(said: str, entry: Accelerator) -> dict[str, float]:
+    """Board power, and memory that is no other print of the entry's; far from that, it is a package's or a node's."""
+    told = {}
+    if power := re.search(r"\b(\d{3,4}) ?w\b", said):
+        told["tdp_w"] = float(power[1])
+    memory = re.search(r"(\d+)gb(?![/p])", said)
+    gib = int(memory[1]) * 2**30 if memory else entry.memory_bytes
+    same = 0.9 * gib <= entry.memory_bytes <= 1.02 * gib
+    if not same and abs(gib / entry.memory_bytes - 1) < 0.5:
+        told["memory_bytes"] = DRIVER_REPORTS * gib
+    return told
 
 
 def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, interconnect: str) -> Cluster:
@@ -106,7 +133,9 @@ def model_called(text: str) -> Model | None:
 
 
 def _plain(text: str) -> str:
-    """Letters and digits; a generation that not everybody prints is left out (`Nemotron-4 340B`, `Llama 3.1 405B`)."""
-    plain = re.sub(r"[^a-z0-9]", "", text.lower())
-    plain = re.sub(r"^nemotron[34](?=\d+b)", "nemotron", plain)
-    return re.sub(r"^llama31(?=405b)", "llama3", plain)
+    """Letters, digits and the points of numbers, without whose model it is (`meta-llama/Llama-3-70B`); a generation
+    that not everybody prints is left out (`Nemotron-4 340B`, `Llama 3.1 405B`)."""
+    named = re.sub(r"^([\w.-]+/)?(meta[ _-])?", "", text.lower())
+    named = re.sub(r"^nemotron[ _-]*[34][ _-]+(?=\d+b)", "nemotron", named)
+    plain = re.sub(r"[^a-z0-9.]|(?<!\d)\.|\.(?!\d)", "", named)
+    return re.sub(r"^llama3\.?1(?=405b)", "llama3", plain)

@@ -6,9 +6,11 @@ import pytest
 
 from bloomery.planner.cells import (
     Unusable,
+    count,
     experts,
     first_number,
     flags,
+    flash_attention,
     gated,
     number,
     number_format,
@@ -32,7 +34,8 @@ def test_number_formats(text: str, found: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("Full", "full"), ("uniform", "full"), ("block", "full"), ("selective (core_attn)", "selective"), ("None", "none"),
+    [("0.0", "none"), ("1.0", "full"),
+     ("Full", "full"), ("uniform", "full"), ("block", "full"), ("selective (core_attn)", "selective"), ("None", "none"),
      ("0", "none"), ("1", "full"), ("disabled", "none"), ("not used", "none"), ("no activation checkpointing", "none"),
      ("full, without cpu offload", "full"), ("full (sequence parallel disabled)", "full"),
      ("", None)],
@@ -84,12 +87,29 @@ def test_numbers() -> None:
     assert (first_number("ZeRO-3"), first_number("2023-06"), first_number("fsdp")) == (3, 2023, None)
 
 
+@pytest.mark.parametrize("text", ["2.5", "-1", "inf", "many"])
+def test_counts_are_whole_and_not_negative(text: str) -> None:
+    assert [count({"n": said}, "n") for said in ("", "0", "64.0", "1,024")] == [None, 0, 64, 1024]
+    with pytest.raises(Unusable, match=f"n is .*{text}"):
+        count({"n": text}, "n")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("FA2", True), ("v2", True), ("sdpa", True), ("flash-attn 2", True), ("FA3 (no dropout)", True), ("1.0", True),
+     ("no flash", False), ("flash: off", False), ("0.0", False), ("no", False), ("", None)],
+)  # fmt: skip
+def test_fused_attention(text: str, found: bool | None) -> None:
+    assert flash_attention({"flash_attention": text}) is found
+
+
 def test_what_says_nothing_is_blank() -> None:
     assert [said(cell) for cell in (" n/a ", "-", "Unknown", " 8 ", "none")] == ["", "", "", "8", "none"]
 
 
 def test_yes_and_no() -> None:
     assert [yes({"x": text}, "x") for text in ("True", "1", "no", "")] == [True, True, False, None]
+    assert [yes({"x": text}, "x") for text in ("1.0", "0.0")] == [True, False]
     with pytest.raises(Unusable):
         yes({"x": "perhaps"}, "x")
     assert [gated({"activation": text}) for text in ("SwiGLU", "silu", "gelu", "")] == [True, True, False, None]
@@ -98,6 +118,7 @@ def test_yes_and_no() -> None:
 @pytest.mark.parametrize(
     ("text", "found"),
     [("3", 3), ("ZeRO-1", 1), ("2.0", 2), ("FSDP", 3), ("FSDP2", 3), ("full_shard", 3), ("SHARD_GRAD_OP", 2),
+     ("HSDP", 3), ("HSDP2", 3), ("hybrid", 3), ("ZeRO++", 3), ("_HYBRID_SHARD_ZERO2", 2),
      ("distributed optimizer", 1), ("DDP", 0), ("none", 0), ("", None)],
 )  # fmt: skip
 def test_stages_of_zero(text: str, found: int | None) -> None:

@@ -139,6 +139,10 @@ def test_every_accelerator_names_its_source_and_a_training_format(name: str) -> 
         ("h100-sxm", "bfloat16", 989),
         ("h100-sxm", "float8", 1979),
         ("h100-pcie", "bfloat16", 756),
+        ("h100-nvl", "bfloat16", 835.5),
+        ("h20", "bfloat16", 148),
+        ("l4", "bfloat16", 121),
+        ("a6000", "bfloat16", 154.8),
         ("h200", "bfloat16", 989),
         ("b200", "bfloat16", 2250),
         ("gb200", "bfloat16", 2500),
@@ -230,7 +234,7 @@ def test_a_drivers_name_leads_to_data_sheets(device: str, first: str) -> None:
     assert {sheet.name.split("-")[0] for sheet in found} == {first}
 
 
-@pytest.mark.parametrize("device", ["Tesla T4", "NVIDIA GeForce RTX 3060", ""])
+@pytest.mark.parametrize("device", ["Tesla P4", "NVIDIA GeForce RTX 3060", ""])
 def test_an_unknown_device_has_no_data_sheet(device: str) -> None:
     assert catalog.data_sheets_of(device) == []
 

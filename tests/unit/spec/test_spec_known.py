@@ -58,12 +58,15 @@ def test_a_tray_of_four_has_its_cards_whatever_is_called_a_node(
 @pytest.mark.parametrize(
     ("text", "name"),
     [("Qwen3_30B_a3B (dropless)", "qwen3-30b-a3b"), ("Nemotron-8B", "nemotron-3-8b"), ("GPT OSS 120B", "gpt-oss-120b"),
-     ("Nemotron4 340B", "nemotron-4-340b"), ("Llama 3.1 405B", "llama-3-405b"), ("LLAMA3_70B", "llama-3-70b")],
+     ("Nemotron4 340B", "nemotron-4-340b"), ("Llama 3.1 405B", "llama-3-405b"), ("LLAMA3_70B", "llama-3-70b"),
+     ("Nemotron 340B", "nemotron-4-340b"), ("Nemotron-340B", "nemotron-4-340b"), ("Nemotron 3 22B", "nemotron-3-22b"),
+     ("Meta-Llama-3-8B", "llama-3-8b"), ("meta-llama/Llama-3-70B", "llama-3-70b"), ("Qwen/Qwen2.5-7B", "qwen2.5-7b"),
+     ("GPT-3 13B", "gpt3-13b"), ("Qwen3-1.7B.", "qwen3-1.7b")],
 )  # fmt: skip
 def test_models(text: str, name: str) -> None:
     found = model_called(text)
     assert found is not None and found.name == name
-    assert model_called("mine") is None
+    assert model_called("mine") is None and model_called("GPT-3 1.3B") is None
 
 
 @pytest.mark.parametrize(
@@ -71,11 +74,42 @@ def test_models(text: str, name: str) -> None:
     [("A100-80GB-SXM", "a100-80gb"), ("A100-40G", "a100-40gb"), ("A100 40 GB", "a100-40gb"),
      ("A100SXM4-80GB", "a100-80gb"), ("V100-16G", "v100-16gb"), ("V100SXM2-32GB", "v100-32gb"),
      ("V100-PCIE-16GB", "v100-pcie-16gb"), ("H100SXM", "h100-sxm"), ("H100-PCIE-80GB", "h100-pcie"),
-     ("GB200NVL72", "gb200"), ("RTX 3090", None), ("A1000", None)],
+     ("GB200NVL72", "gb200"), ("RTX 3090", None), ("A1000", None), ("H100 NVL 94GB", "h100-nvl"),
+     ("H100 NVLink", "h100-sxm"), ("H200 NVL", None), ("H100 CNX", None), ("A100X", None), ("A100x8", "a100-80gb"),
+     ("A100 PCI-E 40GB", "a100-pcie-40gb"), ("8xH100", "h100-sxm"), ("2 x H100", "h100-sxm"), ("DGXH100", "h100-sxm"),
+     ("A800 PCIe", "a800-pcie-80gb"), ("H800-PCIe5", "h800-pcie"), ("H20", "h20"), ("NVIDIA L4", "l4"), ("L40", None),
+     ("Tesla T4", "t4"), ("RTX A6000", "a6000"), ("DGX A100 640GB", "a100-80gb")],
 )  # fmt: skip
 def test_accelerators(text: str, name: str | None) -> None:
     found = accelerator_called(text)
     assert (found and found.name) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "gib"),
+    [("A100-SXM-64GB", 64), ("H100-96GB-SXM HBM2e", 96), ("A100-80GB", None), ("L40S 48GB", None), ("H200-141GB", None),
+     ("B200 180 GB", None), ("GB300 279GB", None), ("DGX A100 640GB", None), ("MI250X 128GB", None),
+     ("H100 with 100 GB/s", None)],
+)  # fmt: skip
+def test_memory_that_is_told_is_the_accelerators_unless_it_is_the_data_sheets_or_a_nodes(
+    text: str, gib: int | None
+) -> None:
+    found = accelerator_called(text)
+    assert found is not None
+    told = 0.995 * gib * 2**30 if gib else catalog.data_sheet(found.name).memory_bytes
+    assert found.memory_bytes == pytest.approx(told)
+
+
+@pytest.mark.parametrize("name", ["rtx-4090", "l40s", "l4", "t4", "a6000", "h100-nvl", "h800-pcie", "a800-pcie-80gb"])
+def test_nodes_of_pcie_cards_have_the_bus_and_few_network_cards(name: str) -> None:
+    chip = catalog.data_sheet(name)
+    inside, network = cluster_around(chip, 16, 8, "").tiers
+    assert inside.bandwidth_bytes_per_s == chip.upload_bytes_per_s
+    assert network.ports_per_node <= 2
+
+
+def test_eight_of_a_platform_hold_what_it_holds() -> None:
+    assert 8 * catalog.data_sheet("b300").memory_bytes == pytest.approx(2.3e12)
 
 
 def test_cards_without_nvlink_have_the_bus() -> None:
