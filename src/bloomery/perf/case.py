@@ -190,16 +190,11 @@ class Case:
     def sent(self) -> LayoutBatch:
         """The layouts as far as the shard table's messages go under this stack, which may differ from our engine's.
 
-        ZeRO 1 sends what an all-reduce is made of, in two halves; stacks that run messages beside compute hide both in
-        one step, so there it is timed as one. Others keep (or hide) what our selective recomputation gathers again.
+        Others keep (or hide) what our selective recomputation gathers again.
         """
-        changed, columns = dict[str, np.ndarray](), vars(self.lay)
-        beside = not self.stack.eager and not self.stack.whole_gradients
-        if beside and "zero_stage" in columns:
-            changed["zero_stage"] = np.where(self.lay.zero_stage == 1, 0, self.lay.zero_stage)
-        if self.stack.selective_share is not None and "recompute" in columns:
-            changed["recompute"] = np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute)
-        return self.lay.having(**changed)
+        if self.stack.selective_share is None or "recompute" not in vars(self.lay):
+            return self.lay
+        return self.lay.having(recompute=np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute))
 
     @property
     def accelerator(self) -> Accelerator:
