@@ -46,7 +46,7 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     usual = fabric(chip.name)
     node = int(usual.get("node", 8))
     in_node = min(n_gpus, round(gpus_per_node or node))
-    usual_cards = round(usual["cards"] * max(1.0, in_node / node))
+    usual_cards = min(in_node, round(usual["cards"] * max(1.0, in_node / node)))
     cards, card = _cards(interconnect, in_node, usual_cards, usual["card"]) or (usual_cards, usual["card"])
     # Only a rack's links reach beyond what is called a node.
     span = max(in_node, min(int(usual["span"]), n_gpus)) if usual["span"] > node else in_node

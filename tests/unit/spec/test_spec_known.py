@@ -25,7 +25,7 @@ GBIT = 1e9 / 8
         ("100 Gb/s InfiniBand", 1, 100 * GBIT),
         ("100Gbps", 1, 100 * GBIT),
         ("4x HDR InfiniBand (200 Gb/s each)", 4, 200 * GBIT),
-        ("3200 Gbps EFA", 16, 200 * GBIT),
+        ("3200 Gbps EFA", 8, 400 * GBIT),
         ("InfiniBand HDR 200 Gb/s", 8, 200 * GBIT),
         ("8x400G NDR", 8, 400 * GBIT),
         ("4x NDR 400", 4, 400 * GBIT),
