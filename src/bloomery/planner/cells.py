@@ -129,6 +129,12 @@ def schedule(text: str) -> Schedule | None:
     return found
 
 
+def adapters(row: Mapping[str, str]) -> bool:
+    """Whether a row says that it trains adapters alone; its source may have other runs too."""
+    words = " ".join(text for name, text in row.items() if not name.startswith("source")).lower()
+    return bool(re.search(r"(?<!no )(?<!not )(?<!without )(?<![a-z])(q?lora|peft)(?![a-z])", words))
+
+
 def says_dense(text: str) -> bool:
     """Whether a cell on experts says that there are none."""
     return text.lower() in (*NO, "dense")
