@@ -34,7 +34,9 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 """Indices into `spec.layout.SCHEDULES`."""
 
 MESH = ("tp", "pp", "dp", "cp", "ep")
-PART = ("tp", "cp", "cp_method", "ep", "sequence_parallel", "micro_batch", "recompute", "offload", "gathers")
+PART = (
+    "tp", "cp", "cp_method", "ep", "expert_tp", "sequence_parallel", "micro_batch", "recompute", "offload", "gathers",
+)  # fmt: skip
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
 """Those that a micro-batch on a rank depends on."""
@@ -152,7 +154,7 @@ class Case:
             {"micro_batches"} if not np.ndim(self.global_batch) and {"dp", "micro_batch"} <= set(columns) else set()
         )
         if columns != MESH and set(MESH) <= set(columns):
-            return ["mesh", *(name for name in columns if name not in {*MESH, *implied})]
+            return ["mesh", *(name for name in columns if name not in {*MESH, "expert_tp", *implied})]
         return [name for name in columns if name not in implied]
 
     def _codes(self, name: str) -> Codes:
@@ -166,10 +168,16 @@ class Case:
             # Without sequence parallelism nothing is summed, however it is cut.
             return self.once(name, lambda: Codes.of(self.lay.norms_sharded & (self.lay.sequence_parallel == 1)))
         if name == "gathers" and self.precision.stream >= self.precision.parameter:
-            # Only casts to a narrower format depend on it.
-            return self.once("codes of gathers", lambda: Codes.of(np.zeros(len(self.lay), dtype=np.int64)))
+            return self._alike  # only casts to a narrower format depend on it
+        if name == "expert_tp" and np.array_equal(self.lay.expert_tp, self.lay.tp):
+            return self._alike
         of = self if name in COUNTED else self.lay
         return self.once(f"codes of {name}", lambda: Codes.of(getattr(of, name)))
+
+    @OfLayouts
+    def _alike(self) -> Codes:
+        """A column of one value."""
+        return Codes.of(np.zeros(len(self.lay), dtype=np.int64))
 
     @cached_property
     def _partial(self) -> bool:
@@ -190,16 +198,11 @@ class Case:
     def sent(self) -> LayoutBatch:
         """The layouts as far as the shard table's messages go under this stack, which may differ from our engine's.
 
-        ZeRO 1 sends what an all-reduce is made of, in two halves; stacks that run messages beside compute hide both in
-        one step, so there it is timed as one. Others keep (or hide) what our selective recomputation gathers again.
+        Others keep (or hide) what our selective recomputation gathers again.
         """
-        changed, columns = dict[str, np.ndarray](), vars(self.lay)
-        beside = not self.stack.eager and not self.stack.whole_gradients
-        if beside and "zero_stage" in columns:
-            changed["zero_stage"] = np.where(self.lay.zero_stage == 1, 0, self.lay.zero_stage)
-        if self.stack.selective_share is not None and "recompute" in columns:
-            changed["recompute"] = np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute)
-        return self.lay.having(**changed)
+        if self.stack.selective_share is None or "recompute" not in vars(self.lay):
+            return self.lay
+        return self.lay.having(recompute=np.where(self.lay.recompute == SELECTIVE, 0, self.lay.recompute))
 
     @property
     def accelerator(self) -> Accelerator:
@@ -230,6 +233,11 @@ class Case:
     def tokens(self) -> np.ndarray:
         """Tokens of one micro-batch on one context-parallel rank."""
         return self.lay.micro_batch * self.seq_len / self.lay.cp
+
+    @OfLayouts
+    def expert_tokens(self) -> np.ndarray:
+        """The same whose copies one rank has for experts: a part where these are cut less than the rest is."""
+        return self.tokens * (self.lay.expert_tp / self.lay.tp)
 
     @OfLayouts
     def stream_tokens(self) -> np.ndarray:

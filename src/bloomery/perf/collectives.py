@@ -44,7 +44,7 @@ class Group:
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
-    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep (neighbours of dp), data (dp x cp, inside
+    """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep, data (dp x cp, inside
     one replica), edp (the ranks of data that hold the same experts), replica (the same place in each), ends (the first
     and the last pipeline rank)."""
     if axis == "tp":
@@ -55,7 +55,8 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
         return Group(lay.world_size, np.ones_like(lay.tp))
     inner = lay.tp * lay.cp
     if axis == "ep":
-        return Group(lay.ep, inner)  # pp is outermost where there is one
+        # Neighbours of dp (pp is outermost where there is one), or of tp where those are too few.
+        return Group(lay.ep, np.where(lay.expert_tp < lay.tp, lay.expert_tp, inner))
     # Distance between neighbours of dp and of pp, one of which lies inside the other.
     data, stages = (
         np.where(lay.outermost == 0, *apart) for apart in ((inner, inner * lay.pp), (inner * lay.dp, inner))

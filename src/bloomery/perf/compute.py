@@ -186,8 +186,8 @@ def _experts(case: Case) -> tuple[Any, Any]:
     model, lay = case.model, case.lay
     assert model.moe is not None
     here = model.moe.experts / lay.ep
-    rows = case.tokens * model.moe.top_k / here * case.expert_imbalance
-    width = model.moe.expert_ffn_hidden / lay.tp
+    rows = case.expert_tokens * model.moe.top_k / here * case.expert_imbalance
+    width = model.moe.expert_ffn_hidden / lay.expert_tp
     copies = 2 if model.gated else 1
     wide = case.stack.eager
     pairs = [_linear(case, rows, model.hidden, width, here * copies, wide=wide)]
@@ -196,7 +196,7 @@ def _experts(case: Case) -> tuple[Any, Any]:
     pairs = [(forward * case.stack.expert_factor, backward * case.stack.expert_factor)]
     pairs.append(_linear(case, case.tokens, model.hidden, model.moe.experts))
     if model.moe.shared_experts:
-        shared = model.moe.shared_experts * width
+        shared = model.moe.shared_experts * model.moe.expert_ffn_hidden / lay.tp
         pairs.append(_linear(case, case.tokens, model.hidden, shared, copies))
         pairs.append(_linear(case, case.tokens, shared, model.hidden))
     return _summed(pairs)
@@ -242,7 +242,7 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     copies: Any = 0.0
     if moe and model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        copies = stack.expert_factor * model.moe.top_k * case.tokens * model.hidden * precision.stream
+        copies = stack.expert_factor * model.moe.top_k * case.expert_tokens * model.hidden * precision.stream
     heads = model.heads + (1 if model.mla else model.kv_heads)
     turned = heads * model.rotary_width if model.position == "rope" else 0
     norm, activation = stack.norm(model), stack.activation(model)

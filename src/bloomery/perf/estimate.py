@@ -15,8 +15,8 @@ from math import exp, hypot, log, sqrt
 import numpy as np
 
 from bloomery.perf.breakdown import compute_kinds, messages_in_all
-from bloomery.perf.case import SELECTIVE, Case
-from bloomery.perf.flops import CONVENTION, model_flops, recomputed_flops
+from bloomery.perf.case import Case
+from bloomery.perf.flops import CONVENTION, forward_flops, model_flops
 from bloomery.perf.memory import PARTS, memory_of, peak_bytes, worst_memory
 from bloomery.perf.pipeline import rank_counts
 from bloomery.perf.result import Estimate, Node
@@ -96,12 +96,8 @@ class Estimates:
         there = 1.0 if every is None else rank_counts(case)
         # Where stages differ, layers are counted as the model's on average.
         for lay, own in by_recompute(case.lay, (every or case.first).shape):
-            recompute = lay.recompute
-            if case.stack.selective_share is None:
-                recompute = np.where(recompute == SELECTIVE, 0, recompute)  # it repeats no products
             share = 1.0 if every is None else (own.layers * there).sum(axis=0) / case.model.layers
-            flops = recomputed_flops(case.model, recompute, global_batch=case.global_batch, seq_len=case.seq_len)
-            again = again + share * flops
+            again = again + share * _repeated_flops(case, lay.recompute)
         return self.model_flops + again
 
     @cached_property
@@ -206,6 +202,16 @@ def estimate_case(case: Case) -> Estimates:
     """`estimate` for a case that is asked again and again under other constants (`Case.under`)."""
     case.accelerator.peak(case.dtype)
     return Estimates(case)
+
+
+def _repeated_flops(case: Case, recompute: np.ndarray) -> np.ndarray:
+    """FLOPs of recomputation in one step as its time counts them, (n,): full, one more forward pass of every layer;
+    selective, what the stack repeats: its share of that, the attention core where it is not fused, no products at all
+    where `Stack.selective_share` is None."""
+    forward, share = forward_flops(case.model, case.seq_len), case.stack.selective_share
+    core = 0.0 if case.stack.flash_attention else forward.attention
+    selective = 0.0 if share is None else core + share * forward.layers
+    return case.global_batch * np.choose(recompute, [0.0, selective, forward.layers])
 
 
 def interval_of(cluster: Cluster) -> Interval:

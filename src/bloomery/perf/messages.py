@@ -187,10 +187,7 @@ def data_messages(case: Case) -> Data:
             "gradient_bytes": case.precision.gradient,
         },
     )
-    rows = case.once(
-        f"data-parallel messages, eager {case.stack.eager}, whole {case.stack.whole_gradients}",
-        lambda: data_collectives(case.model, case.sent, ranks.shape, **widths),
-    )
+    rows = case.once("data-parallel messages", lambda: data_collectives(case.model, case.lay, ranks.shape, **widths))
     if case.stack.whole_gradients:
         rows = _as_one(rows)
     groups = {axis: group_of(case.lay, "data" if axis == "dp" else axis) for axis in {row.axis for row in rows}}

@@ -38,7 +38,7 @@ class Held:
 
     def experts(self, lay: LayoutBatch) -> np.ndarray:
         """Elements of routed experts on one rank, shape (n,)."""
-        return (self.expert_cut / lay.tp + self.expert_whole) / lay.ep
+        return (self.expert_cut / lay.expert_tp + self.expert_whole) / lay.ep
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,12 @@ def trades_time_for_memory(text: str) -> bool:
     return re.search(r"v[\s_-]*(half|min)", text.lower()) is not None
 
 
+def adapters(row: Mapping[str, str]) -> bool:
+    """Whether a row says that it trains adapters alone; its source may have other runs too."""
+    words = " ".join(text for name, text in row.items() if not name.startswith("source")).lower()
+    return bool(re.search(r"(?<!no )(?<!not )(?<!without )(?<![a-z])(q?lora|peft)(?![a-z])", words))
+
+
 def says_dense(text: str) -> bool:
     """Whether a cell on experts says that there are none."""
     return text.lower() in (*NO, "dense")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.memory import chance_of_fitting
-from bloomery.planner.cells import Unusable, out_of_memory
+from bloomery.planner.cells import Unusable, adapters, out_of_memory
 from bloomery.planner.published import Published, usable
 from bloomery.planner.questions import Questions, interval_of
 from bloomery.spec.calibration import Calibration
@@ -34,13 +34,15 @@ APART = frozenset(
     }
 )
 """Flags of runs that are left out of headline figures."""
+ADAPTED = "trains adapters alone (LoRA, PEFT): gradients and optimizer state are not the model's"
 FEWEST_LAYOUTS = 3
 """Layouts that a group needs before their order says anything."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the file. Bytes are of the rank that needs most; None where the row could not be modelled."""
+    """One row of the file. Bytes are of the rank that needs most; None where the row could not be modelled, and where
+    `memory_reason` says why its memory is not judged."""
 
     id: str
     source: str
@@ -55,6 +57,7 @@ class Row:
     name: str = ""
     flagged: bool = False
     ran: bool = True
+    memory_reason: str = ""
 
     @property
     def scored(self) -> bool:
@@ -190,7 +193,8 @@ def _answers(
             answers.append((_unanswered(row, str(question), ran=timed), None))
         else:
             seconds, peak = next(predictions)
-            answers.append((_answered(question, float(seconds), float(peak), table, timed=timed), question))
+            answer = _answered(question, float(seconds), float(peak), table, timed=timed)
+            answers.append((_unweighed(answer, ADAPTED) if adapters(row) else answer, question))
     return answers
 
 
@@ -219,6 +223,11 @@ def _answered(run: Published, seconds: float, peak: float, table: Calibration, *
         flagged=bool(APART & set(run.flags)),
         ran=timed,
     )
+
+
+def _unweighed(row: Row, reason: str) -> Row:
+    """The same without a word on its memory."""
+    return replace(row, predicted_peak_bytes=None, fits=None, p_fits=None, memory_reason=reason)
 
 
 def _by_source(rows: Iterable[Row]) -> dict[str, Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bloomery.spec.base import Noun
 from bloomery.spec.errors import InputError
@@ -134,6 +134,13 @@ class Tier(Noun):
         """Latency of one hop of an operation, its factor in it."""
         return self.op_latency_s.get(op, self.op_factor.get(op, 1.0) * self.latency_s)
 
+    def shared_by(self, ranks: int) -> Tier:
+        """The same network with one port a rank at most: more of them are a faster one, for a rank uses all of its."""
+        if self.ports_per_node <= ranks or self.span <= ranks:
+            return self
+        rate = self.bandwidth_bytes_per_s * self.ports_per_node / ranks
+        return self.model_copy(update={"ports_per_node": ranks, "bandwidth_bytes_per_s": rate})
+
     def waiting(self, factor: float) -> dict[str, Any]:
         """What changes where every latency is so many times as long."""
         apart = {op: seconds * factor for op, seconds in self.op_latency_s.items()}
@@ -191,6 +198,13 @@ class Cluster(Noun):
     noise: float = Field(default=0.0, ge=0, description="relative standard error of the probe; widens intervals")
     source: str = ""
     provenance: dict[str, str] = {}
+
+    @field_validator("tiers")
+    @classmethod
+    def _shared(cls, tiers: tuple[Tier, ...], info: ValidationInfo) -> tuple[Tier, ...]:
+        """Between nodes, ports that the accelerators of one can share out."""
+        ranks = info.data.get("accelerators_per_node")
+        return tuple(tier.shared_by(ranks) for tier in tiers) if ranks else tiers
 
     @model_validator(mode="after")
     def _check(self) -> Cluster:

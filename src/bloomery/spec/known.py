@@ -73,7 +73,7 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
     usual = fabric(chip.name)
     node = int(usual.get("node", 8))
     in_node = min(n_gpus, round(gpus_per_node or node))
-    usual_cards = round(usual["cards"] * max(1.0, in_node / node))
+    usual_cards = min(in_node, round(usual["cards"] * max(1.0, in_node / node)))
     cards, card = _cards(interconnect, in_node, usual_cards, usual["card"]) or (usual_cards, usual["card"])
     # Only a rack's links reach beyond what is called a node.
     span = max(in_node, min(int(usual["span"]), n_gpus)) if usual["span"] > node else in_node
@@ -96,19 +96,33 @@ def cluster_around(chip: Accelerator, n_gpus: int, gpus_per_node: float | None, 
 
 
 INSIDE = re.compile(r"nvlink|nvswitch|nvl\d|xgmi|pcie", re.IGNORECASE)
-RATE = re.compile(r"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*(GB|TB|[GTgt]b|[GgTt]iga[Bb]it|GE|G\b)")
-GENERATION = re.compile(r"\b(EDR|HDR|NDR|XDR)[ -]?(\d{3})?\b(?!\s*[GgTt\d])")
+UNIT = r"GB|TB|[GTgt]b|[GgTt]iga[Bb]it|GE|G\b"
+RATE = re.compile(rf"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s*({UNIT})")
+SPELLED = {"one": 1, "single": 1, "two": 2, "dual": 2, "four": 4, "eight": 8}
+PRODUCT = re.compile(r"\b(connectx|bluefield)[ -]?\d+", re.IGNORECASE)
+NODE = r"(?:node|server|host)"
+COUNT = re.compile(
+    rf"(?<![\w.-])(\d\d?|{'|'.join(SPELLED)})(?:\s+(?!{UNIT})(?:(?!per\b|\S*(?:gpu|node))[\w./-]+\s+){{0,5}}"
+    rf"(?:nic|hca|rail|card|port|adapter)s?\b|\s*(?:per |/ ?){NODE})",
+    re.IGNORECASE,
+)
+"""How many cards a node has: a number before a noun for them, with what kind they are between, or `8 per node`."""
+GENERATION = re.compile(r"\b(EDR|HDR|NDR|XDR)(?:[ -]?(\d{3}))?\b(?!\s*[GgTt\d])")
 GENERATIONS = {"EDR": 100, "HDR": 200, "NDR": 400, "XDR": 800}
 """Gb/s of four lanes of InfiniBand (IBTA roadmap)."""
+FASTEST = 800 * GIGABIT
+"""Of one card."""
 
 
 def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float] | None:
     """(network cards of a node, bytes/s of each) from `4x200Gbps`, `8x ConnectX-7 400 Gb/s`, `1600 Gbps per node`,
-    `400 Gb/s per GPU`, `100 Gb/s InfiniBand` (one card); what no usual card (of `card` bytes/s) reaches is the node's.
-    Clauses about links inside a node say nothing of it."""
-    for clause in re.split(r"[,;+]|\band\b", text.replace("\u00d7", "x")):
-        spelled = GENERATION.sub(lambda name: f"{name[2] or GENERATIONS[name[1]]}Gb", clause)
-        found = None if INSIDE.search(clause) else RATE.search(spelled)
+    `400 Gb/s per GPU`, `8 400 Gb/s NICs`, `HDR, 4 per node`, `100 Gb/s InfiniBand` (one card); what no usual card (of
+    `card` bytes/s) reaches is the node's where no number is told. Clauses about links inside a node say nothing of it.
+    """
+    clauses = re.split(r"[,;+]|\band\b", PRODUCT.sub(r"\1", text.replace("\u00d7", "x")))
+    rates = {clause: RATE.search(_in_gigabits(clause)) for clause in clauses if not INSIDE.search(clause)}
+    elsewhere = next((count for clause in rates if not rates[clause] and (count := _count(clause))), None)
+    for clause, found in rates.items():
         if found is None:
             continue
         rate = float(found[2]) * (1e9 if found[3].endswith("B") else GIGABIT)
@@ -117,12 +131,30 @@ def _cards(text: str, in_node: int, usual: int, card: float) -> tuple[int, float
             return int(found[1]), rate
         if re.search(r"per (gpu|accelerator|rank)", clause, re.IGNORECASE):
             return in_node, rate
+        if count := _count(clause) or elsewhere:
+            return count, rate / count if rate > FASTEST or _of_a_node(found) else rate
         named = any(name in clause for name in GENERATIONS)  # a port's rate, whatever is usual
-        if (rate > card and not named) or re.search(r"per (node|server|host)", clause, re.IGNORECASE):
+        if (rate > card and not named) or re.search(rf"per {NODE}", clause, re.IGNORECASE):
             cards = max(1, round(rate / CARD))
             return cards, rate / cards
         return (1 if rate <= ALONE else usual), rate
     return None
+
+
+def _in_gigabits(clause: str) -> str:
+    """With the rates of InfiniBand's generations in place of their names."""
+    return GENERATION.sub(lambda name: f"{name[2] or GENERATIONS[name[1]]}Gb", clause)
+
+
+def _of_a_node(rate: re.Match[str]) -> bool:
+    """Whether it is followed at once by what all of it belongs to: `1600 Gbps per node (8 cards)`."""
+    return bool(re.match(rf"\S*\s*(?:per |/ ?){NODE}", rate.string[rate.end() :], re.IGNORECASE))
+
+
+def _count(clause: str) -> int | None:
+    """The number of cards that a clause tells, if any."""
+    found = COUNT.search(_in_gigabits(clause))
+    return None if found is None else SPELLED.get(found[1].lower()) or int(found[1])
 
 
 def model_called(text: str) -> Model | None:

@@ -291,6 +291,15 @@ class LayoutBatch:
         return self.zero_stage >= 2
 
     @cached_property
+    def expert_tp(self) -> np.ndarray:
+        """Ranks over which tensor parallelism cuts an expert, (n,). Where ep exceeds the data-parallel ranks (others'
+        software alone does that), experts also lie on tensor-parallel ranks, whole as far as these reach."""
+        beyond = self.ep > self.data_ranks
+        if not np.any(beyond):
+            return self.tp
+        return np.where(beyond, np.maximum(self.tp * self.data_ranks // self.ep, 1), self.tp)
+
+    @cached_property
     def frees(self) -> np.ndarray:
         """Where it gives them back after each use, (n,)."""
         return self.zero_stage == 3

@@ -52,6 +52,20 @@ def test_eight_ranks_a_node_share_two_ports() -> None:
     assert seconds[0] == pytest.approx(6 * 10e-6 + 2 * 3 / 4 * 1e9 / (10e9 * 2 / 8))
 
 
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("op", ["all_reduce", "all_to_all", "send"])
+def test_more_ports_than_ranks_are_faster_ones(op: CollectiveName, flat: bool) -> None:
+    def across(ports: int, rate: float) -> Cluster:
+        slow = SLOW.model_copy(update={"ports_per_node": ports, "bandwidth_bytes_per_s": rate, "flat": flat})
+        return Cluster(nodes=8, accelerators_per_node=8, accelerator=cluster().accelerator, tiers=(FAST, slow))
+
+    many, few = across(32, 12.5e9), across(8, 50e9)
+    for asked in (group(4, 8), group(32, 1), group(2, 4)):
+        assert collective_s(many, op, asked, 1e9)[0] == collective_s(few, op, asked, 1e9)[0]
+    assert across(2, 25e9).tiers[1].bandwidth_bytes_per_s == 25e9
+    assert many.cut(2).tiers[0] == FAST  # links inside a node are each an accelerator's own
+
+
 def test_few_ranks_of_a_mesh_have_the_links_between_them() -> None:
     switched = cluster()
     shares = ((2, 1 / 7), (4, 3 / 7))

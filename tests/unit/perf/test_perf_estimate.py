@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
 from bloomery.perf.estimate import Estimates, estimate, interval_of
+from bloomery.perf.flops import forward_flops
+from bloomery.perf.profiles import FSDP, PUBLISHED
 from bloomery.perf.result import Estimate
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Passes, Stack
 from bloomery.spec import catalog
@@ -100,6 +102,18 @@ def test_an_estimate_survives_json_and_its_trees_add_up() -> None:
     assert one.low_s < one.step_time_s < one.high_s
     assert one.mfu_causal < one.mfu
     assert "full attention" in one.convention
+
+
+@pytest.mark.parametrize(
+    ("stack", "core", "share"), [(GPU, 0, 0.0), (PUBLISHED, 0, 0.0), (FSDP.stack, 0, 0.5), (MEGATRON_2022, 1, 0.0)]
+)
+def test_hardware_flops_count_what_the_time_has_repeated(stack: Stack, core: int, share: float) -> None:
+    layouts = [Layout(tp=8, pp=8, recompute=again) for again in ("none", "selective", "full")]
+    found, forward = predict(layouts, stack=stack), forward_flops(GPT3, 2048)
+    none, selective, full = found.hardware_flops - found.model_flops
+    assert none == 0.0 and full == pytest.approx(64 * forward.layers)
+    assert selective == pytest.approx(64 * (core * forward.attention + share * forward.layers))
+    assert (selective == 0.0) == (found.components["recompute"][1] == 0.0) or stack is GPU  # its norms, no products
 
 
 def test_yuans_paper_layout_comes_near_the_reported_efficiency() -> None:

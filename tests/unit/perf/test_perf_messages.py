@@ -36,11 +36,18 @@ def test_a_contiguous_buffer_is_one_message_of_all_gradients() -> None:
     assert reduced[0] == pytest.approx(seconds(of, "all_reduce", 4 * parameter_count(MODEL)))
 
 
-def test_zero_1_scatters_and_gathers_layer_by_layer_what_it_cut() -> None:
-    of = case(MEGATRON_2022, 1)
+@pytest.mark.parametrize("stack", [MEGATRON_2022, GPU])
+def test_zero_1_scatters_and_gathers_layer_by_layer_what_it_cut(stack: Stack) -> None:
+    of = case(stack, 1)
     data, count, more = data_messages(of), parameter_count(MODEL), MODEL.layers
     for found, op, n_bytes in ((data.reduce, "reduce_scatter", 4 * count), (data.gather, "all_gather", 2 * count)):
         assert found[0][0] == pytest.approx(seconds(of, op, n_bytes) + more * seconds(of, op, 0.0))
+
+
+def test_zero_1_sends_what_zero_2_does_where_parameters_are_as_narrow_as_the_stream() -> None:
+    first, second = (data_messages(case(GPU, stage)) for stage in (1, 2))
+    assert first.reduce[0] == pytest.approx(second.reduce[0])
+    assert first.gather[0] == pytest.approx(second.gather[0])
 
 
 def test_what_is_reduced_beside_the_backward_pass_goes_layer_by_layer() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from bloomery.planner.cells import (
     Unusable,
+    adapters,
     count,
     experts,
     first_number,
@@ -76,6 +77,15 @@ def test_experts(text: str, found: tuple[int, int, int] | None) -> None:
 def test_experts_that_cannot_be(text: str) -> None:
     with pytest.raises(Unusable):
         experts(text)
+
+
+@pytest.mark.parametrize(
+    ("notes", "found"),
+    [("task=LoRA; dp derived", True), ("fine-tuning (peft)", True), ("QLoRA", True), ("no LoRA", False),
+     ("flora", False), ("", False)],
+)  # fmt: skip
+def test_adapters(notes: str, found: bool) -> None:
+    assert adapters({"source": "LoRA and full fine-tuning", "notes": notes}) == found
 
 
 def test_numbers() -> None:
