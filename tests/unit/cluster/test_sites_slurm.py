@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bloomery.cluster.sites import slurm
-from bloomery.cluster.sites.order import order
+from bloomery.cluster.hostfile import Host
+from bloomery.cluster.sites import slurm, ssh
+from bloomery.cluster.sites.order import Order, order
 from bloomery.spec.catalog import read_run
 from bloomery.spec.job import STOPPED_BY_SIGNAL
 
@@ -30,11 +31,16 @@ exit {STOPPED_BY_SIGNAL}
 """
 
 
-def asked(tmp_path: Path, runs: int, address: str = "10.0.0.1", **variables: str) -> str:
-    """What the script of so many runs asks of Slurm, when each is stopped after a checkpoint."""
+def alike(tmp_path: Path, runs: int) -> list[Order]:
+    """Runs on two hosts that differ in their names."""
     fixed = ["cluster.nodes=2", "layout={tp: 8, dp: 2}", f"out={tmp_path}"]
     one = order(read_run(ROOT / "examples" / "llama3-8b.yaml", fixed), None)
-    orders = [replace(one, run=one.run.model_copy(update={"name": f"r{number}"})) for number in range(runs)]
+    return [replace(one, run=one.run.model_copy(update={"name": f"r{number}"})) for number in range(runs)]
+
+
+def asked(tmp_path: Path, runs: int, address: str = "10.0.0.1", **variables: str) -> str:
+    """What the script of so many runs asks of Slurm, when each is stopped after a checkpoint."""
+    orders = alike(tmp_path, runs)
     for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -66,3 +72,9 @@ def test_hosts_of_different_sizes_are_asked_for_what_the_smallest_has(tmp_path: 
 @pytest.mark.parametrize(("address", "named"), [("10.0.0.1", "10.0.0.1"), ("2001:db8::1", "[2001:db8::1]")])
 def test_a_host_is_named_so_that_its_port_can_be_told(tmp_path: Path, address: str, named: str) -> None:
     assert f"--rendezvous {named}:" in asked(tmp_path, 1, address)
+
+
+def test_by_ssh_too(tmp_path: Path) -> None:
+    one, _ = alike(tmp_path, 2)
+    (command, _) = ssh.commands(one, [Host("me@far", address="2001:db8::1"), Host("near")])
+    assert "--rendezvous '[2001:db8::1]:29400'" in command[-1]
