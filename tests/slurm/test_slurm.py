@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Iterator
 
@@ -140,3 +141,20 @@ def test_a_sweep_is_one_array_job(scenario: Scenario) -> None:
     scenario.site.wait(lambda: not scenario.site.call("squeue", "-h"), "the end of the array")
     finals = {scenario.losses(f"sweep-{number}")[4] for number in range(3)}
     assert len(finals) == 3
+
+
+def test_every_task_of_a_sweep_goes_on_by_itself(scenario: Scenario) -> None:
+    path = scenario.describe("stopped")
+    sweep = ("--nodes", "1", "--array", "train.seed=1,2", "--json")
+    done = scenario.call("launch", path, "--on", "slurm", *sweep)
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)["job"]
+    names = [f"stopped-{number}" for number in range(2)]
+    for name in names:
+        scenario.reached(name, 5)
+    for number, name in enumerate(names):
+        scenario.site.call("scancel", "--signal=USR1", f"{job}_{number}")
+        scenario.site.wait(lambda name=name: len(scenario.events(name, "job_started")) == 2, f"{name} started again")
+    scenario.site.wait(lambda: not scenario.site.call("squeue", "-h"), "the end of the array")
+    for name in names:
+        assert max(scenario.losses(name)) == scenario.steps

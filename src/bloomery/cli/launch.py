@@ -60,7 +60,7 @@ def launch(
     from bloomery.spec.catalog import read_run
     from bloomery.spec.errors import InputError
 
-    _check_options(on, show=show, again=again, as_json=as_json)
+    _check_options(on, hosts, show=show, again=again, as_json=as_json)
     assignments = set_ or []
     runs = [read_run(path, assignments) for path in run_files]
     if array:
@@ -80,12 +80,16 @@ def launch(
         _manifest(order(runs[0], nodes), on, show=show, as_json=as_json)
 
 
-def _check_options(on: Site, *, show: bool, again: bool, as_json: bool) -> None:
+def _check_options(on: Site, hosts: Path | None, *, show: bool, again: bool, as_json: bool) -> None:
     """Raise InputError for options that contradict each other, before anything is submitted."""
     from bloomery.spec.errors import InputError
 
     if show + again + as_json > 1:
         raise InputError("one of them at a time", where="--print, --follow, --json")
+    if hosts is not None and on is not Site.SSH:
+        raise InputError(
+            "only ssh is told its hosts", where="--hosts", found=str(hosts), accepted="--nodes N, how many"
+        )
     if on is Site.SSH and (again or as_json):
         problem = "by ssh a run is followed where it was launched; `bloomery watch RUN_DIR` looks at it from elsewhere"
         raise InputError(problem, where="--follow" if again else "--json")

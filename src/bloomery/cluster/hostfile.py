@@ -25,6 +25,7 @@ SLURM = "slurm"
 """In the place of a host file: the nodes of the Slurm job this runs in."""
 SETTINGS = ("slots", "address", "threads")
 LOOPBACK = "127.0.0.1"
+_WITH_PORT = re.compile(r"[^:]+:\d+")
 _TASKS = re.compile(r"([1-9]\d{0,5})(?:\(x([1-9]\d{0,5})\))?")
 
 
@@ -39,8 +40,8 @@ class Host:
 
     @property
     def reached_by(self) -> str:
-        """The address the others connect to."""
-        return self.address or self.name
+        """The address the others connect to; whose account ssh uses says nothing of it."""
+        return self.address or self.name.rpartition("@")[2]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,8 @@ def _host(words: list[str], where: str) -> Host:
     name, values = words[0], dict[str, str]()
     if name.startswith("-") or "=" in name:
         raise InputError("a host's name comes first", where=where, found=name)
+    if _WITH_PORT.fullmatch(name):
+        raise InputError("a host takes no port here", where=where, found=name, accepted="the port in ~/.ssh/config")
     for word in words[1:]:
         key, equals, value = word.partition("=")
         if not equals or not value or key not in SETTINGS:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from bloomery.spec.errors import InputError
 
 PORT = 29400
 """Where the first host listens unless another port is named."""
+_LISTENING = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::(\d{1,5}))?")
+"""An address with colons in brackets: without them its last group could be a port."""
+
+
+def named_for_port(host: str) -> str:
+    """A host as it stands before a colon and a port."""
+    return f"[{host}]" if ":" in host else host
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,14 @@ class Place:
             raise InputError("not a host's number and their count", where="--node", found=node, accepted="as in 0/4")
         if int(count) == 1:
             return cls()
-        host, colon, port = rendezvous.rpartition(":")
-        host, port = (host, port) if colon else (rendezvous, str(PORT))
-        if not host or not (port.isdecimal() and 0 < int(port) < 65536):
+        found = _LISTENING.fullmatch(rendezvous)
+        address, name, port = found.groups() if found else ("", "", None)
+        listens_at = int(port or PORT)
+        if not found or not 0 < listens_at < 65536:
             raise InputError(
                 "where the first host listens is needed",
                 where="--rendezvous",
                 found=rendezvous or None,
-                accepted="HOST:PORT, an address that all hosts reach",
+                accepted="HOST:PORT or [ADDRESS]:PORT, an address that all hosts reach",
             )
-        return cls(int(number), int(count), host.strip("[]"), int(port))
+        return cls(int(number), int(count), address or name, listens_at)

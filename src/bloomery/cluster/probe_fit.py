@@ -46,6 +46,8 @@ GO_ROUND: tuple[CollectiveName, ...] = ("all_reduce", "all_gather", "reduce_scat
 OVERLAP_STARTS = (0.05, 0.5)
 """From where the overlap of latency and wire is sought: near none, messages that wait longer than their bytes take tell
 nothing of it."""
+DECADE = log(10)
+"""A fitted rate is within one of what two sizes tell: in noise a fit may run away."""
 Kinds = Mapping[str, float]
 """Seconds of the compute of one step, by `spec.components.KINDS`."""
 
@@ -204,7 +206,8 @@ def rate_of(rows: Sequence[dict[str, Any]], ranks: int) -> float:
     """Bytes/s between the smallest and the largest all-reduce: what waits for no wire is in both."""
     times = {row["bytes"]: mean(row["s"]) for row in rows if row["op"] == "all_reduce"}
     smallest, largest = min(times), max(times)
-    return 2 * (ranks - 1) / ranks * (largest - smallest) / max(1e-9, times[largest] - times[smallest])
+    on_wire_s = max(0.1 * times[largest], times[largest] - times[smallest])  # a disturbed small one may take longer
+    return 2 * (ranks - 1) / ranks * (largest - smallest) / on_wire_s
 
 
 def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, wire: float | None = None) -> Tier:
@@ -246,15 +249,15 @@ def fit_tier(rows: Sequence[dict[str, Any]], ranks: int, name: str = "gloo", *, 
         return np.append(np.log(np.array(expected) / np.array(found)), SMALL_HALF * (x[1] - log(smallest)))
 
     latency_s = times["all_reduce"][smallest] / (2 * (ranks - 1))
-    start = [log(latency_s), log(smallest), *(0.0 for _ in others), *(() if wire else (log(rate_of(rows, ranks)),))]
-    if not waits:
-        return tier(least_squares(residuals, start, loss="soft_l1", f_scale=0.3).x)
-    bounds = np.append([-np.inf] * len(start), 0.0), np.append([np.inf] * len(start), 1.0)
-    fits = [
-        least_squares(residuals, [*start, overlap], bounds=bounds, loss="soft_l1", f_scale=0.3)
-        for overlap in OVERLAP_STARTS
-    ]
-    best = tier(min(fits, key=lambda fit: fit.cost).x)
+    start = [log(latency_s), log(smallest), *(0.0 for _ in others)]
+    within = [(-np.inf, np.inf) for _ in start]
+    if not wire:
+        start.append(log(rate_of(rows, ranks)))
+        within.append((start[-1] - DECADE, start[-1] + DECADE))
+    starts = [[*start, overlap] for overlap in OVERLAP_STARTS] if waits else [start]
+    within += [(0.0, 1.0)] * waits
+    how = {"bounds": tuple(np.transpose(within)), "loss": "soft_l1", "f_scale": 0.3}
+    best = tier(min((least_squares(residuals, one, **how) for one in starts), key=lambda fit: fit.cost).x)
     return best.model_copy(update={"overlap": round(best.overlap, 3)})
 
 

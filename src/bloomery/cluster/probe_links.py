@@ -42,9 +42,8 @@ TRIAL = 50
 SHARE_S = 0.4
 """Of compute that shows what share of its cores a rank is given: longer than the period of a container's quota."""
 SLOW_S = 0.25
-"""A message that takes longer is sent once a turn: a slow link must not make a probe last minutes."""
-LONGEST_S = 1.0
-"""After one that takes longer no larger ones are sent."""
+"""A message that takes longer is sent once a turn, and after it no larger ones: a slow link must not make a probe last
+minutes, and its messages wait for its wire more than for anything else."""
 
 
 def now(device: torch.device) -> float:
@@ -126,7 +125,7 @@ def _measure(
     for work in operations(device, group, line, rank, sizes[0]).values():
         work()  # the first message of a group opens its connections
     for size in sizes:
-        if last_s > LONGEST_S:
+        if last_s > SLOW_S:
             break
         works = operations(device, group, line, rank, size)
         for op, work in ((name, works[name]) for name in names):

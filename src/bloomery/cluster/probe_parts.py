@@ -29,6 +29,8 @@ DEEPER = 1
 """The deeper one's place in `References.models`, for what one of them tells."""
 OWN_CORE = 0.8
 """Of its cores' time: a rank that is given less shares them, or may not use them all."""
+FAR_BEYOND = 3.0
+"""Times the median."""
 INSIDE, ALONE, TOGETHER, RING = "inside", "alone", "together", "ring"
 """Ranks of one host; one rank of each host; all ranks, each with those of its number on the other hosts, at once; all
 ranks of all hosts in one ring."""
@@ -183,13 +185,13 @@ def tiers(results: Sequence[dict[str, Any]], hosts: int) -> tuple[Tier, ...]:
     backend = "nccl" if results[0]["device"] == "cuda" else "gloo"
     found = list[Tier]()
     if slots > 1:
-        rows = links_of(results, INSIDE)
+        rows = settled(results, links_of(results, INSIDE))
         tier = with_operations(fit_tier(rows, slots, backend), rows, slots)
-        found.append(tier.model_copy(update={"occupied": _occupied(results, rows)}))
+        found.append(tier.model_copy(update={"occupied": _occupied(results, links_of(results, INSIDE))}))
     if hosts > 1:
         # The fastest of the repeats counts: the rate of a wire is fixed, what disturbs it is the hosts at its ends.
         alone = [{**row, "s": [min(row["s"])]} for row in links_of(results, ALONE)]
-        ring, wire = links_of(results, RING), rate_of(alone, hosts)
+        ring, wire = settled(results, links_of(results, RING)), rate_of(alone, hosts)
         rows, ranks = (ring, len(results)) if ring else (alone, hosts)
         tier = with_operations(fit_tier(rows, ranks, f"{backend} between hosts", wire=wire), alone, hosts)
         ports = shared_ports(alone, links_of(results, TOGETHER), slots)
@@ -223,6 +225,23 @@ def links_of(results: Sequence[dict[str, Any]], group: str) -> list[dict[str, An
         {"op": op, "bytes": size, **{what: by_round(rows, what) for what in ("s", "processor_s")}}
         for (op, size), rows in found.items()
     ]
+
+
+def settled(results: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with one figure for all repeats of a message: on GPUs their median.
+
+    On CPUs messages wait for a core now and then, as in a step: the mean, without repeats far beyond the others, when
+    the machine did something else. Where ranks share cores a repeat is a difference that may be next to nothing, so
+    that none is far beyond: the mean of all.
+    """
+    shared = min(result["core_share"] for result in results) <= OWN_CORE
+    of = median if results[0]["device"] == "cuda" else mean if shared else _undisturbed
+    return [{**row, "s": [of(row["s"])]} for row in rows]
+
+
+def _undisturbed(repeats: Sequence[float]) -> float:
+    most = FAR_BEYOND * median(repeats)
+    return mean(seconds for seconds in repeats if seconds <= most)
 
 
 def shared_ports(alone: Sequence[dict[str, Any]], together: Sequence[dict[str, Any]], slots: int) -> int:

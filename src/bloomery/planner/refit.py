@@ -51,6 +51,9 @@ TOLERANCE = 1e-9
 LEAST_TURN = 0.005
 LEAST_RUNS = 5
 """Of fewer runs no interval is told."""
+FAR_BEYOND = 6.0
+"""Robust sigmas of the runs' errors (median absolute deviation): a run farther off was disturbed."""
+LEAST_SPREAD = 0.01
 
 
 @dataclass(frozen=True)
@@ -302,9 +305,17 @@ def _interval(logs: np.ndarray) -> Interval | None:
     """5th to 95th percentile of measured / predicted of a run to come, by Student's t; None of too few runs."""
     from scipy.stats import t
 
-    n = len(logs)
-    if n < LEAST_RUNS:
+    if len(logs) < LEAST_RUNS:
         return None
-    reach = float(t.ppf(0.95, n - 1) * np.sqrt(1 + 1 / n) * max(np.std(logs, ddof=1), 0.01))
     middle = float(np.median(logs))
+    logs = _undisturbed(logs)
+    n = len(logs)
+    reach = float(t.ppf(0.95, n - 1) * np.sqrt(1 + 1 / n) * max(np.std(logs, ddof=1), LEAST_SPREAD))
     return Interval(low=float(np.exp(middle - reach)), high=float(np.exp(middle + reach)))
+
+
+def _undisturbed(logs: np.ndarray) -> np.ndarray:
+    """Without those far off, a tenth of them or one: more are no accident, and the next run may be like them."""
+    away = np.abs(logs - np.median(logs))
+    far = away > FAR_BEYOND * max(1.4826 * float(np.median(away)), LEAST_SPREAD)
+    return logs if far.sum() > max(1, len(logs) // 10) else logs[~far]

@@ -49,6 +49,7 @@ def test_follow_says_how_where_somebody_else_follows(
         ("--on", "slurm", "--print", "--json"),
         ("--on", "kubernetes", "--print", "--json"),
         ("--on", "slurm", "--follow", "--json"),
+        ("--on", "slurm", "--print", "--hosts", "hosts"),
     ],
 )
 def test_options_that_contradict_each_other_are_one_line(

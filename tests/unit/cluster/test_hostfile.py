@@ -27,12 +27,20 @@ def test_a_host_has_slots_an_address_and_threads() -> None:
         ("-oProxyCommand=x slots=2", "name comes first"),
         ("slots=8", "name comes first"),
         ("node0", "named before"),
+        ("node1:2222", "the port in ~/.ssh/config"),
+        ("me@node1:2222 slots=2", "the port in ~/.ssh/config"),
     ],
 )
 def test_a_wrong_line_is_named(line: str, words: str) -> None:
     with pytest.raises(InputError, match="hosts: line 2") as refused:
         parse_hosts(f"node0\n{line}\n", "hosts")
     assert words in str(refused.value)
+
+
+def test_the_account_that_ssh_uses_is_no_part_of_an_address() -> None:
+    mine, other, far = parse_hosts("me@node1\nme@node2 address=10.0.0.2\n2001:db8::1\n", "hosts")
+    assert (mine.reached_by, other.reached_by, far.reached_by) == ("node1", "10.0.0.2", "2001:db8::1")
+    assert "me@node1" in Hosts((mine,), ("ssh",)).command(mine, "some.module", {})
 
 
 def test_an_empty_file_and_a_missing_one_are_refused(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from bloomery.spec.errors import InputError
         ("1/4", "n1:5000", Place(1, 4, "n1", 5000)),
         ("0/2", "n1", Place(0, 2, "n1", PORT)),
         ("0/2", "[fe80::1]:5000", Place(0, 2, "fe80::1", 5000)),
+        ("0/2", "[2001:db8::1]", Place(0, 2, "2001:db8::1", PORT)),
     ],
 )
 def test_the_place_is_read(node: str, rendezvous: str, expected: Place) -> None:
@@ -34,7 +35,17 @@ def test_the_place_is_read(node: str, rendezvous: str, expected: Place) -> None:
 
 
 @pytest.mark.parametrize(
-    ("node", "rendezvous"), [("2/2", "a:1"), ("x/2", "a:1"), ("1", "a:1"), ("0/2", ""), ("0/2", "a:0"), ("", "a:1")]
+    ("node", "rendezvous"),
+    [
+        ("2/2", "a:1"),
+        ("x/2", "a:1"),
+        ("1", "a:1"),
+        ("0/2", ""),
+        ("0/2", "a:0"),
+        ("", "a:1"),
+        ("1/2", "2001:db8::1"),
+        ("1/2", "2001:db8::1:29400"),
+    ],
 )
 def test_a_wrong_place_is_refused(node: str, rendezvous: str) -> None:
     with pytest.raises(InputError, match=r"--node|--rendezvous"):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bloomery.cluster.probe_fit import (
+    GO_ROUND,
     attention_efficiency,
     attention_width_half,
     calibrated,
@@ -74,6 +75,36 @@ def test_the_link_comes_back_through_the_performance_models_own_formula(ranks: i
     assert found.op_factor["reduce_scatter"] == pytest.approx(2.0, rel=0.05)
     assert found.op_factor["all_to_all"] == pytest.approx(1.3, rel=0.05)
     assert found.op_factor["send"] == pytest.approx(0.7, rel=0.05)
+
+
+@pytest.mark.parametrize(("ranks", "latency_s", "overlap"), [(4, 4e-3, 0.15), (8, 1e-3, 0.5)])
+def test_bytes_that_travel_while_ranks_wait_make_no_faster_wire(ranks: int, latency_s: float, overlap: float) -> None:
+    tier = Tier(
+        name="gloo",
+        span=ranks,
+        bandwidth_bytes_per_s=1e9,
+        ports_per_node=ranks,
+        latency_s=latency_s,
+        overlap=overlap,
+    )
+    machine = cluster("this-machine").model_copy(
+        update={"nodes": 1, "accelerators_per_node": ranks, "tiers": (tier,), "cuts": ()}
+    )
+    group = group_of(LayoutBatch.of([Layout(dp=ranks)]), "dp")
+    rows = [
+        {"op": op, "bytes": size, "s": [float(collective_s(machine, op, group, np.array([size]))[0])]}
+        for op in GO_ROUND
+        for size in CPU.message_bytes
+    ]
+    found = fit_tier(rows, ranks)
+    assert found.bandwidth_bytes_per_s == pytest.approx(1e9, rel=0.02)
+    assert found.overlap == pytest.approx(overlap, abs=0.02)
+
+
+def test_noise_makes_no_rate_without_end() -> None:
+    """Messages whose time says nothing of their bytes."""
+    rows = [{"op": op, "bytes": size, "s": [1e-2]} for op in GO_ROUND for size in CPU.message_bytes]
+    assert fit_tier(rows, 2).bandwidth_bytes_per_s < 200 * max(CPU.message_bytes) / 1e-2
 
 
 @pytest.mark.parametrize(("half", "found"), [(0, 0), (9, 9), (128, 128), (300, 128)])

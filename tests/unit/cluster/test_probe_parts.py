@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -22,12 +24,12 @@ SIZES = (4 << 10, 1 << 20, 8 << 20)
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send")
 
 
-def rows(rate: float, wave: float = 0.0) -> list[dict[str, object]]:
-    """Every operation by size at some bytes/s, three rounds."""
+def rows(rate: float, wave: float = 0.0, took: Sequence[float] = (1.0, 1.0, 1.0)) -> list[dict[str, object]]:
+    """Every operation by size at some bytes/s; `took`: of what it should, by round."""
     return [
         {
-            "op": op, "bytes": size, "s": [1e-4 + size / rate * (1 + wave * i) for i in range(3)],
-            "processor_s": [3e-5 + size / rate * 0.3] * 3,
+            "op": op, "bytes": size, "s": [(1e-4 + size / rate * (1 + wave * i)) * each for i, each in enumerate(took)],
+            "processor_s": [3e-5 + size / rate * 0.3] * len(took),
         }
         for op in OPERATIONS
         for size in SIZES
@@ -118,6 +120,17 @@ def test_of_ranks_that_share_cores_a_send_is_told_how_busy_it_keeps_these() -> N
     assert occupied(0.5) == pytest.approx(0.6)  # 30 % of its seconds, and the other rank's on the core as many
     assert occupied(0.25) == 1
     assert occupied(0.95) == 0  # it has the core to itself
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "of_truth"), [("cuda", 1.0, 1.0), ("cpu", 1.0, 1.0), ("cpu", 0.5, 1 / 1.8)]
+)
+def test_repeats_that_were_disturbed_make_no_slower_link(device: str, share: float, of_truth: float) -> None:
+    """Of ranks that share cores all count: a repeat is a difference, and may be next to nothing."""
+    disturbed = rows(1e9, took=(1.0, 0.99, 1.01, 1.0, 5.0))
+    rank = {"device": device, "core_share": share, "threads": 1, "links": {"inside": disturbed}}
+    (found,), (true,) = (tiers([one] * 4, hosts=1) for one in (rank, {**rank, "links": {"inside": rows(1e9)}}))
+    assert found.bandwidth_bytes_per_s / true.bandwidth_bytes_per_s == pytest.approx(of_truth, rel=0.02)
 
 
 def test_a_crowd_is_slowed_by_what_an_even_share_does_not_explain() -> None:

@@ -87,6 +87,6 @@ def test_a_cpu_measures_what_it_did() -> None:
     more = [(1024, 8192, 256), (1024, 2048, 2048), (256, 8192, 256), (4096, 256, 256), (256, 1024, 1024)]
     assert list(CPU.products) == grid + more
     assert CPU.element_bytes == (2 << 20, 8 << 20, 16 << 20)
-    assert CPU.message_bytes == (4 << 10, 256 << 10, 1 << 20, 8 << 20)
+    assert CPU.message_bytes == (4 << 10, 256 << 10, 1 << 20, 8 << 20, 64 << 20)
     assert [model.layers for model in CPU.references.models] == [1, 5]
     assert (CPU.references.layout.micro_batch, CPU.references.batch, CPU.references.seq_len) == (4, 8, 256)

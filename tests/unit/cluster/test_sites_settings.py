@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -79,3 +80,45 @@ def test_a_percent_sign_in_a_folder_is_not_a_number_of_the_job_for_slurm() -> No
     one = ordered("name=half 50%j")
     text = slurm.script([one], one.folder / "launch" / "%j.log")
     assert "/half 50%%j/launch/%j.log'" in text and "/half 50%j'\n" in text
+
+
+def probed(name: str, gib: float) -> Order:
+    """One on accelerators under the name that their driver has for them, as in a probed cluster file."""
+    one = ordered()
+    accelerator = one.run.cluster.accelerator.model_copy(update={"name": name, "memory_bytes": gib * 2**30})
+    cluster = one.run.cluster.model_copy(update={"accelerator": accelerator})
+    return replace(one, run=one.run.model_copy(update={"cluster": cluster}))
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "sold_as"),
+    [
+        ("NVIDIA H200", 139.8, "H200"),
+        ("NVIDIA H100 80GB HBM3", 79.2, "H100"),
+        ("NVIDIA A100-SXM4-80GB", 79.3, "A100-80GB"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "A100"),
+        ("NVIDIA GeForce RTX 4090", 23.6, "RTX4090"),
+        ("AMD Instinct MI300X", 192.0, "MI300X"),
+    ],
+)
+def test_skypilot_is_asked_for_what_was_probed(name: str, gib: float, sold_as: str) -> None:
+    assert skypilot.task(probed(name, gib))["resources"]["accelerators"] == f"{sold_as}:8"
+
+
+@pytest.mark.parametrize(("name", "gib"), [("NVIDIA H100 NVL", 93.1), ("Some Other GPU", 80.0)])
+def test_skypilot_is_not_asked_for_a_guess(name: str, gib: float) -> None:
+    with pytest.raises(InputError, match="SkyPilot has no name"):
+        skypilot.task(probed(name, gib))
+
+
+@pytest.mark.parametrize(
+    ("name", "resource"),
+    [
+        ("AMD Instinct MI300X", "amd.com/gpu"),
+        ("mi355x", "amd.com/gpu"),
+        ("NVIDIA H200", "nvidia.com/gpu"),
+        ("mine", "nvidia.com/gpu"),
+    ],
+)
+def test_kubernetes_is_asked_for_the_makers_resource(name: str, resource: str) -> None:
+    assert f"{resource}: 8" in kubernetes.text(probed(name, 192.0))

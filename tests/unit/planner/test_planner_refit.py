@@ -10,7 +10,7 @@ import pytest
 from bloomery.ledger.history import remember, remembered, with_earlier
 from bloomery.planner import refit as planner_refit
 from bloomery.planner.knobs import FACTORS, KNOBS, turned, turned_so_far, with_factors
-from bloomery.planner.refit import Runs, refit
+from bloomery.planner.refit import Runs, _interval, refit
 from bloomery.spec.catalog import cluster
 from bloomery.spec.cluster import Cluster, Cut, Tier
 from bloomery.spec.errors import InputError
@@ -225,3 +225,24 @@ def test_runs_are_remembered_and_the_newest_of_a_description_counts(tmp_path: Pa
         again,
     ]
     assert remembered(tmp_path / "none.yaml") == []
+
+
+def test_a_run_that_was_disturbed_widens_no_interval() -> None:
+    clean = 0.04 * np.random.default_rng(0).standard_normal(14)
+    twice_as_slow = clean + np.log(2) * (np.arange(14) == 3)
+    before, after = _interval(clean), _interval(twice_as_slow)
+    assert before is not None and after is not None
+    assert (after.low, after.high) == pytest.approx((before.low, before.high), abs=0.03)
+
+
+def test_runs_that_are_often_far_off_are_no_accident() -> None:
+    found = _interval(0.02 * np.sin(np.arange(14)) + 0.5 * (np.arange(14) % 5 == 0))
+    assert found is not None and found.high > 1.3
+
+
+@pytest.mark.parametrize("count", [7, 14])
+def test_nine_runs_of_ten_are_in_the_interval_of_those_before(count: int) -> None:
+    runs = 0.04 * np.random.default_rng(count).standard_normal((1000, count + 1))
+    found = [_interval(before) for before in runs[:, :-1]]
+    inside = [one is not None and one.low < np.exp(new) < one.high for one, new in zip(found, runs[:, -1], strict=True)]
+    assert np.mean(inside) == pytest.approx(0.89, abs=0.03)

@@ -26,8 +26,8 @@ HOPELESS = [1, 2, 3]
 DESCRIBED = "/etc/bloomery"
 ALIVE_FILE = "/tmp/bloomery-alive"
 ALIVE_WITHIN_S = 60
-GPU_RESOURCES = {"mi": "amd.com/gpu"}
-"""Extended resource by the first letters of an accelerator's name; NVIDIA's where none fits."""
+_AMD = re.compile(r"\b(amd|mi\d)", re.IGNORECASE)
+"""In a name of the catalog's (`mi300x`) as in the driver's own, which a probed cluster has (`AMD Instinct MI300X`)."""
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?")
 
 Manifest = dict[str, Any]
@@ -147,8 +147,7 @@ def _probes() -> Manifest:
 def _resources(one: Order) -> Manifest:
     if not one.gpus:
         return {}
-    known = one.run.cluster.accelerator.name
-    resource = next((name for start, name in GPU_RESOURCES.items() if known.startswith(start)), "nvidia.com/gpu")
+    resource = "amd.com/gpu" if _AMD.search(one.run.cluster.accelerator.name) else "nvidia.com/gpu"
     return {"limits": {resource: one.gpus}, "requests": {resource: one.gpus}}
 
 

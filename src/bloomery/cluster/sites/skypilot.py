@@ -9,22 +9,34 @@ from typing import Any
 
 from bloomery.cluster.place import PORT
 from bloomery.cluster.sites.order import Order, require_program, require_shared
+from bloomery.spec.catalog import data_sheets_of
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.job import STOPPED_BY_SIGNAL
 from bloomery.spec.run import Run
 
 ACCELERATORS = {
+    "v100-16gb": "V100",
     "v100-32gb": "V100-32GB",
+    "v100-pcie-16gb": "V100",
+    "v100-pcie-32gb": "V100-32GB",
     "a100-40gb": "A100",
     "a100-80gb": "A100-80GB",
+    "a100-pcie-40gb": "A100",
+    "a100-pcie-80gb": "A100-80GB",
     "h100-sxm": "H100",
+    "h100-pcie": "H100",
     "h200": "H200",
     "b200": "B200",
     "gb200": "GB200",
+    "b300": "B300",
+    "l40s": "L40S",
+    "rtx-4090": "RTX4090",
     "mi300x": "MI300X",
 }
 """SkyPilot's names (`sky show-gpus --all`) of the catalog's accelerators."""
+SAME_MEMORY = 0.1
+"""Memory of one product differs by no more, as a driver and a data sheet tell it; that of its variants does."""
 DESCRIBED = "/tmp/bloomery-run.yaml"
 
 
@@ -59,10 +71,20 @@ def task(one: Order) -> dict[str, Any]:
 
 
 def _accelerator(one: Order) -> str:
-    name = one.run.cluster.accelerator.name
-    if name not in ACCELERATORS:
-        raise InputError("SkyPilot has no name for it", where="cluster.accelerator", found=name, accepted=ACCELERATORS)
-    return ACCELERATORS[name]
+    """By its name in the catalog, or by the driver's, which a probed cluster has: `NVIDIA H200`."""
+    found = one.run.cluster.accelerator
+    if found.name in ACCELERATORS:
+        return ACCELERATORS[found.name]
+    alike = [
+        sheet.name
+        for sheet in data_sheets_of(found.name)
+        if abs(found.memory_bytes / sheet.memory_bytes - 1) < SAME_MEMORY
+    ]
+    meant = {ACCELERATORS[name] for name in alike if name in ACCELERATORS}
+    if len(meant) != 1:
+        problem, where = "SkyPilot has no name for it", "cluster.accelerator"
+        raise InputError(problem, where=where, found=found.name, accepted=ACCELERATORS)
+    return meant.pop()
 
 
 def text(one: Order) -> str:

@@ -23,28 +23,34 @@ _BODY = r"""
 runs=({runs})
 folders=({folders})
 task=${{SLURM_ARRAY_TASK_ID:-0}}
+# The number of an array's last task means all of them.
+me=${{SLURM_ARRAY_JOB_ID:+${{SLURM_ARRAY_JOB_ID}}_$task}}
+me=${{me:-$SLURM_JOB_ID}}
 newest() {{ ls "${{folders[$task]}}/checkpoints" 2>/dev/null | grep '^step_' | sort -V | tail -n 1; }}
 before=$(newest)
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(scontrol show node "$first" --oneliner | sed -nE 's/.* NodeAddr=([^ ]+).*/\1/p')
+case $address in *:*) address="[$address]" ;; esac
+# One number for all hosts, so what the smallest has: 2 of `4,2(x3)`.
+cores=$(tr , '\n' <<< "$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 export BLOOMERY_LAUNCHER=slurm BLOOMERY_JOB=$SLURM_JOB_ID BLOOMERY_REQUEUES=${{SLURM_RESTART_COUNT:-0}}
 export BLOOMERY_SUBMITTED={submitted:.0f}
 
-srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --cpu-bind=none \
+srun --kill-on-bad-exit=1 --cpus-per-task="$cores" --cpu-bind=none \
   bash -c 'exec "$@" --node "$SLURM_NODEID/$SLURM_NNODES"' bloomery \
   {program} train "${{runs[$task]}}" --rendezvous "${{address:-$first}}:$(({port} + SLURM_JOB_ID % 2000))"
 code=$?
 
 # Stopped ahead of the time limit ({stopped}), or killed: go on, unless nothing was saved since this job began.
 if [ $code -eq {stopped} ] || [ $code -gt 128 ]; then
-  state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | sed -nE 's/.* JobState=([A-Z]+).*/\1/p')
+  state=$(scontrol show job "$me" --oneliner | sed -nE 's/.* JobState=([A-Z]+).*/\1/p')
   if [ "$state" != RUNNING ]; then
-    echo "job $SLURM_JOB_ID: $state, not put back in the queue" >&2
+    echo "job $me: $state, not put back in the queue" >&2
   elif [ "$(newest)" = "$before" ]; then
-    echo "job $SLURM_JOB_ID: nothing was saved since it began, not put back in the queue" >&2
+    echo "job $me: nothing was saved since it began, not put back in the queue" >&2
   else
-    scontrol requeue "$SLURM_JOB_ID" || echo "job $SLURM_JOB_ID: this site does not requeue; launch it again" >&2
+    scontrol requeue "$me" || echo "job $me: this site does not requeue; launch it again" >&2
   fi
 fi
 exit $code

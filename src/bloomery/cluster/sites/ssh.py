@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bloomery.cluster.hostfile import Host, parse_hosts
-from bloomery.cluster.place import PORT
+from bloomery.cluster.place import PORT, named_for_port
 from bloomery.cluster.sites.order import Order, program
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_text
@@ -38,7 +38,7 @@ def read_hosts(path: Path) -> tuple[Host, ...]:
 
 def commands(one: Order, hosts: Sequence[Host], ssh: Sequence[str] = SSH) -> list[list[str]]:
     """The command for each host. The first host's address, or its name as ssh knows it, is where others find it."""
-    first = hosts[0].reached_by.rpartition("@")[2]
+    first = named_for_port(hosts[0].reached_by)
     made = []
     for number, host in enumerate(hosts):
         train = [*program(), "train", str(one.description)]
