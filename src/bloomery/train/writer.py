@@ -51,6 +51,7 @@ class Writer:
         self.failures_in_a_row = 0
         self.errors: list[str] = []
         self._save: Save | None = None
+        self._abandoned: Save | None = None
         self._saves = 0
         self._buffers: dict[str, Tensor] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -61,6 +62,7 @@ class Writer:
     def start(self, state: dict[str, Any]) -> None:
         """Take a snapshot of parameters and moments and let it be written; `state` as in `checkpoint.commit`."""
         self.wait()
+        self._clear_abandoned()
         self._saves += 1
         # A name that no earlier start can have left anything under: nobody has to wait until it is cleared.
         partial = self.folder / f"writing_{state['step']:06d}_{state['fence']}_{self._saves}"
@@ -126,17 +128,26 @@ class Writer:
         return False
 
     def _give_up(self, save: Save) -> None:
-        """Nothing half-written stays; what is on disk already is not touched."""
+        """Nothing half-written stays; what is on disk already is not touched. A rank that still writes goes on with its
+        steps, which the others would have to wait for, and clears up at the next save."""
         self._save = None
         self.failures_in_a_row += 1
-        if save.future is not None:
-            wait([save.future])
-            error = save.future.exception()
-            if error is not None:
-                if not isinstance(error, OSError | SafetensorError | BloomeryError):
-                    raise error
-                self.errors.append(f"checkpoint of step {save.step}: {error}")
+        if save.future is not None and not save.future.done():
+            self._abandoned = save
+            return
+        error = _fault(save.future)
+        if error is not None:
+            self.errors.append(f"checkpoint of step {save.step}: {error}")
         shutil.rmtree(save.partial, ignore_errors=True)
+
+    def _clear_abandoned(self) -> None:
+        """Of a save that failed elsewhere while this rank wrote, nothing stays either. What this rank missed then is
+        no news: whoever failed has said why, and may have removed the folder."""
+        save, self._abandoned = self._abandoned, None
+        self._until_done(None if save is None else save.future)
+        if save is not None:
+            _fault(save.future)
+            shutil.rmtree(save.partial, ignore_errors=True)
 
     def wait(self) -> bool:
         """Until no save is on its way, all ranks together. Returns False when one failed."""
@@ -166,4 +177,13 @@ class Writer:
     def close(self) -> None:
         """Let the thread end."""
         self._until_done(self._last)
+        self._clear_abandoned()
         self._pool.shutdown(wait=True)
+
+
+def _fault(job: Future[None] | None) -> BaseException | None:
+    """What kept a job from being done. Raises what neither a disk nor another process may have caused."""
+    error = None if job is None else job.exception()
+    if error is not None and not isinstance(error, OSError | SafetensorError | BloomeryError):
+        raise error
+    return error

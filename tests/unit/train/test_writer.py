@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from bloomery.cluster.watch import UNHURRIED_FACTOR, Hang, find_hang
 from bloomery.data.order import joined, past
 from bloomery.ledger.clock import Clock
-from bloomery.ledger.heartbeat import PHASES, Beat, Heartbeat, read_beat
+from bloomery.ledger.heartbeat import PHASES, WRITING, Beat, Heartbeat, read_beat
+from bloomery.parallel.engine import Votes
 from bloomery.spec.commit import checkpoint_folders, read_commit, take_fence
 from bloomery.spec.layout import Layout
 from bloomery.spec.reliability import Supervision
@@ -198,3 +200,48 @@ def test_a_shard_that_is_written_gets_on_piece_by_piece(tmp_path: Path) -> None:
     pieces = list[int]()
     write_shard(tmp_path / "shard", {name: torch.zeros(1 << 18) for name in "abc"}, lambda: pieces.append(1))
     assert len(pieces) == 4  # the header too
+
+
+def test_a_save_that_failed_elsewhere_keeps_no_rank_that_still_writes_from_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, entered, write = threading.Event(), list[str](), checkpoint.write_part
+
+    def slow(*arguments: Any) -> None:
+        write(*arguments)
+        released.wait(1.0)
+
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    clock = Clock(entered=entered.append)
+    mine = writer(tmp_path, clock, ranks=2)
+    mine.start(STATE)
+    entered.clear()
+    assert mine.settle(Votes(save_failed=1))
+    assert mine.vote(stop=False) == Votes() and not mine.settle(Votes())
+    assert not entered and mine._abandoned is not None and not mine._abandoned.future.done()
+    released.set()
+    with clock.bucket("checkpoint"):
+        mine.start({**STATE, "step": 6})
+    assert entered[:2] == ["checkpoint", WRITING]  # a wait that its limit is made for
+    mine.settle(Votes(save_failed=1))
+    mine.close()
+    assert (mine.failures_in_a_row, mine.errors, list(tmp_path.iterdir())) == (2, [], [])
+
+
+def test_where_a_save_failed_it_is_said_and_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(partial: Path, *_: Any) -> None:
+        partial.mkdir()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    mine = writer(tmp_path, Clock())
+    mine.start(STATE)
+    assert not mine.wait()
+    assert (mine.errors, list(tmp_path.iterdir())) == (["checkpoint of step 3: no space left"], [])
+    monkeypatch.setattr(checkpoint, "write_part", lambda *_: {}["a defect"])
+    mine.start(STATE)
+    with pytest.raises(KeyError):
+        mine.wait()
+    mine.close()
