@@ -177,13 +177,13 @@ class Recorder:
         """What the peak grew by since it was `since_bytes` is no part of training: a profiler took it."""
         self._base_bytes += max(0, self.peak_bytes() - since_bytes)
 
-    def close(self) -> None:
-        """Flush everything."""
+    def close(self, gets_on: Callable[[], None] = lambda: None) -> None:
+        """Flush everything; `gets_on` is called while trackers, which may send it far, take their time."""
         try:
             self.catch_up()
         finally:
             self._line.close()
-            self._trackers.close()
+            self._trackers.close(gets_on)
             for sink in (self._metrics, self._ledger, self._events):
                 if sink is not None:
                     sink.close()
