@@ -114,8 +114,8 @@ class Follower:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a file; a torn line or one that is no object is left out, a missing file is empty."""
-    # A line may be torn within a character.
-    return parse_lines(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.exists() else []
+    # A line may be torn within a character; and text in a record may hold what only looks like the end of a line.
+    return parse_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")) if path.exists() else []
 
 
 def parse_lines(lines: Iterable[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 
 from bloomery.ledger import sinks
 from bloomery.ledger.environment import describe
+from bloomery.ledger.progress import tail
 from bloomery.ledger.sinks import JsonLines, PatientLines, read_lines
 
 
@@ -95,6 +96,15 @@ def test_lines_that_a_full_disk_does_not_take_are_written_once_there_is_room(
         sink.write({"step": 12})
         sink.close()
     assert capsys.readouterr().err == kept + f"warning: {path}: 1 lines that found no room are lost\n"
+
+
+def test_what_only_looks_like_the_end_of_a_line_is_none(tmp_path: Path) -> None:
+    path, records = tmp_path / "events.jsonl", [{"reason": f"a{sign}b"} for sign in "\u2028\u2029\u0085\x1c\r\n"]
+    sink = JsonLines(path)
+    for record in records:
+        sink.write(record)
+    sink.close()
+    assert read_lines(path) == tail(path) == records
 
 
 def test_the_environment_names_versions_and_keeps_secrets_out() -> None:
