@@ -22,6 +22,7 @@ CHAIN = ("dp=4,ep=4", "tp=2,dp=2,ep=2,zero=2", "dp=4,ep=2,zero=1", "dp=4,ep=2,ze
 
 def _worker(rank: int, text: str, source: Path | None, target: Path) -> None:
     """Two steps from the start, or nothing but loading; then write."""
+    from bloomery.ledger.clock import Clock
     from bloomery.parallel import mesh as meshes
     from bloomery.parallel.batch import Batch
     from bloomery.parallel.engine import build
@@ -48,7 +49,7 @@ def _worker(rank: int, text: str, source: Path | None, target: Path) -> None:
         engine.update(optimizers)
         optimizers.zero_grad()
     state: dict[str, Any] = {"step": 2, "cursor": 16, "run_hash": "run", "data_hash": "data", "guard": {}, "fence": 0}
-    writer = Writer(target, engine, optimizers, checkpoint.Keep())
+    writer = Writer(target, engine, optimizers, checkpoint.Keep(), Clock())
     writer.start(state)
     assert writer.wait()
     writer.close()

@@ -123,6 +123,7 @@ def write(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
     """One rank: train under each layout, save, note the digest, and train on."""
     import torch
 
+    from bloomery.ledger.clock import Clock
     from bloomery.parallel import mesh as meshes
     from bloomery.train.checkpoint import Keep
     from bloomery.train.writer import Writer
@@ -132,7 +133,7 @@ def write(rank: int, world_size: int, numbers: list[int], folder: Path) -> None:
         training = Training.under(mesh.layout, mesh)
         training.steps(0, STEPS, rate_of(number))
         state = {"step": STEPS, "cursor": 0, "run_hash": "", "data_hash": "", "guard": {}, "fence": 0}
-        writer = Writer(folder / str(number), training.engine, training.optimizers, Keep())
+        writer = Writer(folder / str(number), training.engine, training.optimizers, Keep(), Clock())
         writer.start(state)
         assert writer.wait()
         writer.close()

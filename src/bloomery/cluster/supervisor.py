@@ -37,7 +37,7 @@ from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import CORRUPTED, GAVE_UP, STOPPED_BY_SIGNAL, Job, read_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.lock import one_writer
-from bloomery.spec.memory_copies import forget_copies
+from bloomery.spec.memory_copies import copies_folder, forget_copies
 from bloomery.spec.reliability import Supervision
 
 LONGEST_BACK_OFF_S = 30.0
@@ -188,11 +188,16 @@ def _check_hosts(place: Place, world_size: int, job: Job) -> None:
 
 @contextmanager
 def _memory_given_back(folder: Path) -> Iterator[None]:
-    """Copies in memory outlive a command that is killed, and no other."""
+    """Copies in memory outlive a command that fails or is killed, and no other: where nothing could be saved they are
+    the newest state there is, which is said."""
     try:
         yield
-    finally:
-        forget_copies(folder)
+    except BloomeryError as error:
+        copies = copies_folder(folder)
+        if copies.is_dir():
+            error.args = (f"{error}; copies of the newest state stay in {copies} for the same command",)
+        raise
+    forget_copies(folder)
 
 
 def _one_start(

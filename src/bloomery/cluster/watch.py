@@ -16,8 +16,9 @@ from bloomery.ledger.heartbeat import PHASES, WAITING, Beat
 from bloomery.spec.reliability import Supervision
 
 STOPPED_STATES = "Tt"
-UNHURRIED = ("compile", "profile")
-"""Phases whose longest time says nothing of the next: one program compiles in 2 s, another one in 200."""
+UNHURRIED = ("compile", "profile", "write")
+"""Phases whose longest time says nothing of the next: one program compiles in 2 s, another one in 200; a sync of a
+checkpoint takes what else the disk has to do."""
 UNHURRIED_FACTOR = 4
 """Times `first_phase_s`, for those: compilers have been seen to take 350 s on a crowded machine."""
 

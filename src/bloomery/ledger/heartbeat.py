@@ -13,7 +13,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("startup", "load", "compute", "communicate", "optimize", "save", "evaluate", "log", "compile", "profile")
+PHASES = (
+    "startup",
+    "load",
+    "compute",
+    "communicate",
+    "optimize",
+    "save",
+    "evaluate",
+    "log",
+    "compile",
+    "profile",
+    "write",
+)
 WAITING = "communicate"
 """The phase in which a rank may be waiting for another one's fault."""
 PHASE_OF = {
@@ -28,11 +40,15 @@ PHASE_OF = {
     "logging": "log",
     "compile": "compile",
     "profile": "profile",
+    "writing": "write",
 }
 """Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
 JOINING = "joining"
 """Entered like a bucket by a rank that waits for others which verify or load: as for a message, but how long that takes
 says nothing of a step's messages."""
+WRITING = "writing"
+"""Entered like a bucket by a rank that waits for its own thread to write a checkpoint: that takes as long as the disk
+does, and snapshots, which are taken in no time, say nothing of it."""
 FORGET = 0.999
 """A phase's longest time shrinks by this with each step that has it, so that one slow minute is not kept for good."""
 _HEAD = struct.Struct("<QdqQ")

@@ -112,7 +112,7 @@ def tail(path: Path) -> list[dict[str, Any]]:
     with path.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(max(0, size - TAIL_BYTES))
-        lines = stream.read().decode(errors="replace").splitlines()
+        lines = stream.read().decode(errors="replace").split("\n")
     return parse_lines(lines[1 if size > TAIL_BYTES else 0 :])
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
+from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+KEPT_LINES = 10_000
+"""Kept for a file that takes none: hours of steps, a few megabytes."""
 
 
 class JsonLines:
@@ -36,6 +42,57 @@ class JsonLines:
         os.close(self._descriptor)
 
 
+class PatientLines:
+    """Lines of a run that goes on while the disk takes none: they are kept, the newest KEPT_LINES of them, and written
+    once there is room. Said when it begins and where lines were lost."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError where the file cannot be opened."""
+        self.path, self._lines = path, JsonLines(path)
+        self._kept = deque[dict[str, Any]]()
+        self._lost, self._waits = 0, False
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one record, now or later."""
+        self._kept.append(record)
+        problem = self._catch_up()
+        if len(self._kept) > KEPT_LINES:
+            self._kept.popleft()
+            self._lost += 1
+        if problem and not self._waits:
+            _warn(f"{self.path} cannot be written: {problem}; its lines are kept until it can")
+        self._waits = problem != ""
+        if not problem:
+            self._tell_lost()
+
+    def _catch_up(self) -> str:
+        """Write what is kept. Returns what was in the way."""
+        try:
+            while self._kept:
+                self._lines.write(self._kept[0])
+                self._kept.popleft()
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
+
+    def close(self) -> None:
+        """Close the file; what it does not take now is lost."""
+        self._catch_up()
+        self._lost += len(self._kept)
+        self._tell_lost()
+        self._lines.close()
+
+    def _tell_lost(self) -> None:
+        if self._lost:
+            _warn(f"{self.path}: {self._lost} lines that found no room are lost")
+        self._lost = 0
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # nor does a terminal that is gone end a run
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 class Follower:
     """Reads what others append to a file of JSON Lines from now on, whole lines only."""
 
@@ -57,8 +114,8 @@ class Follower:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole record of a file; a torn line or one that is no object is left out, a missing file is empty."""
-    # A line may be torn within a character.
-    return parse_lines(path.read_text(encoding="utf-8", errors="replace").splitlines()) if path.exists() else []
+    # A line may be torn within a character; and text in a record may hold what only looks like the end of a line.
+    return parse_lines(path.read_text(encoding="utf-8", errors="replace").split("\n")) if path.exists() else []
 
 
 def parse_lines(lines: Iterable[str]) -> list[dict[str, Any]]:

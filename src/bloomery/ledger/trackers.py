@@ -1,7 +1,8 @@
 """Where a run's figures go besides its own files, by the names in `train.metrics`.
 
-Packages are imported when asked for. Every tracker is told one line a step by rank 0; none may stop a run, so whatever
-one of them raises later than its start is said once and the tracker is left out from then on.
+Packages are imported when asked for. Every tracker is told one line a step by rank 0; none may stop a run, nor keep it
+waiting: each has a thread of its own, and whatever one of them raises later than its start is said once and the tracker
+is left out from then on.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from bloomery.spec.errors import InputError
@@ -29,6 +31,12 @@ PACKAGES = {
 
 PROMETHEUS_ADDRESS = ("127.0.0.1", 9400)
 """Where figures are served for scraping; BLOOMERY_PROMETHEUS=HOST:PORT says otherwise."""
+
+HELD_STEPS = 1000
+"""Steps a tracker may be behind, which are kept for it; more are left out."""
+CLOSED_WITHIN_S = 60.0
+"""Given to all of them at the end of a run: what they have not sent by then is not waited for."""
+LOOK_EVERY_S = 0.2
 
 
 class Tracker(Protocol):
@@ -61,11 +69,57 @@ def open_trackers(names: Iterable[str], folder: Path, run: str, config: dict[str
     return Trackers({name: makers[name]() for name in names})
 
 
+class Beside:
+    """One tracker in a thread of its own: its server may be slow, or away for minutes, and no step waits for it."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self.name, self.tracker = name, tracker
+        self._steps = SimpleQueue[tuple[int, dict[str, float]] | None]()
+        self._keeps_up = True
+        self._thread = threading.Thread(target=self._tell, name=name, daemon=True)
+        self._thread.start()
+
+    def _tell(self) -> None:
+        try:
+            while (told := self._steps.get()) is not None:
+                self.tracker.write(*told)
+        except Exception as error:  # a tracker's server may be away: that is no reason to stop training
+            _note(f"{self.name} takes no more figures: {error}")
+            return
+        try:
+            self.tracker.close()
+        except Exception as error:  # the run is over and its own files are whole
+            _note(f"{self.name} did not close: {error}")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Hand over the figures of a step, unless too many wait."""
+        if not self._thread.is_alive():
+            return
+        keeps_up, self._keeps_up = self._keeps_up, self._steps.qsize() < HELD_STEPS
+        if self._keeps_up:
+            self._steps.put((step, values))
+        elif keeps_up:
+            _note(f"{self.name} is {HELD_STEPS} steps behind: figures are left out there until it has caught up")
+
+    def end(self) -> None:
+        """No more figures come."""
+        self._steps.put(None)
+
+    def ended(self, within_s: float) -> bool:
+        """Whether it has taken all there was and is closed, after so long at most."""
+        self._thread.join(max(0.0, within_s))
+        return not self._thread.is_alive()
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
 class Trackers:
     """All of a run's trackers as one; numbers only, and one that fails does not take the run with it."""
 
     def __init__(self, trackers: dict[str, Tracker]) -> None:
-        self._trackers = trackers
+        self._beside = {name: Beside(name, tracker) for name, tracker in trackers.items()}
 
     def write(self, row: dict[str, Any]) -> None:
         """One line of metrics: its step, and of the rest what is a number."""
@@ -74,20 +128,20 @@ class Trackers:
             for name, value in row.items()
             if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
         }
-        for name, tracker in list(self._trackers.items()):
-            try:
-                tracker.write(int(row["step"]), numbers)
-            except Exception as error:  # a tracker's server may be away: that is no reason to stop training
-                print(f"note: {name} takes no more figures: {error}", file=sys.stderr, flush=True)
-                del self._trackers[name]
+        for one in self._beside.values():
+            one.write(int(row["step"]), numbers)
 
-    def close(self) -> None:
-        """Close all."""
-        for name, tracker in self._trackers.items():
-            try:
-                tracker.close()
-            except Exception as error:  # the run is over and its own files are whole
-                print(f"note: {name} did not close: {error}", file=sys.stderr, flush=True)
+    def close(self, gets_on: Callable[[], None] = lambda: None) -> None:
+        """Close all, CLOSED_WITHIN_S at most after now; `gets_on` is called while that lasts."""
+        until = time.monotonic() + CLOSED_WITHIN_S
+        for one in self._beside.values():
+            one.end()
+        for one in self._beside.values():
+            while not one.ended(min(LOOK_EVERY_S, until - time.monotonic())):
+                gets_on()
+                if time.monotonic() >= until:
+                    _note(f"{one.name} has not taken all figures within {CLOSED_WITHIN_S:g} s and is left at that")
+                    break
 
 
 class TensorBoard:
@@ -153,20 +207,24 @@ class MLflow:
     def __init__(self, folder: Path, run: str, config: dict[str, Any]) -> None:
         import mlflow
 
-        self._mlflow: Any = mlflow
         if "MLFLOW_TRACKING_URI" not in os.environ:
             mlflow.set_tracking_uri(f"sqlite:///{(folder / 'mlflow.db').resolve()}")
         mlflow.set_experiment("bloomery")
-        mlflow.start_run(run_name=run)
+        # What is current in MLflow is of one thread; by its number any may write to the run.
+        self._run: str = mlflow.start_run(run_name=run).info.run_id
+        self._client: Any = mlflow.MlflowClient()
         mlflow.log_params({name: str(value)[:500] for name, value in config.items()})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Log a step."""
-        self._mlflow.log_metrics(values, step=step)
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._run, metrics=[Metric(name, value, now, step) for name, value in values.items()])
 
     def close(self) -> None:
         """End the run there."""
-        self._mlflow.end_run()
+        self._client.set_terminated(self._run)
 
 
 class Prometheus:

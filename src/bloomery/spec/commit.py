@@ -96,14 +96,21 @@ def read_commit(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BloomeryError(f"{path}: not a commit ({type(error).__name__})") from None
     for name, record in list(commit.files.items())[share] if verify else ():
-        file = folder / name
-        if Path(name).name != name or file.is_symlink():
+        if Path(name).name != name or (folder / name).is_symlink():
             raise BloomeryError(f"{path}: {name} is not a plain file name")
-        if not file.is_file() or file.stat().st_size != record.bytes:
-            raise BloomeryError(f"{file}: missing or torn")
-        if sha256_of(file, gets_on) != record.sha256:
-            raise BloomeryError(f"{file}: content does not match its hash")
+        try:
+            _check_file(folder / name, record, gets_on)
+        except OSError as error:  # a sector that cannot be read any more, say
+            raise BloomeryError(f"{folder / name}: cannot be read ({error.strerror or error})") from None
     return commit
+
+
+def _check_file(file: Path, record: FileRecord, gets_on: Callable[[], None]) -> None:
+    """Raise BloomeryError when a file is not what was written, OSError when that cannot be told."""
+    if not file.is_file() or file.stat().st_size != record.bytes:
+        raise BloomeryError(f"{file}: missing or torn")
+    if sha256_of(file, gets_on) != record.sha256:
+        raise BloomeryError(f"{file}: content does not match its hash")
 
 
 def canonical(body: Any) -> str:

@@ -69,15 +69,17 @@ def write_part(
     index: dict[str, dict[str, Any]],
     layout: Layout,
     state: dict[str, Any],
+    gets_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Write one rank's shard and its index below `partial`; the first rank's also what the commit will say (`state`, as
-    in `commit`). A seal is the last thing written. Raises OSError when the disk does not take it."""
+    in `commit`). A seal is the last thing written. `gets_on`: see `write_shard`. Raises OSError when the disk does not
+    take it."""
     partial.mkdir(parents=True, exist_ok=True)
     file = partial / shard_name(rank)
     need, free = sum(t.numel() * t.element_size() for t in tensors.values()), shutil.disk_usage(partial).free
     if need > free:
         raise OSError(f"no space left: this rank's part takes {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free")
-    record = write_shard(file, tensors) if tensors else None
+    record = write_shard(file, tensors, gets_on) if tensors else None
     if rank == 0:
         write_sealed(partial / STATE, {"layout": layout.model_dump(mode="json"), "state": state})
     described = {"file": file.name, "record": record.model_dump() if record else None, "tensors": index}

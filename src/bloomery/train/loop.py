@@ -168,7 +168,7 @@ def _open(job: Job, folder: Path, mesh: Mesh, clock: Clock) -> Session:
         Batches(open_dataset(job), mesh, job.course),
         Guard(job.guard),
         recorder,
-        Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every)),
+        Writer(folder / "checkpoints", engine, optimizers, Keep(job.keep_checkpoints, job.keep_every), clock),
         MemoryCopies(copies_folder(folder), engine, optimizers, fence),
         ProfileWindow(job.profile, folder, mesh.rank),
         ProfiledStep(folder, mesh.rank, mesh.device, job.steps, taken=bool(job.profile)),

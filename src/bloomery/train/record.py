@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 
-from bloomery.ledger.sinks import JsonLines
+from bloomery.ledger.sinks import PatientLines
 from bloomery.ledger.slow_steps import SlowSteps
 from bloomery.ledger.trackers import Trackers, open_trackers
 from bloomery.parallel.engine import StepStatistics
@@ -36,9 +36,9 @@ class Recorder:
 
     def __init__(self, job: Job, folder: Path, mesh: Mesh, fence: int) -> None:
         self.job, self.mesh, self.fence = job, mesh, fence
-        self._ledger = JsonLines(folder / "ledger.jsonl")
-        self._events = JsonLines(folder / "events.jsonl")
-        self._metrics = JsonLines(folder / "metrics.jsonl") if mesh.rank == 0 else None
+        self._ledger = PatientLines(folder / "ledger.jsonl")
+        self._events = PatientLines(folder / "events.jsonl")
+        self._metrics = PatientLines(folder / "metrics.jsonl") if mesh.rank == 0 else None
         self._trackers = _trackers(job, folder) if mesh.rank == 0 else Trackers({})
         self._line = LiveLine(job)
         self._slow_steps = SlowSteps()
@@ -157,9 +157,9 @@ class Recorder:
 
     def alarm(self, kind: str, reason: str) -> None:
         """An incident that somebody at the terminal must see now."""
-        self.event(kind, reason=reason)
         with suppress(OSError):  # a terminal or a connection that is gone ends no run
             print(f"warning: rank {self.mesh.rank}: {reason}", file=sys.stderr, flush=True)
+        self.event(kind, reason=reason)
 
     def peak_bytes(self) -> int:
         """Most memory this process took above what it had before the model was built. Of a GPU's all that is gone, as
@@ -177,13 +177,13 @@ class Recorder:
         """What the peak grew by since it was `since_bytes` is no part of training: a profiler took it."""
         self._base_bytes += max(0, self.peak_bytes() - since_bytes)
 
-    def close(self) -> None:
-        """Flush everything."""
+    def close(self, gets_on: Callable[[], None] = lambda: None) -> None:
+        """Flush everything; `gets_on` is called while trackers, which may send it far, take their time."""
         try:
             self.catch_up()
         finally:
             self._line.close()
-            self._trackers.close()
+            self._trackers.close(gets_on)
             for sink in (self._metrics, self._ledger, self._events):
                 if sink is not None:
                     sink.close()

@@ -67,7 +67,7 @@ class Session:
         self.profile.close(self.job.steps, self.clock)
         self.writer.close()
         self.batches.close()
-        self.recorder.close()
+        self.recorder.close(self.clock.gets_on)
 
     @property
     def checkpoints(self) -> Path:

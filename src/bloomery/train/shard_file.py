@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -38,15 +38,16 @@ _NAMES = {
 }
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write contiguous host tensors and fsync, hashed while they are written: what is hashed is what was meant. Returns
-    size and hash. Raises OSError when the disk does not take it."""
+def write_shard(path: Path, tensors: Mapping[str, Tensor], gets_on: Callable[[], None] = lambda: None) -> FileRecord:
+    """Write contiguous host tensors and fsync, hashed while they are written: what is hashed is what was meant;
+    `gets_on` is called after each piece. Returns size and hash. Raises OSError when the disk does not take it."""
     digest, written = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as stream:
         for piece in _pieces(tensors):
             digest.update(piece)
             _write_all(stream.fileno(), piece)
             written += len(piece)
+            gets_on()
         os.fsync(stream.fileno())
     return FileRecord(bytes=written, sha256=digest.hexdigest())
 

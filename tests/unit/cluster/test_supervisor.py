@@ -19,10 +19,12 @@ from bloomery.cluster.world import Outcome
 from bloomery.ledger.goodput import goodput
 from bloomery.ledger.heartbeat import PHASES
 from bloomery.ledger.sinks import read_lines
+from bloomery.spec import memory_copies
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import GAVE_UP, STOPPED_BY_SIGNAL, Job, write_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.run import Optimizer
 
 JOB = Job(
@@ -85,6 +87,31 @@ def test_a_run_that_is_given_up_says_why_it_stopped(tmp_path: Path, monkeypatch:
     failed, stopped = read_lines(tmp_path / "events.jsonl")
     assert (failed["event"], stopped["event"], stopped["step"]) == ("worker_failed", "stopped", 33)
     assert stopped["reason"].startswith("training gave up")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "kept"),
+    [
+        (Outcome(GAVE_UP, 0, "exit code 4", 33), True),  # nothing could be saved any more
+        (Outcome(1, 0, "killed by SIGKILL", 33), True),  # and it is not to start again
+        (Outcome(STOPPED_BY_SIGNAL, step=33), False),
+        (Outcome(0, step=89), False),
+    ],
+)
+def test_what_could_not_be_saved_stays_in_memory_and_is_said(
+    outcome: Outcome, kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_job(tmp_path, JOB.model_copy(update={"supervision": Supervision(restarts=0)}))
+    monkeypatch.setattr(memory_copies, "MEMORY", tmp_path / "shm")
+    copies = memory_copies.copies_folder(tmp_path)
+    (copies / "copy_0").mkdir(parents=True)
+    monkeypatch.setattr(supervisor, "supervise", lambda *_: outcome)
+    if kept:
+        with pytest.raises(BloomeryError, match=f"; copies of the newest state stay in {copies} for the same command$"):
+            launch("none", tmp_path, 2)
+    else:
+        assert launch("none", tmp_path, 2) == outcome.code
+    assert copies.exists() == kept
 
 
 @pytest.mark.parametrize("steps", [10, 0])

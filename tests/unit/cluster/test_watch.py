@@ -33,8 +33,8 @@ def test_a_long_evaluation_or_save_of_a_usual_length_is_legal() -> None:
         assert find_hang(beats, RUNNING[:2], NOW, SETTINGS) is None
 
 
-def test_a_long_compilation_after_a_short_one_is_no_hang() -> None:
-    for phase in ("compile", "profile"):
+def test_a_long_compilation_after_a_short_one_is_no_hang_and_so_is_a_long_write() -> None:
+    for phase in ("compile", "profile", "write"):
         beats = [beat(phase, 350, **{phase: 2}), beat("communicate", 350)]
         assert find_hang(beats, RUNNING[:2], NOW, SETTINGS) is None
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from bloomery.ledger import sinks
 from bloomery.ledger.environment import describe
-from bloomery.ledger.sinks import JsonLines, read_lines
+from bloomery.ledger.progress import tail
+from bloomery.ledger.sinks import JsonLines, PatientLines, read_lines
 
 
 def test_lines_of_several_processes_stay_whole(tmp_path: Path) -> None:
@@ -71,6 +73,38 @@ def test_what_is_written_on_after_a_torn_line_is_whole_whoever_tore_it(
     for sink in (mine, other):
         sink.close()
     assert read_lines(path) == [{"step": step} for step in (1, 2, 3, 4)]
+
+
+def test_lines_that_a_full_disk_does_not_take_are_written_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sinks, "KEPT_LINES", 3)
+    sink, path, write = PatientLines(tmp_path / "events.jsonl"), tmp_path / "events.jsonl", os.write
+    sink.write({"step": 1})
+    kept = f"warning: {path} cannot be written: No space left on device; its lines are kept until it can\n"
+    for steps, lost in ((range(2, 5), ""), (range(6, 11), f"warning: {path}: 2 lines that found no room are lost\n")):
+        with monkeypatch.context() as full:
+            full.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+            for step in steps:
+                sink.write({"step": step})
+        assert capsys.readouterr().err == kept  # once, not with every step
+        sink.write({"step": steps[-1] + 1})
+        assert capsys.readouterr().err == lost
+    assert [record["step"] for record in read_lines(path)] == [1, 2, 3, 4, 5, 8, 9, 10, 11]
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:5]))
+        sink.write({"step": 12})
+        sink.close()
+    assert capsys.readouterr().err == kept + f"warning: {path}: 1 lines that found no room are lost\n"
+
+
+def test_what_only_looks_like_the_end_of_a_line_is_none(tmp_path: Path) -> None:
+    path, records = tmp_path / "events.jsonl", [{"reason": f"a{sign}b"} for sign in "\u2028\u2029\u0085\x1c\r\n"]
+    sink = JsonLines(path)
+    for record in records:
+        sink.write(record)
+    sink.close()
+    assert read_lines(path) == tail(path) == records
 
 
 def test_the_environment_names_versions_and_keeps_secrets_out() -> None:

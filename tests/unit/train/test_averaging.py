@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bloomery.ledger.clock import Clock
 from bloomery.model.transformer import Transformer
 from bloomery.model.weights import load_weights
 from bloomery.parallel.batch import Batch
@@ -87,7 +88,7 @@ def test_a_checkpoint_carries_it_and_is_used_by_it(tmp_path: Path, begun: int) -
     engine, optimizers = training(EMA)
     (*_, last) = steps(engine, optimizers, 0, begun)
     average = optimizers.average.kept.get(engine.parameters()[NAME], last).clone()
-    writer = Writer(tmp_path, engine, optimizers, checkpoint.Keep())
+    writer = Writer(tmp_path, engine, optimizers, checkpoint.Keep(), Clock())
     writer.start({"cursor": 0, "run_hash": "", "data_hash": "", "guard": {}, "fence": 0, "step": begun})
     assert writer.wait()
     writer.close()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from bloomery.ledger.clock import Clock
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.engine import Engine, build
 from bloomery.parallel.mesh import Mesh
@@ -95,7 +96,7 @@ def test_embedding_and_head_have_their_own_learning_rates() -> None:
 
 
 def saved(folder: Path, part: Engine, optimizers: Optimizers, step: int) -> Path:
-    writer = Writer(folder, part, optimizers, checkpoint.Keep())
+    writer = Writer(folder, part, optimizers, checkpoint.Keep(), Clock())
     writer.start({**STATE, "step": step})
     assert writer.wait()
     writer.close()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import JOINING
 from bloomery.parallel.mesh import pretend
-from bloomery.spec.commit import Commit, FileRecord, write_commit
+from bloomery.spec import commit
+from bloomery.spec.commit import Commit, FileRecord, newest_good, write_commit
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
 from bloomery.spec.seal import sha256_of
@@ -81,6 +84,23 @@ def test_a_damaged_file_makes_it_the_checkpoint_before(alone: Alone, checkpoints
     assert [(event["event"], event["set_aside"]) for event in alone.events] == (
         [("checkpoint_skipped", "damaged_step_000006")] if first else []
     )
+
+
+@pytest.mark.parametrize("alone", [0], indirect=True)
+def test_a_file_that_cannot_be_read_any_more_makes_it_the_checkpoint_before(
+    alone: Alone, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bad_sector(path: Path, *more: Any) -> str:
+        if path.parent.name == "step_000006":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return sha256_of(path, *more)
+
+    monkeypatch.setattr(commit, "sha256_of", bad_sector)
+    file = checkpoints / "step_000006" / "rank_00000.safetensors"
+    fault = f"{file}: cannot be read (Input/output error)"
+    assert newest_good(checkpoints) == (checkpoints / "step_000003", [fault])
+    assert sessions._newest_good(cast(Any, alone)) == 3
+    assert (alone.events[0]["reason"], alone.events[0]["set_aside"]) == (fault, "damaged_step_000006")
 
 
 @pytest.mark.parametrize("alone", [0], indirect=True)

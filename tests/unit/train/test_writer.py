@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import shutil
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bloomery.cluster.watch import UNHURRIED_FACTOR, Hang, find_hang
 from bloomery.data.order import joined, past
+from bloomery.ledger.clock import Clock
+from bloomery.ledger.heartbeat import PHASES, WRITING, Beat, Heartbeat, read_beat
+from bloomery.parallel.engine import Votes
 from bloomery.spec.commit import checkpoint_folders, read_commit, take_fence
 from bloomery.spec.layout import Layout
+from bloomery.spec.reliability import Supervision
 from bloomery.spec.seal import sha256_of
+from bloomery.train import checkpoint
 from bloomery.train.checkpoint import Keep, set_aside, settle_unfinished, shard_name, write_part
 from bloomery.train.checksum import checksum
 from bloomery.train.replicas import odd_ones
 from bloomery.train.shard_file import write_shard
+from bloomery.train.writer import Writer
 
 
 def test_a_shard_is_read_by_the_library_and_its_hash_is_the_files(tmp_path: Path) -> None:
@@ -136,3 +147,101 @@ def test_the_odd_one_of_three_is_named_and_both_of_two() -> None:
     assert odd_ones("aaabb", [1, 1, 2, 5, 6]) == [2, 3, 4]
     assert odd_ones("aabb", [1, 1, 5, 5]) == []
     assert odd_ones("ab", [1, 2]) == []
+
+
+STATE = {"step": 3, "cursor": 3, "run_hash": "", "data_hash": "", "guard": {}, "fence": 0}
+
+
+def writer(folder: Path, clock: Clock, ranks: int = 1) -> Writer:
+    """Of the first of so many ranks, which has no parameters."""
+    mesh, optimizers = SimpleNamespace(rank=0, world_size=ranks), SimpleNamespace()
+    engine: Any = SimpleNamespace(mesh=mesh, layout=Layout(dp=ranks), shards=list)
+    return Writer(folder, engine, cast(Any, optimizers), Keep(), clock)
+
+
+def test_a_save_may_take_much_longer_than_snapshots_did_and_only_one_that_stands_still_is_a_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, settings = tmp_path / "beat", Supervision(hang_floor_s=0.05)
+    heart = Heartbeat(path, [0.001] * len(PHASES))
+    clock = Clock(entered=heart.enter, gets_on=heart.gets_on)
+    write, looks = checkpoint.write_part, list[Hang | None]()
+
+    def sign() -> Beat:
+        beat = read_beat(path)
+        assert beat is not None
+        return beat
+
+    def slow(*arguments: Any) -> None:
+        for later_s in (0.0, 0.0, 2 * UNHURRIED_FACTOR * settings.first_phase_s):
+            time.sleep(0.1)
+            looks.append(find_hang([sign()], ["S"], time.monotonic() + later_s, settings))
+        before, gets_on = sign().since, arguments[-1]
+        gets_on()
+        for _ in range(100):
+            if sign().since > before:  # the thread got on, so the rank did
+                write(*arguments)
+                break
+            time.sleep(0.05)
+
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    mine = writer(tmp_path / "checkpoints", clock)
+    with clock.bucket("checkpoint"):
+        mine.start(STATE)
+        assert mine.wait()
+    mine.close()
+    assert looks[:2] == [None, None]
+    assert looks[2] is not None and looks[2].phase == "write"
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "checkpoints")] == ["step_000003"]
+    assert clock.lap().keys() == {"checkpoint", "other"}  # the account of time knows no other bucket
+
+
+def test_a_shard_that_is_written_gets_on_piece_by_piece(tmp_path: Path) -> None:
+    pieces = list[int]()
+    write_shard(tmp_path / "shard", {name: torch.zeros(1 << 18) for name in "abc"}, lambda: pieces.append(1))
+    assert len(pieces) == 4  # the header too
+
+
+def test_a_save_that_failed_elsewhere_keeps_no_rank_that_still_writes_from_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, entered, write = threading.Event(), list[str](), checkpoint.write_part
+
+    def slow(*arguments: Any) -> None:
+        write(*arguments)
+        released.wait(1.0)
+
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    clock = Clock(entered=entered.append)
+    mine = writer(tmp_path, clock, ranks=2)
+    mine.start(STATE)
+    entered.clear()
+    assert mine.settle(Votes(save_failed=1))
+    assert mine.vote(stop=False) == Votes() and not mine.settle(Votes())
+    assert not entered and mine._abandoned is not None and not mine._abandoned.future.done()
+    released.set()
+    with clock.bucket("checkpoint"):
+        mine.start({**STATE, "step": 6})
+    assert entered[:2] == ["checkpoint", WRITING]  # a wait that its limit is made for
+    mine.settle(Votes(save_failed=1))
+    mine.close()
+    assert (mine.failures_in_a_row, mine.errors, list(tmp_path.iterdir())) == (2, [], [])
+
+
+def test_where_a_save_failed_it_is_said_and_nothing_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(partial: Path, *_: Any) -> None:
+        partial.mkdir()
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "write_part", full)
+    mine = writer(tmp_path, Clock())
+    mine.start(STATE)
+    assert not mine.wait()
+    assert (mine.errors, list(tmp_path.iterdir())) == (["checkpoint of step 3: no space left"], [])
+    monkeypatch.setattr(checkpoint, "write_part", lambda *_: {}["a defect"])
+    mine.start(STATE)
+    with pytest.raises(KeyError):
+        mine.wait()
+    mine.close()
