@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bloomery.cluster.fork_server import forking, imported_for
 from bloomery.cluster.stopping import STOPS, Stopping
-from bloomery.cluster.watch import find_hang, process_state
+from bloomery.cluster.watch import Pause, awake, find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
@@ -137,6 +137,7 @@ class World:
         self._noticed: float | None = None
         self._polled = self.started
         self._lenient_until = 0.0
+        self._pauses: list[Pause] = []
         try:
             self.processes[0].start()
             self.forked_s = time.monotonic() - self.started  # its own clock runs from here
@@ -201,7 +202,10 @@ class World:
         now = time.monotonic()
         if now - self._polled > 1.0:
             self._lenient_until = now + self.settings.hang_floor_s
+            since = min(beat.since for beat in beats)
+            self._pauses = [*(one for one in self._pauses if one.woke > since), Pause(now - self._polled, now)]
         self._polled = now
+        beats = [awake(beat, self._pauses) for beat in beats]
         hang = find_hang(beats, states, now, self.settings) if now >= self._lenient_until else None
         if hang is None:
             return None
