@@ -82,6 +82,14 @@ class Outcome:
     usual_s: tuple[float, ...] = ()
 
 
+def suspicion(killed: bool, code: int | None) -> int:
+    """The order in which ranks that ended together are suspected, the culprit first: one that a signal ended, else one
+    that ended by its own words; others only lost their connection to it."""
+    if killed:
+        return 0
+    return 2 if code in (None, 0, 1, STOPPED_BY_SIGNAL) else 1
+
+
 def die_with_parent(parent: int | None = None) -> None:
     """From now on this process is killed when the one that started it ends, however it ends. Where `parent` is told and
     is it no longer, it has ended before: nobody would tell."""
@@ -220,13 +228,10 @@ class World:
         return tuple(file.read_text(errors="replace") if file.exists() else "" for file in files)
 
     def _settled(self, place: int) -> Outcome:
-        """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
-        culprit, else one that ended by its own words: others only lost their connection to it."""
+        """A rank ended badly: the first of those that are suspected most, as ranks that stop together all are."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
-        killed = [other for other, code in enumerate(codes) if code is not None and code < 0]
-        worded = [other for other, code in enumerate(codes) if code not in (None, 0, 1, STOPPED_BY_SIGNAL)]
-        place = [*killed, *worded, place][0]
+        place = min((place, *range(len(codes))), key=lambda other: suspicion((codes[other] or 0) < 0, codes[other]))
         code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         beats, noticed = self.beats(), self._noticed or time.monotonic()
