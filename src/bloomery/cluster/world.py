@@ -81,6 +81,11 @@ class Outcome:
     ending_s: float = 0.0
     usual_s: tuple[float, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """The cause, but for how long a hang was watched: that differs each time."""
+        return self.cause.partition(" for ")[0]
+
 
 def suspicion(killed: bool, code: int | None) -> int:
     """The order in which ranks that ended together are suspected, the culprit first: one that a signal ended, else one
