@@ -305,7 +305,7 @@ def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
 
     forked = time.perf_counter()
     die_with_parent(SERVER)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # and not SIGINT: Ctrl-C is answered by the supervisor alone
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # and not a terminal's: the supervisor alone answers those
     os.environ.clear()
     os.environ.update(environment)
     os.environ["BLOOMERY_FORKED"] = repr(forked)

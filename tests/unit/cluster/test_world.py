@@ -98,9 +98,10 @@ def test_what_ranks_are_forked_from_is_deaf_from_its_first_moment_on() -> None:
     [line] = [line for line in Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status")
               .read_text().splitlines() if line.startswith("SigBlk:")]  # fmt: skip
     held = int(line.split()[1], 16)
-    assert all(held >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    asks = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    assert all(held >> (number - 1) & 1 for number in asks)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
-    process = context.Process(target=holds_back, args=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    process = context.Process(target=holds_back, args=asks)
     process.start()
     process.join()
     assert process.exitcode == 0
