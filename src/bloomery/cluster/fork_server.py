@@ -8,7 +8,7 @@ from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
-from bloomery.cluster.stopping import STOPS
+from bloomery.cluster.stopping import OF_A_TERMINAL, STOPS
 from bloomery.spec.job import Job
 
 
@@ -46,7 +46,7 @@ def _start_deaf() -> None:
     middle of its imports, and a rank whose parent is gone cannot be told from one that failed. So it starts with those
     signals held back, and ranks do too: what comes for one before it listens (`world._rank`) waits until then."""
     resource_tracker.ensure_running()  # started later, it would let them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOPS})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*OF_A_TERMINAL, *STOPS})
     try:
         forkserver.ensure_running()
     finally:

@@ -31,7 +31,7 @@ from bloomery.cluster.channel import (
 from bloomery.cluster.interfaces import interface_of
 from bloomery.cluster.place import Place
 from bloomery.cluster.stopping import Stopping
-from bloomery.cluster.world import Outcome, Share, World, pause, running
+from bloomery.cluster.world import Outcome, Share, World, pause, running, suspicion
 from bloomery.ledger.heartbeat import Beat
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, read_job
@@ -260,12 +260,11 @@ def _patience_s(there: list[Outcome], settings: Supervision) -> float:
 
 
 def _conclusion(ends: list[Outcome | None], each: int) -> Outcome:
-    """How a start ended, from the ends of all hosts' ranks: the rank that was killed is the culprit, the others' errors
-    follow from it."""
+    """How a start ended, from the ends of all hosts' ranks: the errors of most follow from the culprit's."""
     there = [end for end in ends if end is not None]
     bad = [end for end in there if end.code not in (0, STOPPED_BY_SIGNAL)]
     if bad:
-        return min(bad, key=lambda end: not end.cause.startswith("killed"))
+        return min(bad, key=lambda end: suspicion(end.cause.startswith("killed"), end.code))
     stopped = next((end for end in there if end.code), None)
     if stopped is None and len(there) < len(ends):
         return Outcome(1, ends.index(None) * each, "did not end with the others", there[0].step)

@@ -1,4 +1,5 @@
-"""What asks a run to stop: a scheduler's signals, and Ctrl-C. A run then finishes its step, saves and leaves."""
+"""What asks a run to stop: a scheduler's signals, Ctrl-C, a terminal that is closed. A run finishes its step, saves and
+leaves."""
 
 from __future__ import annotations
 
@@ -10,6 +11,9 @@ from typing import Protocol
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a run to finish its step, save and leave."""
+OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)
+"""What asks for the same: Ctrl-C, and the end of a terminal or of a connection. Either comes to every process: ranks do
+not hear it and are told by the supervisor."""
 HEARD = b"\nfinishing the step and saving; Ctrl-C again ends at once\n"
 
 
@@ -21,8 +25,8 @@ class Signalled(Protocol):
 
 
 class Stopping:
-    """Whether SIGTERM, SIGUSR1 or Ctrl-C has come; while a world runs it gets the signal too. Ranks do not hear Ctrl-C
-    themselves and get SIGTERM for it. A second Ctrl-C raises KeyboardInterrupt."""
+    """Whether one of these signals has come; while a world runs it gets the signal too, SIGTERM for a terminal's. A
+    second Ctrl-C raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -32,6 +36,7 @@ class Stopping:
     def __call__(self, number: int, _: object) -> None:
         if number == signal.SIGINT:
             self._interrupt()
+        if number in OF_A_TERMINAL:
             number = signal.SIGTERM
         self.asked = True
         if self.world is not None:
@@ -51,9 +56,9 @@ class Stopping:
 
     @contextmanager
     def handled(self) -> Iterator[Stopping]:
-        """Handle these signals inside. A command that a shell has started deaf to Ctrl-C stays so."""
-        deaf = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        before = {number: signal.signal(number, self) for number in (*STOPS, *(() if deaf else (signal.SIGINT,)))}
+        """Handle these signals inside. A command that was started deaf to a terminal's (`nohup`) stays so."""
+        heard = [number for number in OF_A_TERMINAL if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self) for number in (*STOPS, *heard)}
         try:
             yield self
         finally:

@@ -75,7 +75,7 @@ class Failures:
 
     def after(self, outcome: Outcome) -> Failures:
         """With one more."""
-        same = (outcome.step, outcome.rank, outcome.cause) == (self.last.step, self.last.rank, self.last.cause)
+        same = (outcome.step, outcome.rank, outcome.kind) == (self.last.step, self.last.rank, self.last.kind)
         return Failures(self.alike + 1 if same else 1, outcome)
 
     def back_off_s(self) -> float:

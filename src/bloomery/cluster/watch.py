@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bloomery.ledger.heartbeat import PHASES, WAITING, Beat
@@ -36,6 +36,23 @@ class Hang:
     def cause(self) -> str:
         """In a few words."""
         return f"hung in {self.phase} for {self.silent_s:.1f} s"
+
+
+@dataclass(frozen=True)
+class Pause:
+    """A time in which whoever watches was held up, and most likely all that it watches too."""
+
+    seconds: float
+    woke: float
+
+
+def awake(beat: Beat, pauses: Sequence[Pause]) -> Beat:
+    """A sign of life without the `pauses` that it lived through, in their order: nobody gets on in them."""
+    since = beat.since
+    for one in pauses:
+        if since < one.woke:
+            since = min(since + one.seconds, one.woke)
+    return replace(beat, since=since)
 
 
 def process_state(pid: int) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bloomery.cluster.fork_server import forking, imported_for
 from bloomery.cluster.stopping import STOPS, Stopping
-from bloomery.cluster.watch import find_hang, process_state
+from bloomery.cluster.watch import Pause, awake, find_hang, process_state
 from bloomery.ledger.heartbeat import Beat, beat_file, read_beat, stack_file, usual_s
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.files import write_atomically
@@ -80,6 +80,19 @@ class Outcome:
     forked_s: float = 0.0
     ending_s: float = 0.0
     usual_s: tuple[float, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The cause, but for how long a hang was watched: that differs each time."""
+        return self.cause.partition(" for ")[0]
+
+
+def suspicion(killed: bool, code: int | None) -> int:
+    """The order in which ranks that ended together are suspected, the culprit first: one that a signal ended, else one
+    that ended by its own words; others only lost their connection to it."""
+    if killed:
+        return 0
+    return 2 if code in (None, 0, 1, STOPPED_BY_SIGNAL) else 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -138,6 +151,7 @@ class World:
         self._noticed: float | None = None
         self._polled = self.started
         self._lenient_until = 0.0
+        self._pauses: list[Pause] = []
         try:
             self.processes[0].start()
             self.forked_s = time.monotonic() - self.started  # its own clock runs from here
@@ -202,7 +216,10 @@ class World:
         now = time.monotonic()
         if now - self._polled > 1.0:
             self._lenient_until = now + self.settings.hang_floor_s
+            since = min(beat.since for beat in beats)
+            self._pauses = [*(one for one in self._pauses if one.woke > since), Pause(now - self._polled, now)]
         self._polled = now
+        beats = [awake(beat, self._pauses) for beat in beats]
         hang = find_hang(beats, states, now, self.settings) if now >= self._lenient_until else None
         if hang is None:
             return None
@@ -217,13 +234,10 @@ class World:
         return tuple(file.read_text(errors="replace") if file.exists() else "" for file in files)
 
     def _settled(self, place: int) -> Outcome:
-        """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
-        culprit, else one that ended by its own words: others only lost their connection to it."""
+        """A rank ended badly: the first of those that are suspected most, as ranks that stop together all are."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
-        killed = [other for other, code in enumerate(codes) if code is not None and code < 0]
-        worded = [other for other, code in enumerate(codes) if code not in (None, 0, 1, STOPPED_BY_SIGNAL)]
-        place = [*killed, *worded, place][0]
+        place = min((place, *range(len(codes))), key=lambda other: suspicion((codes[other] or 0) < 0, codes[other]))
         code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         beats, noticed = self.beats(), self._noticed or time.monotonic()
@@ -292,7 +306,7 @@ def _rank(module: str, folder: str, environment: dict[str, str]) -> None:
 
     forked = time.perf_counter()
     die_with_parent(SERVER)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # and not SIGINT: Ctrl-C is answered by the supervisor alone
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # and not a terminal's: the supervisor alone answers those
     os.environ.clear()
     os.environ.update(environment)
     os.environ["BLOOMERY_FORKED"] = repr(forked)

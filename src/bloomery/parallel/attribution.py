@@ -30,11 +30,14 @@ class Attribution:
 
     @property
     def rank(self) -> int | None:
-        """The rank with a non-finite loss, else with the largest; None where one rank holds all of it."""
+        """The rank with a non-finite loss, else with the largest; None where one rank holds all of it, and where
+        gradients are not finite but all losses are: summed over ranks, they no longer tell whose they were."""
         bad = [rank for rank, loss in enumerate(self.losses) if loss is None]
         if bad:
             return bad[0]
-        return max(range(len(self.losses)), key=lambda r: self.losses[r] or 0.0) if len(self.losses) > 1 else None
+        if len(self.losses) == 1 or None in self.norms.values():
+            return None
+        return max(range(len(self.losses)), key=lambda r: self.losses[r] or 0.0)
 
 
 def attribute(engine: Engine, loss_part: Tensor) -> Attribution:

@@ -23,7 +23,7 @@ from bloomery.spec.stabilisers import Stabilisers
 
 JOB_FILE = "job.json"
 STOPPED_BY_SIGNAL = 75
-"""Exit code after SIGTERM, SIGUSR1 or Ctrl-C: the step was finished and saved, the same command goes on
+"""Exit code after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C: the step was finished and saved, the same command goes on
 (EX_TEMPFAIL)."""
 CORRUPTED = 5
 """A training process's exit code when replicas hold different values: a start from the newest checkpoint heals that."""

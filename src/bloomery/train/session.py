@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import JOINING
+from bloomery.model.init import initial_rectangle
 from bloomery.parallel.engine import Engine
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.commit import IMPORTED, checkpoint_folders, imported_checkpoint, read_commit, step_of
@@ -86,8 +87,7 @@ def resume(session: Session) -> int:
             session.recorder.event("checkpoint_finished", step=finished)
     place, found = _newest_state(session)
     if found < 0 and place == NOWHERE:
-        if job.initial:
-            checkpoint.load(Path(job.initial), session.engine, None, session.clock.gets_on)
+        _take_initial(session)
         return 0
     path = session.checkpoints / f"step_{found:06d}" if place == NOWHERE else session.memory.path(place)
     commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
@@ -102,6 +102,26 @@ def resume(session: Session) -> int:
     session.batches.passed_over = session.guard.passed_over
     session.recorder.resumed(commit.step, "disk" if place == NOWHERE else "memory")
     return commit.step
+
+
+def _take_initial(session: Session) -> None:
+    """Where the stage starts from another one's weights, load those."""
+    if session.job.initial:
+        checkpoint.load(Path(session.job.initial), session.engine, None, session.clock.gets_on)
+
+
+def _start_anew(session: Session) -> None:
+    """The weights of the first start once more, with the same bits."""
+    job, engine = session.job, session.engine
+    scale = job.optimizer.start_scale(job.model.hidden)
+    with torch.no_grad():
+        for item in engine.shards():
+            session.clock.gets_on()
+            if 0 not in item.shard.shape:
+                entry, weight = engine.table[item.shard.name], item.local()
+                weight.copy_(initial_rectangle(job.model, entry, item.shard, job.seed, weight.dtype, scale))
+    engine.gather_updated()
+    _take_initial(session)
 
 
 def _newest_state(session: Session) -> tuple[Place, int]:
@@ -246,33 +266,38 @@ def report_saves(session: Session) -> None:
 
 
 def rewind(session: Session, step: int) -> int:
-    """Go back to a checkpoint before the trouble that `step` is part of, and past its samples. Returns the next step.
+    """Go back to a checkpoint before the trouble that `step` is part of, where there is none to the start, and past its
+    samples. Returns the next step.
 
     The way back is a function of the checkpoint and the data alone, so a crash after it leads to the same weights.
-    Raises BloomeryError when there is no checkpoint from before.
     """
     earlier, batches = session.guard, session.batches
     with session.clock.bucket("checkpoint"):
         session.writer.wait()
         number = earlier.next_rewind(step)
         found = _newest_good(session, at_most=earlier.episode, number=number)
-        if found < 0:
-            raise BloomeryError(f"step {step}: no checkpoint from before step {earlier.episode} to go back to")
         first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)
         # Each time it did not help, twice as many samples are passed over.
         samples = (first, first + (stop - first) * 2 ** (number - 1))
-        session.optimizers.forget()
-        path = session.checkpoints / f"step_{found:06d}"
-        commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
-        settings = session.job.guard
-        # Imported weights come without statistics: they start new ones.
-        known = commit.run_hash != IMPORTED
-        session.guard = Guard.from_state(commit.guard, settings) if known else Guard(settings)
+        session.guard = _gone_back_to(session, found)
         session.guard.went_back(earlier, step, samples)
         batches.passed_over = session.guard.passed_over
         if session.mesh.rank == 0:
             for folder in checkpoint_folders(session.checkpoints):
                 if step_of(folder) > found:
                     checkpoint.set_aside(folder, "rewound")
-            session.recorder.event("rewound", step=step, to=found, samples_passed_over=list(samples))
-    return found
+            session.recorder.event("rewound", step=step, to=max(found, 0), samples_passed_over=list(samples))
+    return max(found, 0)
+
+
+def _gone_back_to(session: Session, found: int) -> Guard:
+    """Load the state of a checkpoint, or that of the start (-1). Returns its guard, which starts new statistics where
+    none came with the weights."""
+    settings = session.job.guard
+    session.optimizers.forget()
+    if found < 0:
+        _start_anew(session)
+        return Guard(settings)
+    path = session.checkpoints / f"step_{found:06d}"
+    commit = checkpoint.load(path, session.engine, session.optimizers, session.clock.gets_on)
+    return Guard(settings) if commit.run_hash == IMPORTED else Guard.from_state(commit.guard, settings)

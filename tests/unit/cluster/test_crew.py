@@ -51,6 +51,36 @@ def test_failures_of_several_ranks_are_nobodys(tmp_path: Path) -> None:
     assert not any(team.failed(died(rank)) for rank in (0, 1, 0, 1, 2))
 
 
+def test_a_healthy_place_that_waits_is_taken_before_ranks_are_given_up(tmp_path: Path) -> None:
+    team = crew(tmp_path)
+    assert [team.failed(died(1)) for _ in range(2)] == [False, True]
+    assert team.now.slots == (0, 2)  # place 3 waits
+    assert [team.failed(died(0)) for _ in range(2)] == [False, True]
+    assert (team.now.layout.describe(), team.now.slots) == ("tp2 mb1", (2, 3))
+    team.grow(7)
+    assert [team.failed(died(2)) for _ in range(2)] == [False, True]
+    assert team.now.slots == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "saved", "again"),
+    [
+        (100, 5000, 4000, False),  # another failure, of a run that has got on since
+        (100, 100, 100, True),  # a save that the next start finished is not progress
+        (100, 104, 100, True),
+        (-1, -1, 0, True),
+    ],
+)
+def test_failures_with_progress_in_between_are_not_in_a_row(
+    tmp_path: Path, first: int, second: int, saved: int, again: bool
+) -> None:
+    team = crew(tmp_path)
+    assert not team.failed(died(1, step=first))
+    (tmp_path / "checkpoints" / f"step_{saved:06d}").mkdir(parents=True)
+    assert team.failed(died(1, step=second)) is again
+    assert team.failed(died(0)) is False and team.failed(died(0)) is True  # what was saved before says nothing
+
+
 def test_training_that_gave_up_would_give_up_on_fewer_ranks_too(tmp_path: Path) -> None:
     team = crew(tmp_path)
     assert not any(team.failed(died(1, code=GAVE_UP)) for _ in range(4))
@@ -60,5 +90,5 @@ def test_nobody_is_left_out_unasked_and_the_last_is_never_left_out(tmp_path: Pat
     assert not any(crew(tmp_path, elastic=False).failed(died(1)) for _ in range(4))
     team = crew(tmp_path)
     shrunk = [team.failed(died(0)) for _ in range(9)]
-    assert shrunk.count(True) == 2
+    assert shrunk.count(True) == 3
     assert team.now.layout.world_size == 1

@@ -18,12 +18,13 @@ import pytest
 
 from bloomery.cluster import hosts as hosts_of_a_run
 from bloomery.cluster.channel import Channel, LostError, free_port, listen, proof, the_secret
-from bloomery.cluster.hosts import Leader, TemporaryError
+from bloomery.cluster.hosts import Leader, TemporaryError, _conclusion
 from bloomery.cluster.place import Place
 from bloomery.cluster.stopping import Stopping
+from bloomery.cluster.world import Outcome
 from bloomery.ledger.sinks import read_lines
 from bloomery.spec.errors import InputError
-from bloomery.spec.job import Job
+from bloomery.spec.job import CORRUPTED, GAVE_UP, Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import Supervision
@@ -128,6 +129,16 @@ def test_a_signal_to_every_process_of_a_job_stops_it_as_one_to_a_host_does(hosts
         event for event in read_lines(one.folder / "events.jsonl") if event["event"] == "worker_failed"
     ]
     assert [line["code"] for line in read_lines(one.folder / "supervision.jsonl")] == [75]
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [(GAVE_UP, "exit code 4"), (CORRUPTED, "exit code 5"), (2, "exit code 2"), (1, "killed by SIGKILL")],
+)
+def test_who_ended_first_of_hosts_that_end_together(code: int, cause: str) -> None:
+    """A rank that only lost its peer is nobody's culprit."""
+    lost, culprit = Outcome(1, 0, "exit code 1", 10), Outcome(code, 2, cause, 10)
+    assert _conclusion([lost, culprit], 2) == _conclusion([culprit, lost], 2) == culprit
 
 
 def below(pid: int) -> list[int]:

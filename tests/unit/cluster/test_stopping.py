@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bloomery.cluster.stopping import HEARD, STOPS, Stopping
+from bloomery.cluster.stopping import HEARD, OF_A_TERMINAL, STOPS, Stopping
 
-HEEDED = (*STOPS, signal.SIGINT)
+HEEDED = (*STOPS, *OF_A_TERMINAL)
 
 
 class Told:
@@ -30,6 +30,7 @@ def usual_handlers() -> Iterator[None]:
     """As a command has them that a terminal has started, and as they were afterwards."""
     before = {number: signal.getsignal(number) for number in HEEDED}
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -37,7 +38,12 @@ def usual_handlers() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("number", "told"),
-    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1), (signal.SIGINT, signal.SIGTERM)],
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGUSR1, signal.SIGUSR1),
+        (signal.SIGINT, signal.SIGTERM),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
 )
 def test_a_signal_is_passed_on_to_ranks_as_one_that_they_listen_to(number: int, told: int) -> None:
     usual = [signal.getsignal(one) for one in HEEDED]
@@ -71,9 +77,10 @@ def test_without_a_terminal_ctrl_c_stops_too(monkeypatch: pytest.MonkeyPatch) ->
     assert stopping.asked
 
 
-def test_a_command_that_was_started_deaf_to_ctrl_c_stays_so() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", OF_A_TERMINAL)
+def test_a_command_that_was_started_deaf_to_a_terminal_stays_so(number: int) -> None:
+    signal.signal(number, signal.SIG_IGN)
     with Stopping().handled() as stopping:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert not stopping.asked
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(number) is signal.SIG_IGN

@@ -14,7 +14,7 @@ import pytest
 
 from bloomery.cluster import booking, supervisor
 from bloomery.cluster.booking import START_FILE, SUPERVISION_FILE
-from bloomery.cluster.supervisor import launch, usual_before
+from bloomery.cluster.supervisor import Failures, launch, usual_before
 from bloomery.cluster.world import Outcome
 from bloomery.ledger.goodput import goodput
 from bloomery.ledger.heartbeat import PHASES
@@ -112,6 +112,28 @@ def test_what_could_not_be_saved_stays_in_memory_and_is_said(
     else:
         assert launch("none", tmp_path, 2) == outcome.code
     assert copies.exists() == kept
+
+
+def test_one_hang_three_times_ends_a_run_though_it_is_noticed_after_other_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs = [Outcome(1, 1, f"hung in compute for {seconds} s", 33, "compute") for seconds in (8.1, 10.4, 9.9)]
+    forgotten = list[Path]()
+    write_job(tmp_path, JOB)
+    monkeypatch.setattr(supervisor, "_one_start", lambda *_: hangs.pop(0))
+    monkeypatch.setattr(supervisor, "_asked_within", lambda *_: False)
+    monkeypatch.setattr(supervisor, "forget_copies", forgotten.append)
+    with pytest.raises(BloomeryError, match=r"hung in compute for 9\.9 s\) 3 times in a row at step 33"):
+        launch("none", tmp_path, 2)
+    assert not hangs and len(forgotten) == 2  # after the second and the third
+
+
+def test_hangs_in_different_phases_and_other_causes_are_not_alike() -> None:
+    causes = ("hung in compute for 8.1 s", "hung in load for 8.1 s", "killed by SIGKILL", "exit code 1", "exit code 2")
+    failures = Failures()
+    for cause in causes:
+        failures = failures.after(Outcome(1, 1, cause, 33))
+        assert failures.alike == 1
 
 
 @pytest.mark.parametrize("steps", [10, 0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from bloomery.cluster.watch import find_hang, limit_s
+from bloomery.cluster.watch import Pause, awake, find_hang, limit_s
 from bloomery.ledger.heartbeat import JOINING, PHASE_OF, PHASES, WAITING, Beat, Heartbeat, beat_file, read_beat, usual_s
 from bloomery.ledger.slow_steps import PAUSES
 from bloomery.spec.reliability import Supervision
@@ -64,6 +64,12 @@ def test_when_all_wait_the_rank_behind_is_the_culprit() -> None:
 
 def test_a_short_wait_is_no_hang() -> None:
     assert find_hang([beat("communicate", 4), beat("compute", 4)], RUNNING[:2], NOW, SETTINGS) is None
+
+
+def test_a_pause_of_the_whole_machine_is_nobodys_silence() -> None:
+    pauses = [Pause(600, 605), Pause(100, 800)]
+    since = [awake(Beat(1, began), pauses).since for began in (0, 604, 610, 750, 801)]
+    assert since == [700, 705, 710, 800, 801]
 
 
 def test_a_heartbeat_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import pytest
 from bloomery.cluster import world as worlds
 from bloomery.cluster.fork_server import forking, imported_for
 from bloomery.cluster.stopping import Stopping
-from bloomery.cluster.world import Share, World, _environment, supervise
-from bloomery.ledger.heartbeat import Beat
+from bloomery.cluster.world import Outcome, Share, World, _environment, supervise
+from bloomery.ledger.heartbeat import PHASES, Beat
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.job import STOPPED_BY_SIGNAL, Job
 from bloomery.spec.layout import Layout
@@ -98,9 +98,10 @@ def test_what_ranks_are_forked_from_is_deaf_from_its_first_moment_on() -> None:
     [line] = [line for line in Path(f"/proc/{forkserver._forkserver._forkserver_pid}/status")
               .read_text().splitlines() if line.startswith("SigBlk:")]  # fmt: skip
     held = int(line.split()[1], 16)
-    assert all(held >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    asks = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
+    assert all(held >> (number - 1) & 1 for number in asks)
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == heard
-    process = context.Process(target=holds_back, args=(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+    process = context.Process(target=holds_back, args=asks)
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -237,6 +238,23 @@ def test_who_ended_first_of_ranks_that_end_together(
     found = world.ended()
     assert found is not None
     assert (found.rank, found.code, found.cause) == (rank, code, cause)
+
+
+def test_a_machine_that_slept_gives_a_rank_no_less_time_than_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that computes 30 s, hung after 150: asleep for ten minutes after 5 s, it goes on for 25 more."""
+    world, time = World.__new__(World), SimpleNamespace(now=0)
+    world.settings, world._noticed, world._polled, world._lenient_until, world._pauses = Supervision(), None, 0, 0, []
+    monkeypatch.setattr(worlds.time, "monotonic", lambda: time.now)
+    monkeypatch.setattr(World, "stacks", lambda _: ())
+    computes = Beat(9, 0.0, 7, "compute", tuple(30.0 * (phase == "compute") for phase in PHASES))
+
+    def at(second: int) -> Outcome | None:
+        time.now = second
+        return world.hung([computes], ["R"])
+
+    assert not any(at(second) for second in (*range(6), *range(605, 751)))
+    hung = at(751)
+    assert hung is not None and (hung.rank, hung.cause) == (0, "hung in compute for 151.0 s")
 
 
 def test_a_signal_that_comes_while_ranks_are_being_forked_stops_the_start(

@@ -39,6 +39,7 @@ from bloomery.train import profile as profiles
 from bloomery.train import record as records
 from bloomery.train.guard import Guard, Judgement
 from bloomery.train.loop import run
+from bloomery.train.session import Session, resume
 
 STEPS = 3
 LAYOUT = Layout(micro_batch=2)
@@ -244,6 +245,31 @@ def test_a_rewind_to_imported_weights_starts_new_statistics(
     kept = read_commit(newest).guard
     assert newest.name == f"step_{STEPS:06d}" and kept["rewinds_in_a_row"] == 1
     assert kept["passed_over"] == [found["samples_passed_over"]]
+
+
+def test_trouble_before_the_first_checkpoint_goes_back_to_the_start_and_past_its_samples(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as a run that never took those samples."""
+    troubled = iter([False, False, True])
+
+    def judged(guard: Guard, step: int, *_: Any) -> Judgement:
+        guard.episode = 1
+        return Judgement("rewind" if next(troubled, False) else "ok", "by hand")
+
+    def passes_over(session: Session) -> int:
+        session.guard.passed_over = session.batches.passed_over = [(2, 6)]
+        return resume(session)
+
+    monkeypatch.setattr(Guard, "judge", judged)
+    trained(job, tmp_path / "troubled", Clock())
+    [found] = [event for event in read_lines(tmp_path / "troubled" / "events.jsonl") if event["event"] == "rewound"]
+    assert (found["step"], found["to"], found["samples_passed_over"]) == (2, 0, [2, 6])
+    monkeypatch.setattr(loop, "resume", passes_over)
+    trained(job, tmp_path / "calm", Clock())
+    commits = [read_commit(tmp_path / name / "checkpoints" / f"step_{STEPS:06d}") for name in ("troubled", "calm")]
+    assert commits[0].files == commits[1].files
+    assert [commit.updates for commit in commits] == [STEPS, STEPS]
 
 
 def test_damaged_imported_weights_are_not_replaced_by_random_ones(job: Job, tmp_path: Path) -> None:

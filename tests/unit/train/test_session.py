@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from bloomery.ledger.clock import Clock
 from bloomery.ledger.heartbeat import JOINING
+from bloomery.parallel.engine import build
 from bloomery.parallel.mesh import pretend
 from bloomery.spec import commit
 from bloomery.spec.commit import Commit, FileRecord, newest_good, write_commit
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.layout import Layout
+from bloomery.spec.model import MixtureOfExperts, Model
+from bloomery.spec.run import Optimizer
 from bloomery.spec.seal import sha256_of
 from bloomery.train import session as sessions
 
@@ -121,3 +127,23 @@ def test_the_newest_before_the_trouble_is_found(alone: Alone, checkpoints: Path)
     found = [sessions._newest_good(alone, at_most, number)  # type: ignore[arg-type]
              for at_most, number in ((None, 1), (5, 1), (None, 2), (None, 9), (2, 1))]  # fmt: skip
     assert found == [6, 3, 3, 3, -1]
+
+
+@pytest.mark.parametrize(
+    "layout", ["micro_batch=1", "tp=2,pp=2", "dp=2,zero=2", "tp=2,dp=2,zero=3", "dp=4,ep=2", "dp=4,ep=2,zero=3"]
+)
+def test_a_start_anew_has_the_bits_of_the_first_under_every_layout(layout: str) -> None:
+    experts = MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=16)
+    model = Model(layers=2, hidden=8, heads=2, vocab=16, max_seq_len=8, moe=experts if "ep=" in layout else None)
+    parsed = Layout.parse(layout)
+    job = SimpleNamespace(model=model, optimizer=Optimizer(), seed=3, initial="")
+    for rank in range(parsed.world_size):
+        with pretend(parsed, rank) as mesh:
+            engine = build(model, parsed, mesh, seq_len=8, global_batch=8, dtype="float32", seed=3,
+                           measure=lambda _: nullcontext())  # fmt: skip
+            first = [item.local().clone() for item in engine.shards()]
+            for item in engine.shards():
+                item.local().fill_(math.nan)
+            session: Any = SimpleNamespace(job=job, engine=engine, clock=Clock())
+            sessions._start_anew(session)
+            assert all(torch.equal(one, item.local()) for one, item in zip(first, engine.shards(), strict=True))
