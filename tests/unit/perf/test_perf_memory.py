@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bloomery.perf.activations import activation_bytes, in_flight, layer_activation_bytes
+from bloomery.perf.activations import Activations, activation_bytes, in_flight, layer_activation_bytes
 from bloomery.perf.case import Case
 from bloomery.perf.memory import _logits_of_a_chunk, memory_of, peak_bytes, worst_memory
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
@@ -67,6 +67,33 @@ def test_micro_batches_in_flight_fall_from_stage_to_stage() -> None:
     assert int(in_flight(two, two.first)[0]) == 2
     gpipe = case(Layout(pp=4, micro_batch=1, schedule="gpipe"))
     assert int(in_flight(gpipe, gpipe.last)[0]) == 64
+
+
+def test_without_a_pipeline_one_micro_batch_is_in_flight_whatever_the_schedule() -> None:
+    one = case(Layout(micro_batch=1, schedule="gpipe"))
+    assert int(in_flight(one, one.first)[0]) == 1
+
+
+def test_layers_without_experts_keep_what_those_of_a_plain_model_keep() -> None:
+    moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, first_dense_layers=3)
+    model = Model(layers=8, hidden=128, heads=4, vocab=2048, max_seq_len=256, moe=moe)
+
+    def on_ranks(model: Model, recompute: Any) -> tuple[np.ndarray, np.ndarray]:
+        lay = LayoutBatch.of([Layout(pp=2, micro_batch=1, recompute=recompute)])
+        one = Case.of(
+            model, catalog.cluster("this-machine"), lay, global_batch=8, seq_len=256, dtype="float32", stack=EAGER_CPU
+        )
+        found = Activations.of(one, one.kinds)
+        return found.layers[[0, -1], 0], found.fixed[[0, -1], 0]
+
+    for recompute in ("none", "selective", ("none", "selective")):
+        mixed, experts, plain = (
+            on_ranks(model.model_copy(update={"moe": kind}), recompute)
+            for kind in (moe, moe.model_copy(update={"first_dense_layers": 0}), None)
+        )
+        assert mixed[0] == pytest.approx([(3 * plain[0][0] + experts[0][0]) / 4, experts[0][1]])
+        assert mixed[0][0] < experts[0][0]
+        assert mixed[1] == pytest.approx(experts[1])
 
 
 def test_interleaving_costs_the_papers_factor_on_the_first_stage() -> None:
