@@ -56,12 +56,12 @@ def test_a_rank_fits_while_it_holds_no_more_than_its_accelerator() -> None:
     assert [Peak(executed, 0.0, 100.0).fits for executed in (100.0, 101.0)] == [True, False]
 
 
-def described(folder: Path, memory_bytes: float) -> Path:
+def described(folder: Path, memory_bytes: float, averaging: str = "{}") -> Path:
     run = folder / "run.yaml"
     run.write_text(
         "model: {layers: 2, hidden: 512, heads: 8, ffn_hidden: 1024, vocab: 1024, max_seq_len: 256}\n"
         f"cluster: {{extends: selene-like, accelerator: {{extends: a100-80gb, memory_bytes: {memory_bytes}}}}}\n"
-        f"layout: {{dp: 8}}\ntrain: {{seq_len: 256, global_batch: 8}}\nout: {folder}\n"
+        f"layout: {{dp: 8}}\ntrain: {{seq_len: 256, global_batch: 8, averaging: {averaging}}}\nout: {folder}\n"
     )
     return run
 
@@ -73,6 +73,17 @@ def test_what_does_not_fit_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFix
     assert ended.value.code == 3
     assert "of 50 MB" in printed
     assert "Does not fit" in printed
+
+
+def test_an_average_of_the_weights_is_held_beside_the_moments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(described(tmp_path, 80e9, "{method: ema, every: 10}"), dry=True, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    (one,) = answer["classes"]
+    (moments,) = (line for line in one["lines"] if line["name"] == "optimizer")
+    assert moments["executed"] == moments["predicted"] == 12 * one["account"]["parameters"]
+    assert answer["agrees"]
 
 
 @pytest.mark.parametrize(("executed", "code"), [(1.0, 0), (2.0, 1)])
