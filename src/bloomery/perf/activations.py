@@ -222,8 +222,8 @@ class Flight(Table):
 class Activations:
     """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
     stage has `received` where its layers are offloaded, of what its layers read alike in every stage (`shared`: our
-    engine's rotary tables), of a `message` between stages, of the gradients that `waiting` weights need, and a `fixed`
-    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
+    engine's rotary tables and masks), of a `message` between stages, of the gradients that `waiting` weights need, and
+    a `fixed` working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
     in the host's memory while in flight; a CPU's is the same memory.
@@ -268,7 +268,7 @@ class Activations:
         else:
             moving = zeros
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
-        shared = zeros + _rotary_tables_bytes(case) if case.stack.eager else None
+        shared = zeros + _rotary_tables_bytes(case) + mask_bytes(case) if case.stack.eager else None
         message = zeros + inputs if case.stack.eager else None
         skip = inputs * case.model.embedding_skip  # the embedding's gradient, added up layer by layer
         return cls(layers, received, shared, message, waiting, again + moving + ends + skip, moving)
@@ -296,6 +296,16 @@ def _rotary_tables_bytes(case: Case) -> Any:
     model = case.model
     width = model.rotary_width if model.position == "rope" else 0
     return 2 * case.seq_len / case.lay.cp * width * case.precision.stream
+
+
+def mask_bytes(case: Case) -> Any:
+    """What our engine's attention adds to scores where it is not plainly causal, for all heads and layers alike: one
+    for all sequences of a micro-batch under a window, one each under prefixes. Those of documents are not counted."""
+    model, lay = case.model, case.lay
+    if model.mask != "prefix" and (model.sliding_window or case.seq_len) >= case.seq_len:
+        return 0.0
+    masks = lay.micro_batch if model.mask == "prefix" else 1
+    return masks * case.seq_len / lay.cp * case.seq_len * case.precision.stream
 
 
 def end_bytes(case: Case) -> Any:
