@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from bloomery.spec.collective import by_recompute
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import attention_parameters
-from bloomery.spec.shard_table import collectives
+from bloomery.spec.shard_table import collectives, stage_parameters, tensor_shard
 
 EXACT, CLOSE = 0.0, 0.01
 """Relative tolerances: parameters and messages must be equal, FLOPs and activations within 1 %."""
@@ -284,7 +285,7 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
     recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
-    state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
+    state = CLOSE + uneven_rows(case.model, layout, account.pipeline_rank) if layout.zero_stage >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
@@ -306,6 +307,18 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
         again = max(one if "full" in recomputed else dropped for _, one, dropped in kinds)
     found.append(Line("activations in flight", "bytes", _in_flight(account, moments), in_layers + again, CLOSE))
     return found
+
+
+def uneven_rows(model: Model, layout: Layout, pipeline_rank: int) -> float:
+    """By what share rank 0 of those that ZeRO cuts over holds more elements than they do on average."""
+    most, mean = 0.0, 0.0
+    for parameter in stage_parameters(model, layout, pipeline_rank):
+        shape = tensor_shard(parameter, layout.tp, 0, layout.ep).shape
+        ranks = max(layout.shards // (layout.ep if parameter.expert else 1), 1)
+        rows = shape[parameter.data_dim if layout.zero_stage >= 2 else 0]
+        most += prod(shape) / rows * -(-rows // ranks)
+        mean += prod(shape) / ranks
+    return most / mean - 1
 
 
 def _kinds_of_layer(case: Case, ranks: Ranks) -> list[tuple[float, float, float]]:
@@ -354,6 +367,12 @@ def _in_flight(account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> fl
 
 def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
     notes = ["executed on fake tensors with the CPU's kernels; nothing was allocated or sent"]
+    layout = case.lay.layout(0)
+    for one in classes if layout.zero_stage else ():
+        more = uneven_rows(case.model, layout, one.account.pipeline_rank)
+        if more > CLOSE:
+            uneven = f"rows do not divide evenly over {layout.shards} ranks; the fullest holds {more:.1%} more"
+            notes.append(f"{one.name}: {uneven} than the mean, which the plan counts")
     assumed = averaged(precision_of(cluster.accelerator, case.dtype), case.precision.averages_per_step)
     if assumed != case.precision:
         widths = [

@@ -12,7 +12,7 @@ import pytest
 
 from bloomery.cli.train import train
 from bloomery.cluster import dry_run
-from bloomery.cluster.dry_run import DryRun, Line, Peak, compare
+from bloomery.cluster.dry_run import DryRun, Line, Peak, compare, uneven_rows
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -50,6 +50,23 @@ def test_no_peak_is_above_what_is_predicted_or_far_below(layout: str) -> None:
     for one in found(layout).classes:
         predicted = one.peak.predicted - reserved
         assert 0.8 * predicted < one.peak.executed <= 1.001 * predicted, one.peak
+
+
+def test_the_fullest_rank_may_hold_what_uneven_rows_make_of_it_and_a_note_says_so() -> None:
+    layout = Layout.parse("dp=96,zero=3,micro_batch=1")
+    whole = compare(MODEL, layout, catalog.cluster("selene-like"), seq_len=32, global_batch=96, dtype="bfloat16")
+    (one,) = whole.classes
+    (held,) = (line for line in one.lines if line.name == "parameters")
+    assert held.executed / held.predicted == pytest.approx(1 + uneven_rows(MODEL, layout, 0))
+    assert held.executed > 1.05 * held.predicted
+    assert held.agrees
+    assert any("more than the mean" in note for note in whole.notes)
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_rows_that_divide_evenly_leave_nothing_over(zero: int) -> None:
+    assert uneven_rows(MODEL, Layout.parse(f"dp=64,tp=2,zero={zero}"), 0) == 0
+    assert uneven_rows(MODEL, Layout.parse(f"dp=768,zero={zero}"), 0) > 0.05
 
 
 def test_a_rank_fits_while_it_holds_no_more_than_its_accelerator() -> None:
