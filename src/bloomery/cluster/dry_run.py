@@ -15,7 +15,7 @@ import numpy as np
 
 from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, most_held, schedule_order
-from bloomery.perf.activations import Activations, in_flight, kinds_of_layer, layer_activation_bytes
+from bloomery.perf.activations import Activations, in_flight, kinds_of_layer, layer_activation_bytes, mask_bytes
 from bloomery.perf.case import FULL, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import memory_of, parameters_on, state_bytes
@@ -283,6 +283,10 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
     kinds = _kinds_of_layer(case, ranks)
     layout = case.lay.layout(0)
     recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
+    # The first layer of a stage to keep the mask is charged for it; one that is made again keeps it then, and under
+    # context parallelism autograd knows of none.
+    mask = float(np.ravel(mask_bytes(case))[0]) if layout.cp == 1 else 0.0
+    masks = mask * sum(layout.recomputes[stage] != "full" for stage in layout.stages_on(account.pipeline_rank))
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE + uneven_rows(case.model, layout, account.pipeline_rank) if layout.zero_stage >= 1 else EXACT
@@ -294,17 +298,17 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
     if recomputed in ({"none"}, {"selective"}):
-        kept = sum(n * (one - ("selective" in recomputed) * dropped) for n, one, dropped in kinds) / account.layers
+        kept = sum(n * (one - ("selective" in recomputed) * dropped) for n, one, dropped in kinds)
         each = account.layer_activation_bytes / account.layers
-        found.append(Line("activations of a layer", "bytes", each, kept, CLOSE))
+        found.append(Line("activations of a layer", "bytes", each, (kept + masks) / account.layers, CLOSE))
     activations = Activations.of(case, ranks)
-    in_layers = float((in_flight(case, ranks) * activations.layers + activations.moving)[0])
+    in_layers = float((in_flight(case, ranks) * (activations.layers + masks) + activations.moving)[0])
     if layout.offload != "none":
         on_host = float(activations.layers[0])
         found.append(Line("activations on the host", "bytes", account.offloaded_bytes, on_host, CLOSE))
     again = 0.0
     if recomputed != {"none"}:
-        again = max(one if "full" in recomputed else dropped for _, one, dropped in kinds)
+        again = max(one + mask if "full" in recomputed else dropped for _, one, dropped in kinds)
     found.append(Line("activations in flight", "bytes", _in_flight(account, moments), in_layers + again, CLOSE))
     return found
 

@@ -63,6 +63,14 @@ def test_the_fullest_rank_may_hold_what_uneven_rows_make_of_it_and_a_note_says_s
     assert any("more than the mean" in note for note in whole.notes)
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_mask_of_a_window_is_predicted(recompute: str) -> None:
+    model = Model(layers=2, hidden=256, heads=4, ffn_hidden=192, vocab=512, max_seq_len=256, sliding_window=64)
+    layout = Layout.parse(f"micro_batch=1,recompute={recompute}")
+    whole = compare(model, layout, catalog.cluster("selene-like"), seq_len=256, global_batch=1, dtype="bfloat16")
+    assert whole.agrees, [line for line in whole.classes[0].lines if not line.agrees]
+
+
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_rows_that_divide_evenly_leave_nothing_over(zero: int) -> None:
     assert uneven_rows(MODEL, Layout.parse(f"dp=64,tp=2,zero={zero}"), 0) == 0
