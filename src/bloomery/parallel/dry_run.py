@@ -289,7 +289,8 @@ def _steps(
             answer.append(_step(engine, mesh, optimizer, length, seq_len))
         # How many stages of a rank have whole gradients at one time depends on the length of the real step.
         engine.expect(global_batch, seq_len)
-        several = isinstance(engine.schedule, PipelineScheduleMulti)
+        # ZeRO 1 reduces those of all stages when the pipeline has come to its end.
+        several = isinstance(engine.schedule, PipelineScheduleMulti) and layout.zero_stage != 1
         left = most_at_once(engine.schedule, layout.rank_of(min(stages)), most) if several else most.total()
         return [{**step, _LEFT_OVER: left} for step in answer]
 

@@ -63,6 +63,15 @@ def test_the_fullest_rank_may_hold_what_uneven_rows_make_of_it_and_a_note_says_s
     assert any("more than the mean" in note for note in whole.notes)
 
 
+def test_under_zero_1_the_whole_gradients_of_all_chunks_are_there_at_the_end_of_the_pipeline() -> None:
+    model = MODEL.model_copy(update={"layers": 4, "hidden": 64})
+    layout = Layout.parse("pp=2,vpp=2,dp=2,zero=1,micro_batch=1")
+    whole = compare(model, layout, catalog.cluster("selene-like"), seq_len=32, global_batch=4, dtype="bfloat16")
+    for one in whole.classes:
+        (gradients,) = (line for line in one.lines if line.name == "gradients")
+        assert gradients.executed == gradients.predicted == 4 * one.account.parameters
+
+
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_mask_of_a_window_is_predicted(recompute: str) -> None:
     model = Model(layers=2, hidden=256, heads=4, ffn_hidden=192, vocab=512, max_seq_len=256, sliding_window=64)
