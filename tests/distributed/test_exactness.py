@@ -1,5 +1,6 @@
 """The oracle: in float64 every layout gives one process's losses, gradient norms and parameters to 1e-9 relative,
-and every rank sends exactly what the shard table planned, in count and bytes."""
+and every rank sends exactly what the shard table planned, in count and bytes. Planned is what the fullest
+rank sends: where rows do not divide evenly over those that ZeRO cuts over, as they do here, others may send less."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from bloomery.parallel.engine import Engine
     from bloomery.spec.run import Run
 
 
@@ -91,7 +92,15 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
     from bloomery.cluster.dry_run import compare
     from bloomery.cluster.prepare import chosen_layout
     from bloomery.planner.search import run_dtype
-    from bloomery.train.optimizers import build_optimizers
+    from bloomery.train.optimizers import Optimizers, build_optimizers
+
+    averages_per_step = run.train.averaging.updates_per_step
+
+    def optimizers(engine: Engine) -> list[Optimizers]:
+        made = build_optimizers(engine, run.train.optimizer)
+        if averages_per_step:
+            made.begin_average()
+        return [made]
 
     layout = chosen_layout(run, nproc)
     cluster = run.cluster.cut(layout.world_size)
@@ -105,7 +114,8 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
             global_batch=run.train.global_batch,
             dtype=run_dtype(run, cluster),
             optimizer=run.train.optimizer.name,
-            optimizers=lambda engine: build_optimizers(engine, run.train.optimizer).parts,
+            optimizers=optimizers,
+            averages_per_step=averages_per_step,
         )
     if as_json:
         print_json(found.to_json())

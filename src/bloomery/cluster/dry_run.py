@@ -8,24 +8,26 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from bloomery.parallel.dry_run import Message, Optimizers, RankAccount, adamw, dry_run
 from bloomery.parallel.schedule_order import ScheduleOrder, most_held, schedule_order
-from bloomery.perf.activations import Activations, in_flight, layer_activation_bytes
+from bloomery.perf.activations import Activations, in_flight, kinds_of_layer, layer_activation_bytes, mask_bytes
 from bloomery.perf.case import FULL, Case
 from bloomery.perf.flops import context_attention_share, forward_flops
 from bloomery.perf.memory import memory_of, parameters_on, state_bytes
-from bloomery.perf.precision import precision_of
+from bloomery.perf.precision import averaged, precision_of
+from bloomery.perf.ranks import Ranks
 from bloomery.perf.stack import stack_of
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.collective import by_recompute
 from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import attention_parameters
-from bloomery.spec.shard_table import collectives
+from bloomery.spec.shard_table import collectives, stage_parameters, tensor_shard
 
 EXACT, CLOSE = 0.0, 0.01
 """Relative tolerances: parameters and messages must be equal, FLOPs and activations within 1 %."""
@@ -162,17 +164,19 @@ def compare(
     dtype: Dtype,
     optimizer: str = "adamw",
     optimizers: Optimizers = adamw,
+    averages_per_step: float = 0.0,
 ) -> DryRun:
     """Execute a rank of each class without data and set the performance model's answers beside it.
 
-    `optimizer`: its name in a run, `optimizers`: what makes it. Raises InputError for what the engine cannot run.
+    `optimizer`: its name in a run, `optimizers`: what makes it; `averages_per_step`: how often its average of the
+    weights is updated (0: there is none). Raises InputError for what the engine cannot run.
     """
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
     balanced = replace(stack_of(ours.accelerator), expert_spread=0.0)  # as experts are without data
     case = Case.of(
         model, ours, LayoutBatch.of([layout]), global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=balanced,
-        optimizer=optimizer,
+        optimizer=optimizer, averages_per_step=averages_per_step,
     )  # fmt: skip
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
@@ -276,12 +280,16 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
     ranks = case.ranks(np.array([account.pipeline_rank]))
     memory = _memory_on(case, account)
     held = sum(float(part[0]) for part in parameters_on(case, ranks))
-    one_layer, dropped = (float(np.ravel(n_bytes)[0]) for n_bytes in layer_activation_bytes(case))
+    kinds = _kinds_of_layer(case, ranks)
     layout = case.lay.layout(0)
     recomputed = {layout.recomputes[stage] for stage in layout.stages_on(account.pipeline_rank)}
+    # The first layer of a stage to keep the mask is charged for it; one that is made again keeps it then, and under
+    # context parallelism autograd knows of none.
+    mask = float(np.ravel(mask_bytes(case))[0]) if layout.cp == 1 else 0.0
+    masks = mask * sum(layout.recomputes[stage] != "full" for stage in layout.stages_on(account.pipeline_rank))
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
-    state = CLOSE if case.lay.zero_stage[0] >= 1 else EXACT
+    state = CLOSE + uneven_rows(case.model, layout, account.pipeline_rank) if layout.zero_stage >= 1 else EXACT
     found = [
         Line("parameters before ZeRO", "elements", account.parameters, held, EXACT),
         Line("parameters", "bytes", account.parameter_bytes, memory["parameters"], state),
@@ -290,16 +298,39 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
         Line("FLOPs", "FLOP", account.flops, rank_flops(case, account), CLOSE),
     ]
     if recomputed in ({"none"}, {"selective"}):
-        kept = one_layer - (dropped if "selective" in recomputed else 0.0)
+        kept = sum(n * (one - ("selective" in recomputed) * dropped) for n, one, dropped in kinds)
         each = account.layer_activation_bytes / account.layers
-        found.append(Line("activations of a layer", "bytes", each, kept, CLOSE))
+        found.append(Line("activations of a layer", "bytes", each, (kept + masks) / account.layers, CLOSE))
     activations = Activations.of(case, ranks)
-    in_layers = float((in_flight(case, ranks) * activations.layers + activations.moving)[0])
+    in_layers = float((in_flight(case, ranks) * (activations.layers + masks) + activations.moving)[0])
     if layout.offload != "none":
         on_host = float(activations.layers[0])
         found.append(Line("activations on the host", "bytes", account.offloaded_bytes, on_host, CLOSE))
-    again = one_layer if "full" in recomputed else dropped if "selective" in recomputed else 0.0
+    again = 0.0
+    if recomputed != {"none"}:
+        again = max(one + mask if "full" in recomputed else dropped for _, one, dropped in kinds)
     found.append(Line("activations in flight", "bytes", _in_flight(account, moments), in_layers + again, CLOSE))
+    return found
+
+
+def uneven_rows(model: Model, layout: Layout, pipeline_rank: int) -> float:
+    """By what share rank 0 of those that ZeRO cuts over holds more elements than they do on average."""
+    most, mean = 0.0, 0.0
+    for parameter in stage_parameters(model, layout, pipeline_rank):
+        shape = tensor_shard(parameter, layout.tp, 0, layout.ep).shape
+        ranks = max(layout.shards // (layout.ep if parameter.expert else 1), 1)
+        rows = shape[parameter.data_dim if layout.zero_stage >= 2 else 0]
+        most += prod(shape) / rows * -(-rows // ranks)
+        mean += prod(shape) / ranks
+    return most / mean - 1
+
+
+def _kinds_of_layer(case: Case, ranks: Ranks) -> list[tuple[float, float, float]]:
+    """The layers of each kind on a rank, what one of them keeps, and what of it selective recomputation drops."""
+    found = []
+    for one, held in kinds_of_layer(case, ranks.shape):
+        n, kept, dropped = (float(np.ravel(part)[0]) for part in (held, *layer_activation_bytes(one)))
+        found += [(n, kept, dropped)] if n else []
     return found
 
 
@@ -340,7 +371,13 @@ def _in_flight(account: RankAccount, moments: tuple[tuple[int, ...], ...]) -> fl
 
 def _notes(cluster: Cluster, case: Case, classes: list[RankClass]) -> list[str]:
     notes = ["executed on fake tensors with the CPU's kernels; nothing was allocated or sent"]
-    assumed = precision_of(cluster.accelerator, case.dtype)
+    layout = case.lay.layout(0)
+    for one in classes if layout.zero_stage else ():
+        more = uneven_rows(case.model, layout, one.account.pipeline_rank)
+        if more > CLOSE:
+            uneven = f"rows do not divide evenly over {layout.shards} ranks; the fullest holds {more:.1%} more"
+            notes.append(f"{one.name}: {uneven} than the mean, which the plan counts")
+    assumed = averaged(precision_of(cluster.accelerator, case.dtype), case.precision.averages_per_step)
     if assumed != case.precision:
         widths = [
             f"{one.parameter} B a weight, {one.gradient} a gradient, {one.optimizer} of optimizer state"

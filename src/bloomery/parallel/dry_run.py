@@ -140,10 +140,7 @@ def dry_run(
     chunks = [len(ranges[stage]) for stage in layout.stages_on(pipeline_rank)]
     layers = sum(chunks)
     micro_batches = global_batch // (layout.dp * layout.micro_batch)
-    dense = _dense_layers(model, layout, pipeline_rank)
-    stage_depths = [0] if layers <= max(WHOLE_STAGE, dense + 2) else [dense + 1, dense + 2]
-    if len(set(chunks)) > 1 and len(_recomputed(layout, pipeline_rank)) > 1:
-        stage_depths = [0]  # chunks of another depth and another kind do not lie on a line
+    stage_depths = _stage_depths(model, layout, pipeline_rank)
     least = least_micro_batches(layout)
     step_lengths = [least, least + 1]
     if layers * micro_batches <= WHOLE_STEP or micro_batches <= least:
@@ -189,30 +186,58 @@ def shallow(model: Model, layout: Layout, depth: int) -> tuple[Model, Layout]:
     return cut, layout.model_copy(update={"stage_layers": None})
 
 
+def _stage_depths(model: Model, layout: Layout, pipeline_rank: int) -> list[int]:
+    """Depths of the stages of the `shallow` models to run, on whose line the rank lies; [0]: the model as it is.
+
+    Chunks of another depth and another kind do not lie on a line, nor do layers without experts (of a model that has
+    both), which are no part of it, where they are not all in the first stage.
+    """
+    ranges = stages_of(model, layout)
+    stages = layout.stages_on(pipeline_rank)
+    dense = _dense_layers(model, layout, pipeline_rank)
+    unlike = len({len(ranges[stage]) for stage in stages}) > 1 and len(_recomputed(layout, pipeline_rank)) > 1
+    scattered = dense > 0 and not model.is_routed(ranges[0].stop)
+    few = sum(len(ranges[stage]) for stage in stages) <= max(WHOLE_STAGE, dense + 2)
+    return [0] if few or unlike or scattered else [dense + 1, dense + 2]
+
+
 def _dense_layers(model: Model, layout: Layout, pipeline_rank: int) -> int:
-    """Layers without experts on a rank of a model that has layers of both kinds; these are no part of the line."""
+    """Layers without experts on a rank of a model that has layers of both kinds."""
     if model.moe is None:
         return 0
-    held = [layer for stage in stages_of(model, layout)[pipeline_rank :: layout.pp] for layer in stage]
-    return sum(not model.is_routed(layer) for layer in held)
+    ranges = stages_of(model, layout)
+    return sum(not model.is_routed(layer) for stage in layout.stages_on(pipeline_rank) for layer in ranges[stage])
 
 
 def _working_bytes(model: Model, layout: Layout, rank: int, **settings: Any) -> int:
     """What one layer makes again in its backward pass: all it would save (full), or what it did not (selective)."""
 
-    own = _recomputed(layout, rank // (layout.tp * layout.data_ranks))
+    pipeline_rank = rank // (layout.tp * layout.data_ranks)
+    own = _recomputed(layout, pipeline_rank)
 
-    def kept(recompute: str) -> int:
-        part, cut = shallow(model, layout.model_copy(update={"recompute": recompute, "offload": "none"}), 1)
+    def kept(kind: Model, mesh: Layout, recompute: str) -> int:
+        part, cut = shallow(kind, mesh.model_copy(update={"recompute": recompute, "offload": "none"}), 1)
         (step,) = _steps(part, cut, rank, [least_micro_batches(layout)], **settings)
         return int(step["layer_activation_bytes"]) // layout.vpp
 
     if own == {"none"}:
         return 0
-    if model.moe is not None:
-        routed = model.moe.model_copy(update={"first_dense_layers": 0})
-        model = model.model_copy(update={"moe": routed})
-    return kept("none") - (0 if "full" in own else kept("selective"))
+    kinds = _layers_alike(model, layout, pipeline_rank)
+    return max(kept(*kind, "none") - (0 if "full" in own else kept(*kind, "selective")) for kind in kinds)
+
+
+def _layers_alike(model: Model, layout: Layout, pipeline_rank: int) -> list[tuple[Model, Layout]]:
+    """For each kind of layer on a pipeline rank the model of that kind alone, and the layout of such a one."""
+    if model.moe is None:
+        return [(model, layout)]
+    dense = _dense_layers(model, layout, pipeline_rank)
+    ranges = stages_of(model, layout)
+    routed = sum(len(ranges[stage]) for stage in layout.stages_on(pipeline_rank)) - dense
+    experts = model.moe.model_copy(update={"first_dense_layers": 0})
+    kinds = [(experts, layout.ep, routed), (None, 1, dense)]
+    return [
+        (model.model_copy(update={"moe": moe}), layout.model_copy(update={"ep": ep})) for moe, ep, held in kinds if held
+    ]
 
 
 def _recomputed(layout: Layout, pipeline_rank: int) -> set[str]:
@@ -264,7 +289,8 @@ def _steps(
             answer.append(_step(engine, mesh, optimizer, length, seq_len))
         # How many stages of a rank have whole gradients at one time depends on the length of the real step.
         engine.expect(global_batch, seq_len)
-        several = isinstance(engine.schedule, PipelineScheduleMulti)
+        # ZeRO 1 reduces those of all stages when the pipeline has come to its end.
+        several = isinstance(engine.schedule, PipelineScheduleMulti) and layout.zero_stage != 1
         left = most_at_once(engine.schedule, layout.rank_of(min(stages)), most) if several else most.total()
         return [{**step, _LEFT_OVER: left} for step in answer]
 

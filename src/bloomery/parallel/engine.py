@@ -124,7 +124,7 @@ class Engine:
         return {owning_name(self.model, name): parameter for name, parameter in named}
 
     @property
-    def _tied_apart(self) -> bool:
+    def tied_apart(self) -> bool:
         """Whether the first and the last pipeline rank each hold a tied embedding."""
         return self.model.tie_embeddings and self.layout.pp > 1 and not self.layout.v_shaped
 
@@ -224,7 +224,7 @@ class Engine:
             ]
             if partial:
                 sum_flat(partial, self.mesh.group("tp"), self.measure, "tp_comm")
-        if self._tied_apart and "embedding.weight" in self.parameters():
+        if self.tied_apart and "embedding.weight" in self.parameters():
             gradient = self.parameters()["embedding.weight"].grad
             assert gradient is not None
             with self.measure("pp_comm"):
@@ -290,7 +290,7 @@ class Engine:
         tp = layout.tp if parameter.tp_dim is None else 1
         if parameter.expert and layout.ep > 1:
             return tp * (layout.data_ranks // layout.ep if layout.zero_stage == 0 else layout.dp_replicas)
-        ends = 2 if self._tied_apart and name == "embedding.weight" else 1
+        ends = 2 if self.tied_apart and name == "embedding.weight" else 1
         return ends * tp * (layout.data_ranks if layout.zero_stage == 0 else layout.dp_replicas)
 
     @torch.no_grad()
@@ -327,7 +327,7 @@ class Engine:
         for name, parameter in self.updated().items():
             entry = self.table[name]
             shard, owner = mesh.shard(entry), mesh.tp_rank == 0 or entry.tp_dim is not None
-            if self._tied_apart and name == "embedding.weight":
+            if self.tied_apart and name == "embedding.weight":
                 owner = owner and 0 in self.stages
             ranks, place, same = layout.shards, mesh.shard_rank, mesh.data_rank
             if entry.expert and layout.ep > 1:

@@ -17,14 +17,23 @@ import numpy as np
 from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, SELECTIVE, ZBV, Case
 from bloomery.perf.ranks import Ranks
 from bloomery.perf.table import Table
-from bloomery.spec.collective import by_recompute
-from bloomery.spec.layout import LayoutBatch
+from bloomery.spec.collective import StageShape, by_recompute
+from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.layout_rules import fits_compiler
 from bloomery.spec.model import MixtureOfExperts
 
 
+def kinds_of_layer(case: Case, own: StageShape) -> list[tuple[Case, Any]]:
+    """Each kind of layer that `own` may hold, as the case of a model that ends with it, and how many it holds."""
+    moe = case.model.moe
+    if moe is None or not moe.first_dense_layers:
+        return [(case, own.layers)]
+    plain = replace(case, model=case.model.model_copy(update={"moe": None}))
+    return [(case, own.moe_layers), (plain, own.dense_layers)]
+
+
 def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
-    """Bytes one layer keeps of one micro-batch: (everything, only the part selective recomputation drops), (n,) each.
+    """Bytes the last layer keeps of a micro-batch: (everything, only the part selective recomputation drops), (n,).
     Our engine drops outputs of norms and activation functions, which a compiler makes again anyway where products read
     them in a narrower format; per operator a stack drops the share that it repeats; with unfused attention it drops the
     scores.
@@ -213,8 +222,8 @@ class Flight(Table):
 class Activations:
     """Bytes of activations on some ranks, (n,) or (kinds, n): of the `layers` for each micro-batch in flight, of what a
     stage has `received` where its layers are offloaded, of what its layers read alike in every stage (`shared`: our
-    engine's rotary tables), of a `message` between stages, of the gradients that `waiting` weights need, and a `fixed`
-    working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
+    engine's rotary tables and masks), of a `message` between stages, of the gradients that `waiting` weights need, and
+    a `fixed` working set, of which `moving`: the offloaded layer at work and the one that comes or goes.
 
     Full recomputation keeps each layer's input (2sbh in 16 bit) and works on one layer at a time. What is offloaded is
     in the host's memory while in flight; a CPU's is the same memory.
@@ -239,13 +248,14 @@ class Activations:
         surplus, zeros = _surplus_bytes(case), np.zeros(ranks.layers.shape)
         layers, again, moving, waiting = zeros, zeros, zeros, zeros
         for lay, own in by_recompute(case.lay, ranks.shape_held):
-            kept, made = layer_kept_bytes(case, lay)
-            layers = layers + own.layers * kept + own.moe_layers * np.where(lay.recompute == FULL, 0.0, surplus)
-            here = True if ranks.held is None else own.layers > 0
-            again = np.maximum(again, np.where(here, made, 0.0))
-            moving = np.maximum(moving, np.where(here, kept, 0.0))
+            layers = layers + own.moe_layers * np.where(lay.recompute == FULL, 0.0, surplus)
             waits = (lay.recompute == 0) & (lay.offload == 0)  # as `Layout.splits_backward` has it
-            waiting = waiting + own.layers * np.where(waits, _waiting_bytes(case), 0.0)
+            for one, held in kinds_of_layer(case, own):
+                kept, made = layer_kept_bytes(one, lay)
+                layers = layers + held * kept
+                again = np.maximum(again, np.where(held > 0, made, 0.0))
+                moving = np.maximum(moving, np.where(held > 0, kept, 0.0))
+                waiting = waiting + held * np.where(waits, _waiting_bytes(one), 0.0)
         if ranks.held is not None:  # over a step's moments
             layers, again, moving, waiting = (part.max(axis=0) for part in (layers, again, moving, waiting))
         inputs, received = case.stream_tokens * case.model.hidden * case.precision.stream, zeros
@@ -258,7 +268,7 @@ class Activations:
         else:
             moving = zeros
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
-        shared = zeros + _rotary_tables_bytes(case) if case.stack.eager else None
+        shared = zeros + _rotary_tables_bytes(case) + mask_bytes(case) if case.stack.eager else None
         message = zeros + inputs if case.stack.eager else None
         skip = inputs * case.model.embedding_skip  # the embedding's gradient, added up layer by layer
         return cls(layers, received, shared, message, waiting, again + moving + ends + skip, moving)
@@ -286,6 +296,16 @@ def _rotary_tables_bytes(case: Case) -> Any:
     model = case.model
     width = model.rotary_width if model.position == "rope" else 0
     return 2 * case.seq_len / case.lay.cp * width * case.precision.stream
+
+
+def mask_bytes(case: Case) -> Any:
+    """What our engine's attention adds to scores where it is not plainly causal, for all heads and layers alike: one
+    for all sequences of a micro-batch under a window, one each under prefixes. Those of documents are not counted."""
+    model, lay = case.model, case.lay
+    if model.mask != "prefix" and (model.sliding_window or case.seq_len) >= case.seq_len:
+        return 0.0
+    masks = lay.micro_batch if model.mask == "prefix" else 1
+    return masks * case.seq_len / lay.cp * case.seq_len * case.precision.stream
 
 
 def end_bytes(case: Case) -> Any:
@@ -345,8 +365,9 @@ def _messages_held(case: Case, ranks: Ranks, times: Any) -> Any:
 def in_flight(case: Case, ranks: Ranks) -> Any:
     """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
 
-    1F1B: min(m, p - i). GPipe: m. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v, which on the first rank is
-    Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them; where chunks are not even, `stages.held`. ZB-V keeps
+    1F1B: min(m, p - i). GPipe: m, where there is a pipeline. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v,
+    which on the first rank is Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them; where chunks are not
+    even, `stages.held`, unless they recompute differently and `Ranks.held` counts each chunk's own layers. ZB-V keeps
     2p half chunks on every rank, which is 1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more
     (DeepSeek-V3, 2412.19437, table 2).
     """
@@ -358,6 +379,9 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
         one_by_one = np.where(m < lay.pp, m, one_by_one)
     rounds = np.clip(-(-m // lay.pp), 1, len(ranks.most_held)) - 1
     most_held = np.take_along_axis(ranks.most_held, np.broadcast_to(rounds, ranks.layers.shape)[None], axis=0)[0]
-    looped = np.where(most_held > 0, np.minimum(most_held / np.maximum(ranks.layers, 1), m), chunks / lay.vpp)
+    uneven = most_held > 0
+    if ranks.held is not None:
+        uneven = uneven & (lay.recompute != BY_STAGE)
+    looped = np.where(uneven, np.minimum(most_held / np.maximum(ranks.layers, 1), m), chunks / lay.vpp)
     kinds = [lay.schedule == kind for kind in (GPIPE, INTERLEAVED, ZBV, DUALPIPEV)]
-    return np.select(kinds, [m, looped, lay.pp, lay.pp + 0.5], one_by_one)
+    return np.select(kinds, [np.where(lay.pp > 1, m, 1), looped, lay.pp, lay.pp + 0.5], one_by_one)

@@ -66,7 +66,8 @@ def _holders_by_block(case: Case) -> Iterator[tuple[slice, np.ndarray]]:
     for the layouts each tells apart."""
     # Gradients that are whole while micro-batches are still to come.
     state, state_of = case.over(*MODEL_STATE, *(("single",) if case.stack.sums_whole else ()))
-    flight, flight_of = case.over("pp", "vpp", "schedule", "frees", "micro_batches", "stages")
+    mixed = () if case.every_rank is None else ("recompute",)  # else no rank's count depends on it
+    flight, flight_of = case.over("pp", "vpp", "schedule", "frees", "micro_batches", "stages", *mixed)
     kept, kept_of = case.over(*MICRO_BATCH, *(("frees",) if _window_opens(case) else ()))
     held = state_bytes(state, state.holders)
     gradients = held.pop("gradients") + 0.0 * state.holders.layers

@@ -28,7 +28,8 @@ from bloomery.spec.parameters import (
 
 def tied_collectives(model: Model, lay: LayoutBatch, shape: StageShape, *, gradient_bytes: int) -> list[Collective]:
     """The gradient of a tied embedding is summed once a step between the first and the last stage, which both hold it
-    (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent."""
+    (Shoeybi et al. 2019, section 3); on one rank, as on a V, both use the same parameter and nothing is sent.
+    Where ZeRO has cut it, the size is that on the fullest rank: where rows do not divide evenly others have fewer."""
     rows = Rows()
     if model.tie_embeddings:
         cut = np.where((lay.data_ranks > 1) & (lay.zero_stage >= 2), lay.shards, 1)

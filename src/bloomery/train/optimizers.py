@@ -174,6 +174,16 @@ class Optimizers:
             part.forget()
         self.average.kept.clear()
 
+    @property
+    def state(self) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """The moments of every parameter that they own."""
+        return {parameter: self.moments(parameter) for parameter in self._owner}
+
+    def begin_average(self) -> None:
+        """Hold an average of every parameter that they own, as from its first update on."""
+        for parameter in self._owner:
+            self.average.begin(parameter)
+
     def moment_names(self, parameter: nn.Parameter) -> tuple[str, ...]:
         """What its optimizer remembers of a parameter and lays out like it; nothing of a buffer, which has none."""
         owner = self._owner.get(parameter)

@@ -1,7 +1,8 @@
 """Silent corruption: ranks that must hold the same bits are asked whether they do, before every checkpoint.
 
 Ranks that hold the same rectangles hold the same values: data-parallel replicas all parameters and moments, tensor-
-parallel ranks their norms (BLOOM's drifted apart unnoticed for 17,000 steps). A checkpoint is written from one replica,
+parallel ranks their norms (BLOOM's drifted apart unnoticed for 17,000 steps), both ends of a pipeline a tied
+embedding. A checkpoint is written from one replica,
 so it is taken of agreeing ones only. What ZeRO 2 and 3 cut over ranks has no second copy and is not covered.
 """
 
@@ -27,22 +28,27 @@ def disagreeing(engine: Engine, optimizers: Optimizers) -> tuple[int, ...]:
     mesh, layout = engine.mesh, engine.layout
     if mesh.world_size == 1:
         return ()
-    cut, whole = list[LocalShard](), list[LocalShard]()
+    cut, whole, tied = list[LocalShard](), list[LocalShard](), list[LocalShard]()
     for item in engine.shards():
-        (whole if engine.table[item.shard.name].tp_dim is None else cut).append(item)
+        if engine.tied_apart and item.shard.name == "embedding.weight":
+            tied.append(item)
+        else:
+            (whole if engine.table[item.shard.name].tp_dim is None else cut).append(item)
     # Kernels that add up in any order leave replicated gradients alike only where a message makes them so.
     apart = mesh.tp_rank if mesh.device.type == "cuda" and not layout.sequence_parallel else 0
-    mine = torch.tensor(
-        [_place(cut, 0), _checksum_of(cut, optimizers), _place(whole, apart), _checksum_of(whole, optimizers)],
-        device=mesh.device,
-    )
+    # The two ends add their gradients up before data-parallel ranks do, who may then add more than two in any order.
+    end = mesh.pp_rank if layout.zero_stage < 2 and layout.data_ranks > 2 else 0
+    alike = ((cut, 0), (whole, apart), (tied, end))
+    numbers = [(_place(items, group), _checksum_of(items, optimizers)) for items, group in alike]
+    mine = torch.tensor(numbers, device=mesh.device).flatten()
     every = [torch.empty_like(mine) for _ in range(mesh.world_size)]
     with engine.measure("other"):  # whoever waits here is not the one that hangs
         dist.all_gather(every, mine)
         every = [one.cpu() for one in every]
     rows = torch.stack(every).tolist()
-    odd = {*odd_ones([row[0] for row in rows], [row[1] for row in rows])}
-    return tuple(sorted(odd.union(odd_ones([row[2] for row in rows], [row[3] for row in rows]))))
+    columns = list(zip(*rows, strict=True))
+    odd = (odd_ones(*columns[first : first + 2]) for first in range(0, len(columns), 2))
+    return tuple(sorted(set[int]().union(*odd)))
 
 
 def _place(items: Sequence[LocalShard], apart: int) -> int:

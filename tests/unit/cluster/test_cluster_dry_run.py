@@ -12,7 +12,7 @@ import pytest
 
 from bloomery.cli.train import train
 from bloomery.cluster import dry_run
-from bloomery.cluster.dry_run import DryRun, Line, Peak, compare
+from bloomery.cluster.dry_run import DryRun, Line, Peak, compare, uneven_rows
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
@@ -52,16 +52,50 @@ def test_no_peak_is_above_what_is_predicted_or_far_below(layout: str) -> None:
         assert 0.8 * predicted < one.peak.executed <= 1.001 * predicted, one.peak
 
 
+def test_the_fullest_rank_may_hold_what_uneven_rows_make_of_it_and_a_note_says_so() -> None:
+    layout = Layout.parse("dp=96,zero=3,micro_batch=1")
+    whole = compare(MODEL, layout, catalog.cluster("selene-like"), seq_len=32, global_batch=96, dtype="bfloat16")
+    (one,) = whole.classes
+    (held,) = (line for line in one.lines if line.name == "parameters")
+    assert held.executed / held.predicted == pytest.approx(1 + uneven_rows(MODEL, layout, 0))
+    assert held.executed > 1.05 * held.predicted
+    assert held.agrees
+    assert any("more than the mean" in note for note in whole.notes)
+
+
+def test_under_zero_1_the_whole_gradients_of_all_chunks_are_there_at_the_end_of_the_pipeline() -> None:
+    model = MODEL.model_copy(update={"layers": 4, "hidden": 64})
+    layout = Layout.parse("pp=2,vpp=2,dp=2,zero=1,micro_batch=1")
+    whole = compare(model, layout, catalog.cluster("selene-like"), seq_len=32, global_batch=4, dtype="bfloat16")
+    for one in whole.classes:
+        (gradients,) = (line for line in one.lines if line.name == "gradients")
+        assert gradients.executed == gradients.predicted == 4 * one.account.parameters
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_mask_of_a_window_is_predicted(recompute: str) -> None:
+    model = Model(layers=2, hidden=256, heads=4, ffn_hidden=192, vocab=512, max_seq_len=256, sliding_window=64)
+    layout = Layout.parse(f"micro_batch=1,recompute={recompute}")
+    whole = compare(model, layout, catalog.cluster("selene-like"), seq_len=256, global_batch=1, dtype="bfloat16")
+    assert whole.agrees, [line for line in whole.classes[0].lines if not line.agrees]
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_rows_that_divide_evenly_leave_nothing_over(zero: int) -> None:
+    assert uneven_rows(MODEL, Layout.parse(f"dp=64,tp=2,zero={zero}"), 0) == 0
+    assert uneven_rows(MODEL, Layout.parse(f"dp=768,zero={zero}"), 0) > 0.05
+
+
 def test_a_rank_fits_while_it_holds_no_more_than_its_accelerator() -> None:
     assert [Peak(executed, 0.0, 100.0).fits for executed in (100.0, 101.0)] == [True, False]
 
 
-def described(folder: Path, memory_bytes: float) -> Path:
+def described(folder: Path, memory_bytes: float, averaging: str = "{}") -> Path:
     run = folder / "run.yaml"
     run.write_text(
         "model: {layers: 2, hidden: 512, heads: 8, ffn_hidden: 1024, vocab: 1024, max_seq_len: 256}\n"
         f"cluster: {{extends: selene-like, accelerator: {{extends: a100-80gb, memory_bytes: {memory_bytes}}}}}\n"
-        f"layout: {{dp: 8}}\ntrain: {{seq_len: 256, global_batch: 8}}\nout: {folder}\n"
+        f"layout: {{dp: 8}}\ntrain: {{seq_len: 256, global_batch: 8, averaging: {averaging}}}\nout: {folder}\n"
     )
     return run
 
@@ -73,6 +107,17 @@ def test_what_does_not_fit_ends_with_3(tmp_path: Path, capsys: pytest.CaptureFix
     assert ended.value.code == 3
     assert "of 50 MB" in printed
     assert "Does not fit" in printed
+
+
+def test_an_average_of_the_weights_is_held_beside_the_moments(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(described(tmp_path, 80e9, "{method: ema, every: 10}"), dry=True, as_json=True)
+    answer = json.loads(capsys.readouterr().out)
+    (one,) = answer["classes"]
+    (moments,) = (line for line in one["lines"] if line["name"] == "optimizer")
+    assert moments["executed"] == moments["predicted"] == 12 * one["account"]["parameters"]
+    assert answer["agrees"]
 
 
 @pytest.mark.parametrize(("executed", "code"), [(1.0, 0), (2.0, 1)])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bloomery.perf.activations import activation_bytes, in_flight, layer_activation_bytes
+from bloomery.perf.activations import Activations, activation_bytes, in_flight, layer_activation_bytes
 from bloomery.perf.case import Case
 from bloomery.perf.memory import _logits_of_a_chunk, memory_of, peak_bytes, worst_memory
 from bloomery.perf.stack import EAGER_CPU, GPU, MEGATRON_2022, Stack
@@ -67,6 +67,51 @@ def test_micro_batches_in_flight_fall_from_stage_to_stage() -> None:
     assert int(in_flight(two, two.first)[0]) == 2
     gpipe = case(Layout(pp=4, micro_batch=1, schedule="gpipe"))
     assert int(in_flight(gpipe, gpipe.last)[0]) == 64
+
+
+def test_without_a_pipeline_one_micro_batch_is_in_flight_whatever_the_schedule() -> None:
+    one = case(Layout(micro_batch=1, schedule="gpipe"))
+    assert int(in_flight(one, one.first)[0]) == 1
+
+
+def test_a_window_costs_a_mask_of_all_keys_and_prefixes_one_for_each_sequence() -> None:
+    model = Model(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=512)
+
+    def kept(stack: Stack, **changes: object) -> float:
+        lay = LayoutBatch.of([Layout(pp=2, vpp=2, cp=2, micro_batch=2)])
+        one = Case.of(
+            model.model_copy(update=changes), catalog.cluster("this-machine"), lay, global_batch=16, seq_len=512,
+            dtype="bfloat16", stack=stack,
+        )  # fmt: skip
+        return float(activation_bytes(one, one.first)[0])
+
+    each, chunks = 256 * 512 * 2, 5
+    assert kept(EAGER_CPU, sliding_window=64) - kept(EAGER_CPU) == chunks * each
+    assert kept(EAGER_CPU, mask="prefix") - kept(EAGER_CPU) == chunks * 2 * each
+    assert kept(EAGER_CPU, sliding_window=512) == kept(EAGER_CPU)
+    assert kept(MEGATRON_2022, sliding_window=64) == kept(MEGATRON_2022)
+
+
+def test_layers_without_experts_keep_what_those_of_a_plain_model_keep() -> None:
+    moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, first_dense_layers=3)
+    model = Model(layers=8, hidden=128, heads=4, vocab=2048, max_seq_len=256, moe=moe)
+
+    def on_ranks(model: Model, recompute: Any) -> tuple[np.ndarray, np.ndarray]:
+        lay = LayoutBatch.of([Layout(pp=2, micro_batch=1, recompute=recompute)])
+        one = Case.of(
+            model, catalog.cluster("this-machine"), lay, global_batch=8, seq_len=256, dtype="float32", stack=EAGER_CPU
+        )
+        found = Activations.of(one, one.kinds)
+        return found.layers[[0, -1], 0], found.fixed[[0, -1], 0]
+
+    for recompute in ("none", "selective", ("none", "selective")):
+        mixed, experts, plain = (
+            on_ranks(model.model_copy(update={"moe": kind}), recompute)
+            for kind in (moe, moe.model_copy(update={"first_dense_layers": 0}), None)
+        )
+        assert mixed[0] == pytest.approx([(3 * plain[0][0] + experts[0][0]) / 4, experts[0][1]])
+        assert mixed[0][0] < experts[0][0]
+        assert mixed[1] == pytest.approx(experts[1])
 
 
 def test_interleaving_costs_the_papers_factor_on_the_first_stage() -> None:

@@ -93,6 +93,7 @@ def test_chunks_in_flight_are_those_of_the_schedule(schedule: str) -> None:
         "tp=2,pp=4,dp=2,recompute=full+selective+none+none",
         "tp=2,pp=2,vpp=2,dp=4,recompute=full+selective+none+none",
         "tp=2,pp=2,vpp=2,dp=4,recompute=none+none+full+selective",
+        "tp=2,pp=2,vpp=2,dp=4,stage_layers=4+12+12+4,recompute=full+none+none+full",
         "tp=2,pp=2,dp=4,schedule=zbv,recompute=full+none+none+selective",
         "tp=2,pp=2,dp=4,zero=3,schedule=zbv",
         "tp=2,pp=2,dp=4,zero=3,schedule=dualpipev",
