@@ -217,12 +217,13 @@ class World:
 
     def _settled(self, place: int) -> Outcome:
         """A rank ended badly: ranks that all stop with one code stopped together, else the signalled one is the
-        culprit, else one that ended by its own words: others only lost their connection to it."""
+        culprit, else one that ended by its own words: others only lost their connection to it. NCCL aborts those."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
-        killed = [other for other, code in enumerate(codes) if code is not None and code < 0]
-        worded = [other for other, code in enumerate(codes) if code not in (None, 0, 1, STOPPED_BY_SIGNAL)]
-        place = [*killed, *worded, place][0]
+        aborted = [other for other, code in enumerate(codes) if code == -signal.SIGABRT]
+        killed = [other for other, code in enumerate(codes) if (code or 0) < 0 and other not in aborted]
+        worded = [other for other, code in enumerate(codes) if (code or 0) > 1 and code != STOPPED_BY_SIGNAL]
+        place = [*killed, *worded, *aborted, place][0]
         code = codes[place] or 1
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         beats, noticed = self.beats(), self._noticed or time.monotonic()
