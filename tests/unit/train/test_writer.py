@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from bloomery.train.checkpoint import Keep, set_aside, settle_unfinished, shard_
 from bloomery.train.checksum import checksum
 from bloomery.train.replicas import odd_ones
 from bloomery.train.shard_file import write_shard
+from bloomery.train.writer import Writer
 
 
 def test_a_shard_is_read_by_the_library_and_its_hash_is_the_files(tmp_path: Path) -> None:
@@ -136,3 +138,45 @@ def test_the_odd_one_of_three_is_named_and_both_of_two() -> None:
     assert odd_ones("aaabb", [1, 1, 2, 5, 6]) == [2, 3, 4]
     assert odd_ones("aabb", [1, 1, 5, 5]) == []
     assert odd_ones("ab", [1, 2]) == []
+
+
+class OnGpu(torch.Tensor):
+    """A CPU's, that says it is a GPU's."""
+
+    is_cuda = True
+
+
+def test_a_gpu_copies_into_pinned_memory_that_is_kept_and_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+
+    class Buffer:
+        def __init__(self, _: torch.Tensor, *, device: str, pin_memory: bool) -> None:
+            assert device == "cpu"
+            done.append("pinned" if pin_memory else "paged")
+
+        def copy_(self, _: torch.Tensor, *, non_blocking: bool) -> Buffer:
+            done.append("handed over" if non_blocking else "copied")
+            return self
+
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch, "empty_like", Buffer)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    writer = Writer.__new__(Writer)
+    writer._buffers = {}
+    tensors = {"a": torch.ones(2).as_subclass(OnGpu), "b": torch.ones(3).as_subclass(OnGpu)}
+    first = writer.snapshot(tensors)
+    assert done == ["pinned", "handed over", "pinned", "handed over", "waited"]
+    assert writer.snapshot(tensors) == first
+    assert done[5:] == ["handed over", "handed over", "waited"]
+    done.clear()
+    writer.snapshot({"c": torch.ones(1)})
+    assert done == ["paged", "copied"]
+
+
+def test_a_snapshot_stays_what_it_was() -> None:
+    writer = Writer.__new__(Writer)
+    writer._buffers = {}
+    weight = torch.ones(3)
+    kept = writer.snapshot({"weight": weight})["weight"]
+    weight.zero_()
+    assert kept.tolist() == [1, 1, 1]
