@@ -11,6 +11,10 @@ import torch
 from ranks import MODELS, Case, train_case
 from torch import nn
 
+from bloomery.model.mixture import Experts
+from bloomery.model.view import View, attend
+from bloomery.parallel.attention_tiles import Tile, attend_plainly, attend_tile, plain_gradients, tile_gradients
+from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.train.adamw import AdamW, Group
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -76,3 +80,42 @@ def test_clipped_gradients_move_parameters_as_scaled_ones() -> None:
         optimizer.step(scale)
         other.step()
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("width", [48, 44])
+def test_experts_of_any_width_multiply_in_bfloat16(width: int) -> None:
+    torch.manual_seed(0)
+    moe = MixtureOfExperts(experts=4, top_k=2, expert_ffn_hidden=width)
+    experts = Experts(Model(layers=1, hidden=64, heads=2, ffn_hidden=64, vocab=16, max_seq_len=8, moe=moe), moe).cuda()
+    for parameter in experts.parameters():
+        parameter.data.normal_(std=0.3)
+    tokens_e = torch.tensor([3, 0, 9, 4], device="cuda")
+    x_rd = torch.randn(16, 64, device="cuda")
+    x_rd, exact_rd = (x.requires_grad_() for x in (x_rd.bfloat16(), x_rd.clone()))
+    for rows in (x_rd, exact_rd):
+        experts(rows, tokens_e).sum().backward()
+    assert x_rd.grad is not None and exact_rd.grad is not None
+    assert (x_rd.grad.float() - exact_rd.grad).norm() < 0.03 * exact_rd.grad.norm()
+
+
+@pytest.mark.parametrize("width", [6, 64, 72, 100, 264])
+def test_tiles_of_any_width_are_what_matrix_products_give(width: int) -> None:
+    torch.manual_seed(0)
+    whole = slice(None)
+    tile = Tile(whole, whole, causal=True)
+    q, k, v, gradient = (torch.randn(2, n, 32, width, device="cuda").bfloat16() for n in (4, 2, 2, 4))
+    out, log_sum = attend_tile(q, k, v, tile, None)
+    known = (gradient, q, k, v, out, log_sum, tile, None)
+    pairs = [*zip((out, log_sum), attend_plainly(q, k, v, tile, None), strict=True)]
+    pairs += zip(tile_gradients(*known), plain_gradients(*known), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=0.03, atol=0.03)
+
+
+def test_grouped_queries_in_float32_write_no_scores() -> None:
+    tokens = 2048
+    q, k, v = (torch.randn(1, heads, tokens, 64, device="cuda") for heads in (8, 2, 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attend(q, k, v, View(torch.arange(tokens, device="cuda")))
+    assert torch.cuda.max_memory_allocated() - before < 8 * tokens**2 * 4 / 2

@@ -264,7 +264,7 @@ def _conclusion(ends: list[Outcome | None], each: int) -> Outcome:
     there = [end for end in ends if end is not None]
     bad = [end for end in there if end.code not in (0, STOPPED_BY_SIGNAL)]
     if bad:
-        return min(bad, key=lambda end: suspicion(end.cause.startswith("killed"), end.code))
+        return min(bad, key=lambda end: suspicion(end.cause, end.code))
     stopped = next((end for end in there if end.code), None)
     if stopped is None and len(there) < len(ends):
         return Outcome(1, ends.index(None) * each, "did not end with the others", there[0].step)

@@ -21,7 +21,7 @@ from bloomery.cluster.probe_links import now
 from bloomery.cluster.probe_parts import UPLOAD_BYTES
 from bloomery.cluster.probe_tables import Product
 from bloomery.model.view import View, attend
-from bloomery.parallel.float8 import E4M3
+from bloomery.parallel.float8 import E4M3, E5M2
 from bloomery.parallel.formats import AUTOCAST
 
 WARM_UP_S = 0.5
@@ -108,9 +108,19 @@ def bare(device: torch.device, shape: Product, dtype: str) -> Work:
     if dtype != "float8":
         return partial(_each, torch.mm, pairs)
     one = torch.ones((), device=device)
-    multiply = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=narrow, use_fast_accum=True)
-    # 8-bit units read the first operand by rows and the second by columns.
-    return partial(_each, multiply, [(a.to(E4M3).contiguous(), b.t().to(E4M3).contiguous().t()) for a, b in pairs])
+    multiply = partial(torch._scaled_mm, scale_a=one, scale_b=one, out_dtype=narrow)
+    # 8-bit units read the first operand by rows and the second by columns. Of gradients range counts more than
+    # precision, and sums are exact, as `parallel.float8` has it.
+    (output, *gradients) = (
+        (a.to(kind).contiguous(), b.t().to(E4M3).contiguous().t())
+        for kind, (a, b) in zip((E4M3, E5M2, E5M2), pairs, strict=True)
+    )
+
+    def step() -> None:
+        multiply(*output, use_fast_accum=True)
+        _each(multiply, gradients)
+
+    return step
 
 
 def _each(multiply: Callable[[Tensor, Tensor], Tensor], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -1,8 +1,8 @@
 """Who hangs: a judgement from heartbeats alone, without asking a process that may not answer.
 
-A rank that waits for a message may wait because of another one. So a rank in a phase of its own (loading, computing,
-saving) is judged by that phase's longest time so far; ranks that all wait are judged together, and the one that is
-stopped, or has got less far than the others, is the culprit.
+A rank that waits for a message may wait because of another one. So a rank in a phase of its own (loading, saving,
+computing on a CPU) is judged by that phase's longest time so far; ranks that all wait are judged together, and the one
+that is stopped, or has got less far than the others, is the culprit.
 """
 
 from __future__ import annotations

@@ -87,12 +87,20 @@ class Outcome:
         return self.cause.partition(" for ")[0]
 
 
-def suspicion(killed: bool, code: int | None) -> int:
+KILLED_BY = "killed by "
+
+
+def suspicion(cause: str, code: int | None) -> int:
     """The order in which ranks that ended together are suspected, the culprit first: one that a signal ended, else one
-    that ended by its own words; others only lost their connection to it."""
-    if killed:
-        return 0
-    return 2 if code in (None, 0, 1, STOPPED_BY_SIGNAL) else 1
+    that ended by its own words; others only lost their connection to it, and NCCL aborts those."""
+    if cause.startswith(KILLED_BY):
+        return 2 if cause == KILLED_BY + signal.SIGABRT.name else 0
+    return 3 if code in (None, 0, 1, STOPPED_BY_SIGNAL) else 1
+
+
+def cause_of(code: int | None) -> str:
+    """Why a process ended, by its exit code."""
+    return f"{KILLED_BY}{signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -237,9 +245,9 @@ class World:
         """A rank ended badly: the first of those that are suspected most, as ranks that stop together all are."""
         time.sleep(4 * POLL_S)
         codes = [process.exitcode for process in self.processes]
-        place = min((place, *range(len(codes))), key=lambda other: suspicion((codes[other] or 0) < 0, codes[other]))
+        place = min((place, *range(len(codes))), key=lambda other: suspicion(cause_of(codes[other]), codes[other]))
         code = codes[place] or 1
-        cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        cause = cause_of(code)
         beats, noticed = self.beats(), self._noticed or time.monotonic()
         silent_s = max(0.0, noticed - max(beat.since for beat in beats))
         phase = beats[place].phase

@@ -43,6 +43,9 @@ PHASE_OF = {
     "writing": "write",
 }
 """Phase by ledger bucket; every other bucket is a message's, or the loop around it that waits for all ranks."""
+BESIDE_A_DEVICE = {bucket: phase for bucket, phase in PHASE_OF.items() if phase not in ("compute", "optimize")}
+"""The same where a device does the work: its host only hands it over, and waits where there is too much of it already,
+most likely for a message that another rank does not answer."""
 JOINING = "joining"
 """Entered like a bucket by a rank that waits for others which verify or load: as for a message, but how long that takes
 says nothing of a step's messages."""
@@ -87,14 +90,14 @@ class Heartbeat:
     """The writing side, entered from `Clock` at every change of bucket.
 
     How long phases take is told when a step has ended: its first visit to a phase may be the shortest by far. `usual`:
-    what an earlier start of the same ranks has found, by phase.
+    what an earlier start of the same ranks has found, by phase. `phase_of`: `PHASE_OF` or `BESIDE_A_DEVICE`.
     """
 
     def __init__(self, path: Path, usual: Sequence[float] = ()) -> None:
         with path.open("w+b") as stream:
             stream.truncate(_HEAD.size + _LONGEST.size)
             self._map = mmap.mmap(stream.fileno(), 0)
-        self.step = -1
+        self.step, self.phase_of = -1, PHASE_OF
         self._seen = [0.0] * len(PHASES)
         self._changes, self._since, self._phase, self._joins = 0, time.monotonic(), 0, False
         self._longest = list(usual) or [0.0] * len(PHASES)
@@ -113,7 +116,7 @@ class Heartbeat:
     def enter(self, bucket: str) -> None:
         """The rank has changed to `bucket`, or has got on inside it."""
         self._look()
-        self._phase, self._joins = PHASES.index(PHASE_OF.get(bucket, WAITING)), bucket == JOINING
+        self._phase, self._joins = PHASES.index(self.phase_of.get(bucket, WAITING)), bucket == JOINING
         self._changes += 1
         self._write()
 

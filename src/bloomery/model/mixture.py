@@ -229,9 +229,15 @@ class Experts(nn.Module):
         """x: rows sorted by expert, `tokens_e` (int64) of them for each; returns as many."""
         matrices = [self.gate, self.up, self.down] if self.gated else [self.up, self.down]
         weights = [matrix.weight.to(x_rd.dtype) for matrix in matrices]
-        if x_rd.is_cuda and x_rd.dtype == torch.bfloat16:
+        if x_rd.is_cuda and x_rd.dtype == torch.bfloat16 and has_grouped_kernel(weights):
             return grouped(x_rd, tokens_e, weights, self.activate)
         return one_by_one(x_rd, tokens_e, weights, self.activate)
+
+
+def has_grouped_kernel(weights: list[Tensor]) -> bool:
+    """Whether the rows of all matrices, and with them those of what they multiply, are whole units of 16 bytes: the
+    kernel reads no others, and tensor parallelism may cut an expert's width to anything."""
+    return all(weight.shape[-1] * weight.itemsize % 16 == 0 for weight in weights)
 
 
 def grouped(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activate: Activate) -> Tensor:

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 from bloomery.model.rotary import rotate
 from bloomery.model.tiles import attend_in_tiles, has_tiles
 
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+"""What CUDA's flash attention takes."""
+
 
 @dataclass(frozen=True)
 class View:
@@ -111,10 +114,10 @@ def attend(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, view: View, scale: fl
         # More keys than queries: the earlier ones come from a cache.
         key_s = view.positions_s if keys == queries else torch.arange(keys, device=q_bhsk.device)
         mask = view.bias(key_s, q_bhsk.dtype)
-        if grouped and q_bhsk.is_cuda:
-            # Flash attention takes no mask, the memory-efficient kernel no grouped queries; the plain one after them
-            # writes all scores.
-            k_bhsk, v_bhsk, grouped = for_all_heads(k_bhsk, q_bhsk), for_all_heads(v_bhsk, q_bhsk), False
+    if grouped and q_bhsk.is_cuda and (mask is not None or q_bhsk.dtype not in FLASH_DTYPES):
+        # Flash attention takes 16-bit numbers and no mask, the memory-efficient kernel no grouped queries; the plain
+        # one after them writes all scores.
+        k_bhsk, v_bhsk, grouped = for_all_heads(k_bhsk, q_bhsk), for_all_heads(v_bhsk, q_bhsk), False
     return F.scaled_dot_product_attention(
         q_bhsk, k_bhsk, v_bhsk, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale
     )

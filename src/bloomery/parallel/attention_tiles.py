@@ -14,10 +14,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from bloomery.model.view import for_all_heads
+from bloomery.model.view import FLASH_DTYPES, for_all_heads
 
 aten = torch.ops.aten
+FLASH_MULTIPLE, FLASH_WIDEST = 8, 256
+"""Widths of a head that CUDA's flash attention takes: multiples, up to the widest."""
+FLASH_SINCE = (8, 0)
+"""And from which generation of devices on (Ampere)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ def attend_tile(
             q_bhsk, k_bhsk, v_bhsk, 0.0, tile.causal, attn_mask=tile.bias, scale=scale
         )
     if _has_flash_kernel(q_bhsk, tile):
-        return aten._scaled_dot_product_flash_attention(q_bhsk, k_bhsk, v_bhsk, 0.0, tile.causal, scale=scale)[:2]
+        return attend_by_flash(q_bhsk, k_bhsk, v_bhsk, tile, scale)
     return attend_plainly(q_bhsk, k_bhsk, v_bhsk, tile, scale)
 
 
@@ -70,10 +75,7 @@ def tile_gradients(
             *known, 0.0, tile.causal, attn_mask=tile.bias, scale=scale
         )
     if _has_flash_kernel(q_bhsk, tile):
-        longest, no_random = (q_bhsk.shape[2], k_bhsk.shape[2]), q_bhsk.new_empty(0, dtype=torch.int64)
-        return aten._scaled_dot_product_flash_attention_backward(
-            *(x.contiguous() for x in known), None, None, *longest, 0.0, tile.causal, no_random, no_random, scale=scale
-        )
+        return flash_gradients(*known, tile, scale)
     return plain_gradients(*known, tile, scale)
 
 
@@ -92,15 +94,60 @@ def _cut(q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, tile: Tile) -> tuple[Te
 
 
 def _has_flash_kernel(q_bhsk: Tensor, tile: Tile) -> bool:
-    """CUDA's kernel takes 16-bit numbers and no bias."""
-    return q_bhsk.is_cuda and tile.bias is None and q_bhsk.dtype in (torch.float16, torch.bfloat16)
+    """CUDA's kernel takes 16-bit numbers of heads that are not too wide, on devices that are not too old, and no
+    bias."""
+    if not q_bhsk.is_cuda or tile.bias is not None or q_bhsk.dtype not in FLASH_DTYPES:
+        return False
+    return q_bhsk.shape[-1] <= FLASH_WIDEST and torch.cuda.get_device_capability(q_bhsk.device) >= FLASH_SINCE
+
+
+def _padded(x_bhsk: Tensor) -> Tensor:
+    """Zeros up to a width that the kernel takes: they change no score and give zeros."""
+    missing = -x_bhsk.shape[-1] % FLASH_MULTIPLE
+    return F.pad(x_bhsk, (0, missing)) if missing else x_bhsk  # by nothing it would still copy
+
+
+def _scale(q_bhsk: Tensor, scale: float | None) -> float:
+    """Of scores, by the width without padding."""
+    return float(q_bhsk.shape[-1] ** -0.5) if scale is None else scale
+
+
+def attend_by_flash(
+    q_bhsk: Tensor, k_bhsk: Tensor, v_bhsk: Tensor, tile: Tile, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """`attend_tile` of queries and keys already cut, by CUDA's kernel, which PyTorch itself pads for only where a user
+    calls it."""
+    out_bhsk, log_sum_bhs = aten._scaled_dot_product_flash_attention(
+        *(_padded(x) for x in (q_bhsk, k_bhsk, v_bhsk)), 0.0, tile.causal, scale=_scale(q_bhsk, scale)
+    )[:2]
+    return out_bhsk[..., : v_bhsk.shape[-1]], log_sum_bhs
+
+
+def flash_gradients(
+    gradient_bhsk: Tensor,
+    q_bhsk: Tensor,
+    k_bhsk: Tensor,
+    v_bhsk: Tensor,
+    out_bhsk: Tensor,
+    log_sum_bhs: Tensor,
+    tile: Tile,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`tile_gradients` of tensors already cut, by CUDA's kernel."""
+    longest, no_random = (q_bhsk.shape[2], k_bhsk.shape[2]), q_bhsk.new_empty(0, dtype=torch.int64)
+    padded = (_padded(x).contiguous() for x in (gradient_bhsk, q_bhsk, k_bhsk, v_bhsk, out_bhsk))
+    of_query, of_key, of_value = aten._scaled_dot_product_flash_attention_backward(
+        *padded, log_sum_bhs.contiguous(), None, None, *longest, 0.0, tile.causal, no_random, no_random,
+        scale=_scale(q_bhsk, scale),
+    )  # fmt: skip
+    width = q_bhsk.shape[-1]
+    return of_query[..., :width], of_key[..., :width], of_value[..., : v_bhsk.shape[-1]]
 
 
 def _scores(q_bhsk: Tensor, k_bhsk: Tensor, tile: Tile, scale: float | None) -> Tensor:
     """(b, h, queries, keys) in float32 or wider, hidden ones far below all others."""
     wide = q_bhsk.dtype if q_bhsk.dtype == torch.float64 else torch.float32
-    scale = q_bhsk.shape[-1] ** -0.5 if scale is None else scale
-    scores = q_bhsk.to(wide) @ for_all_heads(k_bhsk, q_bhsk).to(wide).mT * scale
+    scores = q_bhsk.to(wide) @ for_all_heads(k_bhsk, q_bhsk).to(wide).mT * _scale(q_bhsk, scale)
     if tile.bias is not None:
         scores = scores + tile.bias.to(wide)
     if tile.causal:
@@ -133,7 +180,7 @@ def plain_gradients(
     """`tile_gradients` of tensors already cut, by matrix products."""
     with torch.autocast(q_bhsk.device.type, enabled=False):
         weights = (_scores(q_bhsk, k_bhsk, tile, scale) - log_sum_bhs.unsqueeze(-1)).exp()
-        wide, factor = weights.dtype, q_bhsk.shape[-1] ** -0.5 if scale is None else scale
+        wide, factor = weights.dtype, _scale(q_bhsk, scale)
         gradient_bhsk = gradient_bhsk.to(wide)
         through = gradient_bhsk @ for_all_heads(v_bhsk, q_bhsk).to(wide).mT
         through = through - (gradient_bhsk * out_bhsk.to(wide)).sum(-1, keepdim=True)

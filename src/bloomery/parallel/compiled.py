@@ -11,9 +11,11 @@ Compilation itself is booked to the ledger's bucket `compile`, whenever it happe
 from __future__ import annotations
 
 import os
+import sysconfig
 from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ CACHE = Path("~/.cache/bloomery/inductor")
 def compiler_problem(device: torch.device) -> str | None:
     """Why nothing can be compiled for this device here, or None."""
     if device.type != "cpu":
-        return None if find_spec("triton") else "no triton here"
+        return _triton_problem()
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -37,6 +39,17 @@ def compiler_problem(device: torch.device) -> str | None:
     except InvalidCxxCompiler:
         return "no C++ compiler here"
     return None
+
+
+def _triton_problem() -> str | None:
+    """Triton compiles what starts its kernels in C, when the first of them is made: without a compiler a step fails."""
+    if not find_spec("triton"):
+        return "no triton here"
+    named = os.environ.get("CC")
+    if not any(map(which, [named] if named else ["gcc", "clang"])):
+        return "no C compiler here (CC, gcc or clang)"
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
+    return None if (headers / "Python.h").exists() else f"no Python.h in {headers} (Python's development package)"
 
 
 def compile_stage(stage: Transformer, device: torch.device) -> None:

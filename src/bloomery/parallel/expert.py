@@ -89,7 +89,7 @@ def balance_whole_sequences(stage: Transformer, axis: ContextAxis) -> None:
 
     def over_ranks(tokens_be: Tensor) -> Tensor:
         whole_be = tokens_be.clone()
-        with axis.measure("tp_comm"):
+        with axis.measure("cp_comm"):
             dist.all_reduce(whole_be, group=axis.group)
         return whole_be
 

@@ -9,6 +9,7 @@ consecutive ranks share out the experts, edp ranks have the same ones.
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
 from bloomery.spec.parameters import Parameter
 from bloomery.spec.shard_table import Shard, tensor_shard
+
+DEVICE_KEY = "device"
+"""In the store where ranks meet: on what rank 0 computes, and on which host."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         return Mesh(layout, device, 0, None)
     timeout = timedelta(seconds=timeout_s)
     store = _meeting_point(init_method, rank, world_size, timeout)
+    if store is not None:
+        check_device(store, rank, device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=None if store else init_method,
@@ -141,6 +147,22 @@ def start(layout: Layout, device: torch.device, init_method: str | None = None, 
         connect(mesh)
         torch.cuda.synchronize(device)
     return mesh
+
+
+def check_device(store: Store, rank: int, device: torch.device) -> None:
+    """Raise InputError where this rank computes on another kind of device than rank 0, as where the driver of one host
+    does not work: each would wait for the other in a backend that the other does not use."""
+    host = platform.node()
+    if rank == 0:
+        store.set(DEVICE_KEY, f"{device.type} {host}")
+        return
+    first, where = store.get(DEVICE_KEY).decode().split(" ", 1)
+    if first != device.type:
+        raise InputError(
+            f"not all ranks compute on GPUs; bloomery doctor says why on the host that has none: {host} or {where}",
+            where="device", found=f"{device.type} at rank {rank} on host {host}",
+            accepted=f"{first}, as at rank 0 on host {where}",
+        )  # fmt: skip
 
 
 def connect(mesh: Mesh) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 
 from bloomery.ledger.clock import Clock
-from bloomery.ledger.heartbeat import Heartbeat, beat_file, stack_file
+from bloomery.ledger.heartbeat import BESIDE_A_DEVICE, Heartbeat, beat_file, stack_file
 from bloomery.parallel import mesh as meshes
 from bloomery.spec.errors import BloomeryError, InputError
 from bloomery.spec.files import write_atomically
@@ -27,8 +27,12 @@ from bloomery.train.loop import run
 from bloomery.train.reexecution import repeat_bits
 from bloomery.train.session import CorruptionError
 
-PEER_LOST = re.compile(r"gloo/transport/\S*\] (.* by peer)")
-"""What gloo says where the other end of a connection is gone."""
+PEER_LOST = re.compile(
+    r"gloo/transport/\S*\] (.* by peer)"
+    r"|remote process exited or there was a network error|NCCL communicator was aborted"
+    r"|Connection was likely closed"
+)
+"""What gloo, NCCL and the store where ranks meet say where the other end of a connection is gone."""
 
 
 def main() -> int:
@@ -45,10 +49,11 @@ def main() -> int:
         if device.type == "cuda":
             torch.cuda.set_device(device)
             clock.device = Gpu(device)
+            if heartbeat is not None:
+                heartbeat.phase_of = BESIDE_A_DEVICE
         else:
             torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-            if torch.cuda.is_available() and os.environ.get("RANK", "0") == "0":
-                print(f"{job.name}: planned for CPUs, the GPUs here stay idle; see bloomery probe", file=sys.stderr)
+            _remark_on_cpus(job)
         with clock.bucket("startup"):
             mesh = meshes.start(job.layout, device, os.environ.get("BLOOMERY_RENDEZVOUS"))
         code = run(job, folder, mesh, clock, heartbeat)
@@ -63,12 +68,35 @@ def main() -> int:
         # A disk that filled up, most often. What was half-written has no commit and is never read.
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
+    except torch.OutOfMemoryError:
+        print(f"error: {_out_of_memory()}", file=sys.stderr, flush=True)
+        return GAVE_UP
     except RuntimeError as error:
         lost = PEER_LOST.search(str(error))
         if lost is None:
             raise
-        return _without_peers(folder, lost[1])
+        return _without_peers(folder, lost[lost.lastindex or 0])
     return code
+
+
+def _remark_on_cpus(job: Job) -> None:
+    """Say once for all ranks where the CPU is not what was planned, or not all there is."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if job.device == "gpu":
+        print(f"{job.name}: planned for GPUs, none here: on CPUs; see bloomery doctor", file=sys.stderr, flush=True)
+    elif torch.cuda.is_available():
+        print(f"{job.name}: planned for CPUs, the GPUs here stay idle; see bloomery probe", file=sys.stderr, flush=True)
+
+
+def _out_of_memory() -> str:
+    """What a device holds that has no room for what was asked: every start of this layout would end there."""
+    device = torch.cuda.current_device()
+    reserved, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    return (
+        f"rank {os.environ.get('RANK', '0')} on cuda:{device} of host {platform.node()}: out of memory, "
+        f"{reserved:,} of {total:,} bytes are this process's; smaller micro-batches, recomputation or more GPUs help"
+    )
 
 
 def _without_peers(folder: Path, what: str) -> int:

@@ -67,16 +67,24 @@ class Writer:
         # A name that no earlier start can have left anything under: nobody has to wait until it is cleared.
         partial = self.folder / f"writing_{state['step']:06d}_{state['fence']}_{self._saves}"
         tensors, index = checkpoint.collect(self.engine, self.optimizers)
-        snapshot = {key: self._copy(key, value) for key, value in tensors.items()}
+        snapshot = self.snapshot(tensors)
         self._started_bytes += sum(tensor.nbytes for tensor in snapshot.values())
         arguments = (partial, self.engine.mesh.rank, snapshot, index, self.engine.layout, state, self._got_on)
         self._save = Save(state["step"], partial, state, self._submit(checkpoint.write_part, *arguments))
 
+    def snapshot(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory, whole when it returns. A GPU is given all of them at once, and waited for once."""
+        copies = {key: self._copy(key, value) for key, value in tensors.items()}
+        if any(value.is_cuda for value in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
     def _copy(self, key: str, value: Tensor) -> Tensor:
-        """Into memory that is kept from save to save: fresh pages cost more than the copy."""
+        """Into memory that is kept from save to save: fresh pages cost more than the copy. Pinned where a GPU writes to
+        it, which else would fill a buffer of the driver's, for the host to copy from."""
         if key not in self._buffers:
-            self._buffers[key] = torch.empty_like(value, device="cpu")
-        return self._buffers[key].copy_(value)
+            self._buffers[key] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return self._buffers[key].copy_(value, non_blocking=value.is_cuda)
 
     def _submit(self, function: Any, *arguments: Any) -> Future[None]:
         self._last = self._pool.submit(self._timed, function, *arguments)

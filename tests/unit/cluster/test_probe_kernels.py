@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bloomery.cluster import probe_kernels
 from bloomery.cluster.probe_kernels import bare, lowest, measure_attention, measure_gemm, trained, warm_up
+from bloomery.parallel.float8 import float8_linear
 
 CPU = torch.device("cpu")
 
@@ -18,6 +22,23 @@ def test_bare_products_are_a_projections_three(dtype: str) -> None:
     with FlopCounterMode(display=False) as counted:
         bare(CPU, (m, n, k), dtype)()
     assert counted.get_total_flops() == 6 * m * n * k
+
+
+def test_float8_products_are_timed_as_the_engine_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, made = torch._scaled_mm, list[tuple[Any, ...]]()
+
+    def watched(a: Tensor, b: Tensor, *units: Tensor, use_fast_accum: bool = False, **named: Any) -> Tensor:
+        made.append((tuple(a.shape), a.dtype, b.dtype, a.is_contiguous(), b.t().is_contiguous(), use_fast_accum))
+        return times(a, b, *units, use_fast_accum=use_fast_accum, **named)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    m, n, k = 64, 32, 48
+    bare(CPU, (m, n, k), "float8")()
+    timed = made[:]
+    made.clear()
+    x, weight = torch.randn(m, k, dtype=torch.bfloat16, requires_grad=True), torch.randn(n, k, requires_grad=True)
+    float8_linear(x, weight, "tensorwise").sum().backward()
+    assert timed == made and len(made) == 3
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,7 +6,18 @@ import time
 from pathlib import Path
 
 from bloomery.cluster.watch import Pause, awake, find_hang, limit_s
-from bloomery.ledger.heartbeat import JOINING, PHASE_OF, PHASES, WAITING, Beat, Heartbeat, beat_file, read_beat, usual_s
+from bloomery.ledger.heartbeat import (
+    BESIDE_A_DEVICE,
+    JOINING,
+    PHASE_OF,
+    PHASES,
+    WAITING,
+    Beat,
+    Heartbeat,
+    beat_file,
+    read_beat,
+    usual_s,
+)
 from bloomery.ledger.slow_steps import PAUSES
 from bloomery.spec.reliability import Supervision
 
@@ -60,6 +71,22 @@ def test_when_all_wait_the_rank_behind_is_the_culprit() -> None:
     for beats, rank in ((behind, 1), (apart, 2)):
         hang = find_hang(beats, RUNNING[:3], NOW, SETTINGS)
         assert hang is not None and hang.rank == rank
+
+
+def test_beside_a_device_a_host_that_computes_may_wait_for_the_one_behind(tmp_path: Path) -> None:
+    """Its device's queue is full of work behind a message."""
+    beats = list[Beat]()
+    for rank, (step, bucket) in enumerate(((8, "compute"), (7, "optimizer"), (8, "compute"))):
+        heart = Heartbeat(beat_file(tmp_path, rank))
+        heart.phase_of = BESIDE_A_DEVICE
+        heart.begin(step)
+        heart.enter(bucket)
+        now = read_beat(beat_file(tmp_path, rank))
+        assert now is not None
+        beats.append(now)
+    hang = find_hang(beats, RUNNING[:3], time.monotonic() + 2 * SETTINGS.first_phase_s, SETTINGS)
+    assert hang is not None and (hang.rank, hang.step) == (1, 7)
+    assert BESIDE_A_DEVICE["data"] == "load"
 
 
 def test_a_short_wait_is_no_hang() -> None:

@@ -222,6 +222,9 @@ def test_messages_between_hosts_take_the_interface_that_hosts_meet_at(
     [
         ((1, 2, 1), 1, 2, "exit code 2"),  # what it said counts, not that the others lost it
         ((1, 4, -9), 2, 1, "killed by SIGKILL"),
+        ((-6, 4, 1), 1, 4, "exit code 4"),  # NCCL aborts ranks whose peer is gone
+        ((1, -6, -9), 2, 1, "killed by SIGKILL"),
+        ((1, -6, 1), 1, 1, "killed by SIGABRT"),
         ((1, None, 0), 0, 1, "exit code 1"),
         ((1, 75, 1), 0, 1, "exit code 1"),  # saved and stopped: no failure
         ((5, 5, 5), 0, 5, "exit code 5"),

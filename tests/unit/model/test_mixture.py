@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bloomery.model import mixture as mixture_module
 from bloomery.model.feed_forward import swiglu
 from bloomery.model.generate import Cache, forward_cached
 from bloomery.model.init import initial_rectangle, initial_value, rectangle
-from bloomery.model.mixture import Mixture, grouped, one_by_one
+from bloomery.model.mixture import Experts, Mixture, grouped, has_grouped_kernel, one_by_one
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
@@ -178,6 +181,33 @@ def test_the_grouped_kernel_computes_what_one_expert_after_the_other_does() -> N
         answers.append((y_rd, *torch.autograd.grad(y_rd, (x_rd, *weights), upstream)))
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("width", "way"), [(48, "grouped"), (44, "one_by_one")])
+def test_on_a_gpu_widths_that_the_grouped_kernel_cannot_read_go_expert_by_expert(
+    width: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """44: as of 88 that two ranks cut."""
+    whole, found = model(expert_ffn_hidden=width), list[str]()
+    assert whole.moe is not None
+    experts = Experts(whole, whole.moe)
+    for name in ("grouped", "one_by_one"):
+        monkeypatch.setattr(mixture_module, name, lambda *_, name=name: found.append(name))
+    with FakeTensorMode(), torch.device("cuda"):
+        for matrix in (experts.gate, experts.up, experts.down):
+            matrix.weight = nn.Parameter(torch.empty(matrix.weight.shape, dtype=torch.bfloat16))
+        experts(torch.empty(24, whole.hidden, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int64))
+    assert found == [way]
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(16, 8), (16, 12), (12, 8), (16, 44)])
+def test_the_grouped_kernel_is_asked_for_nothing_that_it_refuses(hidden: int, width: int) -> None:
+    shapes = (4, width, hidden), (4, width, hidden), (4, hidden, width)
+    weights = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    given = torch.zeros(16, hidden, dtype=torch.bfloat16), torch.tensor([3, 0, 9, 4]), weights, swiglu
+    with nullcontext() if has_grouped_kernel(weights) else pytest.raises(RuntimeError, match="16 byte"):
+        grouped(*given)
 
 
 def test_each_rank_draws_its_own_experts_as_a_whole_draw_has_them() -> None:

@@ -223,9 +223,12 @@ def test_scaling_keeps_short_waves_and_divides_long_ones(scaling: RopeScaling, k
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("masked", [False, True])
-def test_on_a_gpu_grouped_queries_with_a_mask_meet_keys_of_their_own(
-    masked: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("masked", "dtype", "repeated"),
+    [(False, torch.bfloat16, False), (True, torch.bfloat16, True), (False, torch.float32, True)],
+)
+def test_on_a_gpu_grouped_queries_meet_keys_of_their_own_where_only_the_plain_kernel_takes_them(
+    masked: bool, dtype: torch.dtype, repeated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = list[tuple[int, bool]]()
 
@@ -235,9 +238,9 @@ def test_on_a_gpu_grouped_queries_with_a_mask_meet_keys_of_their_own(
         return q
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
-    monkeypatch.setattr(View, "bias", lambda *_: None)  # this machine cannot even slice a tensor that has no data
+    monkeypatch.setattr(View, "bias", lambda *_: "a mask")  # this machine cannot even slice a tensor that has no data
     with FakeTensorMode(), torch.device("cuda"):
-        q, kv = torch.empty(1, 4, 8, 2), torch.empty(1, 2, 8, 2)
+        q, kv = torch.empty(1, 4, 8, 2, dtype=dtype), torch.empty(1, 2, 8, 2, dtype=dtype)
         documents = torch.zeros(1, 8, dtype=torch.int64) if masked else None
         attend(q, kv, kv, View(torch.arange(8), documents_bs=documents))
-    assert found == [(4, False) if masked else (2, True)]
+    assert found == [(4, False) if repeated else (2, True)]

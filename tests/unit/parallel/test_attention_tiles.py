@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from bloomery.model.view import View
+from bloomery.parallel import attention_tiles
 from bloomery.parallel.attention_tiles import (
     Tile,
+    attend_by_flash,
     attend_plainly,
     attend_tile,
+    flash_gradients,
     merge,
     plain_gradients,
     tile_gradients,
@@ -103,3 +110,47 @@ def test_matrix_products_stay_wide_under_autocast() -> None:
     for wide, other in [*pairs, *zip(plain_gradients(*known), narrow, strict=True)]:
         assert wide.dtype == other.dtype
         assert torch.equal(wide, other)
+
+
+def kernel_of_a_gpu(q: Tensor, k: Tensor, v: Tensor, _: float, causal: bool, *, scale: float) -> tuple[Tensor, ...]:
+    """As CUDA's, which refuses what it cannot read, and gives more than is asked."""
+    assert all(x.shape[-1] == 8 for x in (q, k, v)), "multiples of 8"
+    return (*attend_plainly(q, k, v, Tile(ALL, ALL, causal), scale), torch.empty(0))
+
+
+def its_gradients(*known: Any, scale: float) -> tuple[Tensor, ...]:
+    """The same of its backward pass."""
+    assert all(x.shape[-1] == 8 and x.is_contiguous() for x in known[:5]), "multiples of 8"
+    return plain_gradients(*known[:6], Tile(ALL, ALL, known[11]), scale)
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_heads_are_padded_to_a_width_that_a_gpus_kernel_takes(
+    scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = {"": kernel_of_a_gpu, "_backward": its_gradients}
+    aten = SimpleNamespace(**{f"_scaled_dot_product_flash_attention{name}": one for name, one in kernels.items()})
+    monkeypatch.setattr(attention_tiles, "aten", aten)
+    tile, (q, k, v) = Tile(ALL, ALL, causal=True), inputs()
+    out, log_sum = attend_by_flash(q, k, v, tile, scale)
+    known = (torch.randn_like(out), q, k, v, out, log_sum, tile, scale)
+    pairs = [*zip((out, log_sum), attend_plainly(q, k, v, tile, scale), strict=True)]
+    pairs += zip(flash_gradients(*known), plain_gradients(*known), strict=True)
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("width", "generation", "taken"),
+    [(72, (8, 0), True), (256, (9, 0), True), (264, (9, 0), False), (64, (7, 5), False)],
+)
+def test_what_a_gpus_kernel_does_not_take_is_left_to_matrix_products(
+    width: int, generation: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_tiles, "_cut", lambda q, k, v, _: (q, k, v))  # here such tensors cannot be sliced
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generation)
+    monkeypatch.setattr(attention_tiles, "attend_by_flash", lambda *_: (True, True))
+    monkeypatch.setattr(attention_tiles, "attend_plainly", lambda *_: (False, False))
+    with FakeTensorMode(), torch.device("cuda"):
+        q = torch.empty(1, 2, 8, width, dtype=torch.bfloat16)
+        assert attend_tile(q, q, q, Tile(ALL, ALL), None)[0] is taken

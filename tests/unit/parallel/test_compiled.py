@@ -9,6 +9,7 @@ import torch
 
 from bloomery.ledger.clock import Clock
 from bloomery.model.transformer import Transformer
+from bloomery.parallel import compiled
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.compiled import compile_stage, compiler_problem
 from bloomery.parallel.engine import StepStatistics, build
@@ -68,6 +69,36 @@ def test_a_machine_without_a_compiler_says_so(tmp_path: Path) -> None:
 
     with config.patch({"cpp.cxx": (str(tmp_path / "missing"),)}):
         assert compiler_problem(CPU) == "no C++ compiler here"
+
+
+@pytest.mark.parametrize(
+    ("module", "on_path", "variable", "header", "expected"),
+    [
+        (None, "gcc", None, True, "no triton here"),
+        ("triton", "gcc", None, True, None),
+        ("triton", "clang", None, True, None),
+        ("triton", "cc-12", "cc-12", True, None),
+        ("triton", "gcc", "missing", True, "no C compiler here (CC, gcc or clang)"),
+        ("triton", "other", None, True, "no C compiler here (CC, gcc or clang)"),
+        ("triton", "gcc", None, False, "no Python.h in "),
+    ],
+)
+def test_for_a_gpu_triton_needs_a_c_compiler_and_pythons_headers(
+    module: str | None, on_path: str, variable: str | None, header: bool, expected: str | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / on_path).write_text("")
+    (tmp_path / on_path).chmod(0o755)
+    if header:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CC", variable)
+    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr(compiled, "find_spec", lambda _: module)
+    found = compiler_problem(torch.device("cuda"))
+    assert (found is None) if expected is None else (found or "").startswith(expected)
 
 
 @pytest.mark.parametrize(("said", "expected"), [(None, 1), ("8", 8)])

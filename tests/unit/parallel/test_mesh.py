@@ -1,13 +1,17 @@
-"""Joining connects every group of ranks once, in an order in which no rank waits for one that waits for it."""
+"""Joining finds a host whose device is another, and connects every group of ranks once, in an order in which no rank
+waits for one that waits for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from bloomery.parallel.mesh import connect, pretend
+from bloomery.parallel import mesh as meshes
+from bloomery.parallel.mesh import check_device, connect, pretend
+from bloomery.spec.errors import InputError
 from bloomery.spec.layout import Layout
 
 LAYOUTS = [
@@ -57,3 +61,30 @@ def test_all_ranks_connect_and_none_waits_for_ever(layout: Layout, monkeypatch: 
         for group in whole:
             for rank in group:
                 waiting[rank].pop(0)
+
+
+@pytest.mark.parametrize(("first", "own"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_host_whose_driver_does_not_work_is_named_before_ranks_wait_for_each_other(
+    first: str, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = dist.HashStore()
+    for rank, host in enumerate(("a", "a", "b")):
+        monkeypatch.setattr(meshes.platform, "node", lambda host=host: host)
+        if host == "a":
+            check_device(store, rank, torch.device(first))
+    with pytest.raises(InputError) as caught:
+        check_device(store, 2, torch.device(own))
+    said = str(caught.value)
+    assert f"{own} at rank 2 on host b" in said and f"{first}, as at rank 0 on host a" in said and "\n" not in said
+    assert caught.value.exit_code == 2
+
+
+def test_ranks_that_meet_at_an_address_compare_devices_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    store.set(meshes.DEVICE_KEY, "cuda a")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(meshes, "_meeting_point", lambda *_: store)
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: pytest.fail("it would wait"))
+    with pytest.raises(InputError, match="cpu at rank 1"):
+        meshes.start(Layout(dp=2), torch.device("cpu"), "tcp://a:1")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from bloomery.ledger.heartbeat import BESIDE_A_DEVICE, PHASE_OF
 from bloomery.spec.errors import InputError
-from bloomery.spec.job import Job
+from bloomery.spec.job import GAVE_UP, Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
 from bloomery.spec.run import Optimizer
@@ -63,9 +66,9 @@ def test_a_job_of_before_is_read_as_it_was_run() -> None:
 def failing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Rank 3 of a run, whose training ends with an error of these words: its exit code."""
 
-    def ended(words: str) -> int:
+    def ended(words: str, kind: type[RuntimeError] = RuntimeError) -> int:
         def run(*_: Any) -> int:
-            raise RuntimeError(words)
+            raise kind(words)
 
         monkeypatch.setattr(worker, "run", run)
         return worker.main()
@@ -93,3 +96,55 @@ def test_a_rank_that_lost_another_says_so_in_one_line(
 def test_an_error_of_its_own_keeps_its_traceback(failing: Any) -> None:
     with pytest.raises(RuntimeError, match="shapes"):
         failing("shapes do not fit; reset by peer")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, remote process exited or there was a "
+        "network error, NCCL version 2.26.2\nncclRemoteError: A call failed",
+        "NCCL communicator was aborted on rank 3. Original reason for failure was: none",
+        "failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?",
+    ],
+)
+def test_a_rank_that_lost_another_on_gpus_says_so_in_one_line(
+    capsys: pytest.CaptureFixture[str], failing: Any, words: str
+) -> None:
+    assert failing(words, dist.DistBackendError) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rank 3 lost its peers: ") and said.count("\n") == 1
+
+
+def test_a_device_without_room_ends_the_run_in_one_line(
+    capsys: pytest.CaptureFixture[str], failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 79_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85_000_000_000))
+    assert failing("CUDA out of memory.\nTried to allocate 2.00 GiB", torch.OutOfMemoryError) == GAVE_UP
+    said = capsys.readouterr().err
+    assert said.startswith("error: rank 3 on cuda:1 of host ") and said.count("\n") == 1
+    assert "79,000,000,000 of 85,000,000,000 bytes" in said
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("3", 0)])
+def test_a_run_planned_for_gpus_says_once_that_it_is_on_cpus(
+    rank: str, lines: int, capsys: pytest.CaptureFixture[str], failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(worker, "read_job", lambda _: job("gpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError):
+        failing("of its own")
+    assert capsys.readouterr().err.count("planned for GPUs, none here: on CPUs") == lines
+
+
+def test_beside_a_gpu_a_rank_that_computes_may_wait_for_another(failing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat: Any = SimpleNamespace(phase_of=PHASE_OF, enter=lambda _: None, gets_on=lambda: None)
+    monkeypatch.setattr(worker, "_signs_of_life", lambda: heartbeat)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for device, expected in (("cpu", PHASE_OF), ("cuda", BESIDE_A_DEVICE)):
+        monkeypatch.setattr(worker, "device_of", lambda *_, device=device: torch.device(device, 0))
+        with pytest.raises(RuntimeError):
+            failing("of its own")
+        assert heartbeat.phase_of == expected

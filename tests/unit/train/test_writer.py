@@ -245,3 +245,45 @@ def test_where_a_save_failed_it_is_said_and_nothing_of_it_stays(
     with pytest.raises(KeyError):
         mine.wait()
     mine.close()
+
+
+class OnGpu(torch.Tensor):
+    """A CPU's, that says it is a GPU's."""
+
+    is_cuda = True
+
+
+def test_a_gpu_copies_into_pinned_memory_that_is_kept_and_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = list[str]()
+
+    class Buffer:
+        def __init__(self, _: torch.Tensor, *, device: str, pin_memory: bool) -> None:
+            assert device == "cpu"
+            done.append("pinned" if pin_memory else "paged")
+
+        def copy_(self, _: torch.Tensor, *, non_blocking: bool) -> Buffer:
+            done.append("handed over" if non_blocking else "copied")
+            return self
+
+    stream = SimpleNamespace(synchronize=lambda: done.append("waited"))
+    monkeypatch.setattr(torch, "empty_like", Buffer)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    writer = Writer.__new__(Writer)
+    writer._buffers = {}
+    tensors = {"a": torch.ones(2).as_subclass(OnGpu), "b": torch.ones(3).as_subclass(OnGpu)}
+    first = writer.snapshot(tensors)
+    assert done == ["pinned", "handed over", "pinned", "handed over", "waited"]
+    assert writer.snapshot(tensors) == first
+    assert done[5:] == ["handed over", "handed over", "waited"]
+    done.clear()
+    writer.snapshot({"c": torch.ones(1)})
+    assert done == ["paged", "copied"]
+
+
+def test_a_snapshot_stays_what_it_was() -> None:
+    writer = Writer.__new__(Writer)
+    writer._buffers = {}
+    weight = torch.ones(3)
+    kept = writer.snapshot({"weight": weight})["weight"]
+    weight.zero_()
+    assert kept.tolist() == [1, 1, 1]
