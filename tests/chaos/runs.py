@@ -116,6 +116,11 @@ def final_bits(folder: Path) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def heldout_loss(folder: Path) -> float:
+    """At the end of a run."""
+    return [float(row["heldout_loss"]) for row in read_lines(folder / "metrics.jsonl") if "heldout_loss" in row][-1]
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Loss by step, as each was run last."""
     return {row["step"]: row["loss"] for row in read_lines(folder / "metrics.jsonl") if "loss" in row}
