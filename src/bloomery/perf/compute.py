@@ -178,6 +178,11 @@ def _down(case: Case) -> Any:
     return _linear(case, case.tokens, case.model.ffn_hidden / case.lay.tp, case.model.hidden)[0]
 
 
+NARROW_EXPERT = 2880
+"""The widest expert of runs that `Stack.expert_factor` was fitted to. What grouped products cost beyond plain ones is
+taken to grow no more from there on: one as wide as a dense block's is nearly as good."""
+
+
 def _experts(case: Case) -> tuple[Any, Any]:
     """Routed experts on the fullest rank (`Stack.expert_imbalance`), shared experts, and the router itself.
 
@@ -192,8 +197,8 @@ def _experts(case: Case) -> tuple[Any, Any]:
     wide = case.stack.eager
     pairs = [_linear(case, rows, model.hidden, width, here * copies, wide=wide)]
     pairs.append(_linear(case, rows, width, model.hidden, here, wide=wide))
-    forward, backward = _summed(pairs)
-    pairs = [(forward * case.stack.expert_factor, backward * case.stack.expert_factor)]
+    beyond = 1.0 + (case.stack.expert_factor - 1.0) * np.minimum(1.0, NARROW_EXPERT / width)
+    pairs = [(beyond * forward, beyond * backward) for forward, backward in pairs]
     pairs.append(_linear(case, case.tokens, model.hidden, model.moe.experts))
     if model.moe.shared_experts:
         shared = model.moe.shared_experts * model.moe.expert_ffn_hidden / lay.tp
