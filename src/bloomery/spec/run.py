@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
@@ -28,7 +29,12 @@ FolderName = Annotated[str, AfterValidator(_folder_name)]
 
 
 def _path_name(name: str) -> str:
-    if not name.isprintable():
+    """What a file system can have, bytes that are no UTF-8 among it; but nothing that a terminal obeys."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise ValueError("a name of printable characters is expected") from None
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
         raise ValueError("a name of printable characters is expected")
     return name
 

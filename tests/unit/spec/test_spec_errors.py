@@ -48,7 +48,7 @@ def test_an_unknown_key_at_any_depth_names_its_path_and_the_nearest(
     key, value = wrong.split(": ")
     base = VALID.replace("cluster: this-machine", "cluster: {extends: this-machine}")
     message = problem(tmp_path, base, f"{key}={value}")
-    assert f"run.yaml: {path}: unknown key" in message
+    assert f"--set {path}: unknown key" in message
     assert f"did you mean '{nearest}'?" in message
 
 
@@ -98,7 +98,7 @@ def test_a_wrong_choice_lists_the_choices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["maybe", "Auto", "3"])
 def test_a_choice_or_true_or_false_is_told_as_one_list(tmp_path: Path, value: str) -> None:
     message = problem(tmp_path, VALID, f"train.compile={value}")
-    assert "run.yaml: train.compile: not an accepted value; found " in message
+    assert "--set train.compile: not an accepted value; found " in message
     assert value in message
     assert "; accepted: auto, true, false" in message
     assert ("did you mean 'auto'?" in message) == (value == "Auto")
@@ -106,7 +106,7 @@ def test_a_choice_or_true_or_false_is_told_as_one_list(tmp_path: Path, value: st
 
 def test_a_wrong_choice_elsewhere_is_no_choice_here(tmp_path: Path) -> None:
     message = problem(tmp_path, VALID, "layout=5", "train.dtype=float33")
-    assert "run.yaml: layout: a mapping is expected; found 5; accepted: auto, cp," in message
+    assert "--set layout: a mapping is expected; found 5; accepted: auto, cp," in message
     assert "float64" not in message
 
 
@@ -128,7 +128,7 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
         ("train.steps=1.5", "train.steps: a whole number is expected; found 1.5"),
         ("train.steps=0", "train.steps: at least 1 is expected; found 0"),
         ("train.optimizer.lr=0", "train.optimizer.lr: more than 0 is expected; found 0"),
-        ("name=", "name: text is expected"),
+        ("name=null", "name: text is expected"),
         ("layout=tp2", "layout: a mapping is expected; found 'tp2'; accepted: auto, cp, cp_method, dp"),
         ("layout.tp=0", "layout.tp: at least 1 is expected"),
         ("model.layers=1000000000", "model.layers: at most 10000 is expected; found 1000000000"),
@@ -138,12 +138,12 @@ def test_a_wrong_type_shows_what_was_found(tmp_path: Path) -> None:
 def test_a_wrong_type_is_told_in_the_words_of_the_file_not_of_python(
     tmp_path: Path, assignment: str, words: str
 ) -> None:
-    assert f"run.yaml: {words}" in problem(tmp_path, VALID, assignment)
+    assert f"--set {words}" in problem(tmp_path, VALID, assignment)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "a/b", "../../home", "-rf", "' '", "'a\\nb'"])
 def test_a_run_or_stage_is_a_folder_below_the_folder_of_runs(tmp_path: Path, name: str) -> None:
-    assert "run.yaml: name: a plain folder name" in problem(tmp_path, VALID, f"name={name}")
+    assert "--set name: a plain folder name" in problem(tmp_path, VALID, f"name={name}")
     assert "align.0.name: a plain folder name" in problem(tmp_path, VALID, f"align=[{{name: {name}}}]")
 
 
