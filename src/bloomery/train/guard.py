@@ -34,10 +34,6 @@ SIGMA_OF_MAD = 1.4826
 ONE_LEVEL = math.log(4.0)
 """Gradient norms within a factor of 4 of each other are a new level (a schedule's change), a wider range is a spike."""
 
-HARDEST = 2.0
-"""A loss that lies more than this many times as far above the median as the window's highest is of no usual batch: two
-hard sequences in a batch of two count for twice as much as one."""
-
 LEAST_HELD = 2
 """Steps that must have been larger before one more makes a level: one is always like itself."""
 
@@ -96,9 +92,8 @@ class Guard:
             return self._trouble(step, "non-finite loss or gradient")
         log_norm = math.log(max(grad_norm, 1e-30))
         if len(self.losses) >= self.settings.warm_up:
-            level = Level.of(self.losses, LOSS_FLOOR)
-            high = level.sigmas(loss)
-            if high > self.settings.skip_sigmas and not self._hard_batch(loss, log_norm, level.median):
+            high = Level.of(self.losses, LOSS_FLOOR).sigmas(loss)
+            if high > self.settings.skip_sigmas:
                 self.held.clear()
                 return self._trouble(step, f"loss {loss:.4g} is {high:.1f} sigmas above its median")
         judgement = Judgement("ok")
@@ -118,12 +113,6 @@ class Guard:
                 judgement = Judgement("clip", reason, limit)
         self._good(step, judgement, log_norm, loss, groups)
         return judgement
-
-    def _hard_batch(self, loss: float, log_norm: float, usual: float) -> bool:
-        """True when a high loss comes with gradients of the recent level, and others have come about as high: small
-        batches of several kinds of text have several usual losses."""
-        alike = log_norm - median(self.log_norms[-RECENT:]) < ONE_LEVEL
-        return alike and loss <= usual + HARDEST * (max(self.losses) - usual)
 
     def _new_level(self) -> bool:
         """True when gradients are larger step after step, but alike and at a usual loss: nothing that data explains.
