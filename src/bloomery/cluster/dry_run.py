@@ -287,6 +287,8 @@ def compared_lines(case: Case, account: RankAccount, moments: tuple[tuple[int, .
     # context parallelism autograd knows of none.
     mask = float(np.ravel(mask_bytes(case))[0]) if layout.cp == 1 else 0.0
     masks = mask * sum(layout.recomputes[stage] != "full" for stage in layout.stages_on(account.pipeline_rank))
+    if case.model.embedding_skip:  # the embedding too
+        masks += float(np.ravel(case.stream_tokens * case.model.hidden * case.precision.stream)[0])
     whole = float(np.ravel(state_bytes(case, ranks)["gradients"])[0])
     # Where rows do not divide evenly over data-parallel ranks, rank 0 holds the most and the model says the mean.
     state = CLOSE + uneven_rows(case.model, layout, account.pipeline_rank) if layout.zero_stage >= 1 else EXACT

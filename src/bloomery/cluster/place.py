@@ -15,7 +15,7 @@ _LISTENING = re.compile(r"(?:\[([^\[\]]+)\]|([^:\[\]]+))(?::(\d{1,5}))?")
 
 def named_for_port(host: str) -> str:
     """A host as it stands before a colon and a port."""
-    return f"[{host}]" if ":" in host else host
+    return f"[{host.strip('[]')}]" if ":" in host else host
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ tells the time that failures cost. Imports no torch, starts in milliseconds, out
 from __future__ import annotations
 
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
     failures, starts, waited_s = Failures(), 0, 0.0
     with (
         run_lock(folder),
-        _memory_given_back(folder),
+        _memory_given_back(folder) as unsaved,
         Stopping().handled() as stopping,
         leading(place, folder, settings, stopping) as leader,
     ):
@@ -140,6 +141,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
                 raise SystemExit(outcome.code)
             if stopping.asked:
                 _record_unsaved(folder, outcome)
+                unsaved.append(outcome)
                 return _stopped_as_told(folder)
             if outcome.code == CORRUPTED:
                 forget_copies(folder)  # unlike what is on disk, they were taken without comparing replicas
@@ -187,17 +189,25 @@ def _check_hosts(place: Place, world_size: int, job: Job) -> None:
 
 
 @contextmanager
-def _memory_given_back(folder: Path) -> Iterator[None]:
-    """Copies in memory outlive a command that fails or is killed, and no other: where nothing could be saved they are
-    the newest state there is, which is said."""
+def _memory_given_back(folder: Path) -> Iterator[list[Outcome]]:
+    """Copies in memory outlive a command that fails or is killed, or in which something ended unsaved (what is put into
+    the list): where nothing could be saved they are the newest state there is, which is said."""
+    copies, unsaved = copies_folder(folder), list[Outcome]()
+    kept = f"copies of the newest state stay in {copies} for the same command"
     try:
-        yield
+        yield unsaved
     except BloomeryError as error:
-        copies = copies_folder(folder)
         if copies.is_dir():
-            error.args = (f"{error}; copies of the newest state stay in {copies} for the same command",)
+            error.args = (f"{error}; {kept}",)
         raise
-    forget_copies(folder)
+    except BaseException:
+        if copies.is_dir():
+            print(f"note: {kept}", file=sys.stderr, flush=True)
+        raise
+    if not unsaved:
+        forget_copies(folder)
+    elif copies.is_dir():
+        print(f"note: {kept}", file=sys.stderr, flush=True)
 
 
 def _one_start(

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
@@ -95,7 +96,8 @@ class Beside:
         """Hand over the figures of a step, unless too many wait."""
         if not self._thread.is_alive():
             return
-        keeps_up, self._keeps_up = self._keeps_up, self._steps.qsize() < HELD_STEPS
+        keeps_up, behind = self._keeps_up, self._steps.qsize()
+        self._keeps_up = behind < HELD_STEPS if keeps_up else behind == 0
         if self._keeps_up:
             self._steps.put((step, values))
         elif keeps_up:
@@ -112,7 +114,8 @@ class Beside:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # a terminal that is gone ends no run
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 class Trackers:

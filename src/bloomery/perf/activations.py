@@ -268,9 +268,10 @@ class Activations:
         else:
             moving = zeros
         ends = 0.0 if case.stack.eager else ranks.last * end_bytes(case)  # of ours `_logits` knows them
-        shared = zeros + _rotary_tables_bytes(case) + mask_bytes(case) if case.stack.eager else None
+        skip = inputs * case.model.embedding_skip  # the embedding that all layers read again, kept once
+        shared = zeros + _rotary_tables_bytes(case) + mask_bytes(case) + skip if case.stack.eager else None
         message = zeros + inputs if case.stack.eager else None
-        skip = inputs * case.model.embedding_skip  # the embedding's gradient, added up layer by layer
+        # Its gradient is added up layer by layer.
         return cls(layers, received, shared, message, waiting, again + moving + ends + skip, moving)
 
 

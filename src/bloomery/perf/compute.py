@@ -304,7 +304,8 @@ def _cast_bytes(case: Case, moe: bool) -> tuple[Any, Any]:
     inputs = case.tokens * (2 * model.hidden + (model.output_width + ffn) / lay.tp)
     inside = model.query_width + 2 * model.kv_width + (2 if model.gated else 1) * ffn
     outputs = case.tokens * (2 * model.hidden + inside / lay.tp)
-    forward = inputs * (2 * wide + narrow) + held.dense(lay) * (2 * case.precision.parameter + narrow)
+    weights = held.dense(lay) - case.values_by_token
+    forward = inputs * (2 * wide + narrow) + weights * (2 * case.precision.parameter + narrow)
     return forward, forward + outputs * (3 * wide + 2 * narrow)
 
 
@@ -321,7 +322,7 @@ def _casts(case: Case, held: Held, *, layer: bool = False) -> Any:
     if layer:
         elements = elements - np.where(case.lay.gathers, 0, 2) * case.values_by_token
     if layer and case.stack.fuses and case.precision.operand < case.precision.stream:
-        elements = elements - np.where(case.lay.gathers, 0, 1) * held.dense(case.lay)
+        elements = elements - np.where(case.lay.gathers, 0, 1) * (held.dense(case.lay) - case.values_by_token)
     return cast_s(case, elements)
 
 
@@ -363,7 +364,6 @@ def _again(case: Case) -> tuple[Any, Any]:
     model, seconds = case.model, [0.0 * case.tokens, 0.0 * case.tokens]
     if model.value_embeddings:
         values = case.tokens * model.value_width / case.lay.tp * case.precision.stream
-        # As of the embedding: zeros for the whole table before rows are added.
         table = case.values_by_token * case.precision.gradient if case.stack.serial_launch else 0.0
         seconds = [memory_s(case.accelerator, 5 * values), memory_s(case.accelerator, 3 * values + table)]
     if model.embedding_skip:

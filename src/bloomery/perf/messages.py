@@ -150,7 +150,9 @@ def _experts_s(case: Case) -> Inner:
     for row in rows:
         if row.axis == "cp" and not case.stack.eager:
             continue  # constants of other stacks were fitted without it
-        size = row.bytes_each / (cut if row.axis == "ep" else 1)
+        size = row.bytes_each
+        if row.axis == "ep":  # ranks that share an expert have its tokens between them
+            size = size / (cut if case.stack.eager else np.maximum(cut, case.lay.tp // case.lay.expert_tp))
         one = collective_s(case.cluster, cast(CollectiveName, row.op), groups[row.axis], size)
         direction = "forward" if row.phase == "forward" else "backward"
         seconds[direction] = seconds[direction] + row.count * one

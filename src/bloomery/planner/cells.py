@@ -109,7 +109,7 @@ def flash_attention(row: Mapping[str, str]) -> bool | None:
     """Whether attention was fused; None where the source does not say. Raises Unusable for an unknown word."""
     text = row.get("flash_attention", "").lower()
     if re.search(FUSED, text):
-        return not re.search(r"^(no|not|without)\b|\b(disabled|off|not used)\b", text)
+        return not re.search(r"^(no|not|without)\b|\b(disabled|off|not used)\b|[:=]\s*(no|false|0|none)\b", text)
     return yes(row, "flash_attention")
 
 
@@ -164,7 +164,11 @@ def trades_time_for_memory(text: str) -> bool:
 def adapters(row: Mapping[str, str]) -> bool:
     """Whether a row says that it trains adapters alone; its source may have other runs too."""
     words = " ".join(text for name, text in row.items() if not name.startswith("source")).lower()
-    return bool(re.search(r"(?<!no )(?<!not )(?<!without )(?<![a-z])(q?lora|peft)(?![a-z])", words))
+    return bool(
+        re.search(
+            r"(?<!no )(?<!not )(?<!without )(?<![a-z])(q?lora|peft)(?![a-z])(?!\s*[:=]\s*(no|false|0|none)\b)", words
+        )
+    )
 
 
 def says_dense(text: str) -> bool:

@@ -209,5 +209,7 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
     try:
         return Run.checked(values, where=str(path), resolved=is_sealed(path) and not assignments)
     except InputError as error:
+        if error.where == str(path):
+            raise  # a rule of the whole
         key = error.where.removeprefix(f"{path}: ")
         raise InputError(str(error).removeprefix(f"{error.where}: "), where=said_in(path, assignments, key)) from None

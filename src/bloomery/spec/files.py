@@ -68,8 +68,8 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)
     except RecursionError:
         raise InputError("nested too deeply", where=where) from None
-    except ValueError:  # beyond what Python turns into a number
-        raise InputError("not valid YAML: a number of thousands of digits", where=where) from None
+    except ValueError as error:  # a date that is none, a number beyond what Python reads
+        raise InputError(f"not valid YAML: {' '.join(str(error).split())}", where=where) from None
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
@@ -154,7 +154,7 @@ def said_in(path: Path, assignments: Sequence[str], key: str) -> str:
     """Where a description says what stands at `key` (a.b.c): in an assignment, the file, or the one it extends."""
     for assignment in reversed(assignments):
         name = assignment.partition("=")[0].strip()
-        if f"{key}.".startswith(f"{name}.") or f"{name}.".startswith(f"{key}."):
+        if f"{key}.".startswith(f"{name}."):
             return f"--set {key}"
     own = _read_mapping(path)
     base = own.get("extends")
@@ -169,9 +169,12 @@ def said_in(path: Path, assignments: Sequence[str], key: str) -> str:
 
 def _has(values: Any, keys: Sequence[str]) -> bool:
     for key in keys:
-        if not isinstance(values, Mapping) or key not in values:
+        if isinstance(values, list) and key.isdecimal() and int(key) < len(values):
+            values = values[int(key)]
+        elif isinstance(values, Mapping) and key in values:
+            values = values[key]
+        else:
             return False
-        values = values[key]
     return True
 
 
@@ -191,7 +194,7 @@ def override(values: Mapping[str, Any], assignments: Sequence[str]) -> dict[str,
         if not equals or not all(keys):
             raise InputError("not of the form a.b=value", where="--set", found=assignment)
         if not text.strip():
-            raise InputError("no value; null clears a key", where=f"--set {path.strip()}", found=assignment)
+            raise InputError("no value; null or '' clears a key", where=f"--set {path.strip()}", found=assignment)
         result = _assigned(result, keys, 0, parse_yaml(text, f"--set {path}"))
     return dict(result)
 

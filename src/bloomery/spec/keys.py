@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -12,7 +13,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from bloomery.spec.base import Noun
+from bloomery.spec.files import EXTENDED
 
+NAMED = (*EXTENDED, "cluster.failures_per_1000_node_days")
+"""What may be a name of the catalog instead."""
 _WORDS = {int: "whole number", float: "number", str: "text", bool: "true, false"}
 _BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"))
 
@@ -21,8 +25,8 @@ _BOUNDS = ((Ge, "ge", "≥"), (Gt, "gt", ">"), (Le, "le", "≤"), (Lt, "lt", "<"
 class Key:
     """One key by its path (`train.optimizer.lr`; items of a list as `.0`, names of one's own in capitals).
 
-    `accepts`: kinds of values or the values themselves. `default`: None where the key must be given or is worked out;
-    of a part with keys of its own nothing. `meaning`: "" where the name says it.
+    `accepts`: kinds of values or the values themselves. `default`: None where the key must be given, is worked out or
+    is null, and of a part with keys of its own. `meaning`: "" where the name says it.
     """
 
     path: str
@@ -44,7 +48,8 @@ def keys(noun: type[Noun], above: str = "", values: Noun | None = None) -> Itera
         nouns, plain = _kinds(field.annotation)
         bounds = " ".join(f"{sign} {getattr(m, bound):g}" for m in field.metadata for kind, bound, sign in _BOUNDS
                           if isinstance(m, kind))  # fmt: skip
-        words = ", ".join([*plain, *(part.__name__ for part, _ in nouns)])
+        name_of_one = ["a name"] if path in NAMED else []
+        words = ", ".join([*name_of_one, *plain, *(part.__name__ for part, _ in nouns)])
         own = field.get_default(call_default_factory=True, validated_data={})
         default = own if values is None else getattr(values, name)
         yield Key(
@@ -56,14 +61,15 @@ def keys(noun: type[Noun], above: str = "", values: Noun | None = None) -> Itera
         )
         for part, below in nouns:
             if f".{name}." not in f".{above}":  # a part of its own kind
-                yield from keys(part, f"{path}{below}.", default if isinstance(default, part) else None)
+                for key in keys(part, f"{path}{below}.", default if isinstance(default, part) else None):
+                    yield replace(key, meaning=f"{part.__name__}: {key.meaning}") if len(nouns) > 1 else key
 
 
 def _meaning(field: FieldInfo, nouns: list[type[Noun]]) -> str:
     """What its author says of it; of a part the first sentence of what the part says of itself."""
     if field.description or not nouns:
         return field.description or ""
-    return " ".join((nouns[0].__doc__ or "").split()).split(". ")[0].rstrip(".")
+    return re.split(r"(?<!\bal)\. (?=[A-Z`])", " ".join((nouns[0].__doc__ or "").split()))[0].rstrip(".")
 
 
 def _kinds(annotation: Any) -> tuple[list[tuple[type[Noun], str]], list[str]]:

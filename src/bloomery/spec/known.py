@@ -49,7 +49,7 @@ def _spelled(text: str) -> str:
 
 def _board(text: str) -> str:
     """What a product of the same number is built as, where that is no usual module: other clocks, other links."""
-    return next((word for word in ("cnx", r"nvl(?![a-z0-9])", "pcie") if re.search(word, text)), "")
+    return next((word for word in ("cnx", r"nvl(?![a-z0-9]|[ -]?\d+\b)", "pcie") if re.search(word, text)), "")
 
 
 def _told(said: str, entry: Accelerator) -> dict[str, float]:
@@ -101,8 +101,9 @@ RATE = re.compile(rf"(?:(\d+)\s*x\s*(?:[A-Za-z][\w-]*\s+)*\(?)?(\d+(?:\.\d+)?)\s
 SPELLED = {"one": 1, "single": 1, "two": 2, "dual": 2, "four": 4, "eight": 8}
 PRODUCT = re.compile(r"\b(connectx|bluefield)[ -]?\d+", re.IGNORECASE)
 NODE = r"(?:node|server|host)"
+CHIP = r"(?:[vabhlt]|gh|gb|mi|rtx)-?\d{1,4}[a-z]*\b"
 COUNT = re.compile(
-    rf"(?<![\w.-])(\d\d?|{'|'.join(SPELLED)})(?:\s+(?!{UNIT})(?:(?!per\b|\S*(?:gpu|node))[\w./-]+\s+){{0,5}}"
+    rf"(?<![\w.-])(\d\d?|{'|'.join(SPELLED)})(?:\s+(?!{UNIT})(?:(?!per\b|\S*(?:gpu|node)|{CHIP})[\w./-]+\s+){{0,5}}"
     rf"(?:nic|hca|rail|card|port|adapter)s?\b|\s*(?:per |/ ?){NODE})",
     re.IGNORECASE,
 )

@@ -183,10 +183,10 @@ class Recorder:
             self.catch_up()
         finally:
             self._line.close()
-            self._trackers.close(gets_on)
             for sink in (self._metrics, self._ledger, self._events):
                 if sink is not None:
                     sink.close()
+            self._trackers.close(gets_on)
 
 
 def outside_bytes(device: torch.device) -> int:

@@ -266,8 +266,8 @@ def report_saves(session: Session) -> None:
 
 
 def rewind(session: Session, step: int) -> int:
-    """Go back to a checkpoint before the trouble that `step` is part of, where there is none to the start, and past its
-    samples. Returns the next step.
+    """Go back to a checkpoint before the trouble that `step` is part of (where there is none to the start) and past its
+    samples. Returns the next step. Raises BloomeryError where there were some and none of them verifies.
 
     The way back is a function of the checkpoint and the data alone, so a crash after it leads to the same weights.
     """
@@ -275,7 +275,12 @@ def rewind(session: Session, step: int) -> int:
     with session.clock.bucket("checkpoint"):
         session.writer.wait()
         number = earlier.next_rewind(step)
+        earlier_ones = [one for one in checkpoint_folders(session.checkpoints) if step_of(one) <= earlier.episode]
+        (before,) = _agree(session, len(earlier_ones))
         found = _newest_good(session, at_most=earlier.episode, number=number)
+        if found < 0 and before:
+            problem = f"no checkpoint from before step {earlier.episode} verifies: the way back would lead to the start"
+            raise BloomeryError(f"{session.checkpoints}: {problem}")
         first, stop = batches.first_sample(earlier.episode), batches.first_sample(step + 1)
         # Each time it did not help, twice as many samples are passed over.
         samples = (first, first + (stop - first) * 2 ** (number - 1))

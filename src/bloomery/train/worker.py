@@ -69,8 +69,9 @@ def main() -> int:
         print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
         return GAVE_UP
     except torch.OutOfMemoryError:
-        print(f"error: {_out_of_memory()}", file=sys.stderr, flush=True)
-        return GAVE_UP
+        problem, own = _out_of_memory()
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return GAVE_UP if own else 1
     except RuntimeError as error:
         lost = PEER_LOST.search(str(error))
         if lost is None:
@@ -89,14 +90,21 @@ def _remark_on_cpus(job: Job) -> None:
         print(f"{job.name}: planned for CPUs, the GPUs here stay idle; see bloomery probe", file=sys.stderr, flush=True)
 
 
-def _out_of_memory() -> str:
-    """What a device holds that has no room for what was asked: every start of this layout would end there."""
+OWN_SHARE = 0.8
+"""Of a device's memory: a rank that had that much for itself would run out of it in every start of this layout."""
+
+
+def _out_of_memory() -> tuple[str, bool]:
+    """What a device holds that has no room for what was asked, and whether every start of this layout would end there:
+    not where somebody else had the memory."""
     device = torch.cuda.current_device()
     reserved, total = torch.cuda.memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+    own = reserved > OWN_SHARE * total
+    advice = "smaller micro-batches, recomputation or more GPUs help" if own else "who else is on it? bloomery doctor"
     return (
         f"rank {os.environ.get('RANK', '0')} on cuda:{device} of host {platform.node()}: out of memory, "
-        f"{reserved:,} of {total:,} bytes are this process's; smaller micro-batches, recomputation or more GPUs help"
-    )
+        f"{reserved:,} of {total:,} bytes are this process's; {advice}"
+    ), own
 
 
 def _without_peers(folder: Path, what: str) -> int:

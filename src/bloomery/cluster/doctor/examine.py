@@ -92,7 +92,10 @@ def visit(hosts: Hosts, folder: Path, needs: Needs, tell: Tell = lambda _: None)
         there = [(agent, answer) for agent, answer in answers if not isinstance(answer, BloomeryError)]
         facts = [Facts.checked({**answer, "host": agent.host.name}, where=agent.host.name) for agent, answer in there]
         for agent, one in zip((agent for agent, _ in there), facts, strict=True):
-            findings += judged(one, needs.model_copy(update={"ranks": agent.host.slots}))
+            own = {"ranks": agent.host.slots}
+            if agent.host.slots > 1:  # 1 is what a file without slots means
+                own["gpus"] = min(needs.gpus, agent.host.slots)
+            findings += judged(one, needs.model_copy(update=own))
         if len(there) > 1:
             tell("hosts beside each other")
             findings += alike(facts)

@@ -22,8 +22,10 @@ RETIREMENTS = ("pending_retirement", "pending_blacklist")
 NOTHING_TO_DO = ("", "none", "n/a", "not supported")
 HEALTH = ("ecc_errors", "remapped_rows", "retired_pages", "gpu_recovery_action", "temperature", "fb_memory_usage")
 """Where a device speaks of its health. What it does not have reads N/A."""
-UNTOLD = re.compile(r"error|err!|lost|requires reset", re.IGNORECASE)
+UNTOLD = re.compile(r"error|err!", re.IGNORECASE)
 """What stands in the place of a value that could not be read."""
+GONE = re.compile(r"is lost|requires reset", re.IGNORECASE)
+"""What stands there for a device that does not answer any more."""
 GRAPHICS_BYTES = 256 << 20
 """A display server has less; it takes nothing from training."""
 XID = re.compile(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)[^)]*\): (\d+)(.*)")
@@ -128,6 +130,9 @@ def _number(parent: ElementTree.Element, path: str) -> int:
 
 def _recovery(gpu: ElementTree.Element) -> str:
     action = (gpu.findtext("gpu_recovery_action") or "").strip(" []")
+    gone = next((part.text for part in gpu.iter() if GONE.search(part.text or "")), None)
+    if gone is not None:
+        return gone.strip(" []")
     return "" if action.lower() in NOTHING_TO_DO or UNTOLD.search(action) else action
 
 
