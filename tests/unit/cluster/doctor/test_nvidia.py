@@ -100,7 +100,7 @@ def test_faults_are_read_by_the_names_of_every_generation() -> None:
     )
     assert (old.uncorrected, old.retirement_pending) == (12, True)
     assert (new.sram_exceeded, new.recovery, new.untold) == (True, "Reboot", ())
-    assert (blind.recovery, blind.untold) == ("", ("dram_uncorrectable", "gpu_temp"))
+    assert (blind.recovery, blind.untold) == ("GPU is lost", ("dram_uncorrectable",))
     assert drawing.processes == (2, 3)
 
 
