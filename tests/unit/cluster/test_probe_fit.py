@@ -131,7 +131,7 @@ def test_what_the_host_takes_for_memory_comes_back_from_what_launches_leave(allo
 def test_a_probe_of_this_machine_reads_back_as_a_cluster(tmp_path: Path) -> None:
     out = tmp_path / "machine.yaml"
     command = [sys.executable, "-m", "bloomery", "probe", "--quick", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     machine = read_cluster(out)
     assert machine.cuts[0].ranks == 1
