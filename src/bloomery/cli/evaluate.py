@@ -15,7 +15,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
-    """Evaluate before training and after each stage; writes RUN_DIR/evaluation.json."""
+    """Evaluate before training and after each stage; without --max-tokens it writes RUN_DIR/evaluation.json."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

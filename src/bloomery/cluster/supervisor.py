@@ -159,6 +159,7 @@ def launch(module: str, folder: Path, world_size: int, place: Place = ALONE) -> 
                 write_event(folder, "stopped", step=outcome.step, reason=end)
                 raise BloomeryError(f"{folder}: {end}")
             if _asked_within(stopping, waited_s):
+                unsaved.append(outcome)
                 return _stopped_as_told(folder)
 
 

@@ -212,4 +212,4 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
         if error.where == str(path):
             raise  # a rule of the whole
         key = error.where.removeprefix(f"{path}: ")
-        raise InputError(str(error).removeprefix(f"{error.where}: "), where=said_in(path, assignments, key)) from None
+        raise InputError(error.said, where=said_in(path, assignments, key)) from None

@@ -17,7 +17,8 @@ class BloomeryError(Exception):
 
 
 class InputError(BloomeryError, ValueError):
-    """Wrong input by the user (file, key, value, folder); exit code 2, raised before any long work.
+    """Wrong input by the user (file, key, value, folder); exit code 2, raised before any long work. `said`: all of the
+    message but where.
 
     >>> str(InputError("unknown key", where="run.yaml: train.lrr", accepted=["lr", "steps"], nearest="lr"))
     "run.yaml: train.lrr: unknown key; accepted: lr, steps; did you mean 'lr'?"
@@ -35,7 +36,7 @@ class InputError(BloomeryError, ValueError):
         nearest: str | None = None,
     ) -> None:
         self.where = where
-        parts = [f"{where}: {problem}" if where else problem]
+        parts = [problem]
         if found is not None:
             parts.append(f"found {found!r}")
         accepted_text = accepted if isinstance(accepted, str) else ", ".join(str(item) for item in accepted)
@@ -43,7 +44,8 @@ class InputError(BloomeryError, ValueError):
             parts.append(f"accepted: {accepted_text}")
         if nearest:
             parts.append(f"did you mean '{nearest}'?")
-        super().__init__("; ".join(parts))
+        self.said = "; ".join(parts)
+        super().__init__(f"{where}: {self.said}" if where else self.said)
 
 
 class LimitError(BloomeryError):
