@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ranks import Case, results, run_cases, whole_parameters
+from ranks import OPTIMIZERS, Case, results, run_cases, whole_parameters
 
 from bloomery.spec.layout import Layout
 
@@ -345,8 +345,11 @@ def test_layout_equals_one_process(case: Case, folder: Path) -> None:
         np.testing.assert_allclose(rank["held_out"], alone["held_out"], rtol=1e-9)
     expected, found = whole_parameters(reference, 1, folder), whole_parameters(case, world_size(case), folder)
     assert found.keys() == expected.keys()
+    # AdamW moves a weight by up to the learning rate, however small its gradient: of that move too 1e-9 are left.
+    # A gradient near the optimizer's eps carries its own rounding into it (1.5e-12 at a rate of 0.01 was seen).
+    rounding = 1e-9 * OPTIMIZERS[case.optimizer].lr
     for name, value in expected.items():
-        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(found[name], value, rtol=1e-9, atol=rounding, err_msg=name)
 
 
 def even(messages: list[list[Any]]) -> list[list[Any]]:
