@@ -206,6 +206,7 @@ def page(
         if memory.precision_all is not None:
             others = f"{memory.false_alarms_elsewhere:,} of the {memory.elsewhere:,} runs of other sources"
             lines += [f"{others} are said not to fit: with them the precision is {memory.precision_all:.1%}."]
+            lines += ["Where a report leaves open what was made again, it was all of it if else a run would not fit."]
         lines += [""]
     lines += [
         "## By source",

@@ -22,6 +22,9 @@ def validate(
 ) -> None:
     """Score the performance model on published runs: errors by source, order of layouts, memory.
 
+    A run whose report leaves open what it made again for the backward pass counts as making all of it again, if else it
+    would not fit.
+
     Columns: id, source, accelerator, n_gpus, tp, pp, dp, layers, hidden, heads, seq_len, and what else of layout, batch
     and iteration_time_s the source says; blank means that it is silent.
     """

@@ -50,7 +50,8 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     width = model.ffn_hidden
     if model.moe is not None:
         width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
-        outer = outer + 2 * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.stream
+        kept = 2 if stack.weighs_outputs else 1
+        outer = outer + kept * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.stream
     fused, widths = _fused(case), np.asarray(stack.saved_widths(model))
     if stack.fuses and model.gated:
         widths = np.where(fused, widths, widths + 1)

@@ -24,8 +24,8 @@ CORE_SINCE = 2024
 @dataclass(frozen=True)
 class Profile:
     """A stack and its defaults: recomputation, ZeRO stage, sequence parallelism, gated activation, stages by cost,
-    chunks a rank at most where a pipeline interleaves (1: it cannot), and whether one cuts a batch into as many
-    micro-batches as it has stages."""
+    chunks a rank at most where a pipeline interleaves (1: it cannot), whether one cuts a batch into as many
+    micro-batches as it has stages, and whether selective recomputation takes a list of modules, up to whole blocks."""
 
     stack: Stack
     recompute: Literal["none", "selective", "full"] = "none"
@@ -35,6 +35,7 @@ class Profile:
     balanced: bool = False
     chunks: int = 8
     as_many_as_stages: bool = False
+    lists_modules: bool = False
 
 
 PUBLISHED = replace(GPU, selective_share=0.0, sums_whole=False)
@@ -49,9 +50,10 @@ MEGATRON_DEEPSPEED = Profile(
 LATER_DEEPSPEED = replace(MEGATRON_DEEPSPEED, stack=replace(PUBLISHED, name="megatron-deepspeed", gradient_bytes=2))
 """The same engine around models of Megatron-Core's years: fused attention, no dropout, messages beside compute."""
 MEGATRON_CORE = Profile(
-    replace(PUBLISHED, name="megatron-core", each_expert=Passes(4, 8), narrow_kernels=3.0),
+    replace(PUBLISHED, name="megatron-core", each_expert=Passes(4, 8), narrow_kernels=3.0, weighs_outputs=False),
     zero_stage=1,
     sequence_parallel=True,
+    lists_modules=True,
 )
 """Transformer Engine's grouped products call cuBLAS for each expert (`nvte_multi_stream_cublas_gemm`), two products
 forward and four back; a call counts as two launches, and three times in 8 bit, with casts and scales: the best of four
@@ -66,7 +68,8 @@ FSDP = Profile(
 )
 """torchtitan's defaults. Selective: per operator, every other matrix product is kept. Its pipelines cut a batch into
 `pipeline_parallel_degree` micro-batches unless they are told another number (2024)."""
-COMPOSER = Profile(replace(PUBLISHED, name="composer"), zero_stage=3)
+COMPOSER = Profile(replace(PUBLISHED, name="composer", logits_bytes=4.0), zero_stage=3)
+"""LLM Foundry's loss is FlashAttention's fused one: logits and their gradient in 16 bit, no copies in 32."""
 NANOTRON = Profile(
     replace(PUBLISHED, name="nanotron", gradient_overlap=0.0),
     sequence_parallel=True,

@@ -22,6 +22,8 @@ as our engine does: its messages are a step's, its gradients are cut where there
 `eager` keeps for the backward pass what plain PyTorch modules do, and works as our engine does (`perf.memory`).
 One that `fuses` makes what stands between products again where these read it narrower than it is (1.3 B parameters in
 float8 on an H200: 35.6 GiB, 42.4 if it were kept).
+`weighs_outputs`: a router's weights multiply what experts give back, which is kept for it; else what goes into their
+last product, which is kept anyway (Transformer Engine 2.1 on, its pull request 1468).
 `kept` multiplies the bytes that a layer keeps for its backward pass, `logits_bytes` are those of one logit with its
 copies, whole on every tensor-parallel rank where they are gathered. `gradient_bytes`: of accumulated gradients, where a
 stack departs from its precision's.
@@ -115,6 +117,7 @@ class Stack:
     tile_kernels: Passes = Passes(0, 0)
     waking_kernels: float = 0.0
     fuses: bool = False
+    weighs_outputs: bool = True
     sums_whole: bool = False
 
     @property

@@ -57,7 +57,7 @@ class Published:
     """One run that can be modelled. `cluster` has data-sheet rates alone: a calibration says the rest.
 
     `scale`: the batch over what whole micro-batches of the layout hold; `kernels`: which of its software's kernels ran,
-    where the notes say so.
+    where the notes say so. `may_recompute`: whether its report leaves open what is made again for the backward pass.
     """
 
     id: str
@@ -74,6 +74,7 @@ class Published:
     flags: tuple[str, ...]
     n_gpus: int
     kernels: str
+    may_recompute: bool
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -160,7 +161,14 @@ def published(row: Mapping[str, str]) -> Published:
         flags=flags(row.get("flags", "")),
         n_gpus=n_gpus,
         kernels=_kernels(row.get("notes", "")),
+        may_recompute=_may_recompute(row, profile),
     )
+
+
+def _may_recompute(row: Mapping[str, str], profile: Profile) -> bool:
+    """Nothing is said, or "selective" of software whose users list the modules they mean."""
+    said = recompute(row.get("recompute", ""))
+    return said is None or (said == "selective" and profile.lists_modules)
 
 
 def _kernels(notes: str) -> str:

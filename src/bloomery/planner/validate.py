@@ -186,7 +186,7 @@ def _answers(
     asked = list(usable(rows))
     runs = [question for _, question in asked if isinstance(question, Published)]
     questions = Questions.of(runs)
-    predictions = zip(questions.predict_s(table), questions.peak_bytes(table), strict=True)
+    predictions = zip(questions.predict_s(table), _peak_bytes(questions, table), strict=True)
     answers: list[tuple[Row, Published | None]] = []
     for row, question in asked:
         if isinstance(question, Unusable):
@@ -196,6 +196,19 @@ def _answers(
             answer = _answered(question, float(seconds), float(peak), table, timed=timed)
             answers.append((_unweighed(answer, ADAPTED) if adapters(row) else answer, question))
     return answers
+
+
+def _peak_bytes(questions: Questions, table: Calibration) -> np.ndarray:
+    """Each run's peak, (n,). Where a report leaves open what was made again for the backward pass, and the run does not
+    fit as the others of its software do it, all of it was."""
+    peak = questions.peak_bytes(table)
+    room = np.array([run.cluster.accelerator.memory_bytes for run in questions.runs])
+    tight = np.flatnonzero((peak > room) & np.array([run.may_recompute for run in questions.runs], dtype=bool))
+    if tight.size:
+        runs = [questions.runs[i] for i in tight]
+        again = [replace(run, layout=run.layout.model_copy(update={"recompute": "full"})) for run in runs]
+        peak[tight] = np.minimum(peak[tight], Questions.of(again).peak_bytes(table))
+    return peak
 
 
 def _unanswered(row: Mapping[str, str], reason: str, *, ran: bool = False) -> Row:

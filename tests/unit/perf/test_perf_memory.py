@@ -286,3 +286,18 @@ def test_on_a_probed_gpu_layers_that_no_compiler_sees_keep_what_plain_operators_
     assert kept(None) < kept(plain)
     for cut in ({"tp": 2}, {"offload": "activations"}):
         assert kept(None, **cut) == kept(plain, **cut)
+
+
+def test_experts_answers_are_kept_only_where_weights_multiply_them() -> None:
+    """TransformerEngine 2.1 (its pull request 1468) weighs what goes into an expert's last product instead."""
+    moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256)
+    model = Model(layers=4, hidden=128, heads=4, vocab=2048, max_seq_len=256, moe=moe)
+
+    def kept(stack: Stack) -> float:
+        lay = LayoutBatch.of([Layout(tp=2, sequence_parallel=True, micro_batch=2)])
+        values = {"global_batch": 64, "seq_len": 256, "dtype": "bfloat16", "stack": stack}
+        return float(layer_activation_bytes(Case.of(model, catalog.cluster("selene-like"), lay, **values))[0][0])
+
+    answers = moe.top_k * 2 * 256 / 2 * model.hidden * 2
+    weighed = replace(GPU, weighs_outputs=False)
+    assert kept(replace(GPU, weighs_outputs=True)) - kept(weighed) == pytest.approx(answers)
