@@ -201,15 +201,15 @@ def read_run(path: str | Path, assignments: Sequence[str] = ()) -> Run:
     path = Path(path)
     described = read_yaml(path)
     values = override(described, assignments)
-    if "model" in values:
-        values["model"] = _resolved("models", values["model"], f"{path}: model", path.parent)
-    if "cluster" in values:
-        _check_cuts_apart(described.get("cluster"), values["cluster"], f"{path}: cluster")
-        values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
     try:
+        if "model" in values:
+            values["model"] = _resolved("models", values["model"], f"{path}: model", path.parent)
+        if "cluster" in values:
+            _check_cuts_apart(described.get("cluster"), values["cluster"], f"{path}: cluster")
+            values["cluster"] = _cluster_values(values["cluster"], f"{path}: cluster", path.parent)
         return Run.checked(values, where=str(path), resolved=is_sealed(path) and not assignments)
     except InputError as error:
-        if error.where == str(path):
-            raise  # a rule of the whole
-        key = error.where.removeprefix(f"{path}: ")
+        elsewhere, _, key = error.where.partition(f"{path}: ")
+        if elsewhere or not key:
+            raise  # of a file that is named, or a rule of the whole
         raise InputError(error.said, where=said_in(path, assignments, key)) from None

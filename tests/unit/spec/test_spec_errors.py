@@ -195,3 +195,9 @@ def test_a_list_at_the_top_is_refused(tmp_path: Path) -> None:
 def test_deep_nesting_is_one_line_too(tmp_path: Path) -> None:
     with pytest.raises(InputError):
         read_yaml(written(tmp_path, "a: " + "[" * 20_000))
+
+
+@pytest.mark.parametrize("words", ["model=nosuch", "cluster=nosuch"])
+def test_a_name_that_is_in_no_catalog_is_said_where_it_was_given(tmp_path: Path, words: str) -> None:
+    message = problem(tmp_path, VALID, words)
+    assert message.startswith(f"--set {words.partition('=')[0]}: not in the catalog")
