@@ -215,6 +215,18 @@ def test_llama_405b_on_16384_ranks() -> None:
         assert one.account.whole_gradient_bytes == 4 * one.account.parameters
 
 
+@pytest.mark.parametrize("words", ["micro_batch=2", "pp=2,dp=2,micro_batch=2", "tp=2,micro_batch=4,recompute=full"])
+def test_masks_of_documents_are_kept_and_counted(words: str) -> None:
+    layout = Layout.parse(words)
+    apart = compare(
+        MODELS["llama"], layout, CLUSTER, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64", documents=True
+    )
+    plain = compare(MODELS["llama"], layout, CLUSTER, seq_len=SEQ_LEN, global_batch=GLOBAL_BATCH, dtype="float64")
+    assert apart.agrees and plain.agrees
+    for one, other in zip(apart.classes, plain.classes, strict=True):
+        assert one.peak.predicted > other.peak.predicted
+
+
 def test_a_mixture_of_experts_of_a_trillion_parameters_on_1024_ranks() -> None:
     moe = MixtureOfExperts(
         experts=384, top_k=8, expert_ffn_hidden=2048, shared_experts=1, first_dense_layers=1, scoring="sigmoid",

@@ -116,6 +116,7 @@ def _dry_run(run: Run, nproc: int | None, *, as_json: bool) -> None:
             optimizer=run.train.optimizer.name,
             optimizers=optimizers,
             averages_per_step=averages_per_step,
+            documents=run.train.document_mask,
         )
     if as_json:
         print_json(found.to_json())

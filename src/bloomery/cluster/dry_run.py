@@ -165,25 +165,28 @@ def compare(
     optimizer: str = "adamw",
     optimizers: Optimizers = adamw,
     averages_per_step: float = 0.0,
+    documents: bool = False,
 ) -> DryRun:
     """Execute a rank of each class without data and set the performance model's answers beside it.
 
     `optimizer`: its name in a run, `optimizers`: what makes it; `averages_per_step`: how often its average of the
-    weights is updated (0: there is none). Raises InputError for what the engine cannot run.
+    weights is updated (0: there is none); `documents`: tokens see their own document's alone. Raises InputError for
+    what the engine cannot run.
     """
     order = schedule_order(model, layout, global_batch // (layout.dp * layout.micro_batch))
     ours = cluster.model_copy(update={"accelerator": cluster.accelerator.model_copy(update={"kind": "cpu"})})
     balanced = replace(stack_of(ours.accelerator), expert_spread=0.0)  # as experts are without data
     case = Case.of(
         model, ours, LayoutBatch.of([layout]), global_batch=global_batch, seq_len=seq_len, dtype=dtype, stack=balanced,
-        optimizer=optimizer, averages_per_step=averages_per_step,
+        optimizer=optimizer, averages_per_step=averages_per_step, documents=documents,
     )  # fmt: skip
     classes = []
     for name, pipeline_rank in rank_classes(layout).items():
         rank = pipeline_rank * layout.tp * layout.data_ranks
         account = dry_run(
-            model, layout, rank, global_batch=global_batch, seq_len=seq_len, dtype=dtype, optimizers=optimizers
-        )
+            model, layout, rank, global_batch=global_batch, seq_len=seq_len, dtype=dtype, optimizers=optimizers,
+            documents=documents,
+        )  # fmt: skip
         executed = merged(Counter(account.messages), layout)
         planned = merged(planned_messages(case, pipeline_rank), layout)
         moments = order.in_flight[pipeline_rank]

@@ -140,6 +140,7 @@ def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
         dtype=known,  # type: ignore[arg-type]
         optimizer=optimizer,
         averages_per_step=run.train.averaging.updates_per_step,
+        documents=run.train.document_mask,
     ).one(0)
     wide = 8 if dtype == "float64" else 4
     messages = collectives(

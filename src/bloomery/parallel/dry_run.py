@@ -131,8 +131,10 @@ def dry_run(
     global_batch: int,
     dtype: str = "bfloat16",
     optimizers: Optimizers = adamw,
+    documents: bool = False,
 ) -> RankAccount:
-    """The account of `rank`. Raises InputError for what the engine cannot run."""
+    """The account of `rank`; `documents`: tokens see their own document's alone. Raises InputError for what the engine
+    cannot run."""
     check_layout(model, layout, global_batch=global_batch, seq_len=seq_len, world_size=layout.world_size, run=True)
     check_rank(layout, rank)
     pipeline_rank = rank // (layout.tp * layout.data_ranks)
@@ -147,6 +149,7 @@ def dry_run(
         step_lengths = [micro_batches]
     settings: dict[str, Any] = {
         "seq_len": seq_len, "global_batch": global_batch, "dtype": dtype, "optimizers": optimizers,
+        "documents": documents,
     }  # fmt: skip
     samples: list[dict[str, Any]] = []
     executed = []
@@ -255,6 +258,7 @@ def _steps(
     global_batch: int,
     dtype: str,
     optimizers: Optimizers,
+    documents: bool,
 ) -> list[dict[str, Any]]:
     """One step of each length in micro-batches, on one engine."""
     stages: dict[int, Transformer] = {}
@@ -286,7 +290,7 @@ def _steps(
         optimizer = _Together(optimizers(engine))
         answer = []
         for length in lengths:
-            answer.append(_step(engine, mesh, optimizer, length, seq_len))
+            answer.append(_step(engine, mesh, optimizer, length, seq_len, documents=documents))
         # How many stages of a rank have whole gradients at one time depends on the length of the real step.
         engine.expect(global_batch, seq_len)
         # ZeRO 1 reduces those of all stages when the pipeline has come to its end.
@@ -295,7 +299,9 @@ def _steps(
         return [{**step, _LEFT_OVER: left} for step in answer]
 
 
-def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, seq_len: int) -> dict[str, Any]:
+def _step(
+    engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, seq_len: int, *, documents: bool
+) -> dict[str, Any]:
     """Run one optimizer step of so many micro-batches and say what it took."""
     engine.expect(micro_batches * mesh.layout.micro_batch * mesh.layout.dp, seq_len)
     if engine.schedule is not None:
@@ -303,7 +309,9 @@ def _step(engine: Engine, mesh: Mesh, optimizer: _Together, micro_batches: int, 
     local = micro_batches * mesh.layout.micro_batch
     tokens_bs, targets_bs = (torch.zeros(local, seq_len, dtype=torch.int64) for _ in range(2))
     prefix_b = torch.ones(local, dtype=torch.int64) if engine.model.mask == "prefix" else None
-    batch = Batch(tokens_bs, targets_bs, local * seq_len * mesh.layout.dp, prefix_b=prefix_b)
+    documents_bs = torch.zeros_like(tokens_bs) if documents else None
+    count = local * seq_len * mesh.layout.dp
+    batch = Batch(tokens_bs, targets_bs, count, documents_bs=documents_bs, prefix_b=prefix_b)
     saved, flops = SavedTally(), FlopTally()
     stages: list[Transformer] = list(engine.stages.values())
     with record(mesh) as messages:

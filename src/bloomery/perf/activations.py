@@ -302,11 +302,12 @@ def _rotary_tables_bytes(case: Case) -> Any:
 
 def mask_bytes(case: Case) -> Any:
     """What our engine's attention adds to scores where it is not plainly causal, for all heads and layers alike: one
-    for all sequences of a micro-batch under a window, one each under prefixes. Those of documents are not counted."""
+    for all sequences of a micro-batch under a window, one each under prefixes and of documents."""
     model, lay = case.model, case.lay
-    if model.mask != "prefix" and (model.sliding_window or case.seq_len) >= case.seq_len:
+    each = model.mask == "prefix" or case.documents
+    if not each and (model.sliding_window or case.seq_len) >= case.seq_len:
         return 0.0
-    masks = lay.micro_batch if model.mask == "prefix" else 1
+    masks = lay.micro_batch if each else 1
     return masks * case.seq_len / lay.cp * case.seq_len * case.precision.stream
 
 

@@ -71,7 +71,7 @@ class OfLayouts(Generic[T]):
 @dataclass(frozen=True)
 class Case:
     """n layouts of `model` on `cluster`. Arrays derived here have shape (n,); `global_batch` is one number for all of
-    them or one for each."""
+    them or one for each. `documents`: tokens see those of their own document alone."""
 
     model: Model
     cluster: Cluster
@@ -82,6 +82,7 @@ class Case:
     stack: Stack
     precision: Precision
     optimizer: str = "adamw"
+    documents: bool = False
 
     @classmethod
     def of(
@@ -96,6 +97,7 @@ class Case:
         stack: Stack | None = None,
         optimizer: str = "adamw",
         averages_per_step: float = 0.0,
+        documents: bool = False,
     ) -> Case:
         """The case with the default stack and precision of the cluster's accelerator."""
         accelerator = cluster.accelerator
@@ -103,7 +105,7 @@ class Case:
         precision = averaged(precision_of(accelerator, dtype), averages_per_step)
         if stack.gradient_bytes is not None:
             precision = replace(precision, gradient=stack.gradient_bytes)
-        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer)
+        return cls(model, cluster, lay, global_batch, seq_len, dtype, stack, precision, optimizer, documents)
 
     def under(self, cluster: Cluster, stack: Stack) -> Case:
         """The same layouts on other hardware of the same precision, or with other software; knows what they decide."""

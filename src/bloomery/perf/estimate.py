@@ -177,6 +177,7 @@ def estimate(
     stack: Stack | None = None,
     optimizer: str = "adamw",
     averages_per_step: float = 0.0,
+    documents: bool = False,
 ) -> Estimates:
     """Predict step time, its components and memory of `layouts` (they must keep `spec.layout.layout_problems`).
 
@@ -194,6 +195,7 @@ def estimate(
             stack=stack,
             optimizer=optimizer,
             averages_per_step=averages_per_step,
+            documents=documents,
         )
     )
 

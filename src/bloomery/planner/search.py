@@ -218,6 +218,7 @@ def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase 
         dtype=run_dtype(run, cluster),
         optimizer=run.train.optimizer.name,
         averages_per_step=run.train.averaging.updates_per_step,
+        documents=run.train.document_mask,
     )
 
 

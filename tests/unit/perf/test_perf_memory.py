@@ -74,20 +74,22 @@ def test_without_a_pipeline_one_micro_batch_is_in_flight_whatever_the_schedule()
     assert int(in_flight(one, one.first)[0]) == 1
 
 
-def test_a_window_costs_a_mask_of_all_keys_and_prefixes_one_for_each_sequence() -> None:
+def test_a_window_costs_a_mask_of_all_keys_prefixes_and_documents_one_for_each_sequence() -> None:
     model = Model(layers=4, hidden=128, heads=4, ffn_hidden=384, vocab=2048, max_seq_len=512)
 
-    def kept(stack: Stack, **changes: object) -> float:
+    def kept(stack: Stack, *, documents: bool = False, **changes: object) -> float:
         lay = LayoutBatch.of([Layout(pp=2, vpp=2, cp=2, micro_batch=2)])
         one = Case.of(
             model.model_copy(update=changes), catalog.cluster("this-machine"), lay, global_batch=16, seq_len=512,
-            dtype="bfloat16", stack=stack,
+            dtype="bfloat16", stack=stack, documents=documents,
         )  # fmt: skip
         return float(activation_bytes(one, one.first)[0])
 
     each, chunks = 256 * 512 * 2, 5
     assert kept(EAGER_CPU, sliding_window=64) - kept(EAGER_CPU) == chunks * each
     assert kept(EAGER_CPU, mask="prefix") - kept(EAGER_CPU) == chunks * 2 * each
+    assert kept(EAGER_CPU, documents=True) == kept(EAGER_CPU, documents=True, mask="prefix")
+    assert kept(EAGER_CPU, documents=True, sliding_window=64) == kept(EAGER_CPU, mask="prefix")
     assert kept(EAGER_CPU, sliding_window=512) == kept(EAGER_CPU)
     assert kept(MEGATRON_2022, sliding_window=64) == kept(MEGATRON_2022)
 
