@@ -44,6 +44,9 @@ class Tokenizer:
     def __init__(self, backend: Backend, own: Ends | None = None) -> None:
         self._backend = backend
         backend.encode_special_tokens = True
+        # A file may hold the lengths of the last call before it was saved: texts would be cut and filled to them.
+        backend.no_truncation()
+        backend.no_padding()
         end = backend.token_to_id(END)
         self.own = own
         self.ends = own or Ends(bos=end, eos=() if end is None else (end,))
