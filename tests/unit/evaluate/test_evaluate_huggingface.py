@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 
 from bloomery.evaluate import huggingface
 from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
@@ -70,6 +71,48 @@ def test_a_tied_embedding_may_be_stored_as_the_head(hugging_face: Make, left_out
     with_tensors(source, lambda there: {**there, HEAD: embedding.clone()})
     with_tensors(source, lambda there: {name: there[name] for name in there if name not in left_out})
     assert torch.equal(dict(load_directory(source).named_parameters())["embedding.weight"], embedding)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda norm: norm.to(torch.int64), "not a format of weights; found 'int64'; accepted: floating-point numbers"),
+        (lambda norm: norm > 0, "not a format of weights; found 'bool'"),
+        (lambda norm: norm.to(torch.complex64), "not a format of weights; found 'complex64'"),
+        (lambda norm: norm.where(norm != norm[3], torch.nan), "values that are no finite float32 numbers"),
+        (lambda norm: norm.double() * 1e300, "values that are no finite float32 numbers"),
+    ],
+)
+def test_a_tensor_that_cannot_be_weights_is_refused_with_file_and_name(
+    hugging_face: Make, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    norm = "model.norm.weight"
+    source = with_tensors(hugging_face(), lambda there: {**there, norm: change(there[norm])})
+    with pytest.raises(InputError, match=rf"model\.safetensors: model\.norm\.weight: {words}"):
+        import_directory(source, tmp_path / "run")
+
+
+def test_weights_that_are_there_twice_are_refused(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face(shards=3)
+    tensors = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: model\.safetensors\.index\.json beside it"):
+        import_directory(source, tmp_path / "run")
+    places = dict.fromkeys(tensors, "model.safetensors")  # an index of the one file contradicts nothing
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    import_directory(source, tmp_path / "run")
+
+
+def test_a_token_past_the_embedding_is_named(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face()
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    first = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad>", "<more>"])
+    backend.save(str(source / "tokenizer.json"))
+    words = rf"tokenizer\.json: ids past the model's vocab_size; found {first} \('<pad>'\); accepted: below {first}"
+    with pytest.raises(InputError, match=words):
+        import_directory(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
