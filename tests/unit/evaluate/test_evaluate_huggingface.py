@@ -125,6 +125,8 @@ def edited(folder: Path, **changes: object) -> Path:
     return folder
 
 
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
@@ -143,12 +145,24 @@ MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
         ({"num_hidden_layers": 10**18}, "at most 10000"),
         ({"num_hidden_layers": 10**18, "architectures": ["MistralForCausalLM"], "sliding_window": 4}, "at most 10000"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling: not what"),
-        ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_scaling: not what"),
+        (
+            {"rope_theta": None, "rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}},
+            "rope_scaling: not what",
+        ),
+        ({"rope_parameters": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_theta: not the 10000.0 of rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 1e4}}, "rope_theta: not the 10000.0 of rope_s"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 8}}, "rope_parameters: not supported; found 'factor'"),
+        ({"rope_parameters": {"mrope_section": [2, 1, 1]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": PLAIN_ROPE}}, "full_attention"),
         ({"original_max_position_embeddings": 32, "rope_scaling": YARN}, "original_max_position_embeddings 32 beside"),
         ({"rope_scaling": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor"),
         ({**MISTRAL, "use_sliding_window": False}, "use_sliding_window: contradicts sliding_window 4"),
         ({**MISTRAL, "layer_types": ["full_attention"] * 2}, "layer_types: contradicts sliding_window 4"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func: not supported; found 'softmax'"),
+        ({**DEEPSEEK, "topk_method": "greedy"}, "topk_method: not supported; found 'greedy'"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq: not supported; found 2"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "sigmoid"}, "scoring_func: not"),
         ({"attention_bias": True}, "attention_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": 3}, "missing"),
@@ -165,14 +179,14 @@ def test_what_would_compute_differently_is_refused(
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], **WINDOWED}
-LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"hidden_size": None}, "hidden_size: this key is required"),
+        ({"intermediate_size": None}, "intermediate_size: this key is required"),
+        ({"max_position_embeddings": None}, "max_position_embeddings: this key is required"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: a whole number is expected; found '2'"),
         ({"max_position_embeddings": [64]}, r"max_position_embeddings: a whole number is expected; found \[64\]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: a list of texts is expected; found 'LlamaForCausalLM'"),
