@@ -11,7 +11,9 @@ import typer
 
 def chat(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder `train` wrote.")],
-    message: Annotated[str, typer.Option("--message", "-m", help="One message instead of a conversation.")] = "",
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="One message instead of a conversation.")
+    ] = None,
     stage: Annotated[str, typer.Option(help="pretrain or an alignment stage (default: the last).")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.7,
@@ -31,8 +33,10 @@ def chat(
     from bloomery.serve.talker import open_talker
     from bloomery.spec.errors import InputError
 
-    if as_json and not message:
+    if as_json and message is None:
         raise InputError("needs --message", where="--json")
+    if message == "":
+        raise InputError("empty: nothing to answer", where="--message")
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     talker = open_talker(run_dir, stage)
     warn(talker.skipped)
@@ -42,7 +46,7 @@ def chat(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    if message:
+    if message is not None:
         answer = conversation.say(message, (lambda _: None) if as_json else show)
         if as_json:
             usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}

@@ -89,7 +89,8 @@ def described(run: Run, point: Point, folder: Path) -> dict[str, Any]:
     values = run.model_dump(mode="json")
     values |= {"name": point.name, "model": point.model.model_dump(mode="json"), "out": str(folder), "layout": "auto"}
     values["data"] |= {"folder": str(data_folder(run))}
-    values["train"] |= {"tokens": point.tokens, "steps": None, "checkpoint_every": 10**9, "profile": ""}
+    values["train"] |= {"tokens": point.tokens, "steps": None, "profile": ""}
+    values["train"] |= {"checkpoint_every": 10**9, "keep_every": 0}
     return values | {"compare": {}, "align": []}
 
 

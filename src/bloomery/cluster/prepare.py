@@ -255,8 +255,14 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
     model: a resume must not mix two.
     """
     checkpoints = folder / "checkpoints"
-    averages = 0 if job.averaging.method == "none" else 1
-    to_come = checkpoints_to_come(checkpoints, keep=job.keep_checkpoints, every=job.checkpoint_every, steps=job.steps)
+    averages = job.averaging.kept
+    to_come = checkpoints_to_come(
+        checkpoints,
+        keep=job.keep_checkpoints,
+        every=job.checkpoint_every,
+        steps=job.steps,
+        keep_every=job.keep_every,
+    )
     check_space(checkpoints, parameter_count(job.model), to_come, averages)
     if job.memory_every:
         check_memory(parameter_count(job.model), folder, averages=averages)

@@ -44,6 +44,9 @@ class Tokenizer:
     def __init__(self, backend: Backend, own: Ends | None = None) -> None:
         self._backend = backend
         backend.encode_special_tokens = True
+        # A file may hold the lengths of the last call before it was saved: texts would be cut and filled to them.
+        backend.no_truncation()
+        backend.no_padding()
         end = backend.token_to_id(END)
         self.own = own
         self.ends = own or Ends(bos=end, eos=() if end is None else (end,))
@@ -154,11 +157,14 @@ class Tokenizer:
 
     def bytes_of_tokens(self) -> np.ndarray:
         """The bytes of UTF-8 text that each token stands for, by its id; a special token is none."""
-        special = self._special()
         decoder = self._backend.decoder
         in_bytes = decoder is not None and b"ByteLevel" in decoder.__getstate__()
-        names = [self.name(token) or "" for token in range(self.size)]
-        return np.array([0 if i in special else _text_bytes(name, in_bytes) for i, name in enumerate(names)])
+        found = [_text_bytes(self.name(token) or "", in_bytes) for token in range(self.size)]
+        for token, added in self._backend.get_added_tokens_decoder().items():
+            # One that was added for text, such as a row of blanks, is named as it stands there.
+            if added.special or in_bytes:
+                found[token] = 0 if added.special else len(added.content.encode())
+        return np.array(found)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and beside it the ends of a model from elsewhere; those of another one go."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from bloomery.evaluate import expert_configs as experts
 from bloomery.evaluate.config_keys import NUMBER, TEXT, TEXTS, TRUTH, WHOLE, check_kinds, require_keys
-from bloomery.evaluate.rope_parameters import rope_of, rope_parameters_of
+from bloomery.evaluate.rope_parameters import check_one_theta, rope_of, rope_parameters_of
 from bloomery.evaluate.sliding_windows import one_window, window_from
 from bloomery.model.names import Family
 from bloomery.spec.errors import InputError, nearest_match
@@ -57,7 +57,7 @@ _KINDS = {
     "activation_function": TEXT,
 }
 """What is read here; `rope_parameters` and `expert_configs` know their own keys."""
-_NEEDED = ("layers", "hidden", "heads", "vocab")
+_NEEDED = ("layers", "hidden", "heads", "vocab", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,7 @@ def _differences(asked: Values, said: Values) -> list[str]:
 def model_of(config: Config, name: str, where: str) -> Model:
     """The structure a config.json describes. Raises InputError for what this product would compute differently."""
     architecture = ARCHITECTURES[family_in(config, where)]
+    check_one_theta(config, where)  # a default is none of the file's own
     config = {**architecture.default, **config}
     check_kinds(config, _KINDS, where)
     require_keys(config, (*(architecture.keys[ours] for ours in _NEEDED), *architecture.needed), where)
@@ -269,17 +270,23 @@ def _to_deepseek(model: Model) -> Values:
 
 
 _DEEPSEEK_KEYS = {ours: theirs for ours, theirs in _LLAMA_KEYS.items() if ours != "head_dim"}
+_DENSE_NEEDED = ("intermediate_size",)
+_QWEN_NEEDED = (*_DENSE_NEEDED, "max_window_layers")
 _DEEPSEEK_NEEDED = (
+    *_DENSE_NEEDED,
     "first_k_dense_replace",
     "routed_scaling_factor",
     *(key for key in _MLA_KEYS if key != "q_lora_rank"),
 )
-_DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6}
-"""The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms."""
+_DEEPSEEK_FIXED = {**_SILU, "attention_bias": False, "rms_norm_eps": 1e-6, "moe_layer_freq": 1}
+"""The norms of the latents are fixed at 1e-6 there; here one figure holds for all norms. How experts are chosen is the
+family's, whatever keys older readers have for it."""
 _ROPE = {"rms_norm_eps": 1e-6, "rope_theta": 1e4}
-_MISTRAL = {**_ROPE, "num_key_value_heads": 8, "sliding_window": 4096}
+_LLAMA = {**_ROPE, "max_position_embeddings": 2048}
+_MISTRAL = {**_ROPE, "max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 _QWEN = {
     **_ROPE,
+    "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
     "use_sliding_window": False,
     "sliding_window": 4096,
@@ -287,18 +294,18 @@ _QWEN = {
 }
 
 ARCHITECTURES: dict[Family, Architecture] = {
-    "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default=_ROPE),
-    "mistral": Architecture("MistralForCausalLM", _mistral, _to_mistral, fixed=_SILU, default=_MISTRAL),
-    "qwen2": Architecture(
-        "Qwen2ForCausalLM", _qwen2, _to_qwen, fixed=_SILU, default=_QWEN, needed=("max_window_layers",)
+    "llama": Architecture("LlamaForCausalLM", _llama, _to_llama, fixed=_SILU, default=_LLAMA, needed=_DENSE_NEEDED),
+    "mistral": Architecture(
+        "MistralForCausalLM", _mistral, _to_mistral, fixed=_SILU, default=_MISTRAL, needed=_DENSE_NEEDED
     ),
+    "qwen2": Architecture("Qwen2ForCausalLM", _qwen2, _to_qwen, fixed=_SILU, default=_QWEN, needed=_QWEN_NEEDED),
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         _qwen3,
         _to_qwen,
         fixed={**_SILU, "attention_bias": False},
         default={**_QWEN, "head_dim": 128},
-        needed=("max_window_layers",),
+        needed=_QWEN_NEEDED,
     ),
     "gpt2": Architecture(
         "GPT2LMHeadModel",
@@ -310,14 +317,20 @@ ARCHITECTURES: dict[Family, Architecture] = {
             "scale_attn_by_inverse_layer_idx": False,
             "add_cross_attention": False,
         },
-        default={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5},
+        default={"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "n_positions": 1024},
     ),
     "mixtral": Architecture(
         "MixtralForCausalLM",
         _mixtral,
         _to_mixtral,
         fixed=_SILU,
-        default={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "router_aux_loss_coef": 0.001},
+        default={
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "router_aux_loss_coef": 0.001,
+        },
     ),
     "qwen3_moe": Architecture(
         "Qwen3MoeForCausalLM",
@@ -326,6 +339,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
         fixed={**_SILU, "attention_bias": False},
         default={
             **_ROPE,
+            "max_position_embeddings": 32768,
             "num_key_value_heads": 4,
             "use_sliding_window": False,
             "sliding_window": 4096,
@@ -337,8 +351,8 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _deepseek_v2,
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
-        fixed={**_DEEPSEEK_FIXED, "mlp_bias": False, "norm_topk_prob": False},
-        default={**_ROPE, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001},
+        fixed={**_DEEPSEEK_FIXED, "mlp_bias": False, "norm_topk_prob": False, "scoring_func": "softmax"},
+        default={**_LLAMA, "first_k_dense_replace": 0, "routed_scaling_factor": 1.0, "aux_loss_alpha": 0.001},
         needed=_DEEPSEEK_NEEDED,
     ),
     "deepseek_v3": Architecture(
@@ -346,9 +360,15 @@ ARCHITECTURES: dict[Family, Architecture] = {
         _deepseek_v3,
         _to_deepseek,
         keys=_DEEPSEEK_KEYS,
-        fixed={**_DEEPSEEK_FIXED, "rope_interleave": True},
+        fixed={
+            **_DEEPSEEK_FIXED,
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
         default={
             **_ROPE,
+            "max_position_embeddings": 4096,
             "first_k_dense_replace": 3,
             "n_group": 8,
             "topk_group": 4,

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE
+from bloomery.data.tokenizer import ENDS_FILE, TOKENIZER_FILE, Tokenizer
 from bloomery.data.tokenizer import read as read_tokenizer
 from bloomery.evaluate.architectures import config_of, family_in, further_layers, model_of
 from bloomery.evaluate.opening import PRETRAIN, OpenRun, reads_turns
@@ -117,6 +117,7 @@ def import_directory(source: Path, target: Path) -> Run:
         raise InputError("tokenizer.json is missing (a fast tokenizer is needed)", where=str(source))
     run, tokenizer = _imported_run(target, model), read_tokenizer(source / TOKENIZER_FILE)
     tokenizer = tokenizer.with_ends(ends_of(source, config, tokenizer))
+    _check_every_token_is_embedded(tokenizer, model, source)
     with _whole_or_absent(target):
         write_imported(target / "checkpoints" / "step_000000", _read_tensors(source, model, config))
         tokenizer.save(target / "data")
@@ -126,6 +127,15 @@ def import_directory(source: Path, target: Path) -> Run:
         write_sums(target / "data", [TOKENIZER_FILE, ENDS_FILE, *said])
         write_atomically(target / "run.yaml", sealed_text(to_yaml(run.model_dump(mode="json"))))
     return run
+
+
+def _check_every_token_is_embedded(tokenizer: Tokenizer, model: Model, source: Path) -> None:
+    """Raise InputError for the first token past the model's vocabulary: text that holds it could not be read."""
+    beyond = [token for token in range(model.vocab, tokenizer.size) if tokenizer.name(token) is not None]
+    if beyond:
+        found = f"{beyond[0]} ({tokenizer.name(beyond[0])!r})"
+        problem = f"ids past the model's vocab_size; found {found}"
+        raise InputError(problem, where=str(source / TOKENIZER_FILE), accepted=f"below {model.vocab}")
 
 
 def _imported_run(target: Path, model: Model) -> Run:

@@ -15,7 +15,7 @@ from bloomery.model.transformer import Transformer
 from bloomery.model.weights import load_weights
 from bloomery.spec.catalog import read_run
 from bloomery.spec.commit import imported_checkpoint, newest_good
-from bloomery.spec.errors import InputError, nearest_match
+from bloomery.spec.errors import BloomeryError, InputError, nearest_match
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
 from bloomery.spec.parameters import all_parameters
@@ -66,13 +66,26 @@ class OpenRun:
         if stage == BEFORE:
             initialise(module, self.run.train.seed, self.run.train.optimizer.start_scale(module.model.hidden))
         elif stage in self.stages:
-            load_weights(self.stages[stage], module)
+            self._load(self.stages[stage], module)
         else:
             accepted = [BEFORE, *self.stages]
             raise InputError(
                 "no such stage", where="--stage", found=stage, accepted=accepted, nearest=nearest_match(stage, accepted)
             )
         return module.to(where).eval()
+
+    def _load(self, chosen: Path, module: Transformer) -> None:
+        """Fill the model from the checkpoint that was chosen; where a run that still trains has removed it since, from
+        the newest there is now."""
+        try:
+            load_weights(chosen, module)
+        except (BloomeryError, OSError):
+            if chosen.is_dir():
+                raise
+            found, _ = newest_good(chosen.parent)
+            if found is None:
+                raise InputError("removed meanwhile, and no other checkpoint is left", where=str(chosen)) from None
+            load_weights(found, module)
 
 
 def reads_turns(stage: str, tokenizer: Tokenizer) -> bool:

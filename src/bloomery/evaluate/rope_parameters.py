@@ -36,13 +36,26 @@ _PLAIN = {"rope_type": TEXT, "type": TEXT, "rope_theta": NUMBER, "partial_rotary
 _SPELLINGS = ("rope_parameters", "rope_scaling")
 
 
+def check_one_theta(config: Mapping[str, Any], where: str) -> None:
+    """Raise InputError where a file says another `rope_theta` than a spelling in it does (readers differ in which of
+    them they take), or one of them is of another kind."""
+    check_kinds(config, {**dict.fromkeys(_SPELLINGS, MAPPING), "rope_theta": NUMBER}, where)
+    above = config.get("rope_theta")
+    for name in _SPELLINGS:
+        spelt = config.get(name) or {}
+        check_kinds(spelt, {"rope_theta": NUMBER}, f"{where}: {name}")
+        theta = spelt.get("rope_theta")
+        if None not in (above, theta) and above != theta:
+            problem = f"not the {theta} of {name} beside it"
+            raise InputError(problem, where=f"{where}: rope_theta", found=above)
+
+
 def rope_of(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of a `Model`.
 
     Raises InputError for a rule or key that is not known, and where both spellings are there and disagree: readers
     differ in which of them they take.
     """
-    check_kinds(config, {**dict.fromkeys(_SPELLINGS, MAPPING), "rope_theta": NUMBER}, where)
     spelt = {name: config[name] for name in _SPELLINGS if config.get(name)}
     rules = [_rule(rope, config, f"{where}: {name}") for name, rope in spelt.items()]
     thetas = [rope["rope_theta"] for rope in spelt.values() if rope.get("rope_theta") is not None]
@@ -64,12 +77,13 @@ def _rule(spelt: Mapping[str, Any], config: Mapping[str, Any], place: str) -> di
         raise InputError("a rule of rotary positions that is not read", where=place, found=kind, accepted=_FIELDS)
     if rope.get("partial_rotary_factor") not in (1.0, None):
         raise InputError("rotary positions on a part of each head are not supported", where=place, found=rope)
+    fields = _FIELDS.get(kind, {})
+    unknown = {key for key, value in rope.items() if value is not None} - set(_PLAIN) - set(fields.values())
+    if unknown:
+        accepted = fields.values() or _PLAIN
+        raise InputError("not supported", where=place, found=", ".join(sorted(unknown)), accepted=accepted)
     if kind == "default":
         return {}
-    fields = _FIELDS[kind]
-    unknown = set(rope) - set(_PLAIN) - set(fields.values())
-    if unknown:
-        raise InputError("not supported", where=place, found=", ".join(sorted(unknown)), accepted=fields.values())
     if "original_max_seq_len" in fields:
         rope[_ORIGINAL] = _original_length(rope, config, place)
     scaling = {ours: rope[theirs] for ours, theirs in fields.items() if rope.get(theirs) is not None}

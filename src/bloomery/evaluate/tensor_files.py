@@ -56,6 +56,10 @@ class TensorFiles:
         self.source = source
         index = source / INDEX
         self.places = _places(index) if index.is_file() else dict[str, str]()
+        if set(self.places.values()) - {WEIGHTS} and (source / WEIGHTS).exists():
+            # Readers differ in which of them they take.
+            problem = f"{INDEX} beside it names other files, so the weights are there twice; keep one of the two"
+            raise InputError(problem, where=str(source / WEIGHTS))
         self._stack, self._files = ExitStack(), dict[str, Any]()
         if not self.places:
             self.places = dict.fromkeys(self._open(WEIGHTS).keys(), WEIGHTS)
@@ -74,17 +78,24 @@ class TensorFiles:
         return bare if name not in self.places and bare in self.places else name
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in float32. Raises InputError when it is not there or has another shape."""
+        """One tensor in float32. Raises InputError when it is not there, has another shape, or holds no numbers that
+        weights can be."""
         stored = self._stored(name)
         file = self.places.get(stored, WEIGHTS)
         stream = self._open(file)
         if stored not in stream.keys():  # noqa: SIM118
             raise InputError("a tensor is missing", where=str(self.source / file), found=name)
         tensor: Tensor = stream.get_tensor(stored)
+        where = f"{self.source / file}: {name}"
         if tuple(tensor.shape) != tuple(shape):
-            where = f"{self.source / file}: {name}"
             raise InputError("wrong shape", where=where, found=tuple(tensor.shape), accepted=tuple(shape))
-        return tensor.to(torch.float32)
+        if not tensor.is_floating_point():
+            found, accepted = str(tensor.dtype).removeprefix("torch."), "floating-point numbers"
+            raise InputError("not a format of weights", where=where, found=found, accepted=accepted)
+        wide = tensor.to(torch.float32)
+        if not wide.isfinite().all():
+            raise InputError("values that are no finite float32 numbers", where=where)
+        return wide
 
     def refuse_others(self, known: set[str], beyond: range) -> None:
         """Raise InputError for a tensor outside `known`: the model that wrote it computes something else with it.

@@ -40,6 +40,10 @@ class Sampling:
             raise InputError("more than 64 bits", where="seed", found=self.seed)
 
 
+class NoNumbers(InputError):
+    """A model whose scores are no numbers: nothing can be drawn from them."""
+
+
 class Cache:
     """What each layer has seen of the first `length` positions, and how many of them a prefix model's prefix has."""
 
@@ -63,7 +67,7 @@ def generate(
 
     Only ids below `limit` are drawn, and none of `holes` (a model's vocabulary may be padded beyond its tokenizer's,
     which may leave ids out). Raises InputError when the prompt is empty, does not leave room for one token, or holds an
-    id outside the vocabulary.
+    id outside the vocabulary, and NoNumbers where the weights give no scores.
     """
     model = module.model
     if not 0 < len(prompt) < model.max_seq_len:
@@ -82,6 +86,8 @@ def generate(
     for _ in range(min(max_new, model.max_seq_len - len(prompt))):
         with torch.inference_mode():
             logits_v = forward_cached(module, new, cache)[0, -1].float()[: limit or model.vocab]
+            if logits_v.isnan().any():
+                raise NoNumbers("this model's scores are no numbers: its weights are damaged, or its training ran away")
             logits_v[undrawn] = -torch.inf
             token = draw(logits_v, sampling, generator)
         if token in stop:

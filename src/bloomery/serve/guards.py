@@ -22,7 +22,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-_KINDS = {401: "authentication_error", 503: "server_error"}
+_KINDS = {401: "authentication_error", 500: "server_error", 503: "server_error"}
 
 
 def problem(status: int, message: str, *, param: str | None = None, code: str | None = None) -> JSONResponse:

@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from bloomery.model.generate import NoNumbers
 from bloomery.serve.guards import BearerToken, BodyLimit, LoopbackNames, RequestLimit, problem
 from bloomery.serve.protocol import Endpoints, NoSuchModel, PastContext
 from bloomery.serve.talker import Talker
@@ -41,6 +42,8 @@ def create_app(talker: Talker, *, token: str | None = None) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(InputError, _refused)
+    app.add_exception_handler(NoNumbers, _failed)
+    app.add_exception_handler(Exception, _failed)
     app.add_middleware(BodyLimit)
     if token is None:
         app.add_middleware(LoopbackNames, is_ours=is_loopback)
@@ -71,6 +74,12 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
         return problem(404, str(error), param="model", code="model_not_found")
     code = "context_length_exceeded" if isinstance(error, PastContext) else None
     return problem(400, str(error), param=getattr(error, "where", "") or None, code=code)
+
+
+async def _failed(_: Request, error: Exception) -> JSONResponse:
+    """No fault of the request; what else was raised goes to the log, not to whoever asked."""
+    known = isinstance(error, NoNumbers)
+    return problem(500, str(error) if known else "the answer could not be computed; the server's log says why")
 
 
 def read_token(path: Path | None, host: str) -> str | None:

@@ -101,8 +101,10 @@ class Talker:
             safe = _held_back(text, stop)
             yield from _tell(answer, text[len(told) : safe])
             told = text[: max(safe, len(told))]
-        answer.finish_reason = "length" if len(new) >= room else "stop"
-        yield from _tell(answer, text_of(new)[len(told) :])
+        text = text_of(new)
+        if len(new) >= room:
+            answer.finish_reason, text = "length", text.rstrip(HALF)  # the tokens that would make it whole never came
+        yield from _tell(answer, text[len(told) :])
 
 
 def _tell(answer: Answer, piece: str) -> Iterator[str]:

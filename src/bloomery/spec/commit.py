@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, lcm
 from pathlib import Path
 from typing import Any
 
@@ -183,22 +183,32 @@ def fence_held(run_folder: Path) -> Iterator[None]:
         yield
 
 
-def checkpoints_to_come(checkpoints: Path, *, keep: int, every: int, steps: int) -> int:
+def checkpoints_to_come(checkpoints: Path, *, keep: int, every: int, steps: int, keep_every: int = 0) -> int:
     """How many a run of so many steps has yet to find room for: no more than it keeps and the one being written, beside
-    those that are there, and than it has yet to write. Imported weights are none of those it keeps."""
+    those that are there, and than it has yet to write. Imported weights are none of those it keeps, and those of every
+    `keep_every`-th step stay beside them for good."""
     there = [folder for folder in checkpoint_folders(checkpoints) if step_of(folder)]
     done = step_of(there[0]) if there else 0
-    return max(1, min(keep + 1 - len(there), ceil(steps / every) - done // every))
+    passing, staying = there, 0
+    if keep_every:
+        passing, spacing = [folder for folder in there if step_of(folder) % keep_every], lcm(every, keep_every)
+        staying = steps // spacing - done // spacing
+    return max(1, min(keep + 1 - len(passing) + staying, ceil(steps / every) - done // every))
+
+
+def checkpoint_bytes(parameters: int, averages: int) -> int:
+    """Of one, with so many averages of the weights in it."""
+    return parameters * (BYTES_PER_PARAMETER + 4 * averages)
 
 
 def check_space(checkpoints: Path, parameters: int, count: int, averages: int = 0) -> None:
     """Raise InputError when the disk cannot hold so many checkpoints more, with so many averages of the weights in
     each."""
     existing = next(path for path in (checkpoints, *checkpoints.absolute().parents) if path.exists())
-    need, free = parameters * (BYTES_PER_PARAMETER + 4 * averages) * count, shutil.disk_usage(existing).free
+    need, free = checkpoint_bytes(parameters, averages) * count, shutil.disk_usage(existing).free
     if need > free:
         raise InputError(
             f"no space left for checkpoints: {count} of them take {need / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
-            "free; lower train.keep_checkpoints or free some space",
+            "free; keep fewer (train.keep_checkpoints, train.keep_every) or free some space",
             where=str(checkpoints),
         )

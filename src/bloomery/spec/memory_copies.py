@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from bloomery.spec.commit import BYTES_PER_PARAMETER
+from bloomery.spec.commit import checkpoint_bytes
 from bloomery.spec.errors import InputError
 
 MEMORY = Path("/dev/shm")
@@ -44,7 +44,7 @@ def check_memory(parameters: int, run_folder: Path, *, averages: int = 0) -> Non
     if not MEMORY.is_dir():
         raise InputError(f"copies in memory need {MEMORY}; 0 makes none", where="train.memory_every")
     held = sum(file.stat().st_size for file in copies_folder(run_folder).glob("copy_*/*"))
-    need = parameters * (BYTES_PER_PARAMETER + 4 * averages) * AT_ONCE
+    need = checkpoint_bytes(parameters, averages) * AT_ONCE
     free = shutil.disk_usage(MEMORY).free + held
     if need > free:
         problem = f"copies in memory take {need / 1e6:,.1f} MB, {MEMORY} has {free / 1e6:,.1f} MB free; 0 makes none"

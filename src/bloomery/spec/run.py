@@ -154,6 +154,11 @@ class Averaging(Noun):
         return self
 
     @property
+    def kept(self) -> int:
+        """How many averages of the weights there are."""
+        return 0 if self.method == "none" else 1
+
+    @property
     def updates_per_step(self) -> float:
         """Of the average, while it is kept."""
         return 0.0 if self.method == "none" else 1 / self.every
@@ -196,7 +201,11 @@ class Train(Noun):
         default=0, ge=0, description="copies of the state in the host's memory every so many steps; 0: none"
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="so many newest stay")
-    keep_every: int = Field(default=0, ge=0, description="checkpoints of every so many steps stay for good; 0: none")
+    keep_every: int = Field(
+        default=0,
+        ge=0,
+        description="checkpoints of every so many steps (a multiple of checkpoint_every) stay for good; 0: none",
+    )
     guard: GuardSettings = GuardSettings()
     supervision: Supervision = Supervision()
     stabilisers: Stabilisers = Stabilisers()
@@ -235,6 +244,15 @@ class Train(Noun):
     def _window_in_run(self) -> Train:
         if self.profile and step_window(self.profile)[0] > self.n_steps:
             raise ValueError(f"profile: {self.profile} begins after the last of {self.n_steps} steps")
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_saves(self, info: ValidationInfo) -> Train:
+        kept, saved = self.keep_every, self.checkpoint_every
+        if kept % saved and written(info):
+            near = " and ".join(str(step) for step in (kept - kept % saved, kept - kept % saved + saved) if step)
+            problem = f"keep_every {kept} is no multiple of checkpoint_every {saved}, which alone are saved"
+            raise ValueError(f"{problem}; the nearest: {near}")
         return self
 
     @model_validator(mode="after")

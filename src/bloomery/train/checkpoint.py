@@ -87,8 +87,12 @@ def write_part(
 
 
 def complete(partial: Path, gets_on: Callable[[], None] = lambda: None) -> Commit:
-    """Write and verify the commit that the parts make up; `gets_on`: see `read_commit`. Raises BloomeryError, OSError,
-    ValueError or KeyError when one is missing or changed."""
+    """The commit of a save, verified: the one that stands there, else the one that the parts make up, which is written.
+    `gets_on`: see `read_commit`. Raises BloomeryError, OSError, ValueError or KeyError when a part is missing or
+    changed."""
+    # A crash while it got its name has taken parts away that the commit no longer needs.
+    with suppress(BloomeryError):
+        return read_commit(partial, gets_on=gets_on)
     described = read_sealed(partial / STATE)
     write_commit(partial, gathered(partial, Layout(**described["layout"]), described["state"]))
     return read_commit(partial, gets_on=gets_on)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml
 from bloomery.spec.float8 import Float8
 from bloomery.spec.layout import Layout
-from bloomery.spec.parameters import all_parameters
+from bloomery.spec.parameters import all_parameters, parameter_count
 from bloomery.spec.run import Optimizer, Run
 from bloomery.spec.seal import write_sums
 
@@ -384,3 +385,24 @@ def test_room_is_asked_for_checkpoints_to_come_beside_those_that_no_schedule_mad
     for step in (0, *there):  # 0: imported weights, which stay beside those that it keeps
         (tmp_path / f"step_{step:06d}").mkdir()
     assert commit.checkpoints_to_come(tmp_path, keep=2, every=100, steps=steps) == number
+
+
+@pytest.mark.parametrize(
+    ("there", "keep_every", "number"),
+    [((), 10, 100), ((), 100, 3 + 10), ((), 15, 3 + 33), ((100, 200, 210, 220), 100, 1 + 8), ((100, 990), 100, 1)],
+)
+def test_room_is_asked_for_checkpoints_that_stay_for_good(
+    tmp_path: Path, there: tuple[int, ...], keep_every: int, number: int
+) -> None:
+    for step in there:
+        (tmp_path / f"step_{step:06d}").mkdir()
+    assert commit.checkpoints_to_come(tmp_path, keep=2, every=10, steps=1000, keep_every=keep_every) == number
+
+
+def test_the_disk_must_hold_what_stays_for_good(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = commit.checkpoint_bytes(parameter_count(run.model), 0)
+    monkeypatch.setattr(commit.shutil, "disk_usage", lambda _: SimpleNamespace(free=5 * one))
+    prepare.prepare_pretraining(changed(run, steps=100, checkpoint_every=10), world_size=1, fresh=False)
+    with pytest.raises(InputError, match=r"10 of them take .* keep fewer \(train.keep_checkpoints, train.keep_every\)"):
+        kept = changed(run, steps=100, checkpoint_every=10, keep_every=10)
+        prepare.prepare_pretraining(kept, world_size=1, fresh=True)

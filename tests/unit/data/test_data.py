@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from bloomery.data import shards
 from bloomery.data.build import build, read_report
@@ -17,7 +18,7 @@ from bloomery.data.order import nth_seed, permuted, sample_at
 from bloomery.data.pairs import IGNORED, PairDataset, pairs_of
 from bloomery.data.readers import Account, document, read_documents, text_files
 from bloomery.data.shards import TokenDataset, verify
-from bloomery.data.tokenizer import Ends, load
+from bloomery.data.tokenizer import TOKENIZER_FILE, Ends, load, read, train
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
 from bloomery.spec.seal import sealed_json
@@ -143,6 +144,19 @@ def test_chinese_comes_back_unchanged_and_specials_cannot_be_forged(corpus: Path
     tokenizer = load(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode(PROSE)) == PROSE
     assert tokenizer.end not in tokenizer.encode("a <|end|> in the text")
+
+
+def test_lengths_that_a_tokenizer_was_saved_with_cut_and_fill_no_text(tmp_path: Path) -> None:
+    own = train(iter([PROSE]), 300)
+    own.save_plain(tmp_path)
+    backend = Backend.from_file(str(tmp_path / TOKENIZER_FILE))
+    backend.enable_truncation(16)
+    backend.enable_padding(length=16, pad_id=own.pad)
+    backend.save(str(tmp_path / TOKENIZER_FILE))
+    found = read(tmp_path / TOKENIZER_FILE)
+    for text in (PROSE, "月"):
+        assert found.encode(text) == found.encode_batch([text])[0] == own.encode(text)
+        assert found.decode(found.encode(text)) == text
 
 
 def test_documents_start_as_the_texts_of_an_imported_model_do(corpus: Path, tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_the_tokens_of_a_text_have_its_bytes() -> None:
     assert table[:4].tolist() == [0] * 4
 
 
+def test_a_token_that_was_added_for_text_has_the_bytes_of_its_name(tmp_path: Path) -> None:
+    tokenizers.train(iter(TEXTS), 300).save_plain(tmp_path)
+    backend = Backend.from_file(str(tmp_path / tokenizers.TOKENIZER_FILE))
+    backend.add_tokens(["été", "铁", "    "])
+    backend.add_special_tokens(["<铁>"])
+    tokenizer, text = Tokenizer(backend), "un été    铁!"
+    ids = tokenizer.encode(text)
+    assert {tokenizer.find(added) for added in ("été", "铁", "    ")} < set(ids)
+    table = tokenizer.bytes_of_tokens()
+    assert table[ids].sum() == len(text.encode()) and table[tokenizer.find("<铁>")] == 0
+
+
 def test_the_bytes_of_names_with_bars_and_digits() -> None:
     names = ["<unk>", "\u2581", "e", "é", "\u2581é", *(f"<0x{i:02X}>" for i in range(256))]
     merges = [("\u2581", "é")]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
 
 from bloomery.evaluate import huggingface
 from bloomery.evaluate.huggingface import export_run, import_directory, load_directory
@@ -72,6 +73,48 @@ def test_a_tied_embedding_may_be_stored_as_the_head(hugging_face: Make, left_out
     assert torch.equal(dict(load_directory(source).named_parameters())["embedding.weight"], embedding)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda norm: norm.to(torch.int64), "not a format of weights; found 'int64'; accepted: floating-point numbers"),
+        (lambda norm: norm > 0, "not a format of weights; found 'bool'"),
+        (lambda norm: norm.to(torch.complex64), "not a format of weights; found 'complex64'"),
+        (lambda norm: norm.where(norm != norm[3], torch.nan), "values that are no finite float32 numbers"),
+        (lambda norm: norm.double() * 1e300, "values that are no finite float32 numbers"),
+    ],
+)
+def test_a_tensor_that_cannot_be_weights_is_refused_with_file_and_name(
+    hugging_face: Make, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], words: str
+) -> None:
+    norm = "model.norm.weight"
+    source = with_tensors(hugging_face(), lambda there: {**there, norm: change(there[norm])})
+    with pytest.raises(InputError, match=rf"model\.safetensors: model\.norm\.weight: {words}"):
+        import_directory(source, tmp_path / "run")
+
+
+def test_weights_that_are_there_twice_are_refused(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face(shards=3)
+    tensors = {name: tensor for file in source.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: model\.safetensors\.index\.json beside it"):
+        import_directory(source, tmp_path / "run")
+    places = dict.fromkeys(tensors, "model.safetensors")  # an index of the one file contradicts nothing
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    import_directory(source, tmp_path / "run")
+
+
+def test_a_token_past_the_embedding_is_named(hugging_face: Make, tmp_path: Path) -> None:
+    source = hugging_face()
+    backend = Backend.from_file(str(source / "tokenizer.json"))
+    first = backend.get_vocab_size()
+    backend.add_special_tokens(["<pad>", "<more>"])
+    backend.save(str(source / "tokenizer.json"))
+    words = rf"tokenizer\.json: ids past the model's vocab_size; found {first} \('<pad>'\); accepted: below {first}"
+    with pytest.raises(InputError, match=words):
+        import_directory(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 WINDOWED = {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 
@@ -82,6 +125,8 @@ def edited(folder: Path, **changes: object) -> Path:
     return folder
 
 
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 500000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
@@ -100,12 +145,24 @@ MISTRAL = {"architectures": ["MistralForCausalLM"], "sliding_window": 4}
         ({"num_hidden_layers": 10**18}, "at most 10000"),
         ({"num_hidden_layers": 10**18, "architectures": ["MistralForCausalLM"], "sliding_window": 4}, "at most 10000"),
         ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling: not what"),
-        ({"rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_scaling: not what"),
+        (
+            {"rope_theta": None, "rope_parameters": PLAIN_ROPE, "rope_scaling": {**PLAIN_ROPE, "rope_theta": 1e4}},
+            "rope_scaling: not what",
+        ),
+        ({"rope_parameters": {**PLAIN_ROPE, "rope_theta": 1e4}}, "rope_theta: not the 10000.0 of rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "rope_theta": 1e4}}, "rope_theta: not the 10000.0 of rope_s"),
+        ({"rope_parameters": {"rope_type": "default", "factor": 8}}, "rope_parameters: not supported; found 'factor'"),
+        ({"rope_parameters": {"mrope_section": [2, 1, 1]}}, "mrope_section"),
+        ({"rope_parameters": {"full_attention": PLAIN_ROPE}}, "full_attention"),
         ({"original_max_position_embeddings": 32, "rope_scaling": YARN}, "original_max_position_embeddings 32 beside"),
         ({"rope_scaling": {**YARN, "rope_type": "llama3", "low_freq_factor": 4.0}}, "low_freq_factor"),
         ({**MISTRAL, "use_sliding_window": False}, "use_sliding_window: contradicts sliding_window 4"),
         ({**MISTRAL, "layer_types": ["full_attention"] * 2}, "layer_types: contradicts sliding_window 4"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({**DEEPSEEK, "scoring_func": "softmax"}, "scoring_func: not supported; found 'softmax'"),
+        ({**DEEPSEEK, "topk_method": "greedy"}, "topk_method: not supported; found 'greedy'"),
+        ({**DEEPSEEK, "moe_layer_freq": 2}, "moe_layer_freq: not supported; found 2"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "sigmoid"}, "scoring_func: not"),
         ({"attention_bias": True}, "attention_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_hidden_layers": 3}, "missing"),
@@ -122,14 +179,14 @@ def test_what_would_compute_differently_is_refused(
 
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], **WINDOWED}
-LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
-DEEPSEEK = {"architectures": ["DeepseekV3ForCausalLM"], **LATENT}
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"hidden_size": None}, "hidden_size: this key is required"),
+        ({"intermediate_size": None}, "intermediate_size: this key is required"),
+        ({"max_position_embeddings": None}, "max_position_embeddings: this key is required"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers: a whole number is expected; found '2'"),
         ({"max_position_embeddings": [64]}, r"max_position_embeddings: a whole number is expected; found \[64\]"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: a list of texts is expected; found 'LlamaForCausalLM'"),

@@ -71,6 +71,19 @@ def test_a_damaged_checkpoint_is_not_a_stage(run_dir: Path) -> None:
     assert "rank_00000.safetensors" in opened.skipped[0]
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_a_checkpoint_that_training_has_removed_since_is_the_newest_of_now(run_dir: Path, left: bool) -> None:
+    opened, checkpoints = open_run(run_dir), run_dir / "checkpoints"
+    expected = list(opened.model("pretrain", device="cpu").parameters())
+    (checkpoints / "step_000000").rename(checkpoints / ("step_000009" if left else "rewound_step_000000"))
+    if left:
+        found = opened.model("pretrain", device="cpu").parameters()
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    else:
+        with pytest.raises(InputError, match="step_000000: removed meanwhile, and no other checkpoint is left"):
+            opened.model("pretrain", device="cpu")
+
+
 def test_a_run_whose_only_checkpoint_is_damaged_says_what_is_wrong_with_it(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "align")
     (run_dir / "checkpoints" / "step_000000" / "rank_00000.safetensors").write_bytes(b"torn")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from bloomery.model.generate import Cache, Sampling, draw, forward_cached, generate
+from bloomery.model.generate import Cache, NoNumbers, Sampling, draw, forward_cached, generate
 from bloomery.model.transformer import Transformer
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import Model
@@ -114,6 +114,15 @@ def test_an_id_without_a_token_is_never_drawn() -> None:
     for temperature in (0, 50.0):
         sampling = Sampling(temperature=temperature, seed=1)
         assert set(generate(module, [1], 20, sampling=sampling, limit=50, holes=holes)) <= {7, 9}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_said_in_one_line(temperature: float) -> None:
+    module = make()
+    with torch.no_grad():
+        next(module.parameters()).fill_(torch.nan)
+    with pytest.raises(NoNumbers, match=r"^this model's scores are no numbers"):
+        next(generate(module, [1], 1, sampling=Sampling(temperature=temperature)))
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 24, [50], [-1]])

@@ -210,7 +210,6 @@ LEAST: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 128,
     "intermediate_size": 48,
-    "max_position_embeddings": 9000,
 }
 LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "q_lora_rank": None}
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
@@ -238,7 +237,7 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family: str, further:
     whole = getattr(transformers, f"{family}Config")(**said).to_dict()
     named = {"architectures": [_class(family)]}
     least, full = (model_of(config | named, "m", "config.json") for config in (said, whole))
-    for key in ("rope_theta", "kv_heads", "head_dim", "norm_eps", "sliding_window", "tie_embeddings"):
+    for key in ("rope_theta", "max_seq_len", "kv_heads", "head_dim", "norm_eps", "sliding_window", "tie_embeddings"):
         assert getattr(least, key) == getattr(full, key), key
     if least.moe is not None and full.moe is not None:
         assert least.moe.routed_scaling_factor == full.moe.routed_scaling_factor

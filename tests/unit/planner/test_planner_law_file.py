@@ -120,6 +120,7 @@ def test_what_no_loss_follows_from_may_change_within_a_sweep(tmp_path: Path, mon
         "train.metrics=[]",
         "train.log_every=7",
         "train.keep_checkpoints=3",
+        "train.keep_every=200",
         "train.memory_every=5",
         "train.supervision.restarts=1",
     ):

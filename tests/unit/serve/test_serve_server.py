@@ -19,6 +19,7 @@ from anyio import to_thread
 from fastapi.testclient import TestClient
 
 from bloomery.data import tokenizer as tokenizers
+from bloomery.model.generate import NoNumbers
 from bloomery.model.transformer import Transformer
 from bloomery.serve import guards, server
 from bloomery.serve.guards import MAX_BODY_BYTES, BodyLimit, Message
@@ -86,6 +87,22 @@ def test_answers_of_neighbouring_seeds_are_others(client: TestClient) -> None:
     first, second = (chat(client, n=2, temperature=1.5, max_tokens=30, seed=seed).json()["choices"] for seed in (1, 2))
     assert first[0]["message"] == chat(client, temperature=1.5, max_tokens=30).json()["choices"][0]["message"]
     assert first[1]["message"] != second[0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"), [(NoNumbers("no scores"), "no scores"), (KeyError("weight"), "the server's log says why")]
+)
+def test_a_fault_of_the_server_has_the_shape_of_openai_too(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch, fault: Exception, words: str
+) -> None:
+    def talk(*_: Any, **__: Any) -> Iterator[str]:
+        raise fault
+
+    monkeypatch.setattr(Talker, "talk", talk)
+    with TestClient(create_app(talker), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        response = chat(client)
+    refused(response, 500, words)
+    assert response.json()["error"]["type"] == "server_error" and "weight" not in response.text
 
 
 def post(body: dict[str, Any]) -> Message:

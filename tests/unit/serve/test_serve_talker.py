@@ -57,7 +57,8 @@ def test_pieces_join_to_the_whole_text(talker: Talker, seed: int) -> None:
     t = talker.tokenizer
     stop = (t.end, t.user, t.assistant, t.pad)
     ids = list(generate(talker.module, t.encode("hello"), 40, sampling=sampling, stop=stop, limit=t.size))
-    assert "".join(pieces) == answer.text == t.decode(ids)
+    whole = t.decode(ids).rstrip(tokenizers.HALF) if answer.finish_reason == "length" else t.decode(ids)
+    assert "".join(pieces) == answer.text == whole
     assert answer.completion_tokens == len(ids)
 
 
@@ -80,6 +81,20 @@ def test_a_stop_word_cut_inside_a_character_never_shows_in_part(
     for words, told in (([stop], "答案 "), (["问!"], text)):
         pieces = list(talker.talk([0], Answer(), max_new=60, sampling=WARM, stop=words))
         assert "".join(pieces) == told
+
+
+@pytest.mark.parametrize(
+    ("n", "told", "reason"), [(3, "一", "length"), (5, "一", "length"), (6, "一铁", "length"), (9, "一铁", "stop")]
+)
+def test_the_limit_of_tokens_leaves_no_half_character(
+    talker: Talker, monkeypatch: pytest.MonkeyPatch, n: int, told: str, reason: str
+) -> None:
+    spelt = "".join(part for part, _ in pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("一铁"))
+    ids = [talker.tokenizer.find(letter) for letter in spelt]
+    monkeypatch.setattr("bloomery.serve.talker.generate", lambda *_, max_new, **__: iter(ids[:max_new]))
+    answer = Answer()
+    assert "".join(talker.talk([0], answer, max_new=n, sampling=WARM)) == answer.text == told
+    assert answer.finish_reason == reason
 
 
 def test_a_prompt_of_characters_that_take_several_tokens_is_read_whole(talker: Talker) -> None:

@@ -34,6 +34,15 @@ def test_what_does_not_go_together_is_refused(model: dict[str, Any], train: dict
     Run.checked({**described, "train": {"optimizer": {"name": "adamw"}, "ramp": [{"tokens": 600, "global_batch": 4}]}})
 
 
+@pytest.mark.parametrize(("saved", "kept", "near"), [(30, 100, "90 and 120"), (100, 50, "100")])
+def test_what_is_kept_for_good_is_what_is_saved(saved: int, kept: int, near: str) -> None:
+    words = f"keep_every {kept} is no multiple of checkpoint_every {saved}, which alone are saved; the nearest: {near}$"
+    with pytest.raises(InputError, match=words):
+        Train.checked({"checkpoint_every": saved, "keep_every": kept})
+    for possible in map(int, ["0", *near.split(" and ")]):
+        assert Train.checked({"checkpoint_every": saved, "keep_every": possible}).keep_every == possible
+
+
 @pytest.mark.parametrize("window", ["12-10", "0-3", "10:12", "10", "a-b"])
 def test_a_profile_window_is_two_steps_in_order(window: str) -> None:
     assert step_window("10-12") == (10, 12)
@@ -140,6 +149,7 @@ def test_a_resolved_description_says_every_default_and_is_read_again() -> None:
         ({"train": {"optimizer": {"lr": 5e-5, "min_lr": 1e-4}}}, "min_lr"),
         ({"train": {"optimizer": {"base_hidden": 64}}}, "base_hidden"),
         ({"train": {"averaging": {"decay": 0.99}}}, "decay"),
+        ({"train": {"checkpoint_every": 30, "keep_every": 100}}, "keep_every"),
         ({"train": {"steps": 20, "averaging": {"method": "ema", "every": 50}}}, "one update"),
         (
             {"model": {**MODEL, "tie_embeddings": True}, "align": [{"optimizer": {"head_lr_factor": 3}}]},

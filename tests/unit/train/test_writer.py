@@ -99,6 +99,26 @@ def test_a_save_that_every_rank_has_written_is_finished_by_the_next_start(tmp_pa
     assert [path.name for path in folder.iterdir()] == ["step_000006"]
 
 
+@pytest.mark.parametrize("taken", range(7))
+def test_a_save_that_crashed_while_it_got_its_name_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int
+) -> None:
+    partial, unlinked, unlink = leave_parts(tmp_path, 3, 2), list[str](), Path.unlink
+
+    def crashes(path: Path, missing_ok: bool = False) -> None:
+        if len(unlinked) == taken:
+            raise KeyboardInterrupt
+        unlinked.append(path.name)
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "unlink", crashes)
+        patched.setattr(checkpoint, "sync", lambda _: crashes(partial))
+        checkpoint.commit(partial, Layout(dp=2), STATE, Keep())
+    assert settle_unfinished(tmp_path / "checkpoints", take_fence(tmp_path), Keep()) == 3
+    assert read_commit(tmp_path / "checkpoints" / "step_000003").step == 3
+
+
 def test_of_a_save_with_a_changed_byte_nothing_stays(tmp_path: Path) -> None:
     names = sorted(path.name for path in leave_parts(tmp_path, 3, 2).iterdir())
     for name in names:

@@ -176,7 +176,7 @@ def disk(facts: Facts, needs: Needs) -> Answer:
     found = f"{there.free_bytes / GB:.1f} GB free, {rate:.0f} MB/s, sync {sync_ms:.0f} ms"
     if there.free_bytes < needs.disk_bytes:
         need = f"{needs.disk_bytes / GB:.1f} GB needed"
-        return "fault", f"{found}; {need}", "free some space, or lower train.keep_checkpoints"
+        return "fault", f"{found}; {need}", "free some space, or keep fewer (train.keep_checkpoints, train.keep_every)"
     if there.write_bytes_per_s < SLOW_DISK_BYTES_PER_S or there.sync_s > SLOW_SYNC_S:
         return "advice", found, "write runs to a faster disk; checkpoints will hold training up"
     return good(found)

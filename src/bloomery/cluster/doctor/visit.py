@@ -15,7 +15,7 @@ from bloomery.cluster.measuring import Tell
 from bloomery.cluster.prepare import chosen_layout, predicted, run_folder
 from bloomery.cluster.probe import cut_sizes
 from bloomery.planner.search import run_dtype
-from bloomery.spec.commit import BYTES_PER_PARAMETER, checkpoints_to_come
+from bloomery.spec.commit import checkpoint_bytes, checkpoints_to_come
 from bloomery.spec.errors import BloomeryError
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -36,7 +36,11 @@ def needs_of(run: Run | None, hosts: Hosts | None) -> tuple[Needs, Path]:
     train, cluster = run.train, run.cluster
     on_a_host = min(layout.world_size, cluster.accelerators_per_node)
     missing = checkpoints_to_come(
-        folder / "checkpoints", keep=train.keep_checkpoints, every=train.checkpoint_every, steps=train.n_steps
+        folder / "checkpoints",
+        keep=train.keep_checkpoints,
+        every=train.checkpoint_every,
+        steps=train.n_steps,
+        keep_every=train.keep_every,
     )
     return Needs(
         ranks=ranks if hosts else on_a_host,
@@ -44,7 +48,7 @@ def needs_of(run: Run | None, hosts: Hosts | None) -> tuple[Needs, Path]:
         peers=layout.world_size,
         hosts=count,
         memory_bytes=predicted(run, layout, dtype)["estimate"]["memory_bytes"],
-        disk_bytes=float(parameter_count(run.model) * BYTES_PER_PARAMETER * missing),
+        disk_bytes=float(checkpoint_bytes(parameter_count(run.model), train.averaging.kept) * missing),
     ), folder
 
 
