@@ -23,9 +23,6 @@ Activate = Callable[..., Tensor]
 """What stands between the projections into an expert and the one out of it: of the weight of each row, and of as many
 inputs as there are projections in."""
 
-Back = tuple[Tensor, tuple[Tensor, ...]]
-"""An activation function's values again, and the gradients of its inputs; all in memory of their own."""
-
 
 def weighted(activation: str) -> Activate:
     """One of `Model.activation`, each row times its weight."""
@@ -43,32 +40,43 @@ class _Weighted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient_rf: Tensor) -> tuple[Tensor | None, ...]:
-        weights_r, *inputs_rf = ctx.saved_tensors
-        of_values_rf = torch.mul(gradient_rf, weights_r[:, None], out=torch.empty_like(gradient_rf))
-        values_rf, of_inputs = ctx.back(of_values_rf, *inputs_rf)
-        return None, values_rf.mul_(gradient_rf).sum(-1, dtype=weights_r.dtype), *of_inputs
+        return None, *ctx.back(gradient_rf, *ctx.saved_tensors)
 
 
-def _gelu_back(gradient: Tensor, x: Tensor, *, approximate: str) -> Back:
-    return F.gelu(x, approximate=approximate), (aten.gelu_backward(gradient, x, approximate=approximate),)
+def _of_weights(values_rf: Tensor, gradient_rf: Tensor, weights_r: Tensor) -> Tensor:
+    """The gradient of the weights; overwrites the values."""
+    return values_rf.mul_(gradient_rf).sum(-1, dtype=weights_r.dtype)
 
 
-def _squared_relu_back(gradient: Tensor, x: Tensor) -> Back:
-    x = F.relu(x)
-    return x * x, (gradient.mul_(x).mul_(2),)
+def _of_values(gradient_rf: Tensor, weights_r: Tensor) -> Tensor:
+    return torch.mul(gradient_rf, weights_r[:, None], out=torch.empty_like(gradient_rf))
 
 
-def _swiglu_back(gradient: Tensor, gate: Tensor, up: Tensor) -> Back:
-    silu = F.silu(gate)
-    values = silu * up
-    of_up = silu.mul_(gradient)
-    return values, (aten.silu_backward(gradient.mul_(up), gate), of_up)
+def _gelu_back(gradient_rf: Tensor, weights_r: Tensor, x_rf: Tensor, *, approximate: str) -> tuple[Tensor, Tensor]:
+    of_weights_r = _of_weights(F.gelu(x_rf, approximate=approximate), gradient_rf, weights_r)
+    return of_weights_r, aten.gelu_backward(_of_values(gradient_rf, weights_r), x_rf, approximate=approximate)
 
 
-BACK: dict[str, Callable[..., Back]] = {
+def _squared_relu_back(gradient_rf: Tensor, weights_r: Tensor, x_rf: Tensor) -> tuple[Tensor, Tensor]:
+    x_rf = F.relu(x_rf)
+    of_weights_r = _of_weights(x_rf * x_rf, gradient_rf, weights_r)
+    return of_weights_r, _of_values(gradient_rf, weights_r).mul_(x_rf).mul_(2)
+
+
+def _swiglu_back(
+    gradient_rf: Tensor, weights_r: Tensor, gate_rf: Tensor, up_rf: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    silu_rf = F.silu(gate_rf)
+    of_weights_r = _of_weights(silu_rf * up_rf, gradient_rf, weights_r)
+    of_values_rf = _of_values(gradient_rf, weights_r)
+    of_up_rf = silu_rf.mul_(of_values_rf)
+    return of_weights_r, aten.silu_backward(of_values_rf.mul_(up_rf), gate_rf), of_up_rf
+
+
+BACK: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "gelu": partial(_gelu_back, approximate="none"),
     "gelu_tanh": partial(_gelu_back, approximate="tanh"),
     "relu2": _squared_relu_back,
     "swiglu": _swiglu_back,
 }
-"""For each of `ACTIVATIONS`: of the gradient of its values, which may be overwritten, and of its inputs."""
+"""For each of `ACTIVATIONS`: of the gradient of what left here, the weights and the inputs, the gradients of both."""
