@@ -3,6 +3,9 @@
 Dropless: a token's copies are sorted by expert, multiplied and put back. Where the experts lie on other ranks,
 `Mixture.at_experts` is replaced from outside; nothing else here knows of it.
 
+A router's weights multiply what goes into an expert's last product, which is kept for the backward pass anyway, instead
+of what comes out of it, which would be kept for them (Transformer Engine 2.1 does so, its pull request 1468).
+
 Shape suffixes: b batch, s sequence, n = b s tokens, k experts of a token, r = n k copies, e experts, d hidden, f width.
 """
 
@@ -17,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from bloomery.model.feed_forward import ACTIVATIONS, FeedForward
+from bloomery.model.feed_forward import FeedForward
+from bloomery.model.weighted import Activate, weighted
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
 
@@ -152,19 +156,44 @@ def _mean(values_bse: Tensor, counts_bs: Tensor | None) -> Tensor:
     return values_bse.mean(1)
 
 
+def _copied(x_nd: Tensor, order_r: Tensor) -> Tensor:
+    """Each token k times, in the order of the copies' experts."""
+    return x_nd.index_select(0, order_r // (order_r.shape[0] // x_nd.shape[0]))
+
+
+def _summed(x_rd: Tensor, back_r: Tensor, tokens: int) -> Tensor:
+    """The k copies of each token added up in a fixed order."""
+    # In its own format: CUDA's autocast would widen the sum, which tensor parallelism then sends.
+    return x_rd.index_select(0, back_r).unflatten(0, (tokens, -1)).sum(1, dtype=x_rd.dtype)
+
+
 class _Copies(torch.autograd.Function):
-    """Token i becomes k copies, in the order of their experts; backward adds up the k gradients in a fixed order."""
+    """Token i becomes k copies, in the order of their experts; backward adds up the k gradients."""
 
     @staticmethod
     def forward(ctx: Any, x_nd: Tensor, order_r: Tensor, back_r: Tensor) -> Tensor:
         ctx.save_for_backward(back_r)
         ctx.tokens = x_nd.shape[0]
-        return x_nd.index_select(0, order_r // (order_r.shape[0] // x_nd.shape[0]))
+        return _copied(x_nd, order_r)
 
     @staticmethod
     def backward(ctx: Any, gradient_rd: Tensor) -> tuple[Tensor, None, None]:
         (back_r,) = ctx.saved_tensors
-        return gradient_rd.index_select(0, back_r).unflatten(0, (ctx.tokens, -1)).sum(1), None, None
+        return _summed(gradient_rd, back_r, ctx.tokens), None, None
+
+
+class _Sums(torch.autograd.Function):
+    """The k copies of a token become their sum; backward each gets its gradient (`_Copies` the other way round)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_rd: Tensor, order_r: Tensor, back_r: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(order_r)
+        return _summed(x_rd, back_r, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_nd: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_r,) = ctx.saved_tensors
+        return _copied(gradient_nd, order_r), None, None, None
 
 
 class _Permute(torch.autograd.Function):
@@ -200,10 +229,6 @@ def on_host(tokens_e: Tensor, rows: int) -> list[int]:
     return tokens_e.tolist()
 
 
-Activate = Callable[..., Tensor]
-"""What stands between the projections into an expert and the one out of it, of as many inputs."""
-
-
 class ExpertMatrices(nn.Module):
     """One projection of every expert: weight (experts, out, in)."""
 
@@ -213,58 +238,64 @@ class ExpertMatrices(nn.Module):
 
 
 class Experts(nn.Module):
-    """Feed-forward blocks side by side, each for its own rows."""
+    """Feed-forward blocks side by side, each for its own rows.
+
+    `activate` may be replaced from outside by what keeps less.
+    """
 
     def __init__(self, model: Model, moe: MixtureOfExperts) -> None:
         super().__init__()
         if model.bias:
             raise InputError("experts have no biases here", where="model.bias", found=True, accepted="false")
-        self.gated, self.activate = model.gated, ACTIVATIONS[model.activation]
+        self.gated, self.activate = model.gated, weighted(model.activation)
         if model.gated:
             self.gate = ExpertMatrices(moe.experts, moe.expert_ffn_hidden, model.hidden)
         self.up = ExpertMatrices(moe.experts, moe.expert_ffn_hidden, model.hidden)
         self.down = ExpertMatrices(moe.experts, model.hidden, moe.expert_ffn_hidden)
 
-    def forward(self, x_rd: Tensor, tokens_e: Tensor) -> Tensor:
-        """x: rows sorted by expert, `tokens_e` (int64) of them for each; returns as many."""
-        matrices = [self.gate, self.up, self.down] if self.gated else [self.up, self.down]
-        weights = [matrix.weight.to(x_rd.dtype) for matrix in matrices]
-        if x_rd.is_cuda and x_rd.dtype == torch.bfloat16 and has_grouped_kernel(weights):
-            return grouped(x_rd, tokens_e, weights, self.activate)
-        return one_by_one(x_rd, tokens_e, weights, self.activate)
+    def forward(self, x_rd: Tensor, tokens_e: Tensor, weights_r: Tensor) -> Tensor:
+        """x: rows sorted by expert, `tokens_e` (int64) of them for each; returns as many, each times its weight."""
+        projections = [self.gate, self.up, self.down] if self.gated else [self.up, self.down]
+        matrices = [projection.weight.to(x_rd.dtype) for projection in projections]
+        if x_rd.is_cuda and x_rd.dtype == torch.bfloat16 and has_grouped_kernel(matrices):
+            return grouped(x_rd, tokens_e, weights_r, matrices, self.activate)
+        return one_by_one(x_rd, tokens_e, weights_r, matrices, self.activate)
 
 
-def has_grouped_kernel(weights: list[Tensor]) -> bool:
+def has_grouped_kernel(matrices: list[Tensor]) -> bool:
     """Whether the rows of all matrices, and with them those of what they multiply, are whole units of 16 bytes: the
     kernel reads no others, and tensor parallelism may cut an expert's width to anything."""
-    return all(weight.shape[-1] * weight.itemsize % 16 == 0 for weight in weights)
+    return all(matrix.shape[-1] * matrix.itemsize % 16 == 0 for matrix in matrices)
 
 
-def grouped(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activate: Activate) -> Tensor:
+def grouped(x_rd: Tensor, tokens_e: Tensor, weights_r: Tensor, matrices: list[Tensor], activate: Activate) -> Tensor:
     """All experts in one kernel for each projection; the host need not know how many rows each has. bfloat16."""
     ends_e = tokens_e.cumsum(0).to(torch.int32)
 
-    def times(x: Tensor, weight: Tensor) -> Tensor:
-        return torch._grouped_mm(x, weight.transpose(-2, -1), offs=ends_e)
+    def times(x: Tensor, matrix: Tensor) -> Tensor:
+        return torch._grouped_mm(x, matrix.transpose(-2, -1), offs=ends_e)
 
-    inner = [times(x_rd, weight) for weight in weights[:-1]]
-    return times(activate(*inner), weights[-1])
+    inner = [times(x_rd, matrix) for matrix in matrices[:-1]]
+    return times(activate(weights_r, *inner), matrices[-1])
 
 
-def one_by_one(x_rd: Tensor, tokens_e: Tensor, weights: list[Tensor], activate: Activate) -> Tensor:
+def one_by_one(x_rd: Tensor, tokens_e: Tensor, weights_r: Tensor, matrices: list[Tensor], activate: Activate) -> Tensor:
     """One expert after the other."""
-    parts = x_rd.split(on_host(tokens_e, x_rd.shape[0]))
-    experts = zip(parts, *(weight.unbind(0) for weight in weights), strict=True)
-    return torch.cat([F.linear(activate(*(F.linear(x, w) for w in own[:-1])), own[-1]) for x, *own in experts])
+    rows = on_host(tokens_e, x_rd.shape[0])
+    experts = zip(x_rd.split(rows), weights_r.split(rows), *(matrix.unbind(0) for matrix in matrices), strict=True)
+    return torch.cat(
+        [F.linear(activate(w_r, *(F.linear(x, w) for w in own[:-1])), own[-1]) for x, w_r, *own in experts]
+    )
 
 
-AtExperts = Callable[[Experts, Tensor, Tensor], Tensor]
-"""(experts, rows sorted by expert, copies of each) to the experts' answers in the same order."""
+AtExperts = Callable[[Experts, Tensor, Tensor, Tensor], Tensor]
+"""(experts, rows sorted by expert, copies of each, weights of the rows) to the experts' answers in the same order, each
+times its weight."""
 
 
-def right_here(experts: Experts, x_rd: Tensor, tokens_e: Tensor) -> Tensor:
+def right_here(experts: Experts, x_rd: Tensor, tokens_e: Tensor, weights_r: Tensor) -> Tensor:
     """Every expert is on this rank."""
-    return experts(x_rd, tokens_e)
+    return experts(x_rd, tokens_e, weights_r)
 
 
 class Mixture(nn.Module):
@@ -283,11 +314,9 @@ class Mixture(nn.Module):
         routing = self.router(x_bsd, counts_bs)
         x_nd = x_bsd.flatten(0, 1)
         order_r, back_r = by_expert(routing.experts_nk.flatten())
-        y_rd = self.at_experts(self.experts, _Copies.apply(x_nd, order_r, back_r), routing.tokens_e)
-        y_nkd = permute(y_rd, back_r, order_r).unflatten(0, routing.experts_nk.shape)
-        y_nkd = y_nkd * routing.weights_nk.to(y_nkd.dtype)[..., None]
-        # In its own format: CUDA's autocast would widen the sum, which tensor parallelism then sends.
-        y_bsd = y_nkd.sum(1, dtype=y_nkd.dtype).view(x_bsd.shape)
+        weights_r = permute(routing.weights_nk.flatten(), order_r, back_r)
+        y_rd = self.at_experts(self.experts, _Copies.apply(x_nd, order_r, back_r), routing.tokens_e, weights_r)
+        y_bsd = _Sums.apply(y_rd, order_r, back_r, x_nd.shape[0]).view(x_bsd.shape)
         return y_bsd if self.shared is None else y_bsd + self.shared(x_bsd)
 
 

@@ -1,4 +1,5 @@
-"""Expert parallelism: copies of tokens travel to the ranks of their experts and back; what routers did is summed.
+"""Expert parallelism: copies of tokens travel to the ranks of their experts and back, with their weights; what routers
+did is summed.
 
 Experts are cut over ep ranks (and their width over tp ranks, like any projection). The wire is all_to_all with the
 sizes that the routing gives; each rank first tells the others how many copies will come.
@@ -55,17 +56,19 @@ class _Exchange(torch.autograd.Function):
         return ctx.axis.exchange(gradient_rd, ctx.leaving, ctx.arriving), None, None, None
 
 
-def on_ranks(experts: Experts, x_rd: Tensor, tokens_e: Tensor, axis: ExpertAxis) -> Tensor:
-    """The answers of all experts to rows sorted by expert, `tokens_e` for each; ranks hold e / ep experts each."""
+def on_ranks(experts: Experts, x_rd: Tensor, tokens_e: Tensor, weights_r: Tensor, axis: ExpertAxis) -> Tensor:
+    """The answers of all experts to rows sorted by expert, `tokens_e` for each; ranks hold e / ep experts each. The
+    weights of the rows travel with them."""
     arriving_e = axis.exchange(tokens_e, None, None)
     leaving = on_host(tokens_e.view(axis.size, -1).sum(1), x_rd.shape[0])
     arriving = on_host(arriving_e.view(axis.size, -1).sum(1), x_rd.shape[0])
-    x_rd = _Exchange.apply(x_rd, axis, arriving, leaving)
+    x_rd, weights_r = (_Exchange.apply(rows, axis, arriving, leaving) for rows in (x_rd, weights_r))
     # Rows come rank by rank, each rank's sorted by expert.
     mine = len(tokens_e) // axis.size
     expert_e = torch.arange(mine, device=x_rd.device).repeat(axis.size)
     order_r, back_r = by_expert(expert_e.repeat_interleave(arriving_e, output_size=x_rd.shape[0]))
-    y_rd = experts(permute(x_rd, order_r, back_r), arriving_e.view(axis.size, mine).sum(0))
+    x_rd, weights_r = (permute(rows, order_r, back_r) for rows in (x_rd, weights_r))
+    y_rd = experts(x_rd, arriving_e.view(axis.size, mine).sum(0), weights_r)
     return _Exchange.apply(permute(y_rd, back_r, order_r), axis, leaving, arriving)
 
 

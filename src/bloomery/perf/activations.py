@@ -16,6 +16,7 @@ import numpy as np
 
 from bloomery.perf.case import DUALPIPEV, FULL, GPIPE, INTERLEAVED, SELECTIVE, ZBV, Case
 from bloomery.perf.ranks import Ranks
+from bloomery.perf.stack import activation_inputs
 from bloomery.perf.table import Table
 from bloomery.spec.collective import StageShape, by_recompute
 from bloomery.spec.layout import BY_STAGE, LayoutBatch
@@ -47,29 +48,35 @@ def layer_activation_bytes(case: Case) -> tuple[Any, Any]:
     inside = case.tokens / lay.tp
     outer = operators = _eager_outer_bytes(case) if stack.eager else _outer_bytes(case)
     attention = _attention_widths(case) * precision.stream
-    width = model.ffn_hidden
     if model.moe is not None:
-        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
         kept = 2 if stack.weighs_outputs else 1
         outer = outer + kept * model.moe.top_k * _routed_tokens(case) * model.hidden * precision.stream
-    fused, widths = _fused(case), np.asarray(stack.saved_widths(model))
-    if stack.fuses and model.gated:
-        widths = np.where(fused, widths, widths + 1)
-    feed_forward = widths * inside * width * precision.stream
+    feed_forward, read = (width * inside * precision.stream for width in _feed_forward_widths(case))
     linear = stack.kept * (outer + attention + feed_forward)
     if stack.flash_attention:
         whole = linear + max(4, precision.stream) * model.heads * inside
         if stack.selective_share is not None:
             return whole, stack.selective_share * whole
-        # Norms' inputs stay, and those of the activation function: one tensor of the ffn's width, or gate and up.
-        outputs = operators - _selective_outer_bytes(case)
-        widths = widths - (2 if model.gated else 1)
-        again = stack.kept * (outputs + widths * inside * width * precision.stream)
-        gone = fused & (precision.operand < precision.stream)
+        # Norms' inputs stay, and what activation functions read.
+        again = stack.kept * (operators - _selective_outer_bytes(case) + feed_forward - read)
+        gone = _fused(case) & (precision.operand < precision.stream)
         return whole - np.where(gone, again, 0.0), np.where(gone, 0.0, again)
     each = 2 * precision.stream + (1 if stack.dropout else 0)
     scores = stack.kept * each * model.heads * case.seq_len * inside
     return linear + scores, scores
+
+
+def _feed_forward_widths(case: Case) -> tuple[Any, Any]:
+    """Elements a token that the feed-forward block keeps inside, before tensor parallelism cuts it: all of them, and
+    those that its activation function reads."""
+    model, stack = case.model, case.stack
+    kept, read = np.asarray(stack.saved_widths(model)), activation_inputs(model)
+    if stack.fuses and model.gated:
+        kept = np.where(_fused(case), kept, kept + 1)
+    if (moe := model.moe) is None:
+        return kept * model.ffn_hidden, read * model.ffn_hidden
+    routed, shared = (experts * moe.expert_ffn_hidden for experts in (moe.top_k, moe.shared_experts))
+    return kept * shared + stack.routed_widths(model) * routed, read * (routed + shared)
 
 
 def _fused(case: Case) -> Any:
@@ -102,7 +109,7 @@ def _surplus_bytes(case: Case) -> Any:
     if moe is None:
         return 0.0
     copies = _routed_tokens(case) * case.model.hidden
-    inside = case.stack.saved_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
+    inside = case.stack.routed_widths(case.model) * case.tokens / case.lay.tp * moe.expert_ffn_hidden
     return _surplus(case, moe) * case.stack.kept * moe.top_k * (copies + inside) * case.precision.stream
 
 

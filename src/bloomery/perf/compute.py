@@ -243,22 +243,19 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
     stream = case.stream_tokens * model.hidden * precision.stream
     whole = case.tokens * model.hidden * precision.stream
     inside = case.tokens * precision.stream / case.lay.tp
-    width = model.ffn_hidden
     copies: Any = 0.0
     if moe and model.moe is not None:
-        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
         copies = stack.expert_factor * model.moe.top_k * case.expert_tokens * model.hidden * precision.stream
     heads = model.heads + (1 if model.mla else model.kv_heads)
     turned = heads * model.rotary_width if model.position == "rope" else 0
-    norm, activation = stack.norm(model), stack.activation(model)
-
+    norm, activation = stack.norm(model), stack.activated(model, moe)
     inner, casts = _inner_norm_bytes(case), _cast_bytes(case, moe)
 
     def seconds(
         cast: Any, norm: float, residual: float, projections: float, activation: float, rotary: float, routed: float
     ) -> Any:
         n_bytes = 2 * (norm + residual) * stream + projections * whole + routed * copies
-        n_bytes = n_bytes + (activation * width + rotary * turned) * inside + norm * inner + cast
+        n_bytes = n_bytes + (activation + rotary * turned) * inside + norm * inner + cast
         return memory_s(case.accelerator, stack.traffic * n_bytes)
 
     parts = (norm, stack.residual, stack.projections, activation, stack.rotary, stack.routed)
@@ -268,11 +265,9 @@ def _elementwise(case: Case, moe: bool) -> tuple[Any, Any]:
 
 def _outputs_again(case: Case, moe: bool) -> Any:
     """Seconds of norms and activation functions forward: what our engine's selective recomputation repeats."""
-    model, stack, width = case.model, case.stack, case.model.ffn_hidden
-    if moe and model.moe is not None:
-        width = (model.moe.top_k + model.moe.shared_experts) * model.moe.expert_ffn_hidden
+    model, stack = case.model, case.stack
     norms = 2 * stack.norm(model).forward * case.stream_tokens * model.hidden * case.precision.stream
-    inside = stack.activation(model).forward * width * case.tokens * case.precision.stream / case.lay.tp
+    inside = stack.activated(model, moe).forward * case.tokens * case.precision.stream / case.lay.tp
     given = 1 + case.accelerator.allocation if stack.serial_launch else 1
     return given * memory_s(case.accelerator, stack.traffic * (norms + inside))
 

@@ -18,6 +18,7 @@ from bloomery.perf.table import Table
 from bloomery.spec.cluster import CollectiveName
 from bloomery.spec.collective import EMBEDDING, HEAD, LAYER, MOE_LAYER, Collective, by_recompute
 from bloomery.spec.data_messages import data_collectives, norm_collectives, tied_collectives
+from bloomery.spec.expert_messages import WEIGHTS
 from bloomery.spec.shard_table import (
     context_collectives,
     expert_collectives,
@@ -148,7 +149,7 @@ def _experts_s(case: Case) -> Inner:
     groups = {axis: group_of(case.lay, axis) for axis in {row.axis for row in rows}}
     seconds: dict[str, Any] = {"forward": 0.0, "backward": 0.0}
     for row in rows:
-        if row.axis == "cp" and not case.stack.eager:
+        if (row.axis == "cp" or row.site == WEIGHTS) and not case.stack.eager:
             continue  # constants of other stacks were fitted without it
         size = row.bytes_each
         if row.axis == "ep":  # ranks that share an expert have its tokens between them

@@ -2,8 +2,9 @@
 
 Traffic is counted in passes: one read or one write of a whole tensor. `hidden` passes are over tokens x hidden, `width`
 over tokens x ffn width, `rotary` over tokens x (query + key) width, `logits` over tokens x vocabulary, `routed` over a
-token's copies for experts x hidden (dispatch, combination, what the experts' inputs are added up from), each forward
-and backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`. `traffic` multiplies them all:
+token's copies for experts x hidden (dispatch, combination, what the experts' inputs are added up from), `weighing` over
+a token's copies x expert width (what goes into the last product, times the router's weights), each forward and
+backward. `large_logits` is added to `logits` where they exceed `LARGE_TENSOR_BYTES`. `traffic` multiplies them all:
 what a stack really moves over what was counted.
 
 Host time is counted in units of the accelerator's `launch_s`, the Python and autograd around a launch included:
@@ -64,6 +65,13 @@ class Passes:
     forward: float
     backward: float
 
+    def __add__(self, other: Passes) -> Passes:
+        return Passes(self.forward + other.forward, self.backward + other.backward)
+
+    def over(self, elements: float) -> Passes:
+        """What they read and write of a tensor of so many, in elements."""
+        return Passes(self.forward * elements, self.backward * elements)
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -118,6 +126,7 @@ class Stack:
     waking_kernels: float = 0.0
     fuses: bool = False
     weighs_outputs: bool = True
+    weighing: Passes = Passes(0, 0)
     sums_whole: bool = False
 
     @property
@@ -147,13 +156,26 @@ class Stack:
         """Passes of one norm."""
         return self.rmsnorm if model.norm == "rmsnorm" else self.layernorm
 
-    def activation(self, model: Model) -> Passes:
-        """Passes of the activation function over the ffn width."""
-        return self.swiglu if model.gated else self.gelu
+    def activated(self, model: Model, moe: bool) -> Passes:
+        """Elements of a token that activation functions of one layer, with experts or not, read and write."""
+        passes = self.swiglu if model.gated else self.gelu
+        if not moe or model.moe is None:
+            return passes.over(model.ffn_hidden)
+        routed, shared = (n * model.moe.expert_ffn_hidden for n in (model.moe.top_k, model.moe.shared_experts))
+        return passes.over(routed + shared) + self.weighing.over(routed)
 
     def saved_widths(self, model: Model) -> int:
         """Tensors of tokens x ffn width kept for the backward pass."""
         return self.saved_width[1] if model.gated else self.saved_width[0]
+
+    def routed_widths(self, model: Model) -> int:
+        """The same of routed experts: ours keep what goes into the activation function and into the last product."""
+        return self.saved_widths(model) if self.weighs_outputs else activation_inputs(model) + 1
+
+
+def activation_inputs(model: Model) -> int:
+    """Tensors of the ffn's width that the activation function reads: gate and up, or up alone."""
+    return 2 if model.gated else 1
 
 
 GPU = Stack(
@@ -256,10 +278,10 @@ EAGER_CPU = Stack(
     rotary=Passes(5, 5),
     softmax=Passes(6, 8),
     logits=Passes(9, 0),
-    routed=Passes(9, 17),
+    routed=Passes(7, 12.5),
     accumulate=3.0,
     kernels=Passes(130, 175),
-    expert_kernels=Passes(175, 220),
+    expert_kernels=Passes(260, 370),
     selective_share=None,
     collective_kernels=8.0,
     shard_kernels=315.0,
@@ -285,6 +307,8 @@ EAGER_CPU = Stack(
     step_overhead_s=2e-3,
     expert_imbalance=1.25,
     expert_spread=0.3,
+    weighs_outputs=False,
+    weighing=Passes(2, 11),
     serial_launch=True,
     tile_kernels=Passes(44, 74),
     waking_kernels=34.0,
@@ -294,6 +318,8 @@ EAGER_CPU = Stack(
 `collective_kernels`: a layer of width 64 on a process group that sends nothing, 0 to 8 a call more than without. Both
 together: what such a call took in runs on two cores, each its rank's own; of two ranks a core `waking_kernels` was not
 found (`bench/NOTES.md`).
+
+`routed`, `weighing`: counted by a dispatch mode, the latter of gated experts (2 and 8 of others).
 
 `expert_imbalance`: of three runs of `bench/loop.py`, 8 experts over 2 or 4 ranks, in a router's first steps (1.05, 1.34
 and 1.42 times the mean, over all layers). `expert_spread`: the fifth step of both mixtures of `bench/loop.py` with six

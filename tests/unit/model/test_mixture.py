@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bloomery.model import mixture as mixture_module
-from bloomery.model.feed_forward import swiglu
+from bloomery.model.feed_forward import ACTIVATIONS
 from bloomery.model.generate import Cache, forward_cached
 from bloomery.model.init import initial_rectangle, initial_value, rectangle
 from bloomery.model.mixture import Experts, Mixture, grouped, has_grouped_kernel, one_by_one
 from bloomery.model.transformer import Transformer
+from bloomery.model.weighted import weighted
 from bloomery.spec.errors import InputError
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.parameters import all_parameters, parameter_count
@@ -81,6 +83,26 @@ def test_each_token_gets_what_its_experts_say(kind: str) -> None:
     found = [by_definition(module, x_d) for x_d in x_bsd.flatten(0, 1)]
     torch.testing.assert_close(y_bsd.flatten(0, 1), torch.stack([y for y, _ in found]), rtol=1e-9, atol=1e-12)
     assert tokens_e.tolist() == [sum(e in chosen for _, chosen in found) for e in range(8)]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_gradients_are_those_of_weighing_what_experts_answer(activation: str) -> None:
+    """The formula of the papers: the sum over a token's experts of weight times answer."""
+    torch.manual_seed(0)
+    whole = model(normalize_top_k=False, aux_loss_coefficient=0.0).model_copy(update={"activation": activation})
+    assert whole.moe is not None
+    module, x_bsd = Mixture(whole, whole.moe).double(), torch.randn(2, 9, 16, dtype=torch.float64, requires_grad=True)
+    for parameter in module.parameters():
+        parameter.data.normal_(std=0.3)
+    routing = module.router(x_bsd)
+    inner = [x_bsd.flatten(0, 1) @ matrix.weight.mT for matrix in [*module.experts.children()][:-1]]
+    answers_end = ACTIVATIONS[activation](*inner) @ module.experts.down.weight.mT
+    weights_ne = torch.zeros(18, 8, dtype=torch.float64).scatter(1, routing.experts_nk, routing.weights_nk)
+    expected = torch.einsum("end,ne->nd", answers_end, weights_ne).view(x_bsd.shape)
+    wanted, upstream = (x_bsd, *module.parameters()), torch.randn_like(x_bsd)
+    found = torch.autograd.grad(module(x_bsd), wanted, upstream)
+    for one, other in zip(found, torch.autograd.grad(expected, wanted, upstream), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,17 +192,37 @@ def test_what_is_run_again_is_counted_once_and_what_does_not_train_never() -> No
 
 def test_the_grouped_kernel_computes_what_one_expert_after_the_other_does() -> None:
     torch.manual_seed(0)
-    tokens_e = torch.tensor([3, 0, 9, 4])
+    tokens_e, weights_r = torch.tensor([3, 0, 9, 4]), torch.rand(16).requires_grad_()
     x_rd = torch.randn(16, 16).bfloat16().requires_grad_()
-    weights = [
+    matrices = [
         torch.randn(shape).mul(0.3).bfloat16().requires_grad_() for shape in ((4, 8, 16), (4, 8, 16), (4, 16, 8))
     ]
     answers, upstream = [], torch.randn(16, 16).bfloat16()
     for way in (grouped, one_by_one):
-        y_rd = way(x_rd, tokens_e, weights, swiglu)
-        answers.append((y_rd, *torch.autograd.grad(y_rd, (x_rd, *weights), upstream)))
+        y_rd = way(x_rd, tokens_e, weights_r, matrices, weighted("swiglu"))
+        answers.append((y_rd, *torch.autograd.grad(y_rd, (x_rd, weights_r, *matrices), upstream)))
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)
+
+
+def test_of_what_experts_answer_nothing_is_kept() -> None:
+    """Of each copy its input, gate, up and the product of both, and its weight."""
+    torch.manual_seed(0)
+    whole, tokens_e = model(), torch.tensor([3, 0, 9, 4, 1, 1, 3, 3])
+    assert whole.moe is not None
+    experts, x_rd, weights_r = Experts(whole, whole.moe), torch.randn(24, 16), torch.rand(24, requires_grad=True)
+    storages = dict[int, torch.UntypedStorage]()
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor.detach()
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y_rd = experts(x_rd.requires_grad_(), tokens_e, weights_r)
+    assert sum(storage.nbytes() for storage in storages.values()) == 24 * 4 * (16 + 3 * 12 + 1)
+    y_rd.sum().backward()
+    assert weights_r.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -197,16 +239,17 @@ def test_on_a_gpu_widths_that_the_grouped_kernel_cannot_read_go_expert_by_expert
     with FakeTensorMode(), torch.device("cuda"):
         for matrix in (experts.gate, experts.up, experts.down):
             matrix.weight = nn.Parameter(torch.empty(matrix.weight.shape, dtype=torch.bfloat16))
-        experts(torch.empty(24, whole.hidden, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int64))
+        experts(torch.empty(24, whole.hidden, dtype=torch.bfloat16), torch.empty(8, dtype=torch.int64), torch.empty(24))
     assert found == [way]
 
 
 @pytest.mark.parametrize(("hidden", "width"), [(16, 8), (16, 12), (12, 8), (16, 44)])
 def test_the_grouped_kernel_is_asked_for_nothing_that_it_refuses(hidden: int, width: int) -> None:
     shapes = (4, width, hidden), (4, width, hidden), (4, hidden, width)
-    weights = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
-    given = torch.zeros(16, hidden, dtype=torch.bfloat16), torch.tensor([3, 0, 9, 4]), weights, swiglu
-    with nullcontext() if has_grouped_kernel(weights) else pytest.raises(RuntimeError, match="16 byte"):
+    matrices = [torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes]
+    x_rd, tokens_e = torch.zeros(16, hidden, dtype=torch.bfloat16), torch.tensor([3, 0, 9, 4])
+    given = x_rd, tokens_e, torch.ones(16), matrices, weighted("swiglu")
+    with nullcontext() if has_grouped_kernel(matrices) else pytest.raises(RuntimeError, match="16 byte"):
         grouped(*given)
 
 

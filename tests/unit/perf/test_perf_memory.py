@@ -96,7 +96,7 @@ def test_a_window_costs_a_mask_of_all_keys_prefixes_and_documents_one_for_each_s
 
 def test_layers_without_experts_keep_what_those_of_a_plain_model_keep() -> None:
     moe = MixtureOfExperts(experts=8, top_k=2, expert_ffn_hidden=256, first_dense_layers=3)
-    model = Model(layers=8, hidden=128, heads=4, vocab=2048, max_seq_len=256, moe=moe)
+    model = Model(layers=8, hidden=128, heads=4, ffn_hidden=192, vocab=2048, max_seq_len=256, moe=moe)
 
     def on_ranks(model: Model, recompute: Any) -> tuple[np.ndarray, np.ndarray]:
         lay = LayoutBatch.of([Layout(pp=2, micro_batch=1, recompute=recompute)])

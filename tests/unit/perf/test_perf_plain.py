@@ -92,8 +92,9 @@ def rank_s(case: Case, ranks: Ranks) -> dict[str, float]:
     shown = 1 - stack.inner_overlap
 
     def of_sequence(row: Any) -> bool:
-        """Other stacks' constants were fitted without what routers ask context-parallel ranks."""
-        return row.axis in ("cp", "ep") and (stack.eager or row.site != "router.loads")
+        """Other stacks' constants were fitted without what routers ask context-parallel ranks, and without the weights
+        of copies."""
+        return row.axis in ("cp", "ep") and (stack.eager or row.site not in ("router.loads", "experts.weights"))
 
     there = messages_s(case, ranks, lambda row: of_sequence(row) and row.phase == "forward")[0]
     back = messages_s(case, ranks, lambda row: of_sequence(row) and row.phase != "forward")[0]
