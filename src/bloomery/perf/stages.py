@@ -15,13 +15,15 @@ ROUNDS = 3
 """Rounds of pp micro-batches after which an interleaved rank holds as much as it ever does."""
 ROWS = 5 + ROUNDS
 """Rows of `stage_rows`; those of `recompute_rows` follow."""
+NAMED = 3
+"""Middle ranks that row 3 names."""
 KINDS = 2 * BY_STAGE
 """Layers that recompute nothing, selectively, all; then the mixtures of experts among each of them."""
 
 
 def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], width: int) -> np.ndarray:
-    """(ROWS, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, the fullest and heaviest
-    rank; and where interleaved chunks are not even, `behind` and `held`, else zeros. On a V all ranks have as many
+    """(ROWS, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, the ranks that `_named`
+    says; and where interleaved chunks are not even, `behind` and `held`, else zeros. On a V all ranks have as many
     micro-batches in flight."""
     answer = np.zeros((ROWS, width), dtype=np.int64)
     starts = np.cumsum([0, *split])
@@ -38,8 +40,17 @@ def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], wi
         answer[5:ROWS, :pp] = [held(depths, 1 + rounds) for rounds in range(ROUNDS)]
         weight = answer[ROWS - 1, :pp]
     if pp > 2:
-        answer[3, :2] = 1 + int(answer[0, 1 : pp - 1].argmax()), 1 + int(weight[1 : pp - 1].argmax())
+        answer[3, :NAMED] = _named(answer[0, :pp], answer[1, :pp], weight)
     return answer
+
+
+def _named(layers: np.ndarray, moe: np.ndarray, weight: np.ndarray) -> list[int]:
+    """Middle ranks: the one with most layers, and of those with most mixtures among them, the earliest; the heaviest;
+    and the heaviest without any of the dense layers that lead a mixture of experts. Whether it needs more memory than
+    one that has them depends on how experts are cut."""
+    leading = (layers - moe) * moe.any()
+    orders = (layers * (1 + layers.sum()) + moe, weight, weight * (leading == 0))
+    return [1 + int(order[1:-1].argmax()) for order in orders]
 
 
 def behind(depths: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from bloomery.perf.stages import ROUNDS, held
 from bloomery.planner.step_timeline import planned_step
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.model import Model
+from bloomery.spec.model import MixtureOfExperts, Model
 
 LLAMA, CLUSTER = catalog.model("llama-3-8b"), catalog.cluster("selene-like").cut(16)
 ASKED: dict[str, Any] = {"global_batch": 64, "seq_len": 4096}
@@ -134,3 +134,31 @@ def test_an_interleaved_rank_holds_what_its_order_says_of_uneven_chunks(pp: int,
         moments = [most_in_flight(layout, rounds * pp, rank) for rank in range(pp)]
         played = [max(int(depths[:, rank] @ np.array(moment)) for moment in moments[rank]) for rank in range(pp)]
         assert held(depths, min(rounds, ROUNDS)).tolist() == played
+
+
+LEADING = LLAMA.model_copy(
+    update={"moe": MixtureOfExperts(experts=64, top_k=4, expert_ffn_hidden=2048, first_dense_layers=4)}
+)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 32])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "pp=16",
+        "pp=8,vpp=2",
+        "pp=8,schedule=dualpipev",
+        "pp=8,vpp=2,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
+        "pp=16,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
+        "pp=16,stage_layers=1+4+2+2+2+2+2+2+2+2+2+2+2+2+1+1",
+    ],
+)
+def test_no_rank_needs_more_than_the_peak_where_dense_layers_lead(pipeline: str, ep: int) -> None:
+    layouts = [f"{pipeline},dp=32,ep={ep},zero=1,recompute={recompute}" for recompute in ("none", "full")]
+    batch = LayoutBatch.of([Layout.parse(layout) for layout in layouts])
+    cluster = catalog.cluster("selene-like").cut(int(batch.world_size[0]))
+    found = estimate_case(Case.of(LEADING, cluster, batch, dtype="bfloat16", global_batch=1024, seq_len=4096))
+    for i, peak in enumerate(found.peak_bytes):
+        one = found.one(i)
+        assert one.memory_bytes == pytest.approx(peak)
+        assert one.fits == (one.memory_bytes <= one.memory_limit_bytes)
