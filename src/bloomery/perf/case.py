@@ -16,7 +16,7 @@ from bloomery.perf.stages import KINDS, NAMED, ROWS, recompute_rows, stage_rows
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.collective import Collective
-from bloomery.spec.layout import BY_STAGE, LayoutBatch
+from bloomery.spec.layout import BY_STAGE, SCHEDULES, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
     embedding_parameters,
@@ -364,14 +364,16 @@ class Case:
         """(splits, ROWS, ranks): `stage_rows` of each split, and, where layouts recompute stage by stage, their
         `recompute_rows`; (n,): the row of a layout."""
         lay, mixed = self.lay, np.any(self.lay.recompute == BY_STAGE)
-        more = ("mixed", "schedule", "micro_batches") if mixed else ()
-        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven", *more)])
+        more = ("mixed", "micro_batches") if mixed else ()
+        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "schedule", "uneven", *more)])
         most = int(lay.pp.max(initial=NAMED))
         table = np.zeros((len(place), ROWS, most), dtype=np.int64)
-        columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
-        for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
-            split = lay.stage_layers[place[i]] if lay.stage_layers else None
-            table[i] = stage_rows(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
+        columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.schedule))
+        for i, (pp, vpp, schedule) in enumerate(zip(*columns, strict=True)):
+            split = (lay.stage_layers[place[i]] if lay.stage_layers else None) or stage_split(
+                self.model.layers, pp * vpp
+            )
+            table[i] = stage_rows(self.model, pp, SCHEDULES[schedule], split, most)
         if mixed:
             layouts, times = [lay.layout(int(i)) for i in place], self.micro_batches[place].tolist()
             table = np.concatenate((table, recompute_rows(self.model, layouts, times, most)), axis=1)

@@ -16,10 +16,10 @@ from bloomery.perf.estimate import Estimates, estimate_case
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
 from bloomery.perf.orders import most_in_flight
-from bloomery.perf.stages import ROUNDS, held
+from bloomery.perf.stages import ROUNDS, held, held_on_a_v
 from bloomery.planner.step_timeline import planned_step
 from bloomery.spec import catalog
-from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout import Layout, LayoutBatch, Recompute, Schedule
 from bloomery.spec.model import MixtureOfExperts, Model
 
 LLAMA, CLUSTER = catalog.model("llama-3-8b"), catalog.cluster("selene-like").cut(16)
@@ -134,6 +134,27 @@ def test_an_interleaved_rank_holds_what_its_order_says_of_uneven_chunks(pp: int,
         moments = [most_in_flight(layout, rounds * pp, rank) for rank in range(pp)]
         played = [max(int(depths[:, rank] @ np.array(moment)) for moment in moments[rank]) for rank in range(pp)]
         assert held(depths, min(rounds, ROUNDS)).tolist() == played
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_a_rank_of_a_v_holds_what_its_order_says_of_uneven_chunks(schedule: Schedule, recompute: Recompute) -> None:
+    rng = np.random.default_rng(1)
+    for pp, micro_batches in [(2, 4), (2, 5), (3, 6), (5, 10), (5, 23)]:
+        layout = Layout(pp=pp, vpp=2, schedule=schedule, recompute=recompute)
+        down, up = rng.integers(1, 5, (2, pp))
+        moments = [most_in_flight(layout, micro_batches, rank) for rank in range(pp)]
+        played = [max(down[i] * n + up[i] * m for n, m in moments[i]) for i in range(pp)]
+        assert held_on_a_v(schedule, down, up).tolist() == played
+
+
+@pytest.mark.parametrize(
+    "layout", ["zbv,stage_layers=9+8+9+6", "dualpipev,stage_layers=9+8+9+6", "zbv,stage_layers=6+9+8+9"]
+)
+def test_the_peak_of_an_uneven_v_is_that_of_its_schedule_played(layout: str) -> None:
+    step = planned_step(predicted(f"tp=4,pp=2,dp=2,sp=true,micro_batch=2,schedule={layout}"), 0)
+    for curve, parts in zip(step.memory, step.memory_parts, strict=True):
+        assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
 
 
 LEADING = LLAMA.model_copy(
