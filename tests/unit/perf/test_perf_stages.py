@@ -12,7 +12,7 @@ from bloomery.perf import orders
 from bloomery.perf.busy import busy_s
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
-from bloomery.perf.estimate import Estimates, estimate_case
+from bloomery.perf.estimate import Estimates, estimate, estimate_case
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
 from bloomery.perf.orders import most_in_flight
@@ -155,6 +155,20 @@ def test_the_peak_of_an_uneven_v_is_that_of_its_schedule_played(layout: str) -> 
     step = planned_step(predicted(f"tp=4,pp=2,dp=2,sp=true,micro_batch=2,schedule={layout}"), 0)
     for curve, parts in zip(step.memory, step.memory_parts, strict=True):
         assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
+
+
+def test_cheaper_launches_slow_no_pipeline_down_that_gathers_parameters() -> None:
+    mixture = MixtureOfExperts(experts=12, top_k=2, expert_ffn_hidden=1536, first_dense_layers=1)
+    model = Model(layers=7, hidden=1024, heads=8, ffn_hidden=4096, vocab=49152, max_seq_len=2048, moe=mixture)
+    batch = LayoutBatch.of([Layout.parse("pp=2,dp=12,ep=2,zero=3,stage_layers=5+2")])
+
+    def step_s(factor: float) -> float:
+        cluster = catalog.cluster("selene-like").cut(24)
+        device = cluster.accelerator.model_copy(update={"launch_s": factor * cluster.accelerator.launch_s})
+        faster = cluster.model_copy(update={"accelerator": device})
+        return float(estimate(model, faster, batch, global_batch=12, seq_len=2048).step_time_s[0])
+
+    assert step_s(0.9) <= step_s(1.0)
 
 
 LEADING = LLAMA.model_copy(
