@@ -376,10 +376,10 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     """Micro-batches whose activations pipeline rank i holds at once, in units of all of its layers, shape (n,).
 
     1F1B: min(m, p - i). GPipe: m, where there is a pipeline. Interleaved: 2(p - i - 1) + (v - 1)p + 1 chunks of 1/v,
-    which on the first rank is Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them; where chunks are not
-    even, `stages.held`, unless they recompute differently and `Ranks.held` counts each chunk's own layers. ZB-V keeps
-    2p half chunks on every rank, which is 1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more
-    (DeepSeek-V3, 2412.19437, table 2).
+    which on the first rank is Korthikanti's p(1 + (p - 1)/(pv)); never more than all of them. ZB-V keeps 2p half chunks
+    on every rank, which is 1F1B's most (Qi et al. 2023, 2401.10241, section 6), DualPipeV one more (DeepSeek-V3,
+    2412.19437, table 2). Where chunks are not even, `stages.held` or `stages.held_on_a_v`, unless they recompute
+    differently and `Ranks.held` counts each chunk's own layers.
     """
     lay, m, index = case.lay, case.micro_batches, ranks.index
     chunks = np.minimum(2 * (lay.pp - index - 1) + (lay.vpp - 1) * lay.pp + 1, m * lay.vpp)
@@ -392,6 +392,6 @@ def in_flight(case: Case, ranks: Ranks) -> Any:
     uneven = most_held > 0
     if ranks.held is not None:
         uneven = uneven & (lay.recompute != BY_STAGE)
-    looped = np.where(uneven, np.minimum(most_held / np.maximum(ranks.layers, 1), m), chunks / lay.vpp)
     kinds = [lay.schedule == kind for kind in (GPIPE, INTERLEAVED, ZBV, DUALPIPEV)]
-    return np.select(kinds, [np.where(lay.pp > 1, m, 1), looped, lay.pp, lay.pp + 0.5], one_by_one)
+    even = np.select(kinds, [np.where(lay.pp > 1, m, 1), chunks / lay.vpp, lay.pp, lay.pp + 0.5], one_by_one)
+    return np.where(uneven, np.minimum(most_held / np.maximum(ranks.layers, 1), m), even)

@@ -12,11 +12,11 @@ import numpy as np
 from bloomery.perf.precision import Precision, averaged, precision_of
 from bloomery.perf.ranks import Held, Ranks
 from bloomery.perf.stack import Stack, stack_of
-from bloomery.perf.stages import KINDS, ROWS, recompute_rows, stage_rows
+from bloomery.perf.stages import KINDS, NAMED, ROWS, recompute_rows, stage_rows
 from bloomery.perf.table import Codes, distinct
 from bloomery.spec.cluster import Accelerator, Cluster, Dtype
 from bloomery.spec.collective import Collective
-from bloomery.spec.layout import BY_STAGE, LayoutBatch
+from bloomery.spec.layout import BY_STAGE, SCHEDULES, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import (
     embedding_parameters,
@@ -289,7 +289,8 @@ class Case:
 
     @OfLayouts
     def fullest(self) -> Ranks:
-        """The earliest of the middle ranks with most layers (rank 0 where there is none in the middle)."""
+        """The earliest of the middle ranks with most layers, and of those with most mixtures among them (rank 0 where
+        there is none in the middle)."""
         return self.ranks(self._named_rank(0))
 
     @OfLayouts
@@ -305,9 +306,11 @@ class Case:
 
     @OfLayouts
     def holders(self) -> Ranks:
-        """The ranks one of which needs most memory, shape (4, n): first, heaviest and fullest in the middle, last; or
-        all, as of `kinds`."""
-        return self.every_rank or Ranks.stacked((self.first, self.heaviest, self.fullest, self.last))
+        """The ranks one of which needs most memory, shape (4, n): first, heaviest and fullest in the middle, last; with
+        the heaviest of mixtures alone where one leads that has dense layers, (5, n); or all, as of `kinds`."""
+        _, heaviest, mixtures = self._stage_table[0][:, 3, :NAMED].T
+        also = () if np.array_equal(heaviest, mixtures) else (self.ranks(self._named_rank(2)),)
+        return self.every_rank or Ranks.stacked((self.first, self.heaviest, *also, self.fullest, self.last))
 
     @OfLayouts
     def every_rank(self) -> Ranks | None:
@@ -352,7 +355,7 @@ class Case:
         return replace(plain, kinds=kinds, held=held.swapaxes(0, 1) / most)
 
     def _named_rank(self, which: int) -> np.ndarray:
-        """(n,): the fullest (0) or the heaviest (1) of the middle ranks."""
+        """(n,): the fullest (0), the heaviest (1) or the heaviest of mixtures alone (2) of the middle ranks."""
         table, row = self._stage_table
         return table[row, 3, which]
 
@@ -361,14 +364,16 @@ class Case:
         """(splits, ROWS, ranks): `stage_rows` of each split, and, where layouts recompute stage by stage, their
         `recompute_rows`; (n,): the row of a layout."""
         lay, mixed = self.lay, np.any(self.lay.recompute == BY_STAGE)
-        more = ("mixed", "schedule", "micro_batches") if mixed else ()
-        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "v_shaped", "uneven", *more)])
-        most = int(lay.pp.max(initial=2))
+        more = ("mixed", "micro_batches") if mixed else ()
+        place, row = distinct([self._codes(name) for name in ("pp", "vpp", "schedule", "uneven", *more)])
+        most = int(lay.pp.max(initial=NAMED))
         table = np.zeros((len(place), ROWS, most), dtype=np.int64)
-        columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.v_shaped))
-        for i, (pp, vpp, v_shaped) in enumerate(zip(*columns, strict=True)):
-            split = lay.stage_layers[place[i]] if lay.stage_layers else None
-            table[i] = stage_rows(self.model, pp, v_shaped, split or stage_split(self.model.layers, pp * vpp), most)
+        columns = (column[place].tolist() for column in (lay.pp, lay.vpp, lay.schedule))
+        for i, (pp, vpp, schedule) in enumerate(zip(*columns, strict=True)):
+            split = (lay.stage_layers[place[i]] if lay.stage_layers else None) or stage_split(
+                self.model.layers, pp * vpp
+            )
+            table[i] = stage_rows(self.model, pp, SCHEDULES[schedule], split, most)
         if mixed:
             layouts, times = [lay.layout(int(i)) for i in place], self.micro_batches[place].tolist()
             table = np.concatenate((table, recompute_rows(self.model, layouts, times, most)), axis=1)

@@ -261,7 +261,7 @@ def _one(estimates: Estimates) -> Estimate:
         memory=memory,
         memory_bytes=memory.value,
         memory_limit_bytes=case.accelerator.memory_bytes,
-        fits=bool(estimates.fits[0]),
+        fits=memory.value <= case.accelerator.memory_bytes,
         cost_per_step=None if price is None else price * rank_s / 3600.0,
         energy_j_per_step=rank_s * tdp_w * case.cluster.pue if tdp_w else None,
         compute={kind: float(seconds[0]) for kind, seconds in compute_kinds(case, compute).items()},

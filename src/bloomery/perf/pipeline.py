@@ -79,9 +79,9 @@ def pipeline_s(
     micro_batches: Any, vpp: Any, pp: Any, slowest: Any, together: Any, sharing: Any = 1.0, apart: Any = 0.0
 ) -> Any:
     """Seconds from the first forward to the last backward, shape (n,); of one micro-batch, `slowest`: seconds on the
-    slowest rank, `together`: on all of them; `apart`: on each, in neither, of which filling and draining alone are
-    counted here. `sharing`: `stages_per_core`."""
-    fill = (np.maximum(together - slowest, 0.0) + (pp - 1) * apart) / vpp
+    slowest rank, `together`: on all of them; `apart`: on all but the slowest, in neither, which filling and draining
+    take too. `sharing`: `stages_per_core`."""
+    fill = (np.maximum(together - slowest, 0.0) + apart) / vpp
     if np.all(sharing == 1):
         return micro_batches * slowest + fill
     others = (together - slowest) / np.maximum(pp - 1, 1)

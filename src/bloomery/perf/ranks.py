@@ -44,8 +44,8 @@ class Held:
 @dataclass(frozen=True)
 class Ranks:
     """One pipeline rank of each layout, shape (n,): its index, layers (and those of them that are MoE), and ends. Where
-    interleaved chunks are not even, else zeros: layers that it waits for (`stages.behind`), and in `most_held`,
-    (rounds, n), the most it holds (`stages.held`).
+    chunks are not even, else zeros: layers that it waits for (`stages.behind`) if they are interleaved, and in
+    `most_held`, (rounds, n), the most it holds (`stages.held`, `stages.held_on_a_v`).
 
     Where layouts recompute stage by stage: `kinds`, the layers by `stages.KINDS`, (6, n), and `held`, the same at every
     moment of the schedule, each layer as often as its chunk is in flight over all chunks on average, (6, moments, n).

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bloomery.perf.orders import most_in_flight
-from bloomery.spec.layout import BY_STAGE, RECOMPUTE, Layout, stages_of
+from bloomery.spec.layout import BY_STAGE, RECOMPUTE, V_SCHEDULES, Layout, Schedule, stages_of
 from bloomery.spec.model import Model
 from bloomery.spec.splits import stage_on
 
@@ -15,15 +15,17 @@ ROUNDS = 3
 """Rounds of pp micro-batches after which an interleaved rank holds as much as it ever does."""
 ROWS = 5 + ROUNDS
 """Rows of `stage_rows`; those of `recompute_rows` follow."""
+NAMED = 3
+"""Middle ranks that row 3 names."""
 KINDS = 2 * BY_STAGE
 """Layers that recompute nothing, selectively, all; then the mixtures of experts among each of them."""
 
 
-def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], width: int) -> np.ndarray:
-    """(ROWS, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, the fullest and heaviest
-    rank; and where interleaved chunks are not even, `behind` and `held`, else zeros. On a V all ranks have as many
-    micro-batches in flight."""
-    answer = np.zeros((ROWS, width), dtype=np.int64)
+def stage_rows(model: Model, pp: int, schedule: Schedule, split: tuple[int, ...], width: int) -> np.ndarray:
+    """(ROWS, width): layers of each rank, MoE layers of each rank, 1 where the last stage is, the ranks that `_named`
+    says; and where a rank's chunks are not even, `behind` of interleaved ones, `held` or `held_on_a_v`, else zeros. On
+    a V all ranks have as many chunks in flight."""
+    answer, v_shaped = np.zeros((ROWS, width), dtype=np.int64), schedule in V_SCHEDULES
     starts = np.cumsum([0, *split])
     dense = model.moe.first_dense_layers if model.moe else model.layers
     moe = np.maximum(0, starts[1:] - np.maximum(starts[:-1], dense))
@@ -32,14 +34,25 @@ def stage_rows(model: Model, pp: int, v_shaped: bool, split: tuple[int, ...], wi
     np.add.at(answer[1], home, moe)
     answer[2, home[-1]] = 1
     weight = answer[0, :pp] * (1 if v_shaped else pp - np.arange(pp))
-    if not v_shaped and len(split) > pp and min(split) < max(split):
-        depths = np.reshape(split, (-1, pp))
+    depths = np.reshape(split, (-1, pp))
+    if v_shaped and np.any(depths[0] != depths[1, ::-1]):
+        weight = answer[5:ROWS, :pp] = held_on_a_v(schedule, depths[0], depths[1, ::-1])
+    elif not v_shaped and len(depths) > 1 and min(split) < max(split):
         answer[4, :pp] = behind(depths)
         answer[5:ROWS, :pp] = [held(depths, 1 + rounds) for rounds in range(ROUNDS)]
         weight = answer[ROWS - 1, :pp]
     if pp > 2:
-        answer[3, :2] = 1 + int(answer[0, 1 : pp - 1].argmax()), 1 + int(weight[1 : pp - 1].argmax())
+        answer[3, :NAMED] = _named(answer[0, :pp], answer[1, :pp], weight)
     return answer
+
+
+def _named(layers: np.ndarray, moe: np.ndarray, weight: np.ndarray) -> list[int]:
+    """Middle ranks: the one with most layers, and of those with most mixtures among them, the earliest; the heaviest;
+    and the heaviest without any of the dense layers that lead a mixture of experts. Whether it needs more memory than
+    one that has them depends on how experts are cut."""
+    leading = (layers - moe) * moe.any()
+    orders = (layers * (1 + layers.sum()) + moe, weight, weight * (leading == 0))
+    return [1 + int(order[1:-1].argmax()) for order in orders]
 
 
 def behind(depths: np.ndarray) -> np.ndarray:
@@ -66,6 +79,15 @@ def held(depths: np.ndarray, rounds: int) -> np.ndarray:
 
     counts = passed(gone, place) - passed(gone - ahead, place[::-1])
     return np.asarray((counts * depths[:, None, :]).sum(axis=0).max(axis=0))
+
+
+def held_on_a_v(schedule: Schedule, down: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """(pp,): the same of a V's ranks, whose chunks have `down` and `up` layers, in a step that fills it. In a steady
+    turn of `perf.orders` rank i has 2p - i - 1 micro-batches of the first chunk in flight and i of the second; ZB-V
+    goes forward with one chunk at a time, DualPipeV with both before either goes back."""
+    pp = len(down)
+    steady = (2 * pp - np.arange(pp) - 1) * down + np.arange(pp) * up
+    return np.asarray(steady + (np.maximum(down, up) if schedule == "zbv" else down + up))
 
 
 def recompute_rows(model: Model, layouts: Sequence[Layout], micro_batches: Sequence[int], width: int) -> np.ndarray:

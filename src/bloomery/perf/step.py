@@ -64,7 +64,8 @@ class Kinds:
 @dataclass(frozen=True)
 class MicroBatch(Table):
     """Seconds of one micro-batch, of `count` in a step: on each of `Case.kinds` (3, k), with the `slack` in which it
-    waits for the slowest; on the slowest rank or all `together` (k,). `drain`: a rank's backward pass, on average."""
+    waits for the slowest; on the slowest rank or all `together` (k,). `drain`: a rank's backward pass, on average;
+    `ranks`: `rank_counts`."""
 
     count: Any
     compute: Any
@@ -90,7 +91,7 @@ class MicroBatch(Table):
             slack=slowest - busy,
             slowest=slowest,
             together=over_ranks(counts, busy),
-            ranks=counts.sum(axis=0),
+            ranks=counts,
         )
 
 
@@ -297,15 +298,15 @@ class StepTimes:
         return np.where(every > 1, felt, send.seconds + send.occupied)
 
     def _path_s(self, block: slice, micro: MicroBatch, send: Sends, gathers_s: Any) -> Any:
-        """Seconds from the first forward to the end of the last backward; of `gathers_s`, what ZeRO 3 adds to a rank's
-        micro-batch, what filling and draining take."""
+        """Seconds from the first forward to the end of the last backward; `gathers_s`: what ZeRO 3 adds to one
+        micro-batch on all ranks but the slowest, through which the pipeline fills and drains."""
         sends_s = self._sends_s(block, micro)
         path = pipeline_s(
             micro.count,
             send.chunks,
             self.case.lay.pp[block],
             slowest=micro.slowest + sends_s,
-            together=micro.together + micro.ranks * sends_s,
+            together=micro.together + micro.ranks.sum(axis=0) * sends_s,
             sharing=self._sharing[0][block],
             apart=gathers_s,
         )
@@ -378,7 +379,7 @@ def _hooks_s(micro: MicroBatch, data: DataParallel) -> Any:
 
 def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any, Any]:
     """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it, what ZeRO 3
-    adds to a micro-batch).
+    adds to a micro-batch on all ranks together but the one that is slowest with it).
 
     Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind what that leaves of all
     compute and, each micro-batch's, while a rank waits for the slowest; the last bucket (one layer's share) never hides
@@ -394,5 +395,6 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
         gather = np.maximum(gathers - room, gathers * (data.bucket / 2))
     drained, waited = data.ends * (micro.drain / send.chunks), micro.count * micro.slack * (data.gather_each > 0)
     exposed = (np.maximum(reduce - drained, 0.0) + np.maximum(gather - waited, 0.0)).max(axis=0)
-    each = np.where(data.gather_each > 0, gather, 0.0).max(axis=0) / micro.count + data.hooks_each
-    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0), each
+    each = np.where(data.gather_each > 0, gather, 0.0) / micro.count + data.hooks_each
+    others = over_ranks(micro.ranks, each) - np.maximum(each - micro.slack, 0.0).max(axis=0)
+    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0), others

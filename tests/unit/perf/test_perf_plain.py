@@ -144,13 +144,16 @@ def plain_step_s(case: Case) -> float:
     lay, stack, m = case.lay, case.stack, float(case.micro_batches[0])
     pp, vpp = int(lay.pp[0]), int(lay.vpp[0])
     ranks = [case.first, case.fullest, case.last]
-    first, middle, last = found = [rank_s(case, one) for one in ranks]
+    found = [rank_s(case, one) for one in ranks]
     send_s = messages_s(case, case.first, lambda row: row.axis == "pp" and row.phase == "forward")[0] / m
     send_s += messages_s(case, case.last, lambda row: row.axis == "pp" and row.phase == "backward")[0] / m
 
+    def in_all(values: list[float]) -> float:
+        weight = float(case.middle_layers[0]) / found[1]["layers"] if pp > 2 else 0.0
+        return values[0] + (values[-1] if pp > 1 else 0.0) + weight * values[1]
+
     def over(name: str, more: float = 0.0) -> float:
-        weight = float(case.middle_layers[0]) / middle["layers"] if pp > 2 else 0.0
-        return first[name] + more + (last[name] + more if pp > 1 else 0.0) + weight * (middle[name] + more)
+        return in_all([one[name] + more for one in found])
 
     layer_s = min(one["busy"] / one["layers"] for one in found)
     waits = [layer_s * layers_waited_for(case, int(one.index[0])) for one in ranks]
@@ -182,9 +185,11 @@ def plain_step_s(case: Case) -> float:
         copied = [stack.shard_passes / rate * max(copied_bytes(case, one, *ops) for one in ranks) for ops in apart]
         host += sum(copied)
         if lay.zero_stage[0] == 3:
-            # What every micro-batch waits for the stages that fill before and drain behind its own wait for, too.
-            each = (max(gathers) + copied[0]) / m + 2 * max(one["layers"] for one in found) * launched_s
-            path += (pp - 1) / vpp * each
+            # The pipeline fills and drains through what a micro-batch waits for on all stages but the slowest, too.
+            hooks = copied[0] / m + 2 * max(one["layers"] for one in found) * launched_s
+            each = [gather / m + hooks for gather in gathers]
+            longest = max(one["busy"] + more for one, more in zip(found, each, strict=True))
+            path += (in_all(each) - max(longest + send_s - slowest, 0.0)) / vpp
     return (
         path + max(exposed) + stack.interference * max(beside) + optimizer + tied + world + host + stack.step_overhead_s
     )

@@ -12,15 +12,15 @@ from bloomery.perf import orders
 from bloomery.perf.busy import busy_s
 from bloomery.perf.case import Case
 from bloomery.perf.compute import stage_work
-from bloomery.perf.estimate import Estimates, estimate_case
+from bloomery.perf.estimate import Estimates, estimate, estimate_case
 from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages
 from bloomery.perf.orders import most_in_flight
-from bloomery.perf.stages import ROUNDS, held
+from bloomery.perf.stages import ROUNDS, held, held_on_a_v
 from bloomery.planner.step_timeline import planned_step
 from bloomery.spec import catalog
-from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.model import Model
+from bloomery.spec.layout import Layout, LayoutBatch, Recompute, Schedule
+from bloomery.spec.model import MixtureOfExperts, Model
 
 LLAMA, CLUSTER = catalog.model("llama-3-8b"), catalog.cluster("selene-like").cut(16)
 ASKED: dict[str, Any] = {"global_batch": 64, "seq_len": 4096}
@@ -134,3 +134,66 @@ def test_an_interleaved_rank_holds_what_its_order_says_of_uneven_chunks(pp: int,
         moments = [most_in_flight(layout, rounds * pp, rank) for rank in range(pp)]
         played = [max(int(depths[:, rank] @ np.array(moment)) for moment in moments[rank]) for rank in range(pp)]
         assert held(depths, min(rounds, ROUNDS)).tolist() == played
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_a_rank_of_a_v_holds_what_its_order_says_of_uneven_chunks(schedule: Schedule, recompute: Recompute) -> None:
+    rng = np.random.default_rng(1)
+    for pp, micro_batches in [(2, 4), (2, 5), (3, 6), (5, 10), (5, 23)]:
+        layout = Layout(pp=pp, vpp=2, schedule=schedule, recompute=recompute)
+        down, up = rng.integers(1, 5, (2, pp))
+        moments = [most_in_flight(layout, micro_batches, rank) for rank in range(pp)]
+        played = [max(down[i] * n + up[i] * m for n, m in moments[i]) for i in range(pp)]
+        assert held_on_a_v(schedule, down, up).tolist() == played
+
+
+@pytest.mark.parametrize(
+    "layout", ["zbv,stage_layers=9+8+9+6", "dualpipev,stage_layers=9+8+9+6", "zbv,stage_layers=6+9+8+9"]
+)
+def test_the_peak_of_an_uneven_v_is_that_of_its_schedule_played(layout: str) -> None:
+    step = planned_step(predicted(f"tp=4,pp=2,dp=2,sp=true,micro_batch=2,schedule={layout}"), 0)
+    for curve, parts in zip(step.memory, step.memory_parts, strict=True):
+        assert max(n_bytes for _, n_bytes in curve) == pytest.approx(sum(parts.values()))
+
+
+def test_cheaper_launches_slow_no_pipeline_down_that_gathers_parameters() -> None:
+    mixture = MixtureOfExperts(experts=12, top_k=2, expert_ffn_hidden=1536, first_dense_layers=1)
+    model = Model(layers=7, hidden=1024, heads=8, ffn_hidden=4096, vocab=49152, max_seq_len=2048, moe=mixture)
+    batch = LayoutBatch.of([Layout.parse("pp=2,dp=12,ep=2,zero=3,stage_layers=5+2")])
+
+    def step_s(factor: float) -> float:
+        cluster = catalog.cluster("selene-like").cut(24)
+        device = cluster.accelerator.model_copy(update={"launch_s": factor * cluster.accelerator.launch_s})
+        faster = cluster.model_copy(update={"accelerator": device})
+        return float(estimate(model, faster, batch, global_batch=12, seq_len=2048).step_time_s[0])
+
+    assert step_s(0.9) <= step_s(1.0)
+
+
+LEADING = LLAMA.model_copy(
+    update={"moe": MixtureOfExperts(experts=64, top_k=4, expert_ffn_hidden=2048, first_dense_layers=4)}
+)
+
+
+@pytest.mark.parametrize("ep", [1, 2, 32])
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "pp=16",
+        "pp=8,vpp=2",
+        "pp=8,schedule=dualpipev",
+        "pp=8,vpp=2,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
+        "pp=16,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
+        "pp=16,stage_layers=1+4+2+2+2+2+2+2+2+2+2+2+2+2+1+1",
+    ],
+)
+def test_no_rank_needs_more_than_the_peak_where_dense_layers_lead(pipeline: str, ep: int) -> None:
+    layouts = [f"{pipeline},dp=32,ep={ep},zero=1,recompute={recompute}" for recompute in ("none", "full")]
+    batch = LayoutBatch.of([Layout.parse(layout) for layout in layouts])
+    cluster = catalog.cluster("selene-like").cut(int(batch.world_size[0]))
+    found = estimate_case(Case.of(LEADING, cluster, batch, dtype="bfloat16", global_batch=1024, seq_len=4096))
+    for i, peak in enumerate(found.peak_bytes):
+        one = found.one(i)
+        assert one.memory_bytes == pytest.approx(peak)
+        assert one.fits == (one.memory_bytes <= one.memory_limit_bytes)
