@@ -127,7 +127,8 @@ def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
     case = _copies(whole, i, n)
     split = tuple(len(layers) for layers in ranges)
     one = np.ones(n, dtype=np.int64)
-    unrolled = replace(case.lay, pp=n * one, vpp=one, schedule=0 * one, stage_layers=Splits.of([split] * n))
+    alone: dict[str, Any] = {"stage_layers": Splits.of([split] * n), "world_size": case.lay.world_size}
+    unrolled = case.lay.having(pp=n * one, vpp=one, schedule=0 * one, **alone)
     case = replace(case, lay=unrolled)
     return case.ranks(np.arange(n)), case
 

@@ -230,6 +230,16 @@ def test_waiting_for_the_slowest_is_simulated_too(degrees: dict[str, int]) -> No
     assert step.end_s == pytest.approx(step.step_time_s, rel=0.03)
 
 
+def test_groups_lie_where_they_do_in_the_run_when_its_stages_are_looked_at_one_by_one() -> None:
+    """Six ranks are inside one node of eight, though as many stages as they have chunks would be on several."""
+    layout = Layout(tp=3, pp=2, vpp=4)
+    estimates = estimate(
+        catalog.model("gpt3-175b"), catalog.cluster("selene-like").cut(6), LayoutBatch.of([layout]), global_batch=8,
+        seq_len=2048, dtype="bfloat16",
+    )  # fmt: skip
+    assert planned_step(estimates, 0).end_s == pytest.approx(estimates.step_time_s[0], rel=0.03)
+
+
 @pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
 @pytest.mark.parametrize("pp", [2, 8])
 def test_a_step_on_a_v_is_estimated_as_it_is_simulated(schedule: Any, pp: int) -> None:
