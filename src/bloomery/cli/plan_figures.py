@@ -9,7 +9,7 @@ from bloomery.ledger.figures import HELDOUT, MEASURED, MUTED, PREDICTED, Figure,
 from bloomery.planner.pareto import Front
 from bloomery.planner.result import Row
 from bloomery.planner.sensitivity import Sensitivity
-from bloomery.planner.step_timeline import Step
+from bloomery.planner.step_timeline import BESIDE, Step
 from bloomery.planner.timeline import Slot, Timeline
 
 GIB = float(2**30)
@@ -21,7 +21,7 @@ KIND_COLOURS = {
     "send forward": HELDOUT,
     "send backward": "#5f9c95",
 }
-AFTER_COLOURS = {"dp_comm": "#98c1bb", "optimizer": "#d9a441", "other": "#d5cfc6"}
+AFTER_COLOURS = {BESIDE: "#9db0bf", "dp_comm": "#98c1bb", "optimizer": "#d9a441", "other": "#d5cfc6"}
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#c2531d", "#d9a441", "#c9c3b8", "#e2ddd5")
 SERIES = ("#c2531d", "#2f6f6a", "#54708a", "#d9a441", "#7d5a8c", "#7a8b52", "#98c1bb", "#b9b2a8", "#2b2825")
 VISIBLE = 0.0005
