@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bloomery.cli.plan_figures import pareto
 from bloomery.planner import sensitivity
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.planner.families import losing_families
@@ -75,6 +77,20 @@ def test_one_world_size_is_kept_and_shown_points_are_of_the_front() -> None:
     shown = list(spread(front.points, 5))
     assert len(shown) == 5
     assert min(p.memory_bytes for p in shown) == min(p.memory_bytes for p in front.points)
+
+
+@pytest.mark.filterwarnings("error")
+def test_where_failures_leave_no_time_the_front_has_neither_days_nor_money_and_is_still_one() -> None:
+    usual = pareto_front(example("llama3-8b"), world_size=8, runnable_only=False)
+    never = pareto_front(
+        example("llama3-8b", "cluster.failures_per_1000_node_days=1e9"), world_size=8, runnable_only=False
+    )
+    assert [point.layout for point in never.points] == [point.layout for point in usual.points]
+    for point in never.points:
+        assert (point.days, point.accelerator_hours, point.cost, point.goodput) == (None, None, None, 0.0)
+    assert len(list(spread(never.points, 5))) == 5
+    drawn = [pareto(never, against) for against in ("memory", "money")]
+    assert "Infinity" not in json.dumps(drawn) and "never" in drawn[1]["data"][0]["text"][0]
 
 
 @pytest.mark.parametrize("name", ["yuan-1.0", "llama3-8b", "demo"])
