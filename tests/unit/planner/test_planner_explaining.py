@@ -111,6 +111,26 @@ def test_looking_only_at_layouts_near_the_winner_finds_what_looking_at_all_finds
     assert sensitivities(run, found) == near
 
 
+def test_more_memory_gives_what_a_search_with_it_finds_stage_by_stage_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {layers: 10, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 262144, max_seq_len: 2048}\n"
+        "cluster: {extends: generic-8xa100, accelerator: {extends: a100-80gb, memory_bytes: 7.05e9}}\n"
+        "layout: auto\n"
+        "data: {vocab: 262144}\n"
+        "train: {seq_len: 2048, global_batch: 16, steps: 1000}\n"
+    )
+    run = catalog.read_run(path)
+    found = search(run, runnable_only=False)
+    room = next(one for one in sensitivities(run, found) if "memory capacity" in one.name)
+    larger = catalog.read_run(path, [f"cluster.accelerator.memory_bytes={1.1 * 7.05e9}"])
+    now_s, then_s = (
+        world.estimates.step_time_s[best] for world, best in (found.winner, search(larger, runnable_only=False).winner)
+    )
+    assert room.search_change == pytest.approx(then_s / now_s - 1.0)
+    assert room.new_winner is not None and room.new_winner.endswith("recompute-selective+none")
+
+
 @given(st.floats(1.0, 4.0), st.sampled_from(["bandwidth_bytes_per_s", "latency_s"]))
 @settings(max_examples=10, deadline=None)
 def test_no_layout_gets_slower_on_faster_links(factor: float, key: str) -> None:
