@@ -88,8 +88,8 @@ def _point(point: Point) -> list[str]:
         seconds_text(point.step_time_s),
         three(point.memory_bytes / GIB),
         share_text(point.effective_efficiency),
-        duration(point.days),
-        si(point.accelerator_hours, digits=3),
+        "never" if point.days is None else duration(point.days),
+        "" if point.accelerator_hours is None else si(point.accelerator_hours, digits=3),
         "" if point.cost is None else money(point.cost),
     ]
 

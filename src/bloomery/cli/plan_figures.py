@@ -6,10 +6,10 @@ from math import ceil, floor, log10
 from typing import Any
 
 from bloomery.ledger.figures import HELDOUT, MEASURED, MUTED, PREDICTED, Figure, chart_layout
-from bloomery.planner.pareto import Front
+from bloomery.planner.pareto import Front, Point, paid
 from bloomery.planner.result import Row
 from bloomery.planner.sensitivity import Sensitivity
-from bloomery.planner.step_timeline import Step
+from bloomery.planner.step_timeline import BESIDE, Step
 from bloomery.planner.timeline import Slot, Timeline
 
 GIB = float(2**30)
@@ -21,7 +21,7 @@ KIND_COLOURS = {
     "send forward": HELDOUT,
     "send backward": "#5f9c95",
 }
-AFTER_COLOURS = {"dp_comm": "#98c1bb", "optimizer": "#d9a441", "other": "#d5cfc6"}
+AFTER_COLOURS = {BESIDE: "#9db0bf", "dp_comm": "#98c1bb", "optimizer": "#d9a441", "other": "#d5cfc6"}
 PART_COLOURS = ("#54708a", "#7891a6", "#9db0bf", "#c2531d", "#d9a441", "#c9c3b8", "#e2ddd5")
 SERIES = ("#c2531d", "#2f6f6a", "#54708a", "#d9a441", "#7d5a8c", "#7a8b52", "#98c1bb", "#b9b2a8", "#2b2825")
 VISIBLE = 0.0005
@@ -253,15 +253,14 @@ def pareto(front: Front, against: str) -> Figure:
     traces = []
     best = max(point.effective_efficiency for point in front.points)
     shown = [point for point in front.points if point.effective_efficiency >= WORTH_SHOWING * best]
-    priced = front.points[0].cost is not None
+    priced = any(point.cost is not None for point in front.points)
     for number, size in enumerate(sorted({point.world_size for point in shown}, reverse=True)):
         points = [point for point in shown if point.world_size == size]
         money = [point.cost if priced else point.accelerator_hours for point in points]
         memory = [point.memory_bytes / GIB for point in points]
         words = [
-            f"{p.layout}<br>{_seconds(p.step_time_s)}, {m:.1f} GiB, {c:,.0f} {'$' if priced else 'accelerator-hours'},"
-            f" {p.days:.1f} days, effective {p.effective_efficiency:.1%}"
-            for p, m, c in zip(points, memory, money, strict=True)
+            f"{p.layout}<br>{_seconds(p.step_time_s)}, {m:.1f} GiB, {_spent(p)}, effective {p.effective_efficiency:.1%}"
+            for p, m in zip(points, memory, strict=True)
         ]
         traces.append(
             {
@@ -276,9 +275,9 @@ def pareto(front: Front, against: str) -> Figure:
                 "showlegend": against == "memory",
             }
         )
-    prices = [p.cost if p.cost is not None else p.accelerator_hours for p in shown]
+    prices = [paid(point) for point in shown if point.days is not None]
     title = "GiB per rank" if against == "memory" else ("money, $" if priced else "accelerator-hours")
-    axis = {"title": {"text": title}, **({} if against == "memory" else log_axis(prices))}
+    axis = {"title": {"text": title}, **(log_axis(prices) if against == "money" and prices else {})}
     layout = chart_layout(
         380,
         xaxis={"title": {"text": "step, seconds"}, **log_axis([point.step_time_s for point in shown])},
@@ -287,6 +286,14 @@ def pareto(front: Front, against: str) -> Figure:
         legend=LEGEND_BELOW,
     )
     return {"data": traces, "layout": layout}
+
+
+def _spent(point: Point) -> str:
+    """Money and days until the target is reached, in words."""
+    if point.days is None:
+        return "never at the target"
+    unit = "accelerator-hours" if point.cost is None else "$"
+    return f"{paid(point):,.0f} {unit}, {point.days:.1f} days"
 
 
 COARSE, FINE = (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)

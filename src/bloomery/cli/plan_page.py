@@ -179,8 +179,8 @@ def _points(front: Front) -> str:
             gib(point.memory_bytes),
             share_text(point.mfu),
             share_text(point.effective_efficiency),
-            duration(point.days),
-            si(point.accelerator_hours, digits=3),
+            "never" if point.days is None else duration(point.days),
+            "" if point.accelerator_hours is None else si(point.accelerator_hours, digits=3),
             "" if point.cost is None else money(point.cost),
         ]
         for point in front.points

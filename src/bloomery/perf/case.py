@@ -36,6 +36,7 @@ INTERLEAVED, GPIPE, ZBV, DUALPIPEV = 1, 2, 3, 4
 MESH = ("tp", "pp", "dp", "cp", "ep")
 PART = (
     "tp", "cp", "cp_method", "ep", "expert_tp", "sequence_parallel", "micro_batch", "recompute", "offload", "gathers",
+    "world_size",
 )  # fmt: skip
 """The columns (`Case.over`) that one layer, the embedding and the head depend on."""
 MICRO_BATCH = (*PART, "pp", "dp", "dp_replicas", "outermost", "norms_sharded", "stages", "micro_batches")
@@ -156,7 +157,7 @@ class Case:
             {"micro_batches"} if not np.ndim(self.global_batch) and {"dp", "micro_batch"} <= set(columns) else set()
         )
         if columns != MESH and set(MESH) <= set(columns):
-            return ["mesh", *(name for name in columns if name not in {*MESH, "expert_tp", *implied})]
+            return ["mesh", *(name for name in columns if name not in {*MESH, "expert_tp", "world_size", *implied})]
         return [name for name in columns if name not in implied]
 
     def _codes(self, name: str) -> Codes:

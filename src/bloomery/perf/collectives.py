@@ -16,7 +16,7 @@ et al. 2005; Patarasuk and Yuan 2009). On GPUs the latency of an all-reduce is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,22 +28,51 @@ from bloomery.spec.layout import LayoutBatch
 @dataclass(frozen=True)
 class Group:
     """Groups of `size` ranks that lie `stride` ranks apart, shape (n,) each; where there is a `far` (rows of such
-    ranks, distance between rows), `size` are those of all rows."""
+    ranks, distance between rows), `size` are those of all rows.
+
+    `world`: the ranks over which groups follow each other, one every `block` of them (size x stride where that is
+    None). Where it is None, each begins where a unit of accelerators does."""
 
     size: np.ndarray
     stride: np.ndarray
     far: tuple[np.ndarray, np.ndarray] | None = None
+    world: np.ndarray | None = None
+    block: np.ndarray | None = None
 
     def members(self, span: int) -> np.ndarray:
-        """How many of a group's ranks lie within one unit of `span` accelerators, shape (n,)."""
+        """How many of a group's ranks lie within one unit of `span` accelerators, shape (n,); of the group that the
+        edges of units cut worst, in the unit that has fewest of it: all others wait for what these send across."""
+        neighbours = self._uncut(span)
         if self.far is None:
-            return np.minimum(self.size, np.maximum(1, span // self.stride))
+            return np.minimum(self.size, np.maximum(1, neighbours // self.stride))
         rows, distance = self.far
-        within = np.minimum(self.size // rows, np.maximum(1, span // self.stride))
-        return within * np.minimum(rows, np.maximum(1, span // distance))
+        within = np.minimum(self.size // rows, np.maximum(1, neighbours // self.stride))
+        return within * np.minimum(rows, np.maximum(1, neighbours // distance))
+
+    def _uncut(self, span: int) -> Any:
+        """How many neighbouring ranks of a block are sure to share a unit where an edge cuts it, shape (n,) or ().
+
+        Only a world of whole units must fill them. One of 256 ranks in racks of 72 leaves some of each rack idle, and
+        is laid out so that groups do not cross: published runs of that size have the times of groups inside a rack."""
+        if self.world is None:
+            return span
+        block = self.size * self.stride if self.block is None else self.block
+        if self.far is not None:
+            rows, distance = self.far
+            block = np.where(rows > 1, rows * distance, block)
+        # Blocks that fill units together are cut at every multiple of what divides both; none is where they divide a
+        # unit, and where units divide them, each begins with one.
+        common = np.gcd(block, span)
+        cut = (self.world > span) & (self.world % span == 0) & (common < block)
+        return np.where(cut, common, span)
 
 
 def group_of(lay: LayoutBatch, axis: str) -> Group:
+    """Where the groups of a mesh axis lie among the ranks of each layout. Axes: those of `_places`."""
+    return replace(_places(lay, axis), world=lay.world_size)
+
+
+def _places(lay: LayoutBatch, axis: str) -> Group:
     """Where the groups of a mesh axis lie. Axes: tp, cp, dp, pp, world; ep, data (dp x cp, inside
     one replica), edp (the ranks of data that hold the same experts), replica (the same place in each), ends (the first
     and the last pipeline rank)."""
@@ -70,7 +99,7 @@ def group_of(lay: LayoutBatch, axis: str) -> Group:
     if axis == "replica":
         return Group(lay.dp_replicas, data * (lay.dp // lay.dp_replicas))
     if axis == "ends":
-        return Group(np.minimum(lay.pp, 2), np.maximum(lay.pp - 1, 1) * stages)
+        return Group(np.minimum(lay.pp, 2), np.maximum(lay.pp - 1, 1) * stages, block=lay.pp * stages)
     return Group(lay.pp, stages) if axis == "pp" else Group(lay.dp, data)
 
 

@@ -68,6 +68,11 @@ class Estimates:
                 found[name][block] = seconds
         return found
 
+    def beside_s(self, i: int) -> float:
+        """What of the i-th layout's compute no micro-batch's own work holds: lost to messages beside it, and what a
+        rank does about parameters and gradients that are cut."""
+        return float(Estimates(self.case.take(np.array([i])))._times.beside_s(slice(None))[0])
+
     @cached_property
     def peak_bytes(self) -> np.ndarray:
         """Peak bytes on the rank that needs most."""

@@ -283,8 +283,12 @@ class StepTimes:
     @property
     def compute_s(self) -> Any:
         """Seconds of a step's compute, the mean over ranks, without what messages beside it cost it, (n,)."""
-        block = slice(None)
-        return self._means[block].compute + _hooks_s(self._micro_batch[block], self._data_parallel[block])
+        micro, data = self._micro_batch[slice(None)], self._data_parallel[slice(None)]
+        return self._means[slice(None)].compute + data.hooks + micro.count * data.hooks_each
+
+    def beside_s(self, block: slice) -> Any:
+        """Seconds of some layouts' compute that no micro-batch's own work holds: the second of `_beside`."""
+        return _beside(self.case, self._micro_batch[block], self._data_parallel[block], self._sends[block])[1]
 
     @cached_property
     def _sharing(self) -> tuple[np.ndarray, np.ndarray]:
@@ -329,8 +333,8 @@ class StepTimes:
         """Seconds of some layouts' steps: the pipeline's path, which holds what ranks compute and send meanwhile, and
         what it does not hide. `components` takes the same apart."""
         micro, data, send = self._micro_batch[block], self._data_parallel[block], self._sends[block]
-        exposed, stretched, gathers_s = _beside(self.case, micro, data, send)
-        after = exposed + stretched + _hooks_s(micro, data) + data.optimizer + data.other
+        exposed, beside, gathers_s = _beside(self.case, micro, data, send)
+        after = exposed + beside + data.optimizer + data.other
         if self.case.accelerator.skew:
             after = after + sum(self._waits(block).values())
         return self._path_s(block, micro, send, gathers_s) + self._tied(block) + after
@@ -354,12 +358,12 @@ class StepTimes:
         mean, batch = self._means[block], self.case.global_batch
         batch = batch[block] if np.ndim(batch) else batch
         flops = model_flops(self.case.model, global_batch=batch, seq_len=self.case.seq_len)
-        exposed, stretched, gathers_s = _beside(self.case, micro, data, send)
+        exposed, beside, gathers_s = _beside(self.case, micro, data, send)
         ideal, pp_comm = flops / data.peak_flops_per_s, micro.count * self._sends_s(block, micro)
         waits = self._waits(block)
         return {
             "ideal": ideal,
-            "kernel": mean.compute - mean.recompute - ideal + stretched + _hooks_s(micro, data),
+            "kernel": mean.compute - mean.recompute - ideal + beside,
             "recompute": mean.recompute,
             "tp_comm": mean.tensor + waits["tp_comm"],
             "cp_comm": mean.context + waits["cp_comm"],
@@ -372,14 +376,10 @@ class StepTimes:
         }
 
 
-def _hooks_s(micro: MicroBatch, data: DataParallel) -> Any:
-    """Seconds in which a rank sees to parameters and gradients that are cut, a step."""
-    return data.hooks + micro.count * data.hooks_each
-
-
 def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any, Any]:
-    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it, what ZeRO 3
-    adds to a micro-batch on all ranks together but the one that is slowest with it).
+    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it with the time
+    in which a rank sees to what is cut, what ZeRO 3 adds to a micro-batch on all ranks together but the one that is
+    slowest with it).
 
     Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind what that leaves of all
     compute and, each micro-batch's, while a rank waits for the slowest; the last bucket (one layer's share) never hides
@@ -397,4 +397,5 @@ def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> t
     exposed = (np.maximum(reduce - drained, 0.0) + np.maximum(gather - waited, 0.0)).max(axis=0)
     each = np.where(data.gather_each > 0, gather, 0.0) / micro.count + data.hooks_each
     others = over_ranks(micro.ranks, each) - np.maximum(each - micro.slack, 0.0).max(axis=0)
-    return exposed, stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0), others
+    lost = stack.interference * (data.reduce + gathers - reduce - gather).max(axis=0)
+    return exposed, lost + data.hooks + micro.count * data.hooks_each, others

@@ -1,7 +1,8 @@
 """The layouts that no other one beats at once in step time, memory per rank and money to the target: the exact front.
 
 Money is accelerator-hours to the target, failures counted, times the price (the hours themselves without a price). On
-one world size it follows the step time; over several sizes of the same cluster it is an aim of its own.
+one world size it follows the step time; over several sizes of the same cluster it is an aim of its own. Where failures
+leave no productive time there is no such sum, and it counts the same for all.
 """
 
 from __future__ import annotations
@@ -28,16 +29,17 @@ DIGITS = 6
 @dataclass(frozen=True)
 class Point:
     """One layout of the front. `alike`: how many other layouts have the same three figures; the one shown is the
-    plainest of them (least interleaving, ZeRO and recomputation)."""
+    plainest of them (least interleaving, ZeRO and recomputation). Where failures leave no productive time, hours, cost
+    and days are None."""
 
     world_size: int
     layout: str
     layout_values: dict[str, Any]
     step_time_s: float
     memory_bytes: float
-    accelerator_hours: float
+    accelerator_hours: float | None
     cost: float | None
-    days: float
+    days: float | None
     mfu: float
     goodput: float
     alike: int
@@ -134,10 +136,10 @@ def _step_down(stairs: list[tuple[float, float]], second: float, third: float) -
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """To `DIGITS` significant digits."""
-    size = np.where(values > 0, values, 1.0)
-    scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(size)))
-    return np.asarray(np.round(values * scale) / scale)
+    """To `DIGITS` significant digits; what is not finite as it is."""
+    finite = np.where(np.isfinite(values), values, 0.0)
+    scale = 10.0 ** (DIGITS - 1 - np.floor(np.log10(np.where(finite > 0, finite, 1.0))))
+    return np.where(np.isfinite(values), np.round(finite * scale) / scale, values)
 
 
 def _aims(run: Run, worlds: list[Evaluated]) -> tuple[np.ndarray, np.ndarray]:
@@ -183,13 +185,19 @@ def _point(run: Run, world: Evaluated, i: int, alike: int) -> Point:
         layout_values=layout.model_dump(),
         step_time_s=step_s,
         memory_bytes=float(world.estimates.peak_bytes[i]),
-        accelerator_hours=future.accelerator_hours or 0.0,
+        accelerator_hours=future.accelerator_hours,
         cost=future.cost,
-        days=future.days_with_failures or 0.0,
+        days=future.days_with_failures,
         mfu=float(world.estimates.mfu[i]),
         goodput=future.goodput,
         alike=int(alike),
     )
+
+
+def paid(point: Point) -> float:
+    """What a point costs: in money, in accelerator-hours without a price; endless where nothing is ever reached."""
+    found = point.accelerator_hours if point.cost is None else point.cost
+    return np.inf if found is None else found
 
 
 def spread(points: tuple[Point, ...], most: int) -> Iterator[Point]:
@@ -201,7 +209,7 @@ def spread(points: tuple[Point, ...], most: int) -> Iterator[Point]:
     best = {
         0,
         min(range(len(points)), key=lambda k: points[k].memory_bytes),
-        min(range(len(points)), key=lambda k: points[k].cost or points[k].accelerator_hours),
+        min(range(len(points)), key=lambda k: paid(points[k])),
         len(points) - 1,
     }
     for k in (np.linspace(0, 1, most) ** 2 * (len(points) - 1)).round():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.estimate import Estimates, Joined
+from bloomery.planner.by_stage import with_stages_apart
 from bloomery.planner.search import Found, estimates_on
 from bloomery.spec.cluster import Accelerator, Cluster
 from bloomery.spec.layout import BY_STAGE, LayoutBatch
@@ -50,6 +51,8 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     answers = []
     for name, changed in changes(world.cluster):
         again = _estimates(run, changed, layouts, alike)
+        if changed.accelerator.memory_bytes > world.cluster.accelerator.memory_bytes:
+            again = with_stages_apart(again)  # fewer stages have to recompute
         own = again.step_time_s[place]
         times = np.where(again.fits, again.step_time_s, np.inf)
         times[place] = own  # the winner stays whatever its memory: it fitted, and no change takes memory away
@@ -60,7 +63,7 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
                 name=name,
                 winner_change=float(own / best_s - 1.0),
                 search_change=float(times[first] / best_s - 1.0),
-                new_winner=None if stays else layouts.layout(first).describe(),
+                new_winner=None if stays else again.case.lay.layout(first).describe(),
             )
         )
     return tuple(sorted(answers, key=lambda answer: answer.search_change))

@@ -2,7 +2,7 @@
 
 The same figures as `perf.estimate`'s, taken apart by stage: compute and tensor-parallel messages of a micro-batch, or
 the host's launches where those take longer. After the pipeline come the gradients that nothing hid, and the optimizer;
-ZeRO 3's gathers, which every slot has a part of, stand there too.
+what messages beside the compute cost it and ZeRO 3's gathers, which every slot has a part of, stand there too.
 """
 
 from __future__ import annotations
@@ -24,23 +24,27 @@ from bloomery.perf.memory import memory_of
 from bloomery.perf.messages import inner_messages, sends
 from bloomery.perf.ranks import Ranks
 from bloomery.planner.timeline import StageTimes, Timeline, in_flight, simulate
-from bloomery.spec.components import COMPUTE
+from bloomery.spec.components import COMPONENTS, COMPUTE
 from bloomery.spec.layout import stages_of
 from bloomery.spec.splits import Splits
 
-AFTER = ("dp_comm", "optimizer", "other")
-"""Components of a step that follow its pipeline, in their order."""
+BESIDE = "beside the compute"
+AFTER: dict[str, str] = {
+    BESIDE: "what messages beside the compute cost it, and copies and calls around those that ZeRO sends",
+    **{name: COMPONENTS[name] for name in ("dp_comm", "optimizer", "other")},
+}
+"""What follows a step's pipeline, in its order: `BESIDE`, which the slots leave out, then components."""
 
 
 @dataclass(frozen=True)
 class Step:
     """One layout's step: the pipeline slot by slot, what follows it on every rank, and memory on each pipeline rank.
 
-    `after_s`: seconds of the components in `AFTER`. `memory`: for each rank the (time, bytes) at which its use changes.
+    `after_s`: seconds of what is in `AFTER`. `memory`: for each rank the (time, bytes) at which its use changes.
     `step_time_s` is the estimate's, by the closed form; `end_s` is the simulation's, which has every rank's slack and
-    every send in its place and leaves out what messages beside the compute cost it. It is mostly less than 2 % below
-    the other (up to 7 % where ends are uneven or micro-batches fewer than stages), on a V less than 5 % (from 11 %
-    below to 5 % above), under ZeRO 3, whose gathers fill a long pipeline too, less than 14 % (up to 40 %).
+    every send in its place. Without a pipeline they are the same; with one `end_s` is mostly less than 2 % below the
+    other (up to 7 % where ends are uneven or micro-batches fewer than stages), on a V less than 5 % (from 11 % below to
+    5 % above), under ZeRO 3, whose gathers fill a long pipeline too, less than 14 % (up to 40 %).
     """
 
     timeline: Timeline
@@ -64,8 +68,8 @@ def planned_step(estimates: Estimates, i: int) -> Step:
     times = stage_times(estimates.case, i)
     m = int(case.micro_batches[0])
     timeline = simulate(layout, m, times)
-    pipeline_s = sum(float(estimates.components[name][i]) for name in COMPUTED)
-    after = {name: float(estimates.components[name][i]) for name in AFTER}
+    found = {name: float(seconds[i]) for name, seconds in estimates.components.items()}
+    after = {name: estimates.beside_s(i) if name == BESIDE else found[name] for name in AFTER}
     parts = memory_of(case, case.ranks(np.arange(layout.pp)))
     return Step(
         timeline=timeline,
@@ -74,12 +78,8 @@ def planned_step(estimates: Estimates, i: int) -> Step:
         memory=_memory(case, _kept_by_stages(estimates.case, i), timeline),
         memory_parts=tuple({name: float(values[rank]) for name, values in parts.items()} for rank in range(layout.pp)),
         memory_limit_bytes=case.accelerator.memory_bytes,
-        step_time_s=pipeline_s + sum(after.values()),
+        step_time_s=sum(found.values()),
     )
-
-
-COMPUTED = ("ideal", "kernel", "recompute", "tp_comm", "cp_comm", "ep_comm", "pp_comm", "bubble")
-"""Components of a step that are inside its pipeline (`kernel` with what overlapped messages cost the compute)."""
 
 
 def stage_times(whole: Case, i: int) -> StageTimes:
@@ -129,7 +129,8 @@ def _stages(whole: Case, i: int) -> tuple[Ranks, Case]:
     case = _copies(whole, i, n)
     split = tuple(len(layers) for layers in ranges)
     one = np.ones(n, dtype=np.int64)
-    unrolled = replace(case.lay, pp=n * one, vpp=one, schedule=0 * one, stage_layers=Splits.of([split] * n))
+    alone: dict[str, Any] = {"stage_layers": Splits.of([split] * n), "world_size": case.lay.world_size}
+    unrolled = case.lay.having(pp=n * one, vpp=one, schedule=0 * one, **alone)
     case = replace(case, lay=unrolled)
     return case.ranks(np.arange(n)), case
 

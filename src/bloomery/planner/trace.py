@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bloomery.planner.step_timeline import Step
-from bloomery.spec.components import COMPONENTS
+from bloomery.planner.step_timeline import AFTER, Step
 
 US = 1e6
 GIB = float(2**30)
@@ -78,7 +77,7 @@ def _after(step: Step) -> Iterator[dict[str, Any]]:
                     "cat": "step",
                     "ts": begin * US,
                     "dur": seconds * US,
-                    "args": {"meaning": COMPONENTS[name]},
+                    "args": {"meaning": AFTER[name]},
                 }
         begin += seconds
 

@@ -230,7 +230,7 @@ class LayoutBatch:
     def __len__(self) -> int:
         return len(next(iter(vars(self).values())))
 
-    @property
+    @cached_property
     def world_size(self) -> np.ndarray:
         """Ranks of each layout, shape (n,)."""
         return self.tp * self.pp * self.dp * self.cp

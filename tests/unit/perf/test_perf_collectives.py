@@ -1,11 +1,14 @@
 """Collective times against rings counted by hand, and where groups lie on nodes."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bloomery.perf.collectives import Group, collective_s, group_of
+from bloomery.planner.enumerate import divisors
 from bloomery.spec.cluster import Accelerator, Cluster, CollectiveName, Tier
 from bloomery.spec.layout import Layout, LayoutBatch
 
@@ -203,6 +206,39 @@ def test_members_of_a_node_are_those_that_numbering_the_ranks_puts_there(outermo
         assert found.size[0] == members.size, axis
         for node in (1, 2, 4, 8, 16, 32):
             assert found.members(node)[0] == np.count_nonzero(members < node), (axis, node)
+
+
+@pytest.mark.parametrize("outermost", ["pp", "dp"])
+@pytest.mark.parametrize(("world", "span"), [(24, 8), (48, 8), (144, 72), (6, 8)])
+def test_members_are_those_in_the_unit_that_has_fewest_of_the_group_that_edges_cut_worst(
+    world: int, span: int, outermost: str
+) -> None:
+    for tp, pp, dp in product(divisors(world), repeat=3):
+        if world % (tp * pp * dp):
+            continue
+        degrees = {"pp": pp, "dp": dp, "cp": world // (tp * pp * dp), "tp": tp}
+        lay = LayoutBatch.of([Layout(**degrees, outermost=outermost)])
+        order = ["pp", "dp", "cp", "tp"] if outermost == "pp" else ["dp", "pp", "cp", "tp"]
+        ranks = np.arange(world).reshape([degrees[axis] for axis in order])
+        for axis in ("tp", "cp", "pp"):
+            groups = np.moveaxis(ranks, order.index(axis), -1).reshape(-1, degrees[axis])
+            counts = np.array([np.bincount(one // span, minlength=world // span + 1) for one in groups])
+            assert group_of(lay, axis).members(span)[0] == counts[counts > 0].min(), (degrees, axis)
+
+
+def test_tensor_parallel_groups_that_cross_nodes_pay_for_the_network() -> None:
+    lay = LayoutBatch.of([Layout(tp=3, dp=8), Layout(tp=6, dp=4), Layout(tp=4, dp=6)])
+    three, six, four = collective_s(cluster(), "all_reduce", group_of(lay, "tp"), 1e9)
+    assert four < 1e9 / 50e9 and min(three, six) > 1e9 / (10e9 * 2 / 8) / 2
+    one = LayoutBatch.of([Layout(tp=3, dp=2)])
+    assert collective_s(cluster(), "all_reduce", group_of(one, "tp"), 1e9)[0] < four
+
+
+def test_groups_do_not_cross_racks_that_a_job_does_not_fill() -> None:
+    """256 ranks in racks of 72, as published runs with experts on 64 ranks were placed; 576 fill theirs."""
+    some, full = (LayoutBatch.of([Layout(dp=dp, ep=64)]) for dp in (256, 576))
+    assert group_of(some, "ep").members(72)[0] == 64
+    assert group_of(full, "ep").members(72)[0] == 8
 
 
 def test_replicas_lie_outside_the_ranks_that_zero_cuts_over() -> None:

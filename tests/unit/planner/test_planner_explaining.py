@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bloomery.cli.plan_figures import pareto
 from bloomery.planner import sensitivity
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.planner.families import losing_families
@@ -77,6 +79,20 @@ def test_one_world_size_is_kept_and_shown_points_are_of_the_front() -> None:
     assert min(p.memory_bytes for p in shown) == min(p.memory_bytes for p in front.points)
 
 
+@pytest.mark.filterwarnings("error")
+def test_where_failures_leave_no_time_the_front_has_neither_days_nor_money_and_is_still_one() -> None:
+    usual = pareto_front(example("llama3-8b"), world_size=8, runnable_only=False)
+    never = pareto_front(
+        example("llama3-8b", "cluster.failures_per_1000_node_days=1e9"), world_size=8, runnable_only=False
+    )
+    assert [point.layout for point in never.points] == [point.layout for point in usual.points]
+    for point in never.points:
+        assert (point.days, point.accelerator_hours, point.cost, point.goodput) == (None, None, None, 0.0)
+    assert len(list(spread(never.points, 5))) == 5
+    drawn = [pareto(never, against) for against in ("memory", "money")]
+    assert "Infinity" not in json.dumps(drawn) and "never" in drawn[1]["data"][0]["text"][0]
+
+
 @pytest.mark.parametrize("name", ["yuan-1.0", "llama3-8b", "demo"])
 def test_a_better_machine_is_never_slower_and_a_tenth_gives_at_most_a_tenth(name: str) -> None:
     run = example(name)
@@ -93,6 +109,26 @@ def test_looking_only_at_layouts_near_the_winner_finds_what_looking_at_all_finds
     near = sensitivities(run, found)
     monkeypatch.setattr(sensitivity, "WITHIN", np.inf)
     assert sensitivities(run, found) == near
+
+
+def test_more_memory_gives_what_a_search_with_it_finds_stage_by_stage_too(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {layers: 10, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 262144, max_seq_len: 2048}\n"
+        "cluster: {extends: generic-8xa100, accelerator: {extends: a100-80gb, memory_bytes: 7.05e9}}\n"
+        "layout: auto\n"
+        "data: {vocab: 262144}\n"
+        "train: {seq_len: 2048, global_batch: 16, steps: 1000}\n"
+    )
+    run = catalog.read_run(path)
+    found = search(run, runnable_only=False)
+    room = next(one for one in sensitivities(run, found) if "memory capacity" in one.name)
+    larger = catalog.read_run(path, [f"cluster.accelerator.memory_bytes={1.1 * 7.05e9}"])
+    now_s, then_s = (
+        world.estimates.step_time_s[best] for world, best in (found.winner, search(larger, runnable_only=False).winner)
+    )
+    assert room.search_change == pytest.approx(then_s / now_s - 1.0)
+    assert room.new_winner is not None and room.new_winner.endswith("recompute-selective+none")
 
 
 @given(st.floats(1.0, 4.0), st.sampled_from(["bandwidth_bytes_per_s", "latency_s"]))
