@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.readers import Account, shown, text_files
+from bloomery.data.readers import Account, default_sources, shown, text_files
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
@@ -28,6 +28,13 @@ MADE_PAIRS = 4000
 def pair_limit(max_pairs: int | None, pairs_file: str) -> int | None:
     """The most pairs that are kept: all that the user gives, unless a number is said."""
     return max_pairs or (None if pairs_file else MADE_PAIRS)
+
+
+def sources_of(data: Data) -> list[Path]:
+    """Where the text lies. Raises InputError for an empty name, which would be the folder that this runs in."""
+    if not all(data.text):
+        raise InputError("a folder or file of text is expected, this name is empty", where="data.text", found="")
+    return [Path(text).expanduser() for text in data.text] or default_sources()
 
 
 def origin_of(
@@ -59,10 +66,20 @@ def other_text(origin: dict[str, Any], data: Data) -> str:
     built = origin["text"]
     if built is None or built == list(data.text) or origin["places"] == _places(data.text):
         return ""
-    if data.text and _has_moved(origin, data):
-        return ""
+    if data.text and _listing_of(data) == origin["listing"]:
+        return ""  # the same files in another place
     own = "this machine's own"
     return f"data.text {', '.join(built) or own}, now {', '.join(data.text) or own}"
+
+
+def other_shards(origin: dict[str, Any], data: Data) -> str:
+    """Why a build of today would give other shards than those of an earlier one; empty: it would not."""
+    if not origin:
+        return ""
+    for name in DECISIVE:
+        if origin[name] != getattr(data, name):
+            return f"data.{name} {origin[name]}, now {getattr(data, name)}"
+    return "" if _listing_of(data) in ("", origin["listing"]) else "of other text"
 
 
 def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
@@ -117,10 +134,9 @@ def _listing(files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _has_moved(origin: dict[str, Any], data: Data) -> bool:
-    """Whether the same files lie in another place."""
+def _listing_of(data: Data) -> str:
+    """The listing of the text that a description names; empty where that is not here."""
     try:
-        files = text_files([Path(text).expanduser() for text in data.text], Account())
-        return bool(origin["listing"] == _listing(files))
+        return _listing(text_files(sources_of(data), Account()))
     except InputError:
-        return False
+        return ""

@@ -12,6 +12,7 @@ import pytest
 
 from bloomery.cli import main as command_line
 from bloomery.cluster.prepare import prepare_pretraining
+from bloomery.cluster.supervisor import run_lock
 from bloomery.data.shards import TokenDataset
 from bloomery.data.tokenizer import load
 from bloomery.spec.catalog import read_run
@@ -56,10 +57,17 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
+def begun(run_file: Path) -> Path:
+    """As if the run had been trained for some steps. Returns its folder."""
+    folder, _ = prepare_pretraining(read_run(run_file), world_size=None, fresh=False)
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    return folder
+
+
 def trained(run_file: Path) -> Path:
     """As if the run had been trained. Returns its folder."""
-    folder, _ = prepare_pretraining(read_run(run_file), world_size=None, fresh=False)
-    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    folder = begun(run_file)
+    (folder / "events.jsonl").write_text('{"event": "finished", "step": 2}\n')
     return folder
 
 
@@ -76,6 +84,46 @@ def test_a_trained_run_keeps_its_tokenizer_unless_told_otherwise(
     assert "tiny.yaml: data.vocab: checkpoints in runs/tiny were trained with" in capsys.readouterr().err
     assert called("build", run_file, "--text", "other", "--fresh") == 0
     assert tokenizer.read_bytes() != before
+
+
+def test_a_run_that_goes_on_keeps_the_shards_it_began_with_unless_told_otherwise(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    manifest = begun(run_file) / "data" / "train" / "manifest.json"
+    before = manifest.read_bytes()
+    assert called("build", run_file, "--text", "other") == 2
+    assert "runs/tiny/data: training in runs/tiny is to go on with these shards" in capsys.readouterr().err
+    Path("text/0.txt").write_text("More of it than there was. " * 90)
+    assert called("build", run_file) == 2
+    assert manifest.read_bytes() == before
+    assert called("build", run_file, "--fresh") == 0
+    assert manifest.read_bytes() != before
+
+
+def test_a_damaged_build_is_mended_under_a_run_that_goes_on(called: Called, run_file: Path) -> None:
+    assert called("build", run_file) == 0
+    manifest = begun(run_file) / "data" / "train" / "manifest.json"
+    before = json.loads(manifest.read_text())["content_hash"]
+    (manifest.parent / "tokens_000.bin").write_bytes(b"")
+    assert called("build", run_file) == 0
+    assert json.loads(manifest.read_text())["content_hash"] == before
+
+
+@pytest.mark.parametrize("stage", [".", "align/sft"])
+def test_nothing_is_built_while_the_run_or_a_stage_of_it_trains(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    assert called("build", run_file) == 0
+    place = trained(run_file) / stage
+    with run_lock(place):
+        assert called("build", run_file, "--text", "other", "--fresh") == 2
+        assert "another process" in capsys.readouterr().err
+        assert called("build", run_file, "--text", "other", "--out", "shards") == 0
+
+
+def test_data_may_lie_in_the_folder_of_their_run(called: Called, run_file: Path) -> None:
+    assert called("build", run_file, "--set", "data.folder=runs/tiny") == 0
 
 
 def test_shards_elsewhere_have_a_tokenizer_of_their_own(called: Called, run_file: Path) -> None:
