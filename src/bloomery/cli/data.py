@@ -56,8 +56,7 @@ def build(
     with _run_held(run, folder), _progress() as tell:
         tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
         _check_vocabulary(run, tokenizer, run_file)
-        if not fresh:
-            _check_unfinished(run, data, folder)
+        _check_imported(run, folder) if fresh else _check_unfinished(run, data, folder)
         report = build_data(
             data,
             folder,
@@ -95,6 +94,20 @@ def _run_held(run: Run, folder: Path) -> Iterator[None]:
             if place.resolve() != folder.resolve():
                 held.enter_context(run_lock(place))
         yield
+
+
+def _check_imported(run: Run, folder: Path) -> None:
+    """Raise InputError when another tokenizer would take the place of one that came with imported weights: nothing
+    could make it again, and no other reads them."""
+    from bloomery.cluster.prepare import run_folder
+    from bloomery.data.tokenizer import TOKENIZER_FILE
+    from bloomery.spec.commit import imported_checkpoint
+    from bloomery.spec.errors import InputError
+
+    home = run_folder(run)
+    if _is_own(run, folder) and (folder / TOKENIZER_FILE).is_file() and imported_checkpoint(home / "checkpoints"):
+        problem = f"the weights imported to {home} need the tokenizer they came with: build without --fresh"
+        raise InputError(problem, where=str(folder / TOKENIZER_FILE))
 
 
 def _check_unfinished(run: Run, data: Data, folder: Path) -> None:

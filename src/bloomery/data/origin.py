@@ -21,6 +21,9 @@ from bloomery.spec.seal import sha256_of
 DECISIVE = ("vocab", "max_bytes", "holdout", "shard_tokens", "min_characters")
 """What of a description, besides the text, decides the shards."""
 
+TOKENIZER = "tokenizer.json"
+"""As `data.tokenizer` has it, whose library takes long to load."""
+
 MADE_PAIRS = 4000
 """So many pairs made from the text are kept unless more or fewer are asked for."""
 
@@ -100,7 +103,7 @@ def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
 
 def tokenizer_hash(folder: Path) -> str:
     """The hash of a data folder's tokenizer; empty where there is none."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     return sha256_of(path) if path.is_file() else ""
 
 
@@ -109,8 +112,9 @@ def check_tokenizer(run_dir: Path, folder: Path) -> None:
     path = run_dir / JOB_FILE
     known = str(read_json(path).get("tokenizer_hash", "")) if path.is_file() else ""
     if known and tokenizer_hash(folder) not in ("", known):
-        problem = "not the tokenizer this run was trained with: the data were built again; `bloomery train --fresh`"
-        raise InputError(f"{problem} starts over", where=str(folder / "tokenizer.json"))
+        problem = "not the tokenizer this run was trained with: the data were built again"
+        remedy = "`bloomery data build --fresh` of this run makes it again from the same text"
+        raise InputError(f"{problem}; {remedy}, `bloomery train --fresh` starts over", where=str(folder / TOKENIZER))
 
 
 def check_one_build(folder: Path) -> None:

@@ -16,7 +16,9 @@ from bloomery.cluster.supervisor import run_lock
 from bloomery.data.shards import TokenDataset
 from bloomery.data.tokenizer import load
 from bloomery.spec.catalog import read_run
+from bloomery.spec.commit import FORMAT, IMPORTED, Commit, write_commit
 from bloomery.spec.files import to_yaml
+from bloomery.spec.layout import Layout
 
 Called = Callable[..., int]
 
@@ -149,6 +151,39 @@ def test_an_imported_model_keeps_the_tokenizer_it_came_with(called: Called, run_
     assert (folder / "data" / "tokenizer.json").read_bytes() == before
     dataset, tokenizer = TokenDataset(folder / "data" / "train", seq_len=64, seed=0), load(folder / "data")
     assert "Steel holds" in tokenizer.decode(dataset.sample(0)[0].tolist())
+
+
+def test_the_tokenizer_of_imported_weights_stays_even_where_another_is_asked_for(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    tokenizer = trained(run_file) / "data" / "tokenizer.json"
+    before, weights = tokenizer.read_bytes(), Path("runs/tiny/checkpoints/step_000000")
+    weights.mkdir()
+    made = Commit(
+        format=FORMAT, step=0, cursor=0, run_hash=IMPORTED, data_hash=IMPORTED, layout=Layout(), guard={}, tensors={},
+        files={},
+    )  # fmt: skip
+    write_commit(weights, made)
+    assert called("build", run_file, "--text", "other", "--fresh") == 2
+    assert "tokenizer.json: the weights imported to runs/tiny need the tokenizer" in capsys.readouterr().err
+    assert tokenizer.read_bytes() == before
+    assert called("build", run_file, "--text", "other", "--fresh", "--out", "shards") == 0
+
+
+def test_a_tokenizer_that_another_run_s_build_took_away_is_made_again(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--set", "data.folder=shared")
+    assert called("build", run_file, *shared) == 0
+    before = Path("shared/tokenizer.json").read_bytes()
+    run_file.write_text(run_file.read_text().replace("data:", "data:\n  folder: shared"))
+    trained(run_file)
+    assert called("build", run_file, "--set", "name=other", "--set", "data.vocab=300") == 0
+    assert called("build", run_file) == 2
+    assert "`bloomery data build --fresh` of this run makes it again" in capsys.readouterr().err
+    assert called("build", run_file, "--fresh") == 0
+    assert Path("shared/tokenizer.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["pairs/tokens.bin", "pairs/pairs.jsonl", "tokenizer.json", "heldout/documents.jsonl"])
