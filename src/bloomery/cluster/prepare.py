@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.booking import START_FILE
-from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs
+from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs, require_today_s_text
 from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
 from bloomery.data.origin import tokenizer_hash
@@ -182,6 +182,8 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     dtype = _dtype(run, layout)
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
+    if fresh or not _has_begun(folder):
+        require_today_s_text(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
     course = run.train.course
     expected = predicted(resolved, layout, dtype) | {"first_step": course.last.first_step}
@@ -265,7 +267,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
         if fresh:
             forget_copies(folder)
             _clear(folder)
-        elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
+        elif _has_begun(folder):
             earlier = read_job(folder)
             changed = ", ".join(job.changes_since(earlier))
             if changed:
@@ -279,6 +281,11 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
         write_job(folder, job)
     return job
+
+
+def _has_begun(folder: Path) -> bool:
+    """True when a stage has been trained and saved; imported weights alone are none of its own."""
+    return bool(checkpoint_folders(folder / "checkpoints")) and (folder / JOB_FILE).is_file()
 
 
 def is_finished(folder: Path) -> bool:

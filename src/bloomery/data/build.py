@@ -27,7 +27,7 @@ from bloomery.data.corpus import (
     text_bytes,
     unfit,
 )
-from bloomery.data.origin import check_one_build, origin_of, pair_limit, sources_of, tokenizer_hash
+from bloomery.data.origin import check_one_build, origin_of, pair_limit, said_of, sources_of, tokenizer_hash
 from bloomery.data.readers import SUFFIXES, Account, Document, read_documents, shown, some, text_files
 from bloomery.data.shards import verify, write_tokens
 from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, load, train
@@ -106,8 +106,7 @@ def build(
     if finished and _is_same(finished, fingerprints, seq_len, kept):
         damage = _damage(folder, finished, kept=kept, alike=finished.fingerprint == fingerprints[0])
         if not damage:
-            finished.reused = True
-            return finished
+            return _reused(folder, finished, said_of(data, described=described))
     _check_space(data, files, folder)
     report = Report(fingerprints[0], [shown(source) for source in sources], tokenizer_kept=kept)
     report.origin = origin_of(data, files, described=described, pairs_file=pairs_file, max_pairs=limit, seq_len=seq_len)
@@ -126,6 +125,16 @@ def build(
         write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     report.rebuilt = damage
     return report
+
+
+def _reused(folder: Path, finished: Report, said: dict[str, Any]) -> Report:
+    """A finished build that is used again: as the text is named today, so are the shards of it asked for later."""
+    if finished.origin and finished.origin != {**finished.origin, **said}:
+        finished.origin |= said
+        with one_writer(folder):
+            write_atomically(folder / REPORT_FILE, sealed_json(finished.to_json()))
+    finished.reused = True
+    return finished
 
 
 def _read(

@@ -46,14 +46,18 @@ def origin_of(
     """What the report keeps. `described`: False where the text was named for this build alone, by no description."""
     return {
         **{name: getattr(data, name) for name in DECISIVE},
-        "text": [shown(name) for name in data.text] if described else None,
-        "places": _places(data.text),
+        **said_of(data, described=described),
         "listing": _listing(files),
         "pairs": pairs_file,
         "pairs_hash": sha256_of(Path(pairs_file)) if pairs_file else "",
         "max_pairs": max_pairs,
         "seq_len": seq_len,
     }
+
+
+def said_of(data: Data, *, described: bool) -> dict[str, Any]:
+    """How the text is named: None where no description does."""
+    return {"text": [shown(name) for name in data.text] if described else None, "places": _places(data.text)}
 
 
 def other_text(origin: dict[str, Any], data: Data) -> str:
@@ -73,6 +77,14 @@ def other_text(origin: dict[str, Any], data: Data) -> str:
         return ""  # the same files in another place
     own = "this machine's own"
     return f"data.text {', '.join(built) or own}, now {', '.join(data.text) or own}"
+
+
+def other_files(origin: dict[str, Any], data: Data) -> str:
+    """How the files of the text that a description names differ from those built, which were named the same; empty:
+    they do not, or are not here."""
+    if not origin or not data.text or origin["text"] is None or _listing_of(data) in ("", origin["listing"]):
+        return ""
+    return f"data.text {', '.join(data.text)} holds other files now"
 
 
 def other_shards(origin: dict[str, Any], data: Data) -> str:

@@ -213,6 +213,23 @@ def test_shards_of_another_text_are_not_trained_on(run: Run, values: dict[str, o
         prepare.prepare_pretraining(redescribed(run, **values), world_size=None, fresh=False)
 
 
+def test_text_that_changed_under_its_name_is_built_again_before_a_run_begins_and_not_asked_for_when_it_goes_on(
+    run: Run,
+) -> None:
+    data, grown = prepare.data_folder(run), Path(run.data.text[0]) / "0.txt"
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    grown.write_text("More of it than there was. " * 90)
+    words = r"built from other text \(data\.text .*text holds other files now\); `bloomery data build"
+    with pytest.raises(InputError, match=words):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    with pytest.raises(InputError, match=words):
+        prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    build(run.data, data)
+    prepare.prepare_pretraining(run, world_size=None, fresh=True)
+
+
 def test_the_same_text_in_another_place_or_spelling_is_no_other_text(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
