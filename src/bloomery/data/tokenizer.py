@@ -68,8 +68,9 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        """The token that fills what is empty."""
-        return self._id(PAD)
+        """The token that fills what is empty: any will do, for nothing is learnt there."""
+        found = self.find(PAD)
+        return self.end if found is None else found
 
     @property
     def has_turns(self) -> bool:
