@@ -14,6 +14,7 @@ from bloomery.cluster.booking import START_FILE
 from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs, require_today_s_text
 from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
+from bloomery.data.order import nth_seed
 from bloomery.data.origin import tokenizer_hash
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
@@ -234,6 +235,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         update={
             "name": stage.name,
             "kind": "pairs",
+            "seed": _stage_seed(run, stage, folder, fresh=fresh),
             "data": str(data / "pairs"),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "pairs"),
@@ -247,6 +249,14 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
+
+
+def _stage_seed(run: Run, stage: AlignStage, folder: Path, *, fresh: bool) -> int:
+    """An order of pairs for each stage, or the second would begin with those that the first has just been trained on.
+    One that began when all had the first one's goes on in it."""
+    number = [one.name for one in run.align].index(stage.name)
+    began = None if fresh or not _has_begun(folder) else read_job(folder).seed
+    return run.train.seed if began == run.train.seed else nth_seed(run.train.seed, number)
 
 
 def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str = "", fresh: bool) -> Job:

@@ -18,9 +18,10 @@ from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml
 from bloomery.spec.float8 import Float8
+from bloomery.spec.job import Job, read_job, write_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.parameters import all_parameters
-from bloomery.spec.run import Optimizer, Run
+from bloomery.spec.run import AlignStage, Optimizer, Run
 from bloomery.spec.seal import write_sums
 
 
@@ -297,6 +298,24 @@ def test_an_alignment_from_other_weights_is_refused_and_begins_with_fresh(run: R
         prepare.prepare_alignment(run, stage, initial, target, fresh=False)
     prepare.prepare_alignment(run, stage, initial, target, fresh=True)
     assert not (target / "checkpoints").exists()
+
+
+def test_each_alignment_stage_has_its_own_order_and_one_that_began_in_the_first_one_s_goes_on_in_it(
+    run: Run, tmp_path: Path
+) -> None:
+    stages = tuple(run.align[0].model_copy(update={"name": name}) for name in ("one", "two", "three"))
+    several, initial = run.model_copy(update={"align": stages}), checkpoint(tmp_path / "step_000002", "{}")
+
+    def prepared(stage: AlignStage, *, fresh: bool = False) -> Job:
+        return prepare.prepare_alignment(several, stage, initial, tmp_path / stage.name, fresh=fresh)[1]
+
+    seeds = [prepared(stage).seed for stage in stages]
+    assert len(set(seeds)) == 3 and seeds[0] == run.train.seed
+    assert prepared(stages[1]).seed == seeds[1]
+    write_job(tmp_path / "two", read_job(tmp_path / "two").model_copy(update={"seed": run.train.seed}))
+    (tmp_path / "two" / "checkpoints" / "step_000001").mkdir(parents=True)
+    assert prepared(stages[1]).seed == run.train.seed
+    assert prepared(stages[1], fresh=True).seed == seeds[1]
 
 
 def test_a_tokenizer_that_was_exchanged_under_a_run_is_noticed(run: Run, tmp_path: Path) -> None:
