@@ -87,11 +87,10 @@ def _run_held(run: Run, folder: Path) -> Iterator[None]:
     from bloomery.cluster.supervisor import run_lock
 
     home = run_folder(run)
-    places = [home, *sorted(path for path in (home / "align").glob("*") if path.is_dir())]
     with ExitStack() as held:
-        # The build holds the data's folder itself.
-        for place in places if _is_own(run, folder) else ():
-            if place.resolve() != folder.resolve():
+        for place in (home, *sorted((home / "align").glob("*"))) if _is_own(run, folder) else ():
+            # A run that has no folder yet is not trained; the build holds the data's folder itself.
+            if place.is_dir() and place.resolve() != folder.resolve():
                 held.enter_context(run_lock(place))
         yield
 

@@ -124,6 +124,11 @@ def test_nothing_is_built_while_the_run_or_a_stage_of_it_trains(
         assert called("build", run_file, "--text", "other", "--out", "shards") == 0
 
 
+def test_what_is_refused_leaves_no_folder_behind(called: Called, run_file: Path) -> None:
+    assert called("build", run_file, "--text", "nowhere") == 2
+    assert not Path("runs").exists()
+
+
 def test_data_may_lie_in_the_folder_of_their_run(called: Called, run_file: Path) -> None:
     assert called("build", run_file, "--set", "data.folder=runs/tiny") == 0
 
