@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from bloomery.data.corpus import Progress
     from bloomery.data.tokenizer import Tokenizer
-    from bloomery.spec.run import Run, Train
+    from bloomery.spec.run import Data, Run, Train
 
 app = typer.Typer(
     add_completion=False,
@@ -51,14 +51,14 @@ def build(
     require_names([] if out is None else [out], "--out")
     run = read_run(run_file, set_ or [])
     folder = data_folder(run) if out is None else Path(out)
-    tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
-    _check_vocabulary(run, tokenizer, run_file)
-    if text:
-        run = run.model_copy(update={"data": run.data.model_copy(update={"text": tuple(text)})})
+    data = run.data.model_copy(update={"text": tuple(text)}) if text else run.data
     stage = run.align[0] if run.align else AlignStage()
-    with _progress() as tell:
+    with _run_held(run, folder), _progress() as tell:
+        tokenizer = None if fresh else _tokenizer_to_keep(run, folder, run_file)
+        _check_vocabulary(run, tokenizer, run_file)
+        _check_imported(run, folder) if fresh else _check_unfinished(run, data, folder)
         report = build_data(
-            run.data,
+            data,
             folder,
             described=not text,
             pairs_file=stage.pairs,
@@ -70,12 +70,73 @@ def build(
     print_json(report.to_json()) if as_json else _show(report.to_json(), folder)
 
 
+def _is_own(run: Run, folder: Path) -> bool:
+    """Whether a folder is the one that the run reads its data from."""
+    from bloomery.cluster.prepare import data_folder
+
+    return folder.resolve() == data_folder(run).resolve()
+
+
+@contextmanager
+def _run_held(run: Run, folder: Path) -> Iterator[None]:
+    """No training of the run or of its stages while its data are built: it would start again with others.
+
+    Raises InputError when there is one.
+    """
+    from bloomery.cluster.prepare import run_folder
+    from bloomery.cluster.supervisor import run_lock
+
+    home = run_folder(run)
+    with ExitStack() as held:
+        for place in (home, *sorted((home / "align").glob("*"))) if _is_own(run, folder) else ():
+            # A run that has no folder yet is not trained; the build holds the data's folder itself.
+            if place.is_dir() and place.resolve() != folder.resolve():
+                held.enter_context(run_lock(place))
+        yield
+
+
+def _check_imported(run: Run, folder: Path) -> None:
+    """Raise InputError when another tokenizer would take the place of one that came with imported weights: nothing
+    could make it again, and no other reads them."""
+    from bloomery.cluster.prepare import run_folder
+    from bloomery.data.tokenizer import TOKENIZER_FILE
+    from bloomery.spec.commit import imported_checkpoint
+    from bloomery.spec.errors import InputError
+
+    home = run_folder(run)
+    if _is_own(run, folder) and (folder / TOKENIZER_FILE).is_file() and imported_checkpoint(home / "checkpoints"):
+        problem = f"the weights imported to {home} need the tokenizer they came with: build without --fresh"
+        raise InputError(problem, where=str(folder / TOKENIZER_FILE))
+
+
+def _check_unfinished(run: Run, data: Data, folder: Path) -> None:
+    """Raise InputError when the build would take the shards away that training, unfinished, has to go on with."""
+    from bloomery.cluster.prepare import is_finished, run_folder
+    from bloomery.data.build import read_report
+    from bloomery.data.origin import other_shards
+    from bloomery.data.shards import MANIFEST
+    from bloomery.spec.commit import checkpoint_folders
+    from bloomery.spec.errors import InputError
+    from bloomery.spec.files import read_json
+    from bloomery.spec.job import JOB_FILE
+
+    home, manifest = run_folder(run), folder / "train" / MANIFEST
+    begun = (home / JOB_FILE).is_file() and checkpoint_folders(home / "checkpoints") and not is_finished(home)
+    if not begun or not _is_own(run, folder) or not manifest.is_file():
+        return
+    report = read_report(folder)
+    change = other_shards(report.origin, data) if report else ""
+    if change and read_json(home / JOB_FILE).get("data_hash") == read_json(manifest)["content_hash"]:
+        problem = f"training in {home} is to go on with these shards, and the new ones would be others ({change})"
+        raise InputError(f"{problem}; --fresh builds them, for `bloomery train --fresh`", where=str(folder))
+
+
 def _tokenizer_to_keep(run: Run, folder: Path, run_file: Path) -> Tokenizer | None:
     """The tokenizer that the run's checkpoints were trained with; None where there are none, or their data are others.
 
     Raises InputError when the description asks for another size.
     """
-    from bloomery.cluster.prepare import data_folder, run_folder
+    from bloomery.cluster.prepare import run_folder
     from bloomery.data.build import read_report
     from bloomery.data.origin import check_tokenizer
     from bloomery.data.tokenizer import TOKENIZER_FILE, load
@@ -83,7 +144,7 @@ def _tokenizer_to_keep(run: Run, folder: Path, run_file: Path) -> Tokenizer | No
     from bloomery.spec.errors import InputError
 
     home = run_folder(run)
-    is_own = folder.resolve() == data_folder(run).resolve() and (folder / TOKENIZER_FILE).is_file()
+    is_own = _is_own(run, folder) and (folder / TOKENIZER_FILE).is_file()
     if not is_own or not checkpoint_folders(home / "checkpoints"):
         return None
     check_tokenizer(home, folder)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from bloomery.data.origin import check_one_build, check_tokenizer, other_pairs, other_text
+from bloomery.data.origin import check_one_build, check_tokenizer, other_files, other_pairs, other_text
 from bloomery.data.pairs import PairDataset
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
@@ -28,12 +29,27 @@ def require_pairs(run: Run, folder: Path, data: Path) -> None:
 
 def _require_same_origin(run: Run, data: Path) -> None:
     """Raise InputError when shards and pairs were built from something else than the run's description names."""
-    path = data / "report.json"
-    origin = read_json(path).get("origin", {}) if path.is_file() else {}
+    origin = _origin(data)
     text, pairs = other_text(origin, run.data), other_pairs(origin, run.align[0]) if run.align else ""
     if text or pairs:
-        problem = f"built from other {'text' if text else 'pairs'} ({text or pairs})"
-        raise InputError(f"{problem}; `bloomery data build RUN.yaml` builds it again", where=str(data))
+        raise _built_from_other(f"{'text' if text else 'pairs'} ({text or pairs})", data)
+
+
+def require_today_s_text(run: Run, data: Path) -> None:
+    """Raise InputError when the files that the run's description names have changed since the shards were built of
+    them. A run that goes on asks for the shards it began with instead, whatever became of their text."""
+    change = other_files(_origin(data), run.data)
+    if change:
+        raise _built_from_other(f"text ({change})", data)
+
+
+def _origin(data: Path) -> dict[str, Any]:
+    path = data / "report.json"
+    return read_json(path).get("origin", {}) if path.is_file() else {}
+
+
+def _built_from_other(what: str, data: Path) -> InputError:
+    return InputError(f"built from other {what}; `bloomery data build RUN.yaml` builds it again", where=str(data))
 
 
 def require_data(run: Run, data: Path) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bloomery.cluster.booking import START_FILE
-from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs
+from bloomery.cluster.built_data import manifest_hash, require_data, require_pairs, require_today_s_text
 from bloomery.cluster.imported import check_imported
 from bloomery.cluster.supervisor import run_lock
+from bloomery.data.order import nth_seed
 from bloomery.data.origin import tokenizer_hash
 from bloomery.ledger.environment import describe
 from bloomery.ledger.sinks import read_lines
@@ -182,6 +183,8 @@ def prepare_pretraining(run: Run, *, world_size: int | None, fresh: bool) -> tup
     dtype = _dtype(run, layout)
     folder, data = run_folder(run), data_folder(run)
     require_data(run, data)
+    if fresh or not _has_begun(folder):
+        require_today_s_text(run, data)
     resolved = run.model_copy(update={"layout": layout, "train": run.train.model_copy(update={"dtype": dtype})})
     course = run.train.course
     expected = predicted(resolved, layout, dtype) | {"first_step": course.last.first_step}
@@ -232,6 +235,7 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         update={
             "name": stage.name,
             "kind": "pairs",
+            "seed": _stage_seed(run, stage, folder, fresh=fresh),
             "data": str(data / "pairs"),
             "heldout": str(data / "heldout"),
             "data_hash": manifest_hash(data / "pairs"),
@@ -245,6 +249,14 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
         }
     )
     return folder, _settle(folder, job, expected, fresh=fresh)
+
+
+def _stage_seed(run: Run, stage: AlignStage, folder: Path, *, fresh: bool) -> int:
+    """An order of pairs for each stage, or the second would begin with those that the first has just been trained on.
+    One that began when all had the first one's goes on in it."""
+    number = [one.name for one in run.align].index(stage.name)
+    began = None if fresh or not _has_begun(folder) else read_job(folder).seed
+    return run.train.seed if began == run.train.seed else nth_seed(run.train.seed, number)
 
 
 def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str = "", fresh: bool) -> Job:
@@ -271,7 +283,7 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
         if fresh:
             forget_copies(folder)
             _clear(folder)
-        elif checkpoint_folders(checkpoints) and (folder / JOB_FILE).is_file():
+        elif _has_begun(folder):
             earlier = read_job(folder)
             changed = ", ".join(job.changes_since(earlier))
             if changed:
@@ -285,6 +297,11 @@ def _settle(folder: Path, job: Job, expected: dict[str, Any], *, run_yaml: str =
         write_atomically(folder / "environment.json", json.dumps(describe(), indent=1))
         write_job(folder, job)
     return job
+
+
+def _has_begun(folder: Path) -> bool:
+    """True when a stage has been trained and saved; imported weights alone are none of its own."""
+    return bool(checkpoint_folders(folder / "checkpoints")) and (folder / JOB_FILE).is_file()
 
 
 def is_finished(folder: Path) -> bool:

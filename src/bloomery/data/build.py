@@ -27,8 +27,8 @@ from bloomery.data.corpus import (
     text_bytes,
     unfit,
 )
-from bloomery.data.origin import check_one_build, origin_of, pair_limit, tokenizer_hash
-from bloomery.data.readers import SUFFIXES, Account, Document, default_sources, read_documents, shown, some, text_files
+from bloomery.data.origin import check_one_build, origin_of, pair_limit, said_of, sources_of, tokenizer_hash
+from bloomery.data.readers import SUFFIXES, Account, Document, read_documents, shown, some, text_files
 from bloomery.data.shards import verify, write_tokens
 from bloomery.data.tokenizer import TOKENIZER_FILE, Tokenizer, load, train
 from bloomery.spec.errors import InputError
@@ -97,7 +97,7 @@ def build(
     result or another process builds there.
     """
     tell = progress or (lambda *_: None)
-    account, sources, kept = Account(), _sources(data), tokenizer is not None
+    account, sources, kept = Account(), sources_of(data), tokenizer is not None
     files = text_files(sources, account)
     given = pair_files.read_pairs(Path(pairs_file)) if pairs_file else None
     limit = pair_limit(max_pairs, pairs_file)
@@ -106,8 +106,7 @@ def build(
     if finished and _is_same(finished, fingerprints, seq_len, kept):
         damage = _damage(folder, finished, kept=kept, alike=finished.fingerprint == fingerprints[0])
         if not damage:
-            finished.reused = True
-            return finished
+            return _reused(folder, finished, said_of(data, described=described))
     _check_space(data, files, folder)
     report = Report(fingerprints[0], [shown(source) for source in sources], tokenizer_kept=kept)
     report.origin = origin_of(data, files, described=described, pairs_file=pairs_file, max_pairs=limit, seq_len=seq_len)
@@ -126,6 +125,16 @@ def build(
         write_atomically(folder / REPORT_FILE, sealed_json(report.to_json()))
     report.rebuilt = damage
     return report
+
+
+def _reused(folder: Path, finished: Report, said: dict[str, Any]) -> Report:
+    """A finished build that is used again: as the text is named today, so are the shards of it asked for later."""
+    if finished.origin and finished.origin != {**finished.origin, **said}:
+        finished.origin |= said
+        with one_writer(folder):
+            write_atomically(folder / REPORT_FILE, sealed_json(finished.to_json()))
+    finished.reused = True
+    return finished
 
 
 def _read(
@@ -154,19 +163,13 @@ def _trained(documents: list[Document], data: Data, folder: Path, tell: Progress
 def check_text(data: Data) -> None:
     """Raise InputError, as `build` would, when the text that `data` names holds no document that would be kept."""
     account = Account()
-    for file in text_files(_sources(data), account):
+    for file in text_files(sources_of(data), account):
         for document in pieces(read_documents(file, account), named=bool(data.text)):
             reason = unfit(document, data)
             if not reason:
                 return
             account.drop(reason, document.path)
-    raise _no_text([shown(source) for source in _sources(data)], account)
-
-
-def _sources(data: Data) -> list[Path]:
-    if not all(data.text):
-        raise InputError("a folder or file of text is expected, this name is empty", where="data.text", found="")
-    return [Path(text).expanduser() for text in data.text] or default_sources()
+    raise _no_text([shown(source) for source in sources_of(data)], account)
 
 
 def _no_text(sources: list[str], account: Account) -> InputError:

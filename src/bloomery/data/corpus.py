@@ -103,11 +103,14 @@ class Corpus:
         return False
 
     def cut_in_ten(self) -> None:
-        """The one document as ten or so: one file is a corpus too, of which a tenth is held out."""
+        """The one document as ten or so: one file is a corpus too, of which a tenth is held out. What is left at a cut
+        is as short as documents may be, or as half a piece."""
         [whole] = self.documents
         self.documents, self.seen, self.read, self.size = [], set(), self.read - 1, 0
-        for piece in cut(whole, max(1, len(whole.text) // 10)):
-            self._judge(piece, "", piece.path)
+        longest = max(1, len(whole.text) // 10)
+        least = max(1, min(self.data.min_characters, longest // 2))
+        for piece in cut(whole, longest):
+            self._judge(piece, SHORT if weight(piece.text) < least else "", piece.path)
 
     def _judge(self, document: Document, reason: str, name: str) -> None:
         """Keep a document under a name, or drop it: for the reason given, or as one that is there."""
@@ -190,7 +193,7 @@ def split(documents: list[Document], share: float, where: str) -> tuple[list[Doc
     whole = _bytes(documents)
     heldout = [document for document in documents if is_heldout(document, share)]
     if len(heldout) in (0, len(documents)):
-        heldout = [next((one for one in documents if 2 * _bytes([one]) <= whole), documents[0])]
+        heldout = [_nearest(documents, share, whole)]
     out = {document.id for document in heldout}
     training = [document for document in documents if document.id not in out]
     if not training:
@@ -199,6 +202,18 @@ def split(documents: list[Document], share: float, where: str) -> tuple[list[Doc
         sizes = f"more text would be held out ({_bytes(heldout):,} bytes) than trained on ({_bytes(training):,})"
         raise InputError(f"{sizes}; lower data.holdout or name more text", where=where)
     return training, heldout
+
+
+TENTH = 0.1
+
+
+def _nearest(documents: list[Document], share: float, whole: int) -> Document:
+    """Of the documents that are at most half of the text, the one whose size is nearest to the share, where no hash
+    falls below it. Of few documents a share may be less than any has, and the smallest too little to judge by: then
+    nearest to what each has on the mean, a tenth at most."""
+    wanted = whole * max(share, min(TENTH, 1 / len(documents)))
+    fit = [one for one in documents if 2 * _bytes([one]) <= whole] or documents
+    return min(fit, key=lambda one: abs(_bytes([one]) - wanted))
 
 
 def _bytes(documents: list[Document]) -> int:

@@ -49,13 +49,18 @@ def permuted(position: int, n: int, key: int) -> int:
 def prefix_at(i: int, seq_len: int, seed: int) -> int:
     """How many first tokens of global index i see each other whole: uniform in 1 .. seq_len - 1, as prefix language
     models are trained on running text (Raffel et al. 2020, arXiv 1910.10683, section 3.2)."""
-    return 1 + _mix(_mix((seed << 32 ^ PREFIX) & _MASK) ^ i) % (seq_len - 1)
+    return 1 + _mix(_mix(_above(seed) ^ (seed << 32 ^ PREFIX) & _MASK) ^ i) % (seq_len - 1)
 
 
 def sample_at(i: int, n: int, seed: int) -> int:
     """Which of n samples global index i takes; every epoch of n indices visits each sample once."""
     epoch, position = divmod(i, n)
-    return permuted(position, n, _mix((seed << 32 ^ epoch) & _MASK))
+    return permuted(position, n, _mix(_above(seed) ^ (seed << 32 ^ epoch) & _MASK))
+
+
+def _above(seed: int) -> int:
+    """What of a seed is beyond 32 bits, which stand beside the epoch; 0 where there is none."""
+    return _mix(seed >> 32 & _MASK)
 
 
 def joined(ranges: Iterable[Range]) -> list[Range]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from bloomery.data.readers import Account, shown, text_files
+from bloomery.data.readers import Account, default_sources, shown, text_files
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json
 from bloomery.spec.job import JOB_FILE
@@ -20,6 +20,9 @@ from bloomery.spec.seal import sha256_of
 
 DECISIVE = ("vocab", "max_bytes", "holdout", "shard_tokens", "min_characters")
 """What of a description, besides the text, decides the shards."""
+
+TOKENIZER = "tokenizer.json"
+"""As `data.tokenizer` has it, whose library takes long to load."""
 
 MADE_PAIRS = 4000
 """So many pairs made from the text are kept unless more or fewer are asked for."""
@@ -30,20 +33,31 @@ def pair_limit(max_pairs: int | None, pairs_file: str) -> int | None:
     return max_pairs or (None if pairs_file else MADE_PAIRS)
 
 
+def sources_of(data: Data) -> list[Path]:
+    """Where the text lies. Raises InputError for an empty name, which would be the folder that this runs in."""
+    if not all(data.text):
+        raise InputError("a folder or file of text is expected, this name is empty", where="data.text", found="")
+    return [Path(text).expanduser() for text in data.text] or default_sources()
+
+
 def origin_of(
     data: Data, files: Iterable[Path], *, described: bool, pairs_file: str, max_pairs: int | None, seq_len: int
 ) -> dict[str, Any]:
     """What the report keeps. `described`: False where the text was named for this build alone, by no description."""
     return {
         **{name: getattr(data, name) for name in DECISIVE},
-        "text": [shown(name) for name in data.text] if described else None,
-        "places": _places(data.text),
+        **said_of(data, described=described),
         "listing": _listing(files),
         "pairs": pairs_file,
         "pairs_hash": sha256_of(Path(pairs_file)) if pairs_file else "",
         "max_pairs": max_pairs,
         "seq_len": seq_len,
     }
+
+
+def said_of(data: Data, *, described: bool) -> dict[str, Any]:
+    """How the text is named: None where no description does."""
+    return {"text": [shown(name) for name in data.text] if described else None, "places": _places(data.text)}
 
 
 def other_text(origin: dict[str, Any], data: Data) -> str:
@@ -59,10 +73,28 @@ def other_text(origin: dict[str, Any], data: Data) -> str:
     built = origin["text"]
     if built is None or built == list(data.text) or origin["places"] == _places(data.text):
         return ""
-    if data.text and _has_moved(origin, data):
-        return ""
+    if data.text and _listing_of(data) == origin["listing"]:
+        return ""  # the same files in another place
     own = "this machine's own"
     return f"data.text {', '.join(built) or own}, now {', '.join(data.text) or own}"
+
+
+def other_files(origin: dict[str, Any], data: Data) -> str:
+    """How the files of the text that a description names differ from those built, which were named the same; empty:
+    they do not, or are not here."""
+    if not origin or not data.text or origin["text"] is None or _listing_of(data) in ("", origin["listing"]):
+        return ""
+    return f"data.text {', '.join(data.text)} holds other files now"
+
+
+def other_shards(origin: dict[str, Any], data: Data) -> str:
+    """Why a build of today would give other shards than those of an earlier one; empty: it would not."""
+    if not origin:
+        return ""
+    for name in DECISIVE:
+        if origin[name] != getattr(data, name):
+            return f"data.{name} {origin[name]}, now {getattr(data, name)}"
+    return "" if _listing_of(data) in ("", origin["listing"]) else "of other text"
 
 
 def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
@@ -83,7 +115,7 @@ def other_pairs(origin: dict[str, Any], stage: AlignStage) -> str:
 
 def tokenizer_hash(folder: Path) -> str:
     """The hash of a data folder's tokenizer; empty where there is none."""
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     return sha256_of(path) if path.is_file() else ""
 
 
@@ -92,8 +124,9 @@ def check_tokenizer(run_dir: Path, folder: Path) -> None:
     path = run_dir / JOB_FILE
     known = str(read_json(path).get("tokenizer_hash", "")) if path.is_file() else ""
     if known and tokenizer_hash(folder) not in ("", known):
-        problem = "not the tokenizer this run was trained with: the data were built again; `bloomery train --fresh`"
-        raise InputError(f"{problem} starts over", where=str(folder / "tokenizer.json"))
+        problem = "not the tokenizer this run was trained with: the data were built again"
+        remedy = "`bloomery data build --fresh` of this run makes it again from the same text"
+        raise InputError(f"{problem}; {remedy}, `bloomery train --fresh` starts over", where=str(folder / TOKENIZER))
 
 
 def check_one_build(folder: Path) -> None:
@@ -117,10 +150,9 @@ def _listing(files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
 
-def _has_moved(origin: dict[str, Any], data: Data) -> bool:
-    """Whether the same files lie in another place."""
+def _listing_of(data: Data) -> str:
+    """The listing of the text that a description names; empty where that is not here."""
     try:
-        files = text_files([Path(text).expanduser() for text in data.text], Account())
-        return bool(origin["listing"] == _listing(files))
+        return _listing(text_files(sources_of(data), Account()))
     except InputError:
-        return False
+        return ""

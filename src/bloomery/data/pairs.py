@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from bloomery.data.continuations import continuations_of
 from bloomery.data.order import sample_at
-from bloomery.data.readers import Document, has_half_pair
+from bloomery.data.readers import Document, has_half_pair, plain_name
 from bloomery.data.samples import IGNORED, Samples
 from bloomery.data.shards import read_manifest, write_folder
 from bloomery.spec.errors import InputError, nearest_match
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from bloomery.data.tokenizer import Tokenizer
 
 MAX_CHARACTERS = 400
+CHUNK = 256
+"""Pairs that are encoded together."""
 KEYS = ("prompt", "response")
 GIVEN, DOCSTRINGS, CONTINUATIONS = "given", "docstrings", "continuations"
 """What the pairs of a build are; "docstrings and continuations" where a text gives both."""
@@ -42,11 +45,12 @@ def pairs_of(document: Document) -> Iterator[tuple[str, str]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
         summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").strip()
         if 20 <= len(summary) <= MAX_CHARACTERS:
-            signature = f"def {node.name}({ast.unparse(node.args)})"
+            word = "def" if isinstance(node, ast.FunctionDef) else "async def"
+            signature = f"{word} {node.name}({ast.unparse(node.args)})"
             if len(signature) <= MAX_CHARACTERS:
                 yield f"What does `{signature}` do?", summary
                 yield f"Write the signature of a function: {summary}", f"`{signature}`"
@@ -66,7 +70,8 @@ def made_from(documents: Sequence[Document], seq_len: int) -> tuple[list[tuple[s
 
 
 def _is_python(document: Document) -> bool:
-    return ".py" in document.path
+    """By the name of its file: a piece of one has a number after it, `walk.py.gz#2`."""
+    return plain_name(re.sub(r"(#\d+)+$", "", document.path)).endswith(".py")
 
 
 def read_pairs(path: Path) -> list[tuple[str, str]]:
@@ -85,8 +90,17 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
 
 
 def _pair(line: str, where: str) -> tuple[str, str]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        double = next((name for name in names if names.count(name) > 1), None)
+        if double is not None:  # JSON itself takes the last one
+            raise InputError("this key is there twice", where=where, found=double)
+        return dict(pairs)
+
     try:
-        record = json.loads(line)
+        record = json.loads(line, object_pairs_hook=once)
+    except InputError:
+        raise
     except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
@@ -102,6 +116,8 @@ def _pair(line: str, where: str) -> tuple[str, str]:
         if not isinstance(value, str):
             said = json.dumps(value, ensure_ascii=False)
             raise InputError(f"{name} must be text, not {said[:40]}", where=where)
+    if not response.strip():
+        raise InputError("this response is empty", where=where)
     if has_half_pair(prompt + response):
         raise InputError("half a surrogate pair, which is no character", where=where)
     return prompt, response
@@ -121,24 +137,32 @@ def write_pairs(target: Path, pairs: list[tuple[str, str]], tokenizer: Tokenizer
 
     Returns how many `PairDataset` will leave out at `seq_len`, their prompt being too long, and how many it will cut.
     """
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs])
-    responses = tokenizer.encode_batch([response for _, response in pairs])
-    tokens, starts, answers = list[int](), [0], list[int]()
-    for prompt, response in zip(prompts, responses, strict=True):
-        head = [tokenizer.user, *prompt, tokenizer.assistant]
-        tokens += [*head, *response, tokenizer.end]
-        answers.append(len(head))
-        starts.append(len(tokens))
+    tokens, lengths, heads = list[np.ndarray](), list[int](), list[int]()
+    for head, response in _encoded(pairs, tokenizer):
+        tokens.append(np.array([*head, *response, tokenizer.end], dtype="<u4"))
+        lengths.append(len(tokens[-1]))
+        heads.append(len(head))
     lines = "".join(json.dumps({"prompt": p, "response": r}, ensure_ascii=False) + "\n" for p, r in pairs)
+    answers, sizes = np.array(heads, dtype="<i8"), np.array(lengths, dtype="<i8")
     files = [
-        ("tokens.bin", np.array(tokens, dtype="<u4").tobytes()),
-        ("starts.bin", np.array(starts, dtype="<i8").tobytes()),
-        ("answers.bin", np.array(answers, dtype="<i8").tobytes()),
+        ("tokens.bin", b"".join(part.tobytes() for part in tokens)),
+        ("starts.bin", np.concatenate([[0], np.cumsum(sizes)]).astype("<i8").tobytes()),
+        ("answers.bin", answers.tobytes()),
         ("pairs.jsonl", lines.encode()),
     ]
     write_folder(target, files, {"kind": "pairs", "pairs": len(pairs), "pad": tokenizer.pad})
-    heads, lengths = np.array(answers), np.diff(starts)
-    return int((heads >= seq_len).sum()), int(((heads < seq_len) & (lengths > seq_len + 1)).sum())
+    return int((answers >= seq_len).sum()), int(((answers < seq_len) & (sizes > seq_len + 1)).sum())
+
+
+def _encoded(pairs: list[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[int]]]:
+    """What stands before each response, and the response; some at a time, for an encoding is far larger than its
+    text."""
+    for first in range(0, len(pairs), CHUNK):
+        prompts, responses = (
+            tokenizer.encode_batch([pair[side] for pair in pairs[first : first + CHUNK]]) for side in (0, 1)
+        )
+        for prompt, response in zip(prompts, responses, strict=True):
+            yield [tokenizer.user, *prompt, tokenizer.assistant], response
 
 
 class PairDataset:

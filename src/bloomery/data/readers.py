@@ -23,7 +23,8 @@ from bloomery.data.pages import UnclosedTags, strip_html
 from bloomery.spec.errors import InputError
 from bloomery.spec.seal import is_sealed
 
-SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", ".jsonl")
+RECORDS = (".jsonl", ".ndjson")
+SUFFIXES = (".txt", ".md", ".rst", ".py", ".html", ".htm", *RECORDS)
 _NAMES = ("copyright", "README", "changelog.gz")
 MAX_FILE_BYTES = 64 * 2**20
 MAX_NAMED = 20
@@ -90,12 +91,16 @@ def default_sources() -> list[Path]:
 def text_files(sources: list[Path], account: Account) -> list[Path]:
     """Every readable kind of file below the sources, sorted, each real file once (links cannot loop).
 
-    What is passed over is in the account. Raises InputError when a source does not exist.
+    What is passed over is in the account. A file that is named itself may be of another kind, and is read as plain
+    text. Raises InputError when a source does not exist, or is JSON in one piece, which would be text full of escapes.
     """
     found: dict[Path, None] = {}
     for source in sources:
         if not source.exists():
             raise InputError("no such file or folder of text", where=str(source))
+        if source.is_file() and plain_name(source.name).endswith(".json"):
+            problem = "JSON is read as records, one a line with its text under `text`"
+            raise InputError(problem, where=shown(source), accepted=RECORDS)
         found |= dict.fromkeys([source] if source.is_file() else _below(source, account))
     real: dict[Path, Path] = {}
     for path in found:
@@ -154,7 +159,7 @@ def read_documents(path: Path, account: Account) -> Iterator[Document]:
     try:
         opener = gzip.open if is_compressed(path) else open
         with opener(path, "rb") as stream:
-            if kind.endswith(".jsonl"):
+            if kind.endswith(RECORDS):
                 yield from _records(where, stream, account)
                 return
             raw = stream.read(MAX_FILE_BYTES)

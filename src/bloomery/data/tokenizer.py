@@ -50,6 +50,7 @@ class Tokenizer:
         end = backend.token_to_id(END)
         self.own = own
         self.ends = own or Ends(bos=end, eos=() if end is None else (end,))
+        _make_special(backend, {*self.stops, *self.ends.start})
         self._ids = frozenset[int](backend.get_vocab().values())
         # A tokenizer from elsewhere may leave ids out: then they are fewer than the largest says.
         self.size: int = 1 + max(self._ids, default=-1)
@@ -71,8 +72,9 @@ class Tokenizer:
 
     @property
     def pad(self) -> int:
-        """The token that fills what is empty."""
-        return self._id(PAD)
+        """The token that fills what is empty: any will do, for nothing is learnt there."""
+        found = self.find(PAD)
+        return self.end if found is None else found
 
     @property
     def has_turns(self) -> bool:
@@ -177,6 +179,14 @@ class Tokenizer:
     def save_plain(self, folder: Path) -> None:
         """Write tokenizer.json alone, for other programs."""
         write_atomically(folder / TOKENIZER_FILE, self._backend.to_str(pretty=True))
+
+
+def _make_special(backend: Backend, marks: set[int]) -> None:
+    """Special tokens of the marks that somebody's tokenizer has as ordinary additions, which text could forge."""
+    for token, added in backend.get_added_tokens_decoder().items():
+        if token in marks and not added.special:
+            added.special = True
+            backend.add_special_tokens([added])
 
 
 def _text_bytes(name: str, in_bytes: bool) -> int:

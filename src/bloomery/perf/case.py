@@ -290,8 +290,7 @@ class Case:
 
     @OfLayouts
     def fullest(self) -> Ranks:
-        """The earliest of the middle ranks with most layers, and of those with most mixtures among them (rank 0 where
-        there is none in the middle)."""
+        """The earliest middle rank with most layers, of these with most mixtures (rank 0 where none is in the middle)."""
         return self.ranks(self._named_rank(0))
 
     @OfLayouts

@@ -377,9 +377,8 @@ class StepTimes:
 
 
 def _beside(case: Case, micro: MicroBatch, data: DataParallel, send: Sends) -> tuple[Any, Any, Any]:
-    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it with the time
-    in which a rank sees to what is cut, what ZeRO 3 adds to a micro-batch on all ranks together but the one that is
-    slowest with it).
+    """(exposed seconds of gradient reduction and parameter gathering, compute lost to what runs beside it and to what
+    hooks do about what is cut, what ZeRO 3 adds to a micro-batch on all ranks but the slowest with it).
 
     Reduction hides behind the last micro-batch's backward of the last chunk, gathering behind what that leaves of all
     compute and, each micro-batch's, while a rank waits for the slowest; the last bucket (one layer's share) never hides

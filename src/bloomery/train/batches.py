@@ -20,6 +20,7 @@ from bloomery.data.shards import TokenDataset
 from bloomery.parallel.batch import Batch
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.course import Course
+from bloomery.spec.errors import InputError
 from bloomery.spec.job import Job
 
 
@@ -37,11 +38,21 @@ class Dataset(Protocol):
 
 
 def open_dataset(job: Job) -> Dataset:
-    """The job's packed tokens (`tokens`) or prompt-response pairs (`pairs`), with the masks it asks for."""
+    """The job's packed tokens (`tokens`) or prompt-response pairs (`pairs`), with the masks it asks for.
+
+    Raises InputError when they were built anew since the job was written: a start after a failure must not go on with
+    other text.
+    """
+    dataset: TokenDataset | PairDataset
     if job.kind == "pairs":
         prefix = job.model.mask == "prefix"
-        return PairDataset(Path(job.data), seq_len=job.seq_len, seed=job.seed, prefix=prefix)
-    return open_tokens(job, job.data, seed=job.seed)
+        dataset = PairDataset(Path(job.data), seq_len=job.seq_len, seed=job.seed, prefix=prefix)
+    else:
+        dataset = open_tokens(job, job.data, seed=job.seed)
+    if job.data_hash and dataset.content_hash != job.data_hash:
+        problem = "not the data that this training began with: built again since, from something else"
+        raise InputError(f"{problem}; build from the same once more, or start over with --fresh", where=job.data)
+    return dataset
 
 
 def open_tokens(job: Job, folder: str, *, seed: int) -> TokenDataset:

@@ -21,7 +21,7 @@ def test_an_unfinished_pre_training_is_named_and_aligned_all_the_same(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = "Iron number {} is made from ore. It needs charcoal, and air that bellows blow in.\n\n"
-    Path("text.txt").write_text("".join(map(words.format, range(40))))
+    Path("text.txt").write_text("".join(map(words.format, range(60))))
     values = {
         "name": "tiny",
         "model": {"layers": 2, "hidden": 32, "heads": 4, "vocab": 400, "max_seq_len": 64},

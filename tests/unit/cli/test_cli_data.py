@@ -12,10 +12,13 @@ import pytest
 
 from bloomery.cli import main as command_line
 from bloomery.cluster.prepare import prepare_pretraining
+from bloomery.cluster.supervisor import run_lock
 from bloomery.data.shards import TokenDataset
 from bloomery.data.tokenizer import load
 from bloomery.spec.catalog import read_run
+from bloomery.spec.commit import FORMAT, IMPORTED, Commit, write_commit
 from bloomery.spec.files import to_yaml
+from bloomery.spec.layout import Layout
 
 Called = Callable[..., int]
 
@@ -56,10 +59,17 @@ def run_file(tmp_path: Path) -> Path:
     return path
 
 
+def begun(run_file: Path) -> Path:
+    """As if the run had been trained for some steps. Returns its folder."""
+    folder, _ = prepare_pretraining(read_run(run_file), world_size=None, fresh=False)
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    return folder
+
+
 def trained(run_file: Path) -> Path:
     """As if the run had been trained. Returns its folder."""
-    folder, _ = prepare_pretraining(read_run(run_file), world_size=None, fresh=False)
-    (folder / "checkpoints" / "step_000002").mkdir(parents=True)
+    folder = begun(run_file)
+    (folder / "events.jsonl").write_text('{"event": "finished", "step": 2}\n')
     return folder
 
 
@@ -76,6 +86,51 @@ def test_a_trained_run_keeps_its_tokenizer_unless_told_otherwise(
     assert "tiny.yaml: data.vocab: checkpoints in runs/tiny were trained with" in capsys.readouterr().err
     assert called("build", run_file, "--text", "other", "--fresh") == 0
     assert tokenizer.read_bytes() != before
+
+
+def test_a_run_that_goes_on_keeps_the_shards_it_began_with_unless_told_otherwise(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    manifest = begun(run_file) / "data" / "train" / "manifest.json"
+    before = manifest.read_bytes()
+    assert called("build", run_file, "--text", "other") == 2
+    assert "runs/tiny/data: training in runs/tiny is to go on with these shards" in capsys.readouterr().err
+    Path("text/0.txt").write_text("More of it than there was. " * 90)
+    assert called("build", run_file) == 2
+    assert manifest.read_bytes() == before
+    assert called("build", run_file, "--fresh") == 0
+    assert manifest.read_bytes() != before
+
+
+def test_a_damaged_build_is_mended_under_a_run_that_goes_on(called: Called, run_file: Path) -> None:
+    assert called("build", run_file) == 0
+    manifest = begun(run_file) / "data" / "train" / "manifest.json"
+    before = json.loads(manifest.read_text())["content_hash"]
+    (manifest.parent / "tokens_000.bin").write_bytes(b"")
+    assert called("build", run_file) == 0
+    assert json.loads(manifest.read_text())["content_hash"] == before
+
+
+@pytest.mark.parametrize("stage", [".", "align/sft"])
+def test_nothing_is_built_while_the_run_or_a_stage_of_it_trains(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str], stage: str
+) -> None:
+    assert called("build", run_file) == 0
+    place = trained(run_file) / stage
+    with run_lock(place):
+        assert called("build", run_file, "--text", "other", "--fresh") == 2
+        assert "another process" in capsys.readouterr().err
+        assert called("build", run_file, "--text", "other", "--out", "shards") == 0
+
+
+def test_what_is_refused_leaves_no_folder_behind(called: Called, run_file: Path) -> None:
+    assert called("build", run_file, "--text", "nowhere") == 2
+    assert not Path("runs").exists()
+
+
+def test_data_may_lie_in_the_folder_of_their_run(called: Called, run_file: Path) -> None:
+    assert called("build", run_file, "--set", "data.folder=runs/tiny") == 0
 
 
 def test_shards_elsewhere_have_a_tokenizer_of_their_own(called: Called, run_file: Path) -> None:
@@ -101,6 +156,39 @@ def test_an_imported_model_keeps_the_tokenizer_it_came_with(called: Called, run_
     assert (folder / "data" / "tokenizer.json").read_bytes() == before
     dataset, tokenizer = TokenDataset(folder / "data" / "train", seq_len=64, seed=0), load(folder / "data")
     assert "Steel holds" in tokenizer.decode(dataset.sample(0)[0].tolist())
+
+
+def test_the_tokenizer_of_imported_weights_stays_even_where_another_is_asked_for(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called("build", run_file) == 0
+    tokenizer = trained(run_file) / "data" / "tokenizer.json"
+    before, weights = tokenizer.read_bytes(), Path("runs/tiny/checkpoints/step_000000")
+    weights.mkdir()
+    made = Commit(
+        format=FORMAT, step=0, cursor=0, run_hash=IMPORTED, data_hash=IMPORTED, layout=Layout(), guard={}, tensors={},
+        files={},
+    )  # fmt: skip
+    write_commit(weights, made)
+    assert called("build", run_file, "--text", "other", "--fresh") == 2
+    assert "tokenizer.json: the weights imported to runs/tiny need the tokenizer" in capsys.readouterr().err
+    assert tokenizer.read_bytes() == before
+    assert called("build", run_file, "--text", "other", "--fresh", "--out", "shards") == 0
+
+
+def test_a_tokenizer_that_another_run_s_build_took_away_is_made_again(
+    called: Called, run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--set", "data.folder=shared")
+    assert called("build", run_file, *shared) == 0
+    before = Path("shared/tokenizer.json").read_bytes()
+    run_file.write_text(run_file.read_text().replace("data:", "data:\n  folder: shared"))
+    trained(run_file)
+    assert called("build", run_file, "--set", "name=other", "--set", "data.vocab=300") == 0
+    assert called("build", run_file) == 2
+    assert "`bloomery data build --fresh` of this run makes it again" in capsys.readouterr().err
+    assert called("build", run_file, "--fresh") == 0
+    assert Path("shared/tokenizer.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["pairs/tokens.bin", "pairs/pairs.jsonl", "tokenizer.json", "heldout/documents.jsonl"])

@@ -19,9 +19,10 @@ from bloomery.spec.catalog import cluster
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import read_json, to_yaml
 from bloomery.spec.float8 import Float8
+from bloomery.spec.job import Job, read_job, write_job
 from bloomery.spec.layout import Layout
 from bloomery.spec.parameters import all_parameters, parameter_count
-from bloomery.spec.run import Optimizer, Run
+from bloomery.spec.run import AlignStage, Optimizer, Run
 from bloomery.spec.seal import write_sums
 
 
@@ -214,6 +215,23 @@ def test_shards_of_another_text_are_not_trained_on(run: Run, values: dict[str, o
         prepare.prepare_pretraining(redescribed(run, **values), world_size=None, fresh=False)
 
 
+def test_text_that_changed_under_its_name_is_built_again_before_a_run_begins_and_not_asked_for_when_it_goes_on(
+    run: Run,
+) -> None:
+    data, grown = prepare.data_folder(run), Path(run.data.text[0]) / "0.txt"
+    folder, _ = prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    grown.write_text("More of it than there was. " * 90)
+    words = r"built from other text \(data\.text .*text holds other files now\); `bloomery data build"
+    with pytest.raises(InputError, match=words):
+        prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    (folder / "checkpoints" / "step_000001").mkdir(parents=True)
+    prepare.prepare_pretraining(run, world_size=None, fresh=False)
+    with pytest.raises(InputError, match=words):
+        prepare.prepare_pretraining(run, world_size=None, fresh=True)
+    build(run.data, data)
+    prepare.prepare_pretraining(run, world_size=None, fresh=True)
+
+
 def test_the_same_text_in_another_place_or_spelling_is_no_other_text(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +299,24 @@ def test_an_alignment_from_other_weights_is_refused_and_begins_with_fresh(run: R
         prepare.prepare_alignment(run, stage, initial, target, fresh=False)
     prepare.prepare_alignment(run, stage, initial, target, fresh=True)
     assert not (target / "checkpoints").exists()
+
+
+def test_each_alignment_stage_has_its_own_order_and_one_that_began_in_the_first_one_s_goes_on_in_it(
+    run: Run, tmp_path: Path
+) -> None:
+    stages = tuple(run.align[0].model_copy(update={"name": name}) for name in ("one", "two", "three"))
+    several, initial = run.model_copy(update={"align": stages}), checkpoint(tmp_path / "step_000002", "{}")
+
+    def prepared(stage: AlignStage, *, fresh: bool = False) -> Job:
+        return prepare.prepare_alignment(several, stage, initial, tmp_path / stage.name, fresh=fresh)[1]
+
+    seeds = [prepared(stage).seed for stage in stages]
+    assert len(set(seeds)) == 3 and seeds[0] == run.train.seed
+    assert prepared(stages[1]).seed == seeds[1]
+    write_job(tmp_path / "two", read_job(tmp_path / "two").model_copy(update={"seed": run.train.seed}))
+    (tmp_path / "two" / "checkpoints" / "step_000001").mkdir(parents=True)
+    assert prepared(stages[1]).seed == run.train.seed
+    assert prepared(stages[1], fresh=True).seed == seeds[1]
 
 
 def test_a_tokenizer_that_was_exchanged_under_a_run_is_noticed(run: Run, tmp_path: Path) -> None:

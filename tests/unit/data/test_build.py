@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from bloomery.data.build import build
-from bloomery.data.origin import check_one_build
+from bloomery.data.origin import check_one_build, other_text
 from bloomery.data.readers import Account, text_files
 from bloomery.data.shards import verify
 from bloomery.data.tokenizer import load
 from bloomery.spec.errors import InputError
+from bloomery.spec.files import read_json
 from bloomery.spec.run import Data
 from bloomery.spec.seal import sealed_json
 
@@ -109,3 +110,15 @@ def test_data_that_a_run_was_trained_on_stay_though_names_were_whole_paths_then(
     assert build(data, out, tokenizer=load(out)).reused
     assert not build(data, out).reused
     verify(out / "pairs")
+
+
+def test_a_build_that_is_used_again_is_asked_for_as_its_text_was_named_last(corpus: Path, tmp_path: Path) -> None:
+    out, elsewhere = tmp_path / "out", settings(tmp_path / "elsewhere")
+    build(settings(corpus), out)
+    assert other_text(read_json(out / "report.json")["origin"], elsewhere)
+    assert build(settings(corpus), out, described=False).reused
+    assert not other_text(read_json(out / "report.json")["origin"], elsewhere)
+    again = build(settings(corpus), out)
+    assert again.reused
+    assert other_text(read_json(out / "report.json")["origin"], elsewhere)
+    assert not read_json(out / "report.json")["reused"]

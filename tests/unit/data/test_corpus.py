@@ -102,12 +102,40 @@ def test_no_more_is_held_out_than_is_trained_on() -> None:
         split(texts(100), 0.1, "text")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "share", "expected"),
+    [
+        ([450, 200, 150, 60, 130], 1e-9, 130),  # of few documents about a tenth
+        ([450, 200, 150, 60, 140], 0.3, 200),
+        ([*range(1000, 1100), 9000, 20], 1e-9, 1100),  # of many what one has on the mean
+        ([700, 200, 100], 0.6, 200),  # never more than half
+    ],
+)
+def test_where_no_hash_falls_below_the_share_a_document_of_about_its_size_is_held_out(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], share: float, expected: int
+) -> None:
+    monkeypatch.setattr(corpus, "is_heldout", lambda *_: False)
+    _, heldout = split(texts(*sizes), share, "text")
+    assert [len(one.text) for one in heldout] == [expected]
+
+
+def test_one_document_is_cut_without_empty_pieces_or_a_short_rest(tmp_path: Path) -> None:
+    line = "One line of iron and ore, with its number {}."
+    path = tmp_path / "book.txt"
+    path.write_text("\n".join(line.format(number) for number in range(400)) + "\n" * 3000 + "Rest.")
+    found, account = read(tmp_path, min_characters=200)
+    found.cut_in_ten()
+    assert min(len(one.text) for one in found.documents) >= 200
+    assert account.counts[corpus.SHORT] >= 2
+    assert found.read == len(found.documents) + sum(account.counts.values())
+
+
 def test_a_file_of_one_repeated_line_is_refused_or_trained_on_more_than_held_out(tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("x" * 1000)
     with pytest.raises(InputError, match=r"lines\.txt: all of the text repeats itself"):
         build(Data(text=(str(path),), vocab=300), tmp_path / "out")
-    path.write_text("The same line again.\n" * 1000 + "And the last.")
+    path.write_text("The same line again.\n" * 1000 + "And the last. " * 40)
     report = build(Data(text=(str(path),), vocab=300), tmp_path / "out")
     assert report.tokens_train > report.tokens_heldout
     assert report.documents_read == report.documents_train + report.documents_heldout + sum(report.dropped.values())

@@ -60,6 +60,15 @@ def test_an_epoch_visits_every_sample_once(n: int) -> None:
     assert sorted(sample_at(i, n, seed=3) for i in range(4 * n, 5 * n)) == list(range(n))
 
 
+def test_a_large_seed_counts_whole_and_a_small_one_gives_the_order_it_always_gave() -> None:
+    def order(seed: int) -> tuple[int, ...]:
+        return tuple(sample_at(i, 50, seed) for i in range(50))
+
+    assert len({order(seed) for seed in (1, 2**32 + 1, 2**33 + 1, 2**63 + 1, 2**32)}) == 5
+    assert order(1)[:8] == (49, 13, 46, 33, 22, 2, 21, 0)
+    assert order(2**32 - 1)[:8] == (25, 31, 32, 43, 39, 17, 20, 38)
+
+
 def test_epochs_and_seeds_differ() -> None:
     orders = [tuple(sample_at(i + 500 * epoch, 500, seed) for i in range(500)) for seed in (0, 1) for epoch in (0, 1)]
     assert len(set(orders)) == 4

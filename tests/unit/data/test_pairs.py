@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
+from bloomery.data import pairs as pair_files
 from bloomery.data.build import build
 from bloomery.data.continuations import continuations_of
 from bloomery.data.corpus import is_heldout
-from bloomery.data.pairs import pairs_of, read_pairs
+from bloomery.data.pairs import PairDataset, pairs_of, read_pairs, write_pairs
 from bloomery.data.readers import Account, document, read_documents
+from bloomery.data.shards import read_manifest
+from bloomery.data.tokenizer import Tokenizer, train
 from bloomery.spec.errors import InputError
 from bloomery.spec.run import Data
 
@@ -111,11 +117,13 @@ def test_what_is_no_text_is_refused_with_its_line(tmp_path: Path, row: dict[str,
         ({"system": "s", "prompt": "a", "response": "b"}, "unknown key; found 'system'; accepted: prompt, response"),
         ({"prompt": "a"}, "response: this key is required"),
         (["a", "b"], "not a record with prompt and response"),
+        ('{"prompt": "a", "prompt": "c", "response": "b"}', "this key is there twice; found 'prompt'"),
+        ({"prompt": "a", "response": " \n"}, "this response is empty"),
     ],
 )
-def test_a_key_that_nobody_reads_is_named(tmp_path: Path, row: object, said: str) -> None:
+def test_a_record_that_is_no_pair_is_named(tmp_path: Path, row: object, said: str) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(row))
+    path.write_text(row if isinstance(row, str) else json.dumps(row))
     with pytest.raises(InputError, match=rf"pairs\.jsonl:1: {said}"):
         read_pairs(path)
 
@@ -143,3 +151,49 @@ def test_pairs_that_a_sequence_does_not_hold_are_counted(tmp_path: Path) -> None
     assert build(data, tmp_path / "out", pairs_file=str(pairs), seq_len=32).reused
     report = build(data, tmp_path / "out", pairs_file=str(pairs), seq_len=500)
     assert (report.pairs_too_long, report.pairs_cut) == (0, 0)
+
+
+def test_pairs_are_encoded_some_at_a_time_and_are_what_they_would_be_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, pairs = train(iter(["iron and ore "] * 9), 300), [(f"iron {n}", f"ore {n * n}") for n in range(7)]
+    sizes, encode = list[int](), tokenizer.encode_batch
+
+    def counted(texts: Sequence[str]) -> list[list[int]]:
+        sizes.append(len(texts))
+        return encode(texts)
+
+    write_pairs(tmp_path / "at once", pairs, tokenizer, 64)
+    monkeypatch.setattr(tokenizer, "encode_batch", counted)
+    monkeypatch.setattr(pair_files, "CHUNK", 3)
+    write_pairs(tmp_path / "parts", pairs, tokenizer, 64)
+    assert sizes == [3, 3, 3, 3, 1, 1]
+    assert read_manifest(tmp_path / "parts") == read_manifest(tmp_path / "at once")
+    dataset = PairDataset(tmp_path / "parts", seq_len=64, seed=0)
+    asked = {tokenizer.decode(dataset.sample(i)[0].tolist()) for i in range(7)}
+    assert asked == {prompt + response for prompt, response in pairs}
+
+
+def test_a_tokenizer_without_padding_pads_with_what_ends_texts(tmp_path: Path) -> None:
+    backend = Backend(models.BPE({"<|end|>": 0, "<|user|>": 1, "<|assistant|>": 2, "a": 3}, []))
+    backend.add_special_tokens(["<|end|>", "<|user|>", "<|assistant|>"])
+    write_pairs(tmp_path / "pairs", [("a", "aa")], Tokenizer(backend), 8)
+    inputs, targets = PairDataset(tmp_path / "pairs", seq_len=8, seed=0).sample(0)
+    assert inputs.tolist() == [1, 3, 2, 3, 3, 0, 0, 0]
+    assert targets.tolist() == [-100, -100, 3, 3, 0, -100, -100, -100]
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("walk.py", True),
+        ("WALK.PY.gz", True),
+        ("walk.py#12", True),
+        ("docs.python.org/a.md", False),
+        ("a.pyx.txt#1", False),
+    ],
+)
+def test_python_is_what_is_called_so_at_its_end(path: str, expected: bool) -> None:
+    code = 'async def walk(x):\n    """Walk on from x as far as it goes."""\n'
+    found = list(pairs_of(document(path, code)))
+    assert found[:1] == [("What does `async def walk(x)` do?", "Walk on from x as far as it goes.")][: int(expected)]

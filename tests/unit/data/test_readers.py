@@ -94,6 +94,24 @@ def test_what_is_no_text_that_is_read_is_counted_and_named(tmp_path: Path) -> No
     assert found.text.startswith("words words")
 
 
+@pytest.mark.parametrize("named", ["records.ndjson", "records.NDJSON.gz", "."])
+def test_records_are_read_under_their_other_name_too(tmp_path: Path, named: str) -> None:
+    content = json.dumps({"text": "caf\u00e9\nau lait"}).encode()
+    (tmp_path / "records.ndjson").write_bytes(content)
+    (tmp_path / "records.NDJSON.gz").write_bytes(gzip.compress(content))
+    files = text_files([tmp_path / named], Account())
+    assert {one.text for file in files for one in read_documents(file, Account())} == {"caf\u00e9\nau lait"}
+
+
+def test_json_in_one_piece_is_refused_and_an_unknown_kind_is_plain_text_where_it_is_named(tmp_path: Path) -> None:
+    for name in ("array.json", "array.json.gz", "enwik8"):
+        (tmp_path / name).write_text("[]")
+    for name in ("array.json", "array.json.gz"):
+        with pytest.raises(InputError, match=rf"{name}: JSON is read as records.*; accepted: \.jsonl, \.ndjson"):
+            text_files([tmp_path / name], Account())
+    assert text_files([tmp_path / "enwik8"], Account()) == [tmp_path / "enwik8"]
+
+
 def test_no_usable_text_says_what_was_found_and_what_is_accepted(tmp_path: Path) -> None:
     for number in range(4):
         (tmp_path / f"{number}.parquet").write_text("words " * 200)

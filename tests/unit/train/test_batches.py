@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import torch
 
+from bloomery.cluster.built_data import manifest_hash
+from bloomery.data.pairs import write_pairs
 from bloomery.data.samples import Samples
 from bloomery.data.shards import TokenDataset, write_tokens
+from bloomery.data.tokenizer import train
 from bloomery.parallel.mesh import Mesh
 from bloomery.spec.course import Course, RampStage
+from bloomery.spec.errors import InputError
 from bloomery.spec.fitting import fitted
+from bloomery.spec.job import Job
 from bloomery.spec.layout import Layout
 from bloomery.spec.model import Model
-from bloomery.train.batches import Batches
+from bloomery.spec.run import Optimizer
+from bloomery.train.batches import Batches, open_dataset
 
 MODEL = Model(layers=2, hidden=8, heads=2, vocab=16, max_seq_len=4)
 GLOBAL_BATCH = 12
@@ -113,3 +119,26 @@ def test_shorter_sequences_are_the_samples_in_their_order(
     assert torch.equal(found["tokens"], torch.from_numpy(samples.inputs.flatten()))
     assert torch.equal(found["targets"], torch.from_numpy(samples.targets.flatten()))
     assert torch.equal(found["documents"], torch.from_numpy(samples.documents.flatten()))
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pairs"])
+def test_data_that_were_built_anew_since_the_job_was_written_are_refused(tmp_path: Path, kind: str) -> None:
+    data, tokenizer = tmp_path / "data", train(iter(["iron and ore "] * 9), 300)
+
+    def built(words: str) -> None:
+        if kind == "pairs":
+            write_pairs(data, [("iron", words)], tokenizer, 8)
+        else:
+            text = ({"id": "0", "path": "0", "bytes": 400}, [len(words)] * 40)
+            write_tokens(data, [text], vocab=300, shard_tokens=1000, end=0)
+
+    built("ore")
+    job = Job(
+        name="pretrain", model=MODEL, layout=Layout(), dtype="float32", seed=0, seq_len=8, global_batch=2, steps=2,
+        optimizer=Optimizer(), data=str(data), heldout="", kind=kind, data_hash=manifest_hash(data),
+    )  # fmt: skip
+    open_dataset(job)
+    built("charcoal")
+    with pytest.raises(InputError, match="data: not the data that this training began with: built again since"):
+        open_dataset(job)
+    open_dataset(job.model_copy(update={"data_hash": ""}))  # of a job from before it was kept
