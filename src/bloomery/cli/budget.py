@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -180,9 +179,8 @@ def plain(value: Any) -> Any:
 
 
 def _exit_code(found: Budget) -> int:
-    """Not 0 where the law that was asked has an answer whose limits are not kept."""
-    asked = next(one for one in found.answers if one.law == found.question.law)
-    return 0 if isnan(asked.parameters) else asked.exit_code
+    """Not 0 where the law that was asked has no answer, or one whose limits are not kept."""
+    return next(one.exit_code for one in found.answers if one.law == found.question.law)
 
 
 def _own_law(name: str) -> Law | None:
