@@ -133,7 +133,10 @@ def fit(
         write_law(out, found, sweep)
     if not json:
         print_fit(found)
-        print(f"{out}: `bloomery budget --law {out}` answers with it" if out else "--out LAW.yaml keeps it for --law")
+        if out is not None:
+            print(f"{out}: `bloomery budget --law {out}` answers with it")
+        elif not found.unfounded():
+            print("--out LAW.yaml keeps it for --law")
         return
     largest = found.largest_flops()
     optima = [{"flops": largest * times, **found.optimal(largest * times)} for times in HORIZONS]

@@ -83,6 +83,16 @@ def print_fit(fit: LawFit) -> None:
         label = "a in N ~ C^a" if name == "exponent" else name
         table.add_row(label, f"{value:.4g}", "" if isnan(low) else f"{low:.4g} to {high:.4g}")
     console.print(table)
+    _print_optima(console, fit)
+    for open_end in fit.undetermined():
+        console.print(f"[yellow]note[/] {open_end}")
+
+
+def _print_optima(console: Console, fit: LawFit) -> None:
+    """At the largest run and beyond it; nothing where no optimum follows from the runs."""
+    if fit.unfounded():
+        console.print("\n[yellow]no law follows from these runs[/]")
+        return
     optima = _table("FLOP", "parameters", "90 %", "tokens", "90 %", "loss", "90 %", left=("FLOP",))
     for times in HORIZONS:
         flops = fit.largest_flops() * times
@@ -93,8 +103,6 @@ def print_fit(fit: LawFit) -> None:
         optima.add_row(f"{flops:.2e}" + ("" if times == 1 else f" ({times:.0f} x)"), *cells)
     console.print()
     console.print(optima)
-    for open_end in fit.undetermined():
-        console.print(f"[yellow]note[/] {open_end}")
     console.print("[dim]the first row is the largest run's 6ND; the others are extrapolated[/]")
 
 
