@@ -29,6 +29,7 @@ from bloomery.planner.laws import (
 )
 from bloomery.planner.means import Means, Spending, spend, work_within
 from bloomery.planner.throughput import Machine
+from bloomery.spec.cluster import Cluster
 from bloomery.spec.errors import BloomeryError, InputError, LimitError
 
 TOLERANCE = 0.01
@@ -298,12 +299,25 @@ def _check(question: Question, machine: Machine | None) -> None:
 def _check_machine(question: Question, machine: Machine) -> None:
     """Refuse here what would otherwise be refused for each law."""
     if question.accelerators is not None:
-        machine.cluster.cut(question.accelerators)
+        _check_accelerators(question.accelerators, machine.cluster)
     model, seq_len = machine.model, machine.seq_len
     if model is not None and seq_len is not None and seq_len > model.max_seq_len:
         raise InputError(
             f"longer than {model.name} reads", where="--seq-len", found=seq_len, accepted=f"at most {model.max_seq_len}"
         )
+
+
+def _check_accelerators(asked: int, cluster: Cluster) -> None:
+    try:
+        cluster.cut(asked)
+    except InputError:
+        node = cluster.accelerators_per_node
+        allowed = cluster.world_sizes() if cluster.cuts else [*range(1, node), *range(node, cluster.size + 1, node)]
+        around = [max((n for n in allowed if n < asked), default=0), min((n for n in allowed if n > asked), default=0)]
+        what = "no measured cut" if cluster.cuts else f"neither part of a node of {node} nor whole nodes"
+        raise InputError(
+            f"{what} of {cluster.name}", where="--accelerators", found=asked, accepted=[n for n in around if n]
+        ) from None
 
 
 def _check_work(question: Question) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from bloomery.cli import budget_tables
-from bloomery.cli.budget import _exit_code, quantity
+from bloomery.cli.budget import _exit_code, app, quantity
 from bloomery.planner.budget import Answer, Question, budget
 from bloomery.planner.choices import compare
 from bloomery.planner.law_fit import fit, read_runs, runs_of
@@ -435,3 +436,27 @@ def test_a_small_contradiction_is_told_with_its_digits() -> None:
 def test_the_law_asked_for_decides_the_exit_code_where_it_has_no_answer() -> None:
     assert _exit_code(budget(Question(target_loss=2.1, law="hoffmann-1"), None)) == 2
     assert _exit_code(budget(Question(target_loss=2.1), None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [(12, r"--accelerators: neither .* found 12; accepted: 8, 16"), (5000, r"found 5000; accepted: 4608$")],
+)
+def test_a_number_of_accelerators_that_is_no_cut_names_the_nearest(asked: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        budget(Question(days=3.0, accelerators=asked), Machine(catalog.cluster("eos-like")))
+
+
+@pytest.mark.parametrize("option", ["--price", "--seq-len", "--global-batch"])
+def test_what_only_a_cluster_makes_sense_of_is_refused_without_one(option: str) -> None:
+    with pytest.raises(InputError, match=f"{option}: needs --cluster"):
+        CliRunner().invoke(app, ["--pf-days", "1", option, "4"], catch_exceptions=False)
+
+
+def test_a_choice_that_does_not_fit_is_named_beside_the_verdicts() -> None:
+    arguments = ["compare", "1B:20B", "1T:20B", "--cluster", "generic-8xh100"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3
+    assert "cannot tell" in result.stdout and "1T x 20B: nothing fits" in result.stdout.replace("\n", " ")
+    values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert values["spending"][1] is None and values["problems"][0] == "" and values["spending"][0]["days"] > 0
