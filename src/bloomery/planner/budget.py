@@ -290,7 +290,7 @@ def _check(question: Question, machine: Machine | None) -> None:
             "optimum; --days or --money with --cluster gives what they buy"
         )
     if question.money is not None and machine is not None and not machine.cluster.price_per_accelerator_hour:
-        raise InputError(f"--money needs a price and cluster {machine.cluster.name} has none: give --price")
+        raise InputError(f"--money needs a price above 0 and cluster {machine.cluster.name} has none: give --price")
     if machine is not None:
         _check_machine(question, machine)
     _check_work(question)
