@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from bloomery.planner.budget import Budget, Question
     from bloomery.planner.laws import Law
+    from bloomery.planner.means import Spending
     from bloomery.planner.throughput import Machine
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -99,8 +99,7 @@ def compare(
     from bloomery.cli.budget_tables import print_verdicts
     from bloomery.cli.console import print_json
     from bloomery.planner.choices import compare as judge
-    from bloomery.planner.means import Means, spend
-    from bloomery.spec.errors import InputError
+    from bloomery.spec.errors import InputError, LimitError
 
     pairs = [_choice(text) for text in choices]
     own = None if law is None else _own_law(law)
@@ -108,11 +107,14 @@ def compare(
         raise InputError("a law file is expected: every published law is judged anyway", where="--law", found=law)
     verdicts = judge(pairs, unique_tokens=quantity(unique_tokens, "--unique-tokens"), own=own)
     machine = _machine(cluster, price, None, None, None)
-    spendings = [spend(Means(machine), n, d) for n, d in pairs] if machine is not None else []
+    taken = [_taken(machine, n, d) for n, d in pairs] if machine is not None else []
     if json:
-        print_json(plain({"choices": pairs, "verdicts": verdicts, "spending": spendings}))
+        spendings, problems = [[each[part] for each in taken] for part in (0, 1)]
+        print_json(plain({"choices": pairs, "verdicts": verdicts, "spending": spendings, "problems": problems}))
     else:
-        print_verdicts(pairs, verdicts, spendings)
+        print_verdicts(pairs, verdicts, taken)
+    if any(problem for _, problem in taken):
+        raise typer.Exit(LimitError.exit_code)
 
 
 @app.command()
@@ -134,7 +136,10 @@ def fit(
         write_law(out, found, sweep)
     if not json:
         print_fit(found)
-        print(f"{out}: `bloomery budget --law {out}` answers with it" if out else "--out LAW.yaml keeps it for --law")
+        if out is not None:
+            print(f"{out}: `bloomery budget --law {out}` answers with it")
+        elif not found.unfounded():
+            print("--out LAW.yaml keeps it for --law")
         return
     largest = found.largest_flops()
     optima = [{"flops": largest * times, **found.optimal(largest * times)} for times in HORIZONS]
@@ -180,9 +185,8 @@ def plain(value: Any) -> Any:
 
 
 def _exit_code(found: Budget) -> int:
-    """Not 0 where the law that was asked has an answer whose limits are not kept."""
-    asked = next(one for one in found.answers if one.law == found.question.law)
-    return 0 if isnan(asked.parameters) else asked.exit_code
+    """Not 0 where the law that was asked has no answer, or one whose limits are not kept."""
+    return next(one.exit_code for one in found.answers if one.law == found.question.law)
 
 
 def _own_law(name: str) -> Law | None:
@@ -201,13 +205,28 @@ def _choice(text: str) -> tuple[float, float]:
     return quantity(parameters, text) or 0.0, quantity(tokens, text) or 0.0
 
 
+def _taken(machine: Machine, parameters: float, tokens: float) -> tuple[Spending | None, str]:
+    """What a choice takes, or why it cannot be trained there: the verdicts on it hold all the same."""
+    from bloomery.planner.means import Means, spend
+    from bloomery.spec.errors import InputError, LimitError
+
+    try:
+        return spend(Means(machine), parameters, tokens), ""
+    except (LimitError, InputError) as error:
+        return None, str(error)
+
+
 def _machine(
     cluster: str | None, price: float | None, model: str | None, seq_len: int | None, global_batch: int | None
 ) -> Machine | None:
     from bloomery.planner.throughput import Machine
     from bloomery.spec import catalog
+    from bloomery.spec.errors import InputError
 
     if cluster is None:
+        for name, value in (("--price", price), ("--seq-len", seq_len), ("--global-batch", global_batch)):
+            if value is not None:
+                raise InputError("needs --cluster: it says what training takes there", where=name, found=value)
         return None
     is_file = cluster.endswith((".yaml", ".yml"))
     found = catalog.read_cluster(cluster) if is_file else catalog.cluster(cluster)

@@ -47,9 +47,11 @@ def print_budget(budget: Budget) -> None:
 
 
 def print_verdicts(
-    choices: list[tuple[float, float]], verdicts: Sequence[Verdict], spendings: Sequence[Spending]
+    choices: list[tuple[float, float]],
+    verdicts: Sequence[Verdict],
+    taken: Sequence[tuple[Spending | None, str]],
 ) -> None:
-    """Which choice each law prefers; with a cluster, what each takes."""
+    """Which choice each law prefers; with a cluster, what each takes, or why it cannot be trained there."""
     console = _console()
     names = [f"{_si(n)} x {_si(d)}" for n, d in choices]
     table = _table("law", "optimum at this FLOP", *(f"L of {name}" for name in names), "better", left=("law", "better"))
@@ -59,17 +61,25 @@ def print_verdicts(
         why = " (frontier)" if verdict.by == "frontier" and verdict.better is not None else ""
         table.add_row(verdict.title, optimum, *(_loss(loss) for loss in verdict.losses), better + why)
     console.print(table)
-    if spendings:
-        means = _table("choice", "structure", "layout", "MFU", "days", "cost", left=("choice", "structure", "layout"))
-        for name, spending in zip(names, spendings, strict=True):
-            rate = spending.rate
-            cost = "" if spending.cost is None else _money(spending.cost)
-            means.add_row(name, rate.structure, rate.layout, f"{rate.mfu:.1%}", f"{spending.days:.3g}", cost)
+    if taken:
         console.print()
-        console.print(means)
+        _print_taken(console, names, taken)
     console.print("[dim](frontier): the choice nearer to the law's optimum; Kaplan's L is of models trained until they")
     console.print("[dim]stop improving, so that its frontier, not its L, decides under a fixed budget[/]")
     console.print(f"[dim]{COMPARABLE}[/]")
+
+
+def _print_taken(console: Console, names: list[str], taken: Sequence[tuple[Spending | None, str]]) -> None:
+    means = _table("choice", "structure", "layout", "MFU", "days", "cost", left=("choice", "structure", "layout"))
+    for name, (spending, _) in zip(names, taken, strict=True):
+        if spending is not None:
+            rate, cost = spending.rate, "" if spending.cost is None else _money(spending.cost)
+            means.add_row(name, rate.structure, rate.layout, f"{rate.mfu:.1%}", f"{spending.days:.3g}", cost)
+    if means.row_count:
+        console.print(means)
+    for name, (_, problem) in zip(names, taken, strict=True):
+        if problem:
+            console.print(f"[yellow]{name}[/]: {problem}")
 
 
 def print_fit(fit: LawFit) -> None:
@@ -83,6 +93,16 @@ def print_fit(fit: LawFit) -> None:
         label = "a in N ~ C^a" if name == "exponent" else name
         table.add_row(label, f"{value:.4g}", "" if isnan(low) else f"{low:.4g} to {high:.4g}")
     console.print(table)
+    _print_optima(console, fit)
+    for open_end in fit.undetermined():
+        console.print(f"[yellow]note[/] {open_end}")
+
+
+def _print_optima(console: Console, fit: LawFit) -> None:
+    """At the largest run and beyond it; nothing where no optimum follows from the runs."""
+    if fit.unfounded():
+        console.print("\n[yellow]no law follows from these runs[/]")
+        return
     optima = _table("FLOP", "parameters", "90 %", "tokens", "90 %", "loss", "90 %", left=("FLOP",))
     for times in HORIZONS:
         flops = fit.largest_flops() * times
@@ -93,8 +113,6 @@ def print_fit(fit: LawFit) -> None:
         optima.add_row(f"{flops:.2e}" + ("" if times == 1 else f" ({times:.0f} x)"), *cells)
     console.print()
     console.print(optima)
-    for open_end in fit.undetermined():
-        console.print(f"[yellow]note[/] {open_end}")
     console.print("[dim]the first row is the largest run's 6ND; the others are extrapolated[/]")
 
 

@@ -99,12 +99,13 @@ def _print(found: Design) -> None:
 
 def _print_shape(console: Any, found: Design) -> None:
     """How depth and width entered the loss, and what the columns mean."""
-    from bloomery.planner.shapes import aspect, shape_penalty
+    from bloomery.planner.shapes import aspect, inner_parameters, optimal_shape, shape_penalty
 
-    (layers, hidden), own = found.optimum, found.own[0].model
+    own = found.own[0].model
+    layers, hidden = optimal_shape(inner_parameters(own))
     console.print(
-        f"\n[bold]Depth and width[/]: Levine et al. hold {layers:.0f} x {hidden:,.0f} best for this size; the run's "
-        f"own {own.layers} x {own.hidden:,}\n"
+        f"\n[bold]Depth and width[/]: Levine et al. hold {layers:.0f} x {hidden:,.0f} best for the own model's size;\n"
+        f"its {own.layers} x {own.hidden:,} "
         f"has {aspect(own) / (hidden / layers):.2f} times that aspect, put at {shape_penalty(own):+.3%} of the loss"
     )
     lines = [

@@ -63,7 +63,9 @@ def sweep(
     common = recipe(run)
     asked = {point.name: fingerprint(common, point) for point in grid}
     shared = hashed(common)
-    done = trained(read_lines(out), asked, shared, out)
+    rows = read_lines(out)
+    done = trained(rows, asked, shared, out)
+    _warn_of_too_few(rows, [point for point in grid if point.name not in done], out)
     for number, point in enumerate(grid, start=1):
         if point.name in done:
             continue
@@ -80,6 +82,19 @@ def sweep(
         print_json({"file": str(out), "runs": [row for row in read_lines(out) if row.get("run") in names]})
         return
     print(f"{out}: {len(grid)} runs; `bloomery budget fit {out}` fits a law to them")
+
+
+def _warn_of_too_few(rows: list[dict[str, Any]], points: list[Point], out: Path) -> None:
+    """Before hours of training: that no law can be fitted to what the file will hold."""
+    import sys
+
+    from bloomery.planner.law_fit import too_few
+
+    parameters = [*(row["parameters"] for row in rows), *(point.parameters for point in points)]
+    tokens = [*(row["tokens"] for row in rows), *(point.tokens for point in points)]
+    lacking = too_few(parameters, tokens)
+    if lacking is not None:
+        print(f"warning: {out} will not suffice for `bloomery budget fit`: {lacking}", file=sys.stderr)
 
 
 def described(run: Run, point: Point, folder: Path) -> dict[str, Any]:

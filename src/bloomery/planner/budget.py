@@ -29,6 +29,7 @@ from bloomery.planner.laws import (
 )
 from bloomery.planner.means import Means, Spending, spend, work_within
 from bloomery.planner.throughput import Machine
+from bloomery.spec.cluster import Cluster
 from bloomery.spec.errors import BloomeryError, InputError, LimitError
 
 TOLERANCE = 0.01
@@ -217,7 +218,7 @@ def _inference_answer(question: Question, of: Law, means: Means | None) -> Answe
     if base.loss is None:
         return _unanswered(named, InputError(f"{of.key} has no loss to hold equal"))
     if means is not None and base.spending is not None:  # what it takes, on the same accelerators, without limits
-        means = Means(means.machine, accelerators=base.spending.accelerators)
+        means = Means(replace(means.machine, model=None), accelerators=base.spending.accelerators)
     parameters, tokens = inference_aware(of, base.loss, question.inference_tokens or 0.0)
     return _spent(question, named, parameters, tokens, means)
 
@@ -288,8 +289,8 @@ def _check(question: Question, machine: Machine | None) -> None:
             "too little is given: one of --pf-days, --parameters, --tokens or --target-loss gives the work by a law's "
             "optimum; --days or --money with --cluster gives what they buy"
         )
-    if question.money is not None and machine is not None and machine.cluster.price_per_accelerator_hour is None:
-        raise InputError(f"--money needs a price and cluster {machine.cluster.name} has none: give --price")
+    if question.money is not None and machine is not None and not machine.cluster.price_per_accelerator_hour:
+        raise InputError(f"--money needs a price above 0 and cluster {machine.cluster.name} has none: give --price")
     if machine is not None:
         _check_machine(question, machine)
     _check_work(question)
@@ -298,12 +299,25 @@ def _check(question: Question, machine: Machine | None) -> None:
 def _check_machine(question: Question, machine: Machine) -> None:
     """Refuse here what would otherwise be refused for each law."""
     if question.accelerators is not None:
-        machine.cluster.cut(question.accelerators)
+        _check_accelerators(question.accelerators, machine.cluster)
     model, seq_len = machine.model, machine.seq_len
     if model is not None and seq_len is not None and seq_len > model.max_seq_len:
         raise InputError(
             f"longer than {model.name} reads", where="--seq-len", found=seq_len, accepted=f"at most {model.max_seq_len}"
         )
+
+
+def _check_accelerators(asked: int, cluster: Cluster) -> None:
+    try:
+        cluster.cut(asked)
+    except InputError:
+        node = cluster.accelerators_per_node
+        allowed = cluster.world_sizes() if cluster.cuts else [*range(1, node), *range(node, cluster.size + 1, node)]
+        around = [max((n for n in allowed if n < asked), default=0), min((n for n in allowed if n > asked), default=0)]
+        what = "no measured cut" if cluster.cuts else f"neither part of a node of {node} nor whole nodes"
+        raise InputError(
+            f"{what} of {cluster.name}", where="--accelerators", found=asked, accepted=[n for n in around if n]
+        ) from None
 
 
 def _check_work(question: Question) -> None:
@@ -316,8 +330,8 @@ def _check_work(question: Question) -> None:
             agrees = abs(pf_days / (other * n * d / PF_DAY) - 1.0) <= TOLERANCE
             hint = f"; as {other}ND they agree: --convention {other}nd" if agrees else "; leave one of the three out"
             raise InputError(
-                f"{_si(n)} parameters x {_si(d)} tokens are {computed:,.0f} PF-days as {convention}ND, "
-                f"--pf-days {pf_days:,.0f} is {pf_days / computed:.3g} times that{hint}"
+                f"{_si(n)} parameters x {_si(d)} tokens are {_counted(computed)} PF-days as "
+                f"{convention}ND, --pf-days {_counted(pf_days)} is {pf_days / computed:.3g} times that{hint}"
             )
     if loss is not None and (question.both or pf_days is not None):
         of = question.chosen_law()
@@ -364,3 +378,7 @@ def _si(value: float) -> str:
         if float(f"{value:.4g}") >= size:
             return f"{value / size:.4g} {unit}"
     return f"{value:.4g}"
+
+
+def _counted(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

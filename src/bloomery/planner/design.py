@@ -222,7 +222,7 @@ def design(run: Run, wish: Wish, *, top: int = 10, runnable_only: bool) -> Desig
         law=of.title,
         reference="the run's own model" if near else "the lowest loss of the grid",
         unit=shapes.tensor_unit(run.cluster),
-        optimum=shapes.optimal_shape(parameters),
+        optimum=shapes.optimal_shape(shapes.inner_of_size(run.model, parameters)),
         best=tuple(best),
         own=tuple(_gained(structure, own[0], near) for structure in own),
         trade=_trade(desk, parameters, wish.spread, own[1:], near),
@@ -250,9 +250,9 @@ def _parameters(run: Run, wish: Wish, tokens: int, of: Law) -> float:
 def _size(run: Run, wish: Wish, tokens: int, of: Law) -> float:
     if run.model.moe is not None:
         raise InputError("only dense structures are designed yet", where="model.moe", found=run.model.name)
-    if not of.has_loss:
-        accepted = [key for key, other in laws().items() if other.has_loss]
-        raise InputError("this law has no loss to hold equal", where="--law", found=of.key, accepted=accepted)
+    if not of.has_loss or of.converged:
+        accepted = [key for key, other in laws().items() if other.has_loss and not other.converged]
+        raise InputError("no loss at the run's tokens to hold equal", where="--law", found=of.key, accepted=accepted)
     if not 0.0 < wish.spread <= LARGEST_SPREAD:
         limits = f"above 0, at most {LARGEST_SPREAD}"
         raise InputError("not a spread of parameters", where="--spread", found=wish.spread, accepted=limits)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from bloomery.planner.law_fit import LawFit
-from bloomery.planner.laws import TRAINING_FLOPS, Additive
-from bloomery.spec.errors import InputError, nearest_match
+from bloomery.planner.laws import FLOPS_RANGE, TRAINING_FLOPS, Additive
+from bloomery.spec.errors import InputError, LimitError, nearest_match
 from bloomery.spec.files import read_yaml, to_yaml, write_atomically
 
 SUFFIXES = (".yaml", ".yml")
@@ -23,6 +23,8 @@ HEADER = (
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 TEXTS = ("title", "source", "note")
 RANGES = ("exponent_interval", "fitted_flops")
+EXPONENTS = (3e-4, 21.0)
+"""Of alpha and beta: what a fit seeks them between; any law's are well within."""
 FEW, MANY = 10.0, 90.0
 """Percentiles of an 80 % interval, as the published laws have it."""
 
@@ -33,9 +35,14 @@ def is_file(name: str) -> bool:
 
 
 def write_law(path: Path, fit: LawFit, sweep: Path) -> None:
-    """The fitted law with where it comes from. Raises InputError for a name that `--law` would not take for a file."""
+    """The fitted law with where it comes from.
+
+    Raises InputError for a name that `--law` would not take for a file, LimitError where no law follows from the runs.
+    """
     if not is_file(path.name):
         raise InputError("a law file's name ends in .yaml", where="--out", found=str(path), accepted=SUFFIXES)
+    if fit.unfounded():
+        raise LimitError(f"{sweep}: no law follows from these runs: {'; '.join(fit.unfounded())}")
     flops = TRAINING_FLOPS * fit.runs.parameters * fit.runs.tokens
     values: dict[str, Any] = {
         "title": "Fitted",
@@ -63,11 +70,20 @@ def read_law(path: Path) -> Additive:
                 "no such key", where=str(path), found=name, accepted=known, nearest=nearest_match(name, known)
             )
     constants = {name: _number(values.get(name), f"{path}: {name}", zero=name == "E") for name in CONSTANTS}
+    for name in ("alpha", "beta"):
+        _within(constants[name], EXPONENTS, f"{path}: {name}")
     texts = {name: str(values.get(name, "")) for name in TEXTS}
     ranges = {name: _range(values[name], f"{path}: {name}") for name in RANGES if name in values}
+    for end in ranges.get("exponent_interval", ()):
+        _within(end, (0.0, 1.0), f"{path}: exponent_interval")
     pivot = {"pivot_flops": float(np.sqrt(np.prod(ranges["fitted_flops"])))} if "fitted_flops" in ranges else {}
     texts["title"] = texts["title"] or path.stem
-    return Additive(key="fitted", **texts, **constants, **ranges, **pivot)  # type: ignore[arg-type]
+    found = Additive(key="fitted", **texts, **constants, **ranges, **pivot)  # type: ignore[arg-type]
+    with np.errstate(all="ignore"):
+        optima = np.array([found.optimal(flops) for flops in FLOPS_RANGE])
+    if not (np.isfinite(optima) & (optima > 0.0)).all():
+        raise InputError("the optimum of these constants is beyond what numbers hold", where=str(path))
+    return found
 
 
 def _number(value: Any, where: str, *, zero: bool = False) -> float:
@@ -75,6 +91,13 @@ def _number(value: Any, where: str, *, zero: bool = False) -> float:
     if not fine or value < 0 or (value == 0 and not zero):
         raise InputError("a positive number is expected", where=where, found=value)
     return float(value)
+
+
+def _within(value: float, limits: tuple[float, float], where: str) -> None:
+    if not limits[0] <= value <= limits[1]:
+        raise InputError(
+            "beyond what an exponent is", where=where, found=value, accepted=f"{limits[0]:g} to {limits[1]:g}"
+        )
 
 
 def _range(value: Any, where: str) -> tuple[float, float]:

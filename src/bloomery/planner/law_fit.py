@@ -8,7 +8,7 @@ predicted and measured loss, minimised from a grid of starts. Only the best of t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -25,7 +25,14 @@ NAMES = ("E", "A", "B", "alpha", "beta", "exponent")
 DELTA = 1e-3
 FOLLOWED = 12
 LEAST_RUNS = 8
+LEAST_DIFFERENT = 3
 PERCENTILES = (5.0, 95.0)
+EXPONENTS = (-8.0, 3.0)
+"""Between which log alpha and log beta are sought: far beyond any law on either side."""
+FAR = 10.0
+"""An optimum so many times outside the sizes or data of the runs does not follow from them."""
+LEAST_EFFECT = 1e-4
+"""A term that changes the loss by less, relatively, does nothing, however well the rest is fitted."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,42 @@ class LawFit:
         """What these runs leave open: a floor that the fit sets to nothing, an exponent known to no better than 0.2."""
         low, high = self.intervals["exponent"]
         floor = 0.01 * float(self.runs.loss.min()) > self.law.E
-        open_ends = ["E, the irreducible loss, is not visible in these runs (fitted as 0)"] if floor else []
+        open_ends = [*self.unfounded()]
+        open_ends += ["E, the irreducible loss, is not visible in these runs (fitted as 0)"] if floor else []
         if high - low > 0.2:
             open_ends.append(f"a in N ~ C^a lies anywhere from {low:.2f} to {high:.2f}: more runs, or a wider range")
         return tuple(open_ends)
+
+    def unfounded(self) -> tuple[str, ...]:
+        """Why no optimum follows from these runs at all, whatever the intervals say; empty where one does."""
+        law, runs = self.law, self.runs
+        least = max(self.error, LEAST_EFFECT)
+        found = []
+        for name, factor, exponent, what in (
+            ("alpha", law.A, law.alpha, runs.parameters),
+            ("beta", law.B, law.beta, runs.tokens),
+        ):
+            of = "parameters" if name == "alpha" else "tokens"
+            effect = float(np.ptp(factor * what**-exponent / runs.loss.mean()))
+            if not EXPONENTS[0] + 0.01 < np.log(exponent) < EXPONENTS[1] - 0.01:
+                found.append(
+                    f"{name} ran to the end of its range ({exponent:.3g}): these losses do not say what more {of} do"
+                )
+            elif not effect > least:
+                found.append(f"{of} change the loss by {effect:.2%} over these runs, within the error of the fit")
+        return tuple(found) or self._far_optimum()
+
+    def _far_optimum(self) -> tuple[str, ...]:
+        """Said of the first of parameters and tokens whose optimum at the largest run's FLOP is far from every run."""
+        with np.errstate(all="ignore"):
+            optimum = self.law.optimal(self.largest_flops())
+        for name, best, there in zip(FIELDS[:2], optimum, (self.runs.parameters, self.runs.tokens), strict=True):
+            if not there.min() / FAR <= best <= there.max() * FAR:
+                return (
+                    f"the optimum at the largest run's FLOP, {best:.3g} {name}, is far from every run "
+                    f"({there.min():.3g} to {there.max():.3g})",
+                )
+        return ()
 
     def _optimal(self, flops: float) -> dict[str, tuple[float, float, float]]:
         found = {}
@@ -92,12 +131,20 @@ def read_runs(path: Path) -> Runs:
     if not path.is_file():
         raise InputError("no such file", where=str(path))
     rows = np.array(list(_rows(path)), dtype=np.float64).reshape(-1, 3)
-    if len(rows) < LEAST_RUNS:
-        raise InputError(f"{len(rows)} runs; five constants need at least {LEAST_RUNS}", where=str(path))
-    for i, name in enumerate(FIELDS[:2]):
-        if len(np.unique(rows[:, i])) < 3:
-            raise InputError(f"at least 3 different numbers of {name} are needed", where=str(path))
+    lacking = too_few(rows[:, 0], rows[:, 1])
+    if lacking is not None:
+        raise InputError(lacking, where=str(path))
     return runs_of(*rows.T)
+
+
+def too_few(parameters: Sequence[float] | np.ndarray, tokens: Sequence[float] | np.ndarray) -> str | None:
+    """What these runs lack for five constants; None where nothing."""
+    if len(parameters) < LEAST_RUNS:
+        return f"{len(parameters)} runs; five constants need at least {LEAST_RUNS}"
+    for name, values in zip(FIELDS[:2], (parameters, tokens), strict=True):
+        if len(np.unique(values)) < LEAST_DIFFERENT:
+            return f"at least {LEAST_DIFFERENT} different numbers of {name} are needed"
+    return None
 
 
 def runs_of(parameters: np.ndarray, tokens: np.ndarray, loss: np.ndarray) -> Runs:
@@ -185,7 +232,8 @@ def _objective(theta: np.ndarray, runs: Runs) -> tuple[float, np.ndarray]:
     log L = logsumexp(a - alpha log N, b - beta log D, e) (Hoffmann et al. 2022, D.2), logarithms about the middle.
     """
     a, b, e = theta[:3]
-    alpha, beta = np.exp(np.clip(theta[3:], -8.0, 3.0))
+    alpha, beta = np.exp(np.clip(theta[3:], *EXPONENTS))
+    free = (theta[3:] > EXPONENTS[0]) & (theta[3:] < EXPONENTS[1])  # beyond, an exponent changes nothing
     log_n, log_d = np.log(runs.parameters) - runs.middle[0], np.log(runs.tokens) - runs.middle[1]
     terms = np.stack([a - alpha * log_n, b - beta * log_d, np.full_like(log_n, e)])
     top = terms.max(axis=0)
@@ -197,13 +245,13 @@ def _objective(theta: np.ndarray, runs: Runs) -> tuple[float, np.ndarray]:
     slope = np.clip(residual, -1.0, 1.0) / DELTA / len(residual)
     by_size, by_tokens, by_floor = (weights * slope).sum(axis=1)
     by_alpha, by_beta = -alpha * ((weights[0] * slope) @ log_n), -beta * ((weights[1] * slope) @ log_d)
-    gradient = [by_size, by_tokens, by_floor, by_alpha, by_beta]
+    gradient = [by_size, by_tokens, by_floor, by_alpha * free[0], by_beta * free[1]]
     return float(value), np.array(gradient)
 
 
 def _law(theta: np.ndarray, middle: tuple[float, float]) -> Additive:
     a, b, e = (float(value) for value in theta[:3])
-    alpha, beta = (float(value) for value in np.exp(np.clip(theta[3:], -8.0, 3.0)))
+    alpha, beta = (float(value) for value in np.exp(np.clip(theta[3:], *EXPONENTS)))
     return Additive(
         key="fitted",
         title="Fitted",

@@ -134,8 +134,13 @@ class Additive(Law):
 
     @property
     def balance(self) -> float:
-        """G = (alpha A / beta B)^(1 / (alpha + beta)) of Hoffmann's eq. 4."""
-        return float((self.alpha * self.A / (self.beta * self.B)) ** (1.0 / (self.alpha + self.beta)))
+        """G = (alpha A / beta B)^(1 / (alpha + beta)) of Hoffmann's eq. 4; 0 or infinite where no number holds it.
+
+        In logarithms: a fit to odd runs may have constants near the ends of what numbers hold.
+        """
+        with np.errstate(all="ignore"):
+            logs = np.log([self.alpha, self.beta]) + np.log([self.A, self.B])
+            return float(np.exp((logs[0] - logs[1]) / (self.alpha + self.beta)))
 
     def optimal(self, flops: Any) -> tuple[Any, Any]:
         """N = G (C/6)^(beta/(alpha+beta)), D = (C/6)^(alpha/(alpha+beta)) / G (Hoffmann et al. 2022, eq. 4)."""
@@ -151,6 +156,7 @@ class DataLimited(Additive):
 
     With U unique tokens, R_D = D/U - 1 repetitions: D' = U + U R_D* (1 - exp(-R_D / R_D*)); with U_N the parameters
     that U would be optimal for and R_N = N/U_N - 1: N' = U_N + U_N R_N* (1 - exp(-R_N / R_N*)); L = L(N', D').
+    Within one epoch U is D, so that parameters beyond the optimum are worth less there too.
     """
 
     tokens_decay: float = 1.0
@@ -158,10 +164,8 @@ class DataLimited(Additive):
     unique_tokens: float = np.inf
 
     def loss(self, parameters: Any, tokens: Any) -> Any:
-        """The additive law of the effective N' and D'; the law itself without a limit on unique tokens."""
+        """The additive law of the effective N' and D'."""
         n, d = np.asarray(parameters, dtype=np.float64), np.asarray(tokens, dtype=np.float64)
-        if np.isinf(self.unique_tokens):
-            return super().loss(n, d)
         unique = np.minimum(d, self.unique_tokens)
         # U_N: on the frontier D = (C/6)^(alpha/(alpha+beta)) / G, so N = G (G D)^(beta/alpha).
         unique_n = np.minimum(n, self.balance * (self.balance * unique) ** (self.beta / self.alpha))
@@ -171,7 +175,8 @@ class DataLimited(Additive):
         )
 
     def optimal(self, flops: Any) -> tuple[Any, Any]:
-        """The smallest loss along 6 N D = C, found numerically where tokens repeat."""
+        """The smallest loss along 6 N D = C: the additive law's where no token repeats, for there no parameter is worth
+        less; else found numerically."""
         if np.isinf(self.unique_tokens):
             return super().optimal(flops)
         product = np.asarray(flops, dtype=np.float64) / TRAINING_FLOPS

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, exp, floor, log
+from math import ceil, exp, floor, log, sqrt
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -83,6 +83,17 @@ def optimal_shape(inner: float) -> tuple[float, float]:
     return low, exp(fit["log_width_at_no_layers"] + fit["log_width_per_layer"] * low)
 
 
+def inner_of_size(own: Model, parameters: float) -> float:
+    """What `parameters` leave without embeddings and head at the best width for that, by bisection: a wider model has
+    larger tables."""
+    table = (parameter_count(own) - inner_parameters(own)) / own.hidden
+    low, high = 1.0, parameters
+    for _ in range(60):
+        inner = sqrt(low * high)
+        low, high = (inner, high) if inner + table * optimal_shape(inner)[1] < parameters else (low, inner)
+    return low
+
+
 def shape_penalty(model: Model) -> float:
     """Relative loss added by the shape: a parabola in log(aspect) from Levine's optimum through Kaplan's anchor."""
     anchor = shape_facts()["anchor"]
@@ -118,7 +129,7 @@ def widths(own: Model, unit: int, parameters: float) -> list[int]:
 
     At a fixed size the width goes as aspect^(1/3).
     """
-    middle = optimal_shape(parameters)[1]
+    middle = optimal_shape(inner_of_size(own, parameters))[1]
     low, high = middle / ASPECT_FACTOR ** (1 / 3), middle * ASPECT_FACTOR ** (1 / 3)
     step = unit
     while step % 2 == 0 and (high - low) / (step * own.head_dim) < FEWEST_WIDTHS:

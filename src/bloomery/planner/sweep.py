@@ -38,14 +38,14 @@ def isoflop_grid(
     anything.
     """
     points: dict[str, Point] = {}
-    for flops in sorted(budgets):
+    for flops in sorted(set(budgets)):
         middle = float(law("besiroglu").optimal(flops)[0])
         for size in sizes or [middle * factor for factor in FACTORS]:
             model = structure_near(size, max_seq_len=seq_len, vocab=vocab)
             count = parameter_count(model)
             tokens = round(flops / (TRAINING_FLOPS * count))
             steps = tokens // (seq_len * global_batch)
-            name = f"{flops:.2e}-{model.name}".replace("+", "")
+            name = f"{_written(flops)}-{model.name}".replace("+", "")
             if steps < LEAST_STEPS:
                 raise InputError(
                     f"{flops:.3g} FLOP train {model.name} ({count / 1e6:.3g} M parameters) for {steps} steps of "
@@ -54,3 +54,8 @@ def isoflop_grid(
                 )
             points[name] = Point(name, flops, model, count, tokens)
     return tuple(points.values())
+
+
+def _written(flops: float) -> str:
+    """With three digits, and more where they do not hold it: a run's name tells its budget from every other."""
+    return next((text for digits in range(2, 17) if float(text := f"{flops:.{digits}e}") == flops), f"{flops:.16e}")

@@ -7,7 +7,7 @@ accelerators can share evenly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
@@ -81,13 +81,6 @@ class Throughput:
         """Wall-clock days for so many tokens, failures and checkpoints counted; infinite where nothing ever ends."""
         rate = self.tokens_per_s * self.goodput * DAY_S
         return tokens / rate if rate > 0 else float("inf")
-
-    def scaled(self, factor: float) -> Throughput:
-        """The same structure standing for a size `1 / factor` times as large: the same FLOP/s, other tokens/s."""
-        rates = {
-            name: getattr(self, name) * factor for name in ("tokens_per_s", "low_tokens_per_s", "high_tokens_per_s")
-        }
-        return replace(self, **rates)
 
 
 def throughput(machine: Machine, parameters: float, tokens: float, accelerators: int) -> Throughput:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from bloomery.cli import budget_tables
-from bloomery.cli.budget import quantity
+from bloomery.cli.budget import _exit_code, app, quantity
 from bloomery.planner.budget import Answer, Question, budget
 from bloomery.planner.choices import compare
 from bloomery.planner.law_fit import fit, read_runs, runs_of
@@ -92,17 +93,17 @@ def test_a_target_loss_is_reached_by_the_laws_that_have_one() -> None:
 def test_days_buy_what_the_planner_says_that_size_does_in_them() -> None:
     answer = under(Question(days=14.0), NODE)
     assert answer.spending is not None
-    assert answer.spending.days == pytest.approx(14.0)
+    assert 13.5 < answer.spending.days <= 14.0
     assert answer.parameters == pytest.approx(answer.optimal_parameters)
     planned = throughput(NODE, answer.parameters, answer.tokens, 8)
-    assert planned.days(answer.tokens) == pytest.approx(14.0, rel=0.1)
+    assert planned.days(answer.tokens) == answer.spending.days
 
 
 def test_money_buys_accelerator_hours_at_the_clusters_price() -> None:
     answer = under(Question(money=10_000.0), NODE)
     assert answer.spending is not None
-    assert answer.spending.cost == pytest.approx(10_000.0)
-    assert answer.spending.accelerator_hours == pytest.approx(10_000.0 / 2.99)
+    assert 9_500.0 < answer.spending.cost <= 10_000.0
+    assert answer.spending.accelerator_hours == pytest.approx(answer.spending.cost / 2.99)
 
 
 def test_a_given_size_is_kept_and_trained_for_as_long_as_there_is_time() -> None:
@@ -410,3 +411,52 @@ def test_runs_that_do_not_determine_a_law_are_said_to() -> None:
     vague = runs_of(sizes, tokens, 20 * tokens**-0.08 * np.exp(0.05 * np.random.default_rng(0).standard_normal(35)))
     assert fit(vague, resamples=20).undetermined()
     assert not fit(runs_of(*sweep(0.001)), resamples=20).undetermined()
+
+
+@pytest.mark.parametrize("price", [None, 0.0])
+def test_money_without_a_price_is_refused(price: float | None) -> None:
+    free = replace(NODE, cluster=NODE.cluster.model_copy(update={"price_per_accelerator_hour": price}))
+    with pytest.raises(InputError, match="give --price"):
+        budget(Question(money=10.0), free)
+
+
+def test_sardanas_smaller_model_is_not_timed_as_the_one_named() -> None:
+    named = replace(NODE, model=catalog.model("llama-3-8b"))
+    question = Question(parameters=8.03e9, tokens=1e11, inference_tokens=1e13, law="hoffmann-3")
+    found = under(question, named, "sardana-hoffmann-3")
+    assert found.spending is not None and found.spending.rate.structure != "llama-3-8b"
+
+
+def test_a_small_contradiction_is_told_with_its_digits() -> None:
+    words = r"1 B parameters x 20 B tokens are 1\.389 PF-days as 6ND, --pf-days 10 is 7\.2 times"
+    with pytest.raises(InputError, match=words):
+        budget(Question(parameters=1e9, tokens=2e10, pf_days=10.0), None)
+
+
+def test_the_law_asked_for_decides_the_exit_code_where_it_has_no_answer() -> None:
+    assert _exit_code(budget(Question(target_loss=2.1, law="hoffmann-1"), None)) == 2
+    assert _exit_code(budget(Question(target_loss=2.1), None)) == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [(12, r"--accelerators: neither .* found 12; accepted: 8, 16"), (5000, r"found 5000; accepted: 4608$")],
+)
+def test_a_number_of_accelerators_that_is_no_cut_names_the_nearest(asked: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        budget(Question(days=3.0, accelerators=asked), Machine(catalog.cluster("eos-like")))
+
+
+@pytest.mark.parametrize("option", ["--price", "--seq-len", "--global-batch"])
+def test_what_only_a_cluster_makes_sense_of_is_refused_without_one(option: str) -> None:
+    with pytest.raises(InputError, match=f"{option}: needs --cluster"):
+        CliRunner().invoke(app, ["--pf-days", "1", option, "4"], catch_exceptions=False)
+
+
+def test_a_choice_that_does_not_fit_is_named_beside_the_verdicts() -> None:
+    arguments = ["compare", "1B:20B", "1T:20B", "--cluster", "generic-8xh100"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 3
+    assert "cannot tell" in result.stdout and "1T x 20B: nothing fits" in result.stdout.replace("\n", " ")
+    values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert values["spending"][1] is None and values["problems"][0] == "" and values["spending"][0]["days"] > 0

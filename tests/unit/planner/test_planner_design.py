@@ -216,3 +216,30 @@ def test_wrong_input_gives_one_line_and_exit_code_2(arguments: tuple[str, ...]) 
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("key", ["kaplan", "hoffmann-1"])
+def test_a_law_without_a_loss_at_the_runs_tokens_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match="--law: no loss at the run's tokens to hold equal"):
+        design(yuan(), Wish(law=key), runnable_only=False)
+
+
+def test_the_best_shape_of_a_size_is_that_of_its_parameters_without_embeddings() -> None:
+    own = yuan().model
+    inner = shapes.inner_of_size(own, 20e9)
+    tables = (parameter_count(own) - shapes.inner_parameters(own)) / own.hidden * shapes.optimal_shape(inner)[1]
+    assert isclose(inner + tables, 20e9, rel_tol=1e-6)
+    least, most = min(shapes.widths(own, 8, 20e9)), max(shapes.widths(own, 8, 20e9))
+    assert shapes.inner_of_size(own, 20e9) < 20e9 and least < shapes.optimal_shape(inner)[1] < most
+    large = own.model_copy(update={"vocab": 50 * own.vocab})  # most of a small model
+    assert shapes.inner_of_size(large, 2e10) < 1e10
+    assert max(shapes.widths(large, 8, 2e10)[:-1]) < max(shapes.widths(own, 8, 2e10)[:-1])
+
+
+def test_the_best_shape_named_beside_the_own_model_is_that_of_its_penalty(capsys: pytest.CaptureFixture[str]) -> None:
+    from bloomery.cli.design import _print_shape
+    from bloomery.cli.plan_tables import console_of_tables
+
+    layers, hidden = shapes.optimal_shape(shapes.inner_parameters(yuan().model))
+    _print_shape(console_of_tables(), designed("time"))
+    assert f"hold {layers:.0f} x {hidden:,.0f} best" in capsys.readouterr().out

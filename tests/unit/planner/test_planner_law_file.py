@@ -73,6 +73,18 @@ def test_a_sweep_becomes_a_law_that_a_budget_answers_with(tmp_path: Path, monkey
     assert besiroglu["parameters"] == pytest.approx(float(law("besiroglu").optimal(0.01 * 8.64e19)[0]))
 
 
+def test_a_sweep_says_before_it_trains_that_no_law_can_be_fitted_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = list[str]()
+    monkeypatch.setattr(sweep_command, "train_point", lambda *_: said.append(capsys.readouterr().err) or 2.5)
+    description, out = run_file(tmp_path), tmp_path / "sweep.jsonl"
+    sweep(description, flops="1e15,1e16", sizes="2M,4M,8M", out=out)
+    assert "6 runs; five constants need at least 8" in said[0]
+    sweep(description, flops="1e17", sizes="2M,4M,8M", out=out)
+    assert "warning" not in said[6]
+
+
 def test_a_sweep_answers_with_its_rows_as_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +192,12 @@ def test_ones_own_law_reads_back_judges_choices_and_says_how_far_it_is_stretched
         (LAW.replace("A: 90\n", ""), "A: a positive number"),
         (LAW + "gamma: 3\n", "no such key"),
         (LAW + "exponent_interval: [0.6, 0.4]\n", "exponent_interval: two numbers"),
+        (
+            LAW + "exponent_interval: [0.9, 7]\n",
+            "exponent_interval: beyond what an exponent is; found 7.0; accepted: 0 to 1",
+        ),
+        (LAW.replace("alpha: 0.3", "alpha: 1.0e+9"), "alpha: beyond what an exponent is; .* accepted: 0.0003 to 21"),
+        (LAW.replace("A: 90", "A: 1.0e-300").replace("0.3", "0.003"), "beyond what numbers hold"),
     ],
 )
 def test_a_wrong_law_file_is_named_by_its_key(text: str, words: str, tmp_path: Path) -> None:

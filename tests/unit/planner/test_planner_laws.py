@@ -150,6 +150,13 @@ def test_repeated_tokens_are_worth_at_most_the_papers_share() -> None:
     assert of.loss(1e9, 1e17) == pytest.approx(endless)
 
 
+def test_a_limit_on_unique_tokens_that_does_not_bind_changes_nothing() -> None:
+    free, unbound = law("muennighoff"), with_unique_tokens(law("muennighoff"), 1e15)
+    sizes, tokens = np.array([1e9, 1e11, 2e11]), np.array([1e12, 2e11, 1e11])
+    assert free.loss(sizes, tokens) == pytest.approx(unbound.loss(sizes, tokens), rel=1e-12)
+    assert free.loss(2e11, 1e11) == pytest.approx(2.168, abs=1e-3)
+
+
 def test_with_few_unique_tokens_the_optimum_moves_to_epochs_rather_than_size() -> None:
     limited = with_unique_tokens(law("muennighoff"), 1e11).optimal(GOPHER_FLOPS)
     assert limited[0] < law("muennighoff").optimal(GOPHER_FLOPS)[0]

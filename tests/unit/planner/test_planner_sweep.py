@@ -28,6 +28,10 @@ def test_sizes_that_round_to_one_structure_are_trained_once() -> None:
 def test_near_budgets_are_runs_of_their_own() -> None:
     grid = isoflop_grid([1e12, 1.2e12], sizes=[2e5], **SETTINGS)
     assert len({point.name for point in grid}) == 2
+    close = isoflop_grid([1e13, 1.004e13, 1.004e13], sizes=[2e5], **SETTINGS)
+    assert [point.flops for point in close] == [1e13, 1.004e13]
+    assert [point.name[:9] for point in close] == ["1.00e13-l", "1.004e13-"]
+    assert grid[0].name.startswith("1.00e12-")
 
 
 def test_without_sizes_the_grid_lies_about_the_optimum() -> None:
