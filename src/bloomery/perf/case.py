@@ -290,7 +290,7 @@ class Case:
 
     @OfLayouts
     def fullest(self) -> Ranks:
-        """The earliest middle rank with most layers, of these with most mixtures (rank 0 where none is in the middle)."""
+        """The earliest middle rank with most layers, of these with most mixtures (rank 0 where there is none)."""
         return self.ranks(self._named_rank(0))
 
     @OfLayouts
