@@ -15,10 +15,11 @@ import numpy as np
 
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
 from bloomery.planner.explain import RECOMPUTE_WORDS, TIE, shortage_bytes
-from bloomery.planner.search import Evaluated, Found
+from bloomery.planner.search import Evaluated, Found, run_dtype
 from bloomery.spec.layout import OUTERMOST, SCHEDULES, LayoutBatch
-from bloomery.spec.layout_rules import guard_problems, layout_problems, runnable_problems
+from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
+from bloomery.spec.run_rules import run_problems
 
 GIB = float(2**30)
 AXES = (
@@ -138,7 +139,7 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
     batch, seq_len = run.train.global_batch, run.train.seq_len
     problems = layout_problems(run.model, lay, global_batch=batch, seq_len=seq_len)
     problems += runnable_problems(run.model, lay) if runnable_only else []
-    problems += guard_problems(run.model, lay, run.train.guard)
+    problems += run_problems(run, lay, run_dtype(run, world.cluster))
     broken = np.stack([problem.broken for problem in problems])
     for axis in MESH_AXES:
         column = getattr(lay, axis)

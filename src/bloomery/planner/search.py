@@ -16,7 +16,7 @@ import numpy as np
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, estimate
 from bloomery.planner.by_stage import with_stages_apart
-from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts, without
+from bloomery.planner.enumerate import Refusal, enumerate_layouts, without
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
@@ -24,9 +24,10 @@ from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
 from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout, guard_problems, runnable_problems
+from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
+from bloomery.spec.run_rules import allowed, run_problems
 
 GIB = float(2**30)
 LEAST_GOODPUT = 1e-300  # where failures leave nothing: still a finite time, so that layouts keep an order
@@ -187,21 +188,22 @@ def evaluate(
         runnable_only=runnable_only,
         spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
-    found = without(found, guard_problems(run.model, found.layouts, run.train.guard))
-    for phase in run.train.course.phases[:-1]:
-        found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
+    dtype = run_dtype(run, cluster)
+    found = without(found, run_problems(run, found.layouts, dtype))
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    estimates = with_stages_apart(estimates_on(run, cluster, lay))
+    estimates = with_stages_apart(estimates_on(run, cluster, lay), lambda some: allowed(run, some, dtype))
     more = len(estimates) - len(lay)
     return Evaluated(cluster, estimates.case.lay, estimates, found.n_enumerated + more, found.refusals)
 
 
 def _offloaded(run: Run, world: Evaluated) -> Evaluated:
-    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its own
-    or nothing is known of its link to the host."""
+    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its
+    own, nothing is known of its link to the host or the run's layers are compiled."""
     if world.cluster.accelerator.kind == "cpu" or world.cluster.accelerator.upload_bytes_per_s is None:
         return world
     lay = world.layouts.having(offload=np.full(len(world.layouts), OFFLOAD.index("activations")))
+    if not allowed(run, lay, run_dtype(run, world.cluster)).all():
+        return world
     return replace(world, layouts=lay, estimates=estimates_on(run, world.cluster, lay))
 
 
@@ -235,7 +237,7 @@ def mean_steps_s(run: Run, world: Evaluated, index: np.ndarray) -> np.ndarray:
 def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
     layout = world.layouts.layout(i)
     one = world.layouts.take(np.array([i]))
-    problems = [*runnable_problems(run.model, one), *guard_problems(run.model, one, run.train.guard)]
+    problems = [*runnable_problems(run.model, one), *run_problems(run, one, run_dtype(run, world.cluster))]
     obstacles = tuple(problem.reason for problem in problems if problem.broken[0])
     short = float(shortage_bytes(world.estimates, world.cluster)[i])
     return Row(

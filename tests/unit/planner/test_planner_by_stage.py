@@ -34,6 +34,10 @@ def asked(layouts: list[Layout], gib: float) -> Estimates:
     )
 
 
+def every_kind(layouts: LayoutBatch) -> np.ndarray:
+    return np.ones(len(layouts), dtype=bool)
+
+
 @pytest.mark.parametrize(
     ("layout", "gib"),
     [
@@ -48,7 +52,7 @@ def test_the_least_recomputation_that_fits_is_the_best_of_all_assignments(layout
     every = [plain.model_copy(update={"recompute": kinds}) for kinds in product(RECOMPUTE, repeat=plain.n_stages)]
     all_of_them, alone = asked(every, gib), asked([plain], gib)
     best = np.where(all_of_them.fits, all_of_them.step_time_s, np.inf).min()
-    found = least_recomputation(alone.case, plain)
+    found = least_recomputation(alone.case, plain, every_kind)
     assert found is not None
     assert not alone.fits[0]
     chosen = asked([found], gib)
@@ -58,12 +62,20 @@ def test_the_least_recomputation_that_fits_is_the_best_of_all_assignments(layout
 
 def test_where_nothing_fits_or_all_stages_need_the_same_there_is_nothing_to_propose() -> None:
     plain = Layout.parse("tp=2,pp=4,dp=2")
-    assert least_recomputation(asked([plain], 1.0).case, plain) is None
-    assert least_recomputation(asked([plain], 1000.0).case, plain) is None
+    assert least_recomputation(asked([plain], 1.0).case, plain, every_kind) is None
+    assert least_recomputation(asked([plain], 1000.0).case, plain, every_kind) is None
 
 
-def example(name: str, gib: float) -> Run:
-    run = catalog.read_run(EXAMPLES / f"{name}.yaml")
+def test_a_kind_that_the_run_does_not_allow_is_not_proposed() -> None:
+    plain = Layout.parse("tp=2,pp=4,dp=2")
+    case = asked([plain], 29.0).case
+    assert "selective" in (least_recomputation(case, plain, every_kind) or plain).recomputes
+    found = least_recomputation(case, plain, lambda lay: lay.recompute != RECOMPUTE.index("selective"))
+    assert set((found or plain).recomputes) == {"none", "full"}
+
+
+def example(name: str, gib: float, *assignments: str) -> Run:
+    run = catalog.read_run(EXAMPLES / f"{name}.yaml", assignments)
     return run.model_copy(update={"cluster": with_memory(run.cluster, gib)})
 
 
@@ -94,3 +106,5 @@ def test_activations_are_offloaded_only_where_nothing_fits_without() -> None:
     assert any("wait in the memory of their hosts" in note for note in tight.notes)
     with pytest.raises(LimitError, match="nothing fits"):
         plan(example("llama3-8b", 1.0), runnable_only=True)
+    with pytest.raises(LimitError, match="nothing fits"):
+        plan(example("llama3-8b", least - 0.1, "train.compile=true"), runnable_only=True)
