@@ -87,7 +87,7 @@ def _column(lay: LayoutBatch, axis: str) -> np.ndarray:
 
 def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.ndarray, missing: np.ndarray) -> Family:
     """A family with valid layouts: too slow, or too large."""
-    estimates, name = world.estimates, _name(axis, value)
+    estimates, name = world.mean, _name(axis, value)
     feasible = members[estimates.fits[members]]
     if not len(feasible):
         tightest = int(members[missing[members].argmin()])
@@ -102,10 +102,8 @@ def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.nda
 
 def _binding(world: Evaluated, winner: int, other: int) -> str:
     """The component that grows most, in per cent of the winner's step, with what in the layout makes it grow."""
-    step_s = float(world.estimates.step_time_s[winner])
-    grown = {
-        name: float(seconds[other] - seconds[winner]) / step_s for name, seconds in world.estimates.components.items()
-    }
+    step_s = float(world.mean.step_time_s[winner])
+    grown = {name: float(seconds[other] - seconds[winner]) / step_s for name, seconds in world.mean.components.items()}
     name = max(_SHORT, key=lambda key: grown[key])
     text = f"{grown[name]:+.1%} {_SHORT[name]}"
     cause = _cause(world, name, other)
@@ -146,6 +144,8 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
         for value in np.setdiff1d(column, getattr(world.layouts, axis))[:REFUSED_SHOWN]:
             members = np.flatnonzero(column == value)
             count = broken[:, members].sum(axis=0)
+            if not count.min():
+                continue  # something else than these rules left it out
             first = broken[:, members[count == count.min()]].argmax(axis=0)
             rules, times = np.unique(first, return_counts=True)
             reasons = [problems[rule].reason for rule in rules[np.argsort(-times, kind="stable")][:2]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.estimate import Estimates, Joined
-from bloomery.planner.search import Found, estimates_on
+from bloomery.planner.search import Found, mean_on
 from bloomery.spec.cluster import Accelerator, Cluster
 from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.run import Run
@@ -41,8 +41,8 @@ class Sensitivity:
 def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     """Every property that this cluster has, by what the winner gains, most first."""
     world, winner = found.winner
-    best_s = float(world.estimates.step_time_s[winner])
-    near = np.flatnonzero(world.estimates.step_time_s <= WITHIN * best_s)
+    best_s = float(world.mean.step_time_s[winner])
+    near = np.flatnonzero(world.mean.step_time_s <= WITHIN * best_s)
     by_stage = world.layouts.recompute[near] == BY_STAGE
     near = np.concatenate((near[~by_stage], near[by_stage]))
     place, alike = int(np.flatnonzero(near == winner)[0]), int(np.sum(~by_stage))
@@ -70,7 +70,7 @@ def _estimates(run: Run, cluster: Cluster, layouts: LayoutBatch, alike: int) -> 
     """What becomes of `layouts` on `cluster`; after the first `alike` they recompute stage by stage, which takes every
     rank of each to be looked at, and would of all in one batch."""
     some = np.arange(len(layouts))
-    parts = [estimates_on(run, cluster, layouts.take(part)) for part in (some[:alike], some[alike:]) if len(part)]
+    parts = [mean_on(run, cluster, layouts.take(part)) for part in (some[:alike], some[alike:]) if len(part)]
     return parts[0] if len(parts) == 1 else Joined.of_both(*parts)
 
 
