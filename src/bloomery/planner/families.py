@@ -16,7 +16,7 @@ import numpy as np
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
 from bloomery.planner.explain import RECOMPUTE_WORDS, TIE, shortage_bytes
 from bloomery.planner.search import Evaluated, Found, run_dtype
-from bloomery.spec.layout import OUTERMOST, SCHEDULES, LayoutBatch
+from bloomery.spec.layout import OFFLOAD, OUTERMOST, SCHEDULES, LayoutBatch
 from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
 from bloomery.spec.run_rules import run_problems
@@ -24,7 +24,7 @@ from bloomery.spec.run_rules import run_problems
 GIB = float(2**30)
 AXES = (
     "tp", "pp", "cp", "ep", "outermost", "schedule", "vpp", "zero_stage", "dp_replicas", "sequence_parallel",
-    "micro_batch", "recompute",
+    "micro_batch", "recompute", "offload",
 )  # fmt: skip
 """dp is what the others leave of the ranks."""
 NO_FAMILY = -1
@@ -155,6 +155,8 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
 def _name(axis: str, value: int) -> str:
     if axis == "recompute":
         return f"recompute {RECOMPUTE_WORDS[value]}"
+    if axis == "offload":
+        return f"offload {OFFLOAD[value]}"
     if axis == "schedule":
         return SCHEDULES[value] if value else "stages in one direction"
     if axis == "outermost":

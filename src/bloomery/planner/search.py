@@ -15,15 +15,16 @@ import numpy as np
 
 from bloomery.perf.case import MESH
 from bloomery.perf.estimate import Estimates, Mean, estimate
-from bloomery.planner.by_stage import with_stages_apart
+from bloomery.planner.by_stage import Mask, with_stages_apart
 from bloomery.planner.enumerate import Refusal, enumerate_layouts, without
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
+from bloomery.planner.offloaded import offloaded, with_offloaded
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
+from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
@@ -94,7 +95,7 @@ def search(
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
     if not order:
-        worlds = [_offloaded(run, world) for world in worlds]
+        worlds = [replace(world, mean=offloaded(world.mean, _mask(run, world.cluster))) for world in worlds]
         order = ranking(run, worlds)
     if not order:
         _refuse_for_memory(worlds)
@@ -191,7 +192,7 @@ def evaluate(
     run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
 ) -> Evaluated:
     """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates; after them those
-    that recompute stage by stage and beat them all."""
+    that recompute stage by stage, or offload instead, and beat them all."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -201,23 +202,18 @@ def evaluate(
         runnable_only=runnable_only,
         spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
-    dtype = run_dtype(run, cluster)
-    found = without(found, run_problems(run, found.layouts, dtype))
+    found = without(found, run_problems(run, found.layouts, run_dtype(run, cluster)))
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    mean = with_stages_apart(mean_on(run, cluster, lay), lambda some: allowed(run, some, dtype))
+    mean, may = mean_on(run, cluster, lay), _mask(run, cluster)
+    mean = with_offloaded(with_stages_apart(mean, may), may)
     more = len(mean) - len(lay)
     return Evaluated(cluster, mean, found.n_enumerated + more, found.refusals)
 
 
-def _offloaded(run: Run, world: Evaluated) -> Evaluated:
-    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its
-    own, nothing is known of its link to the host or the run's layers are compiled."""
-    if world.cluster.accelerator.kind == "cpu" or world.cluster.accelerator.upload_bytes_per_s is None:
-        return world
-    lay = world.layouts.having(offload=np.full(len(world.layouts), OFFLOAD.index("activations")))
-    if not allowed(run, lay, run_dtype(run, world.cluster)).all():
-        return world
-    return replace(world, mean=mean_on(run, world.cluster, lay))
+def _mask(run: Run, cluster: Cluster) -> Mask:
+    """What the run allows of layouts that are made of valid ones."""
+    dtype = run_dtype(run, cluster)
+    return lambda layouts: allowed(run, layouts, dtype)
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
@@ -347,7 +343,7 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
             "step's figures do not"
         )
     if winner.layout.offload != "none":
-        notes.append("nothing fits with activations on the accelerators: layers' wait in the memory of their hosts")
+        notes.append("nothing as fast fits with activations on accelerators: layers' wait in the memory of their hosts")
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)

@@ -80,7 +80,7 @@ def example(name: str, gib: float, *assignments: str) -> Run:
 
 
 def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_that_wins() -> None:
-    run = example("gpt3-175b", 16.0)
+    run = example("gpt3-175b", 16.0, "cluster.accelerator.upload_bytes_per_s=null")
     found = search(run, runnable_only=True)
     world, index = found.winner
     best = world.layouts.layout(index)
@@ -95,11 +95,11 @@ def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_th
     assert lost == {"recompute none", "recompute selective", "recompute full"}
 
 
-def test_activations_are_offloaded_only_where_nothing_fits_without() -> None:
+def test_activations_are_offloaded_where_nothing_fits_without() -> None:
     run = example("llama3-8b", 1000.0)
     roomy = search(run, runnable_only=True).winner[0].estimates
     least = float(roomy.peak_bytes.min()) / 2**30
-    assert plan(example("llama3-8b", least + 0.1), runnable_only=True, top=1).best[0].layout.offload == "none"
+    assert plan(run, runnable_only=True, top=1).best[0].layout.offload == "none"
     tight = plan(example("llama3-8b", least - 0.1), runnable_only=True, top=1)
     assert tight.best[0].layout.offload == "activations"
     assert tight.best[0].fits
@@ -108,3 +108,26 @@ def test_activations_are_offloaded_only_where_nothing_fits_without() -> None:
         plan(example("llama3-8b", 1.0), runnable_only=True)
     with pytest.raises(LimitError, match="nothing fits"):
         plan(example("llama3-8b", least - 0.1, "train.compile=true"), runnable_only=True)
+
+
+LONG = "{name: long, layers: 24, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 49152, max_seq_len: 65536}"
+
+
+def long(gib: float, *assignments: str) -> Run:
+    sizes = ("train.seq_len=65536", "train.global_batch=4")
+    return example("llama3-8b", gib, f"model={LONG}", "cluster=selene-like", *sizes, *assignments)
+
+
+def test_they_are_where_that_beats_recomputation_too_so_that_no_memory_makes_a_plan_slower() -> None:
+    found = [search(long(gib), world_size=2, runnable_only=True) for gib in (34.0, 40.0, 60.0)]
+    best = [world.layouts.layout(index) for world, index in (one.winner for one in found)]
+    times = [float(world.mean.step_time_s[index]) for world, index in (one.winner for one in found)]
+    assert {layout.offload for layout in best} == {"activations"}
+    assert times == sorted(times, reverse=True)
+    roomy, compiled = found[-1], search(long(60.0, "train.compile=true"), world_size=2, runnable_only=True)
+    lost = {family.name: family for family in losing_families(long(60.0), roomy)}
+    assert lost["offload none"].change is not None
+    assert lost["offload none"].change > 0.1
+    told = answer(long(60.0).model_copy(update={"compare": {}}), roomy, top=1)
+    assert any("instead of recompute selective and offload: does not fit" in line for line in told.why)
+    assert not compiled.winner[0].layouts.offload.any()
