@@ -135,7 +135,7 @@ def _signed(seconds: float) -> str:
 
 def _option(choice: str, layout: Layout) -> str:
     """What a layout chose, in words; `choice`: the first of the columns that are one."""
-    stages = " and stages of even cost" if layout.stage_layers else ""
+    stages = f" and {layout.describe_stages}" if layout.stage_layers else ""
     offload = " and offload" if layout.offload != "none" else ""
     replicas = f" in {layout.dp_replicas} replicas" if layout.dp_replicas > 1 else ""
     return {

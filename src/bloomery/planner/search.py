@@ -18,6 +18,7 @@ from bloomery.perf.estimate import Estimates, Mean, estimate
 from bloomery.planner.by_stage import Mask, with_stages_apart
 from bloomery.planner.enumerate import Refusal, enumerate_layouts, without
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
+from bloomery.planner.heads import with_other_heads
 from bloomery.planner.offloaded import offloaded, with_offloaded
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
@@ -192,7 +193,7 @@ def evaluate(
     run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
 ) -> Evaluated:
     """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates; after them those
-    that recompute stage by stage, or offload instead, and beat them all."""
+    that split their stages otherwise, recompute stage by stage or offload instead, and beat them all."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -204,16 +205,19 @@ def evaluate(
     )
     found = without(found, run_problems(run, found.layouts, run_dtype(run, cluster)))
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    mean, may = mean_on(run, cluster, lay), _mask(run, cluster)
-    mean = with_offloaded(with_stages_apart(mean, may), may)
+    mean, may = mean_on(run, cluster, lay), _mask(run, cluster, wanted)
+    for further in (with_other_heads, with_stages_apart, with_offloaded):
+        mean = further(mean, may)
     more = len(mean) - len(lay)
     return Evaluated(cluster, mean, found.n_enumerated + more, found.refusals)
 
 
-def _mask(run: Run, cluster: Cluster) -> Mask:
-    """What the run allows of layouts that are made of valid ones."""
+def _mask(run: Run, cluster: Cluster, wanted: Mask | None = None) -> Mask:
+    """What of layouts that are made of valid ones the run allows and is `wanted`."""
     dtype = run_dtype(run, cluster)
-    return lambda layouts: allowed(run, layouts, dtype)
+    if wanted is None:
+        return lambda layouts: allowed(run, layouts, dtype)
+    return lambda layouts: allowed(run, layouts, dtype) & wanted(layouts)
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:

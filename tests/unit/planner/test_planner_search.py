@@ -63,7 +63,7 @@ def test_a_run_that_compares_gradients_gets_a_layout_that_the_trainer_takes() ->
 
 SMALL = "{name: small, layers: 10, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 262144, max_seq_len: 2048}"
 BATCH_OF_8 = ("train.seq_len=1000", "train.global_batch=8")
-TIGHT = "{extends: generic-8xa100, accelerator: {extends: a100-80gb, memory_bytes: 8.2e9}}"
+TIGHT = "{extends: generic-8xa100, accelerator: {extends: a100-80gb, memory_bytes: 7.8e9}}"
 
 
 @pytest.mark.parametrize(
