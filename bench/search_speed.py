@@ -179,7 +179,7 @@ def expressible(run: Run) -> Evaluated:
     even = (run.model.layers % (lay.pp * lay.vpp) == 0) & ~lay.v_shaped & (lay.uneven == 0)
     lay = lay.take(even & (lay.cp == 1) & (lay.zero_stage <= 1))
     estimates = estimate(run.model, run.cluster, lay, **settings, dtype="float16", stack=MEGATRON_2022)
-    return Evaluated(run.cluster, lay, estimates, found.n_enumerated, found.refusals)
+    return Evaluated(run.cluster, estimates, found.n_enumerated, found.refusals)
 
 
 def show(problem: Problem, own: dict[str, Any], peer: dict[str, Any] | None) -> None:

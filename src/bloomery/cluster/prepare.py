@@ -29,13 +29,13 @@ from bloomery.spec.commit import COMMIT_FILE, check_space, checkpoint_folders, c
 from bloomery.spec.errors import InputError
 from bloomery.spec.files import to_yaml, write_atomically
 from bloomery.spec.fitting import fitted, with_batch
-from bloomery.spec.float8 import token_problem
 from bloomery.spec.job import JOB_FILE, Job, read_job, write_job
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_guard, check_layout, fits_compiler
+from bloomery.spec.layout_rules import check_layout, fits_compiler
 from bloomery.spec.memory_copies import check_memory, forget_copies
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import AlignStage, Averaging, Run
+from bloomery.spec.run_rules import check_alignment, check_training
 from bloomery.spec.seal import sealed_json, sealed_text, sha256_of
 from bloomery.spec.shard_table import collectives
 
@@ -78,38 +78,17 @@ def chosen_layout(run: Run, world_size: int | None) -> Layout:
     when an alignment stage could not be trained under it: after pre-training that would come too late."""
     described, train = run.layout, run.train
     if described == "auto":
-        layout = plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
-        check_stages(run, layout)
-        return layout
+        return plan(run, world_size=world_size, top=1, runnable_only=True).best[0].layout
     layout = described
+    sizes: dict[str, Any] = {"global_batch": train.global_batch, "seq_len": train.seq_len}
     if train.supervision.elastic and world_size not in (None, layout.world_size):
-        sizes = {"global_batch": train.global_batch, "seq_len": train.seq_len}
         layout = fitted(run.model, layout, world_size or 1, **sizes) or layout
-    for phase in train.course.phases:
-        check_layout(
-            run.model,
-            layout,
-            global_batch=phase.global_batch,
-            seq_len=phase.seq_len,
-            world_size=None if train.supervision.elastic else world_size,
-            run=True,
-        )
-    check_guard(run.model, layout, train.guard)
-    check_stages(run, described)
+    ranks = None if train.supervision.elastic else world_size
+    check_layout(run.model, layout, **sizes, world_size=ranks, run=True)
+    dtype = _dtype(run, layout)
+    check_training(run, layout, dtype)
+    check_alignment(run, described, dtype)
     return layout
-
-
-def check_stages(run: Run, layout: Layout) -> None:
-    """Raise InputError for the first alignment stage that cannot be trained under the layout of its run."""
-    for number, stage in enumerate(run.align):
-        check_layout(
-            run.model,
-            with_batch(layout, stage.global_batch),
-            global_batch=stage.global_batch,
-            seq_len=run.train.seq_len,
-            run=True,
-            where=f"align.{number}.global_batch",
-        )
 
 
 NARROW = ("bfloat16", "float8")
@@ -117,13 +96,8 @@ NARROW = ("bfloat16", "float8")
 
 
 def _dtype(run: Run, layout: Layout) -> Dtype:
-    """The number format of the run. Raises InputError where the accelerator or the layout does not have it."""
-    dtype = run_dtype(run, run.cluster.cut(layout.world_size))
-    for phase in run.train.course.phases if dtype == "float8" else ():
-        problem = token_problem(layout, phase.seq_len)
-        if problem is not None:
-            raise InputError(problem, where="train.dtype", found="float8")
-    return dtype
+    """The number format of the run. Raises InputError where the accelerator does not have it."""
+    return run_dtype(run, run.cluster.cut(layout.world_size))
 
 
 def predicted(run: Run, layout: Layout, dtype: str) -> dict[str, Any]:
@@ -216,7 +190,10 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     """
     if run.layout == "auto":
         raise InputError("train the run first", where=str(run_folder(run)))
-    check_stages(run, run.layout)
+    dtype = _dtype(run, run.layout)
+    check_layout(run.model, run.layout, global_batch=run.train.global_batch, seq_len=run.train.seq_len, run=True)
+    check_training(run, run.layout, dtype)
+    check_alignment(run, run.layout, dtype)
     layout, data = with_batch(run.layout, stage.global_batch), data_folder(run)
     train = run.train.model_copy(
         update={
@@ -229,7 +206,6 @@ def prepare_alignment(run: Run, stage: AlignStage, initial: Path, folder: Path, 
     )
     staged = run.model_copy(update={"train": train})
     require_pairs(run, run_folder(run), data)
-    dtype = _dtype(staged, layout)
     expected = predicted(staged, layout, dtype)
     job = _job(staged, layout, dtype, expected["estimate"]).model_copy(
         update={
@@ -346,20 +322,11 @@ def _job(run: Run, layout: Layout, dtype: str, expected: dict[str, Any]) -> Job:
 
 
 def _compiled(run: Run, layout: Layout, dtype: str, step_time_s: float) -> bool:
-    """Whether layers are compiled. Raises InputError where that is asked for and the layout does not allow it."""
+    """Whether layers are compiled: as the run asks, else where that pays."""
     wanted, steps = run.train.compile, run.train.n_steps
-    selective = "selective" in layout.recomputes
-    if wanted is True and selective:
-        problem = "a compiled layer decides itself what it keeps; recompute: none or full"
-        raise InputError(problem, where="train.compile", found="true with recompute: selective")
-    if wanted is True and layout.offload != "none":
-        problem = "a compiled layer decides itself what it keeps; offload: none"
-        raise InputError(problem, where="train.compile", found=f"true with offload: {layout.offload}")
-    if run.model.moe is not None and wanted is True:
-        raise InputError("routing depends on the data: mixtures of experts run uncompiled", where="train.compile")
     if wanted != "auto":
         return wanted
-    offloaded = layout.offload != "none"
+    selective, offloaded = "selective" in layout.recomputes, layout.offload != "none"
     if not fits_compiler(run.model, tp=layout.tp, cp=layout.cp, selective=selective, offloaded=offloaded):
         return False
     return compilation_pays(step_time_s, steps, narrow=dtype in NARROW)

@@ -8,6 +8,7 @@ attention on very long sequences it can be negative, since the convention counts
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import exp, hypot, log, sqrt
@@ -125,6 +126,11 @@ class Estimates:
         """Tokens of the global batch per second of step time."""
         return self.case.global_batch * self.case.seq_len / self.step_time_s
 
+    @property
+    def last(self) -> Estimates:
+        """Those of the last phase of a run, where these are of all (`Mean`)."""
+        return self
+
     def of(self, layouts: LayoutBatch) -> Estimates:
         """The same question about other layouts."""
         return Estimates(self.case.on(layouts))
@@ -144,6 +150,16 @@ class Joined(Estimates):
     def of_both(cls, many: Estimates, few: Estimates) -> Joined:
         """Those of `many`, then those of `few`."""
         return cls(many.case.on(many.case.lay.joined(few.case.lay)), (many, few))
+
+    @cached_property
+    def last(self) -> Estimates:
+        """As of the parts."""
+        many, few = (part.last for part in self.parts)
+        return self if many is self.parts[0] else Joined.of_both(many, few)
+
+    def of(self, layouts: LayoutBatch) -> Estimates:
+        """The same question about other layouts."""
+        return self.parts[0].of(layouts)
 
     @cached_property
     def step_time_s(self) -> np.ndarray:
@@ -169,6 +185,47 @@ class Joined(Estimates):
     def hardware_flops(self) -> np.ndarray:
         """As of the parts."""
         return np.concatenate([part.hardware_flops for part in self.parts])
+
+
+@dataclass(frozen=True)
+class Mean(Estimates):
+    """A step on average over the phases of a run whose batch or sequences grow; `shares`: of all steps, one a phase.
+    Memory and FLOPs are those of the last phase."""
+
+    phases: tuple[Estimates, ...]
+    shares: tuple[float, ...]
+
+    @classmethod
+    def of_phases(cls, phases: Sequence[Estimates], shares: Sequence[float]) -> Estimates:
+        """The average; of a single phase its own estimates."""
+        return phases[0] if len(phases) == 1 else cls(phases[-1].case, tuple(phases), tuple(shares))
+
+    @property
+    def last(self) -> Estimates:
+        """Those of the last phase."""
+        return self.phases[-1]
+
+    def of(self, layouts: LayoutBatch) -> Estimates:
+        """The same question about other layouts."""
+        return Mean.of_phases([phase.of(layouts) for phase in self.phases], self.shares)
+
+    @cached_property
+    def step_time_s(self) -> np.ndarray:
+        """The average of the phases'."""
+        return self._average([phase.step_time_s for phase in self.phases])
+
+    @cached_property
+    def components(self) -> dict[str, np.ndarray]:
+        """The average of the phases'."""
+        return {name: self._average([phase.components[name] for phase in self.phases]) for name in COMPONENTS}
+
+    @cached_property
+    def peak_bytes(self) -> np.ndarray:
+        """As in the last phase."""
+        return self.last.peak_bytes
+
+    def _average(self, each: Sequence[np.ndarray]) -> np.ndarray:
+        return np.asarray(sum(share * values for share, values in zip(self.shares, each, strict=True)))
 
 
 def estimate(

@@ -10,6 +10,7 @@ that go forward first recompute at least as much as those after them: more micro
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations_with_replacement
 
 import numpy as np
@@ -29,13 +30,17 @@ MOST_CHUNKS = 4
 """Chunks of a rank up to which their combinations are few."""
 
 
-def with_stages_apart(estimates: Estimates) -> Estimates:
-    """The estimates, and after them those of layouts found here that beat the fastest that fits."""
+Mask = Callable[[LayoutBatch], np.ndarray]
+"""Which of some layouts a run may have."""
+
+
+def with_stages_apart(estimates: Estimates, allowed: Mask) -> Estimates:
+    """The estimates, and after them those of layouts found here that beat the fastest that fits and are `allowed`."""
     fits = estimates.fits
     if not fits.any():
         return estimates
     limit_s = float(estimates.step_time_s[fits].min())
-    found = [least_recomputation(estimates.case, layout) for layout in _promising(estimates, limit_s)]
+    found = [least_recomputation(estimates.case, layout, allowed) for layout in _promising(estimates, limit_s)]
     layouts = list(dict.fromkeys(layout for layout in found if layout is not None))
     if not layouts:
         return estimates
@@ -61,13 +66,15 @@ def _promising(estimates: Estimates, limit_s: float) -> list[Layout]:
     return list(dict.fromkeys(plain.layout(int(i)) for i in faster))
 
 
-def least_recomputation(case: Case, layout: Layout) -> Layout | None:
-    """The layout with the least recomputation on each pipeline rank that fits in its memory; None where none does, or
-    all stages have the same."""
+def least_recomputation(case: Case, layout: Layout, allowed: Mask) -> Layout | None:
+    """The layout with the least recomputation on each pipeline rank that fits in its memory, of kinds that are
+    `allowed`; None where none does, or all stages have the same."""
     patterns = list(combinations_with_replacement(reversed(range(len(RECOMPUTE))), layout.vpp))
-    every = [_by_chunk(layout, [pattern] * layout.pp) for pattern in patterns]
+    every = LayoutBatch.of([_by_chunk(layout, [pattern] * layout.pp) for pattern in patterns])
+    may = np.flatnonzero(allowed(every))
+    patterns, every = [patterns[k] for k in may.tolist()], every.take(may)
     ranks_of, shape = np.tile(np.arange(layout.pp), len(patterns)), (len(patterns), layout.pp)
-    asked = case.on(LayoutBatch.of(every)).take(np.repeat(np.arange(len(patterns)), layout.pp))
+    asked = case.on(every).take(np.repeat(np.arange(len(patterns)), layout.pp))
     ranks = asked.ranks(ranks_of)
     needed = np.sum(list(memory_of(asked, ranks).values()), axis=0).reshape(shape)
     seconds = sum(busy_s(asked, stage_work(asked, ranks), inner_messages(asked, ranks))).reshape(shape)

@@ -153,13 +153,6 @@ def enumerate_layouts(
     )
 
 
-def also_at(model: Model, found: Enumeration, *, global_batch: int, seq_len: int) -> Enumeration:
-    """Those of `found` that keep every rule with another batch or sequence too: a run's smaller ones at its start."""
-    problems = layout_problems(model, found.layouts, global_batch=global_batch, seq_len=seq_len)
-    at = f" (in the ramp, with {global_batch} x {seq_len} tokens)"
-    return without(found, [replace(p, rule=f"{p.rule}{at}", reason=f"{p.reason}{at}") for p in problems])
-
-
 def without(found: Enumeration, problems: list[LayoutProblem]) -> Enumeration:
     """Those of `found` that have none of these problems; the others are counted among its refusals."""
     if not problems:

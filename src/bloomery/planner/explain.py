@@ -21,9 +21,10 @@ CHOICES = (
     ("micro_batch",),
     ("zero_stage", "dp_replicas"),
     ("sequence_parallel",),
-    ("recompute", "mixed"),
+    ("recompute", "mixed", "offload"),
 )
-"""Columns of a batch that are one choice: chunks go with a schedule, replicas with a ZeRO stage."""
+"""Columns of a batch that are one choice: chunks go with a schedule, replicas with a ZeRO stage, offload instead of
+recomputation."""
 RECOMPUTE_WORDS = (*RECOMPUTE, "stage by stage")
 """By the codes of `LayoutBatch.recompute`."""
 
@@ -134,7 +135,8 @@ def _signed(seconds: float) -> str:
 
 def _option(choice: str, layout: Layout) -> str:
     """What a layout chose, in words; `choice`: the first of the columns that are one."""
-    stages = " and stages of even cost" if layout.stage_layers else ""
+    stages = f" and {layout.describe_stages}" if layout.stage_layers else ""
+    offload = " and offload" if layout.offload != "none" else ""
     replicas = f" in {layout.dp_replicas} replicas" if layout.dp_replicas > 1 else ""
     return {
         "schedule": (layout.schedule if layout.v_shaped else f"vpp {layout.vpp}") + stages,
@@ -143,5 +145,5 @@ def _option(choice: str, layout: Layout) -> str:
         "micro_batch": f"micro-batch {layout.micro_batch}",
         "zero_stage": f"ZeRO {layout.zero_stage}{replicas}",
         "sequence_parallel": "sequence parallel" if layout.sequence_parallel else "no sequence parallel",
-        "recompute": f"recompute {layout.recomputation}",
+        "recompute": f"recompute {layout.recomputation}{offload}",
     }[choice]

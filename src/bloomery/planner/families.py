@@ -15,15 +15,16 @@ import numpy as np
 
 from bloomery.planner.enumerate import layouts_of_meshes, meshes
 from bloomery.planner.explain import RECOMPUTE_WORDS, TIE, shortage_bytes
-from bloomery.planner.search import Evaluated, Found
-from bloomery.spec.layout import OUTERMOST, SCHEDULES, LayoutBatch
-from bloomery.spec.layout_rules import guard_problems, layout_problems, runnable_problems
+from bloomery.planner.search import Evaluated, Found, run_dtype
+from bloomery.spec.layout import OFFLOAD, OUTERMOST, SCHEDULES, LayoutBatch
+from bloomery.spec.layout_rules import layout_problems, runnable_problems
 from bloomery.spec.run import Run
+from bloomery.spec.run_rules import run_problems
 
 GIB = float(2**30)
 AXES = (
     "tp", "pp", "cp", "ep", "outermost", "schedule", "vpp", "zero_stage", "dp_replicas", "sequence_parallel",
-    "micro_batch", "recompute",
+    "micro_batch", "recompute", "offload",
 )  # fmt: skip
 """dp is what the others leave of the ranks."""
 NO_FAMILY = -1
@@ -86,7 +87,7 @@ def _column(lay: LayoutBatch, axis: str) -> np.ndarray:
 
 def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.ndarray, missing: np.ndarray) -> Family:
     """A family with valid layouts: too slow, or too large."""
-    estimates, name = world.estimates, _name(axis, value)
+    estimates, name = world.mean, _name(axis, value)
     feasible = members[estimates.fits[members]]
     if not len(feasible):
         tightest = int(members[missing[members].argmin()])
@@ -101,10 +102,8 @@ def _valid(world: Evaluated, winner: int, axis: str, value: int, members: np.nda
 
 def _binding(world: Evaluated, winner: int, other: int) -> str:
     """The component that grows most, in per cent of the winner's step, with what in the layout makes it grow."""
-    step_s = float(world.estimates.step_time_s[winner])
-    grown = {
-        name: float(seconds[other] - seconds[winner]) / step_s for name, seconds in world.estimates.components.items()
-    }
+    step_s = float(world.mean.step_time_s[winner])
+    grown = {name: float(seconds[other] - seconds[winner]) / step_s for name, seconds in world.mean.components.items()}
     name = max(_SHORT, key=lambda key: grown[key])
     text = f"{grown[name]:+.1%} {_SHORT[name]}"
     cause = _cause(world, name, other)
@@ -138,13 +137,15 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
     batch, seq_len = run.train.global_batch, run.train.seq_len
     problems = layout_problems(run.model, lay, global_batch=batch, seq_len=seq_len)
     problems += runnable_problems(run.model, lay) if runnable_only else []
-    problems += guard_problems(run.model, lay, run.train.guard)
+    problems += run_problems(run, lay, run_dtype(run, world.cluster))
     broken = np.stack([problem.broken for problem in problems])
     for axis in MESH_AXES:
         column = getattr(lay, axis)
         for value in np.setdiff1d(column, getattr(world.layouts, axis))[:REFUSED_SHOWN]:
             members = np.flatnonzero(column == value)
             count = broken[:, members].sum(axis=0)
+            if not count.min():
+                continue  # something else than these rules left it out
             first = broken[:, members[count == count.min()]].argmax(axis=0)
             rules, times = np.unique(first, return_counts=True)
             reasons = [problems[rule].reason for rule in rules[np.argsort(-times, kind="stable")][:2]]
@@ -154,6 +155,8 @@ def _refused(run: Run, world: Evaluated, runnable_only: bool) -> Iterator[Family
 def _name(axis: str, value: int) -> str:
     if axis == "recompute":
         return f"recompute {RECOMPUTE_WORDS[value]}"
+    if axis == "offload":
+        return f"offload {OFFLOAD[value]}"
     if axis == "schedule":
         return SCHEDULES[value] if value else "stages in one direction"
     if axis == "outermost":

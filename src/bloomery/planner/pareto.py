@@ -16,7 +16,7 @@ import numpy as np
 
 from bloomery.planner.enumerate import divisors
 from bloomery.planner.outlook import outlook
-from bloomery.planner.search import Evaluated, evaluate, mean_steps_s
+from bloomery.planner.search import Evaluated, evaluate
 from bloomery.spec.cluster import Cluster
 from bloomery.spec.errors import LimitError
 from bloomery.spec.layout import LayoutBatch
@@ -147,7 +147,7 @@ def _aims(run: Run, worlds: list[Evaluated]) -> tuple[np.ndarray, np.ndarray]:
     aims, places = [], []
     for w, world in enumerate(worlds):
         fits = np.flatnonzero(world.estimates.fits)
-        time = mean_steps_s(run, world, fits)
+        time = world.mean.step_time_s[fits]
         memory = world.estimates.peak_bytes[fits]
         aims.append(np.stack([time, memory, time * _money_per_second(run, world)], axis=1))
         places.append(np.stack([np.full(len(fits), w), fits], axis=1))
@@ -177,7 +177,7 @@ def plainness(worlds: list[Evaluated], places: np.ndarray) -> np.ndarray:
 
 def _point(run: Run, world: Evaluated, i: int, alike: int) -> Point:
     step_s = float(world.estimates.step_time_s[i])
-    future = outlook(run, world.cluster, float(mean_steps_s(run, world, np.array([i]))[0]))
+    future = outlook(run, world.cluster, float(world.mean.step_time_s[i]))
     layout = world.layouts.layout(int(i))
     return Point(
         world_size=world.cluster.size,

@@ -14,19 +14,22 @@ from typing import NoReturn
 import numpy as np
 
 from bloomery.perf.case import MESH
-from bloomery.perf.estimate import Estimates, estimate
-from bloomery.planner.by_stage import with_stages_apart
-from bloomery.planner.enumerate import Refusal, also_at, enumerate_layouts, without
+from bloomery.perf.estimate import Estimates, Mean, estimate
+from bloomery.planner.by_stage import Mask, with_stages_apart
+from bloomery.planner.enumerate import Refusal, enumerate_layouts, without
 from bloomery.planner.explain import MemoryRefusal, memory_refusals, shortage_bytes, why_the_winner_won
+from bloomery.planner.heads import with_other_heads
+from bloomery.planner.offloaded import offloaded, with_offloaded
 from bloomery.planner.outlook import goodput, outlook, pf_days, planned_tokens
 from bloomery.planner.result import Plan, Row
 from bloomery.spec.cluster import Cluster, Dtype
 from bloomery.spec.course import Phase
 from bloomery.spec.errors import InputError, LimitError
-from bloomery.spec.layout import OFFLOAD, Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_layout, guard_problems, runnable_problems
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout_rules import check_layout, runnable_problems
 from bloomery.spec.parameters import parameter_count
 from bloomery.spec.run import Run
+from bloomery.spec.run_rules import allowed, run_problems
 
 GIB = float(2**30)
 LEAST_GOODPUT = 1e-300  # where failures leave nothing: still a finite time, so that layouts keep an order
@@ -34,13 +37,23 @@ LEAST_GOODPUT = 1e-300  # where failures leave nothing: still a finite time, so 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """All valid layouts of one world size with what the performance model says of them."""
+    """All valid layouts of one world size with what the performance model says of them. `mean`: of a step on average
+    over the run's phases, by which they are ranked and explained."""
 
     cluster: Cluster
-    layouts: LayoutBatch
-    estimates: Estimates
+    mean: Estimates
     n_enumerated: int
     refusals: tuple[Refusal, ...]
+
+    @property
+    def layouts(self) -> LayoutBatch:
+        """Those layouts."""
+        return self.mean.case.lay
+
+    @property
+    def estimates(self) -> Estimates:
+        """Of a step with the run's own batch and sequences, its last phase."""
+        return self.mean.last
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,7 @@ def search(
         _refuse_for_rules(run, worlds)
     order = ranking(run, worlds)
     if not order:
-        worlds = [_offloaded(run, world) for world in worlds]
+        worlds = [replace(world, mean=offloaded(world.mean, mask(run, world.cluster))) for world in worlds]
         order = ranking(run, worlds)
     if not order:
         _refuse_for_memory(worlds)
@@ -118,8 +131,8 @@ def answer(run: Run, found: Found, *, top: int = 10) -> Plan:
         repair_days=run.cluster.repair_days,
         best=best,
         compare=compare,
-        why=why_the_winner_won(world.layouts, world.estimates, world.cluster, index)
-        + _why_this_world_size(evaluated, order),
+        why=why_the_winner_won(world.layouts, world.mean, world.cluster, index)
+        + _why_this_world_size(run, evaluated, order),
         refusals=_merged_refusals(evaluated),
         memory_refusals=_memory_refusals(evaluated),
         n_enumerated=sum(world.n_enumerated for world in evaluated),
@@ -148,12 +161,10 @@ def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
     The measure is the mean step time over goodput, the wall time to the target: on given hardware the same order as
     effective efficiency (MFU x goodput), and the right one where cuts of a machine differ in their peaks.
     """
-    parameters = parameter_count(run.model)
     found: list[np.ndarray] = []
     for w, world in enumerate(worlds):
-        index, mesh, mean_s = _best_of_meshes(run, world)
-        lay, share = world.layouts, max(goodput(world.cluster, parameters)[0], LEAST_GOODPUT)
-        time, memory = mean_s / share, world.estimates.peak_bytes[index]
+        index, mesh = _best_of_meshes(world)
+        lay, time, memory = world.layouts, wall_s(run, world, index), world.mean.peak_bytes[index]
         found.append(np.stack([time, memory, lay.zero_stage[index], np.full(len(index), w), index, mesh]))
     time, memory, zero, of_world, index, mesh = np.concatenate(found, axis=1)
     order = np.lexsort((zero, memory, time))
@@ -161,23 +172,28 @@ def ranking(run: Run, worlds: Sequence[Evaluated]) -> list[tuple[int, int]]:
     return [(int(of_world[i]), int(index[i])) for i in order[np.sort(first)]]
 
 
-def _best_of_meshes(run: Run, world: Evaluated) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(indices of the feasible layouts that no other one of their mesh beats in time, the number of their mesh, their
-    mean step in seconds)."""
-    fits = np.flatnonzero(world.estimates.fits)
+def wall_s(run: Run, world: Evaluated, index: np.ndarray) -> np.ndarray:
+    """Seconds that a step of the layouts at `index` takes of the way to the target, failures counted."""
+    share = max(goodput(world.cluster, parameter_count(run.model))[0], LEAST_GOODPUT)
+    return np.asarray(world.mean.step_time_s[index] / share)
+
+
+def _best_of_meshes(world: Evaluated) -> tuple[np.ndarray, np.ndarray]:
+    """(indices of the feasible layouts that no other one of their mesh beats in time, the number of their mesh)."""
+    fits = np.flatnonzero(world.mean.fits)
     place, mesh = world.estimates.case.over(*MESH)
-    mesh, time = mesh[fits], mean_steps_s(run, world, fits)
+    mesh, time = mesh[fits], world.mean.step_time_s[fits]
     least = np.full(len(place.lay), np.inf)
     np.minimum.at(least, mesh, time)
     best = time == least[mesh]
-    return fits[best], mesh[best], time[best]
+    return fits[best], mesh[best]
 
 
 def evaluate(
     run: Run, ranks: int, runnable_only: bool, wanted: Callable[[LayoutBatch], np.ndarray] | None = None
 ) -> Evaluated:
     """All valid layouts on `ranks` ranks of the run's cluster (those `wanted`), with their estimates; after them those
-    that recompute stage by stage and beat them all."""
+    that split their stages otherwise, recompute stage by stage or offload instead, and beat them all."""
     cluster = run.cluster.cut(ranks)
     found = enumerate_layouts(
         run.model,
@@ -187,22 +203,21 @@ def evaluate(
         runnable_only=runnable_only,
         spans=sorted({tier.span for tier in cluster.tiers if tier.span < ranks}),
     )
-    found = without(found, guard_problems(run.model, found.layouts, run.train.guard))
-    for phase in run.train.course.phases[:-1]:
-        found = also_at(run.model, found, global_batch=phase.global_batch, seq_len=phase.seq_len)
+    found = without(found, run_problems(run, found.layouts, run_dtype(run, cluster)))
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    estimates = with_stages_apart(estimates_on(run, cluster, lay))
-    more = len(estimates) - len(lay)
-    return Evaluated(cluster, estimates.case.lay, estimates, found.n_enumerated + more, found.refusals)
+    mean, may = mean_on(run, cluster, lay), mask(run, cluster, wanted)
+    for further in (with_other_heads, with_stages_apart, with_offloaded):
+        mean = further(mean, may)
+    more = len(mean) - len(lay)
+    return Evaluated(cluster, mean, found.n_enumerated + more, found.refusals)
 
 
-def _offloaded(run: Run, world: Evaluated) -> Evaluated:
-    """The world with the activations of every layout offloaded; as it is where the accelerator has no memory of its own
-    or nothing is known of its link to the host."""
-    if world.cluster.accelerator.kind == "cpu" or world.cluster.accelerator.upload_bytes_per_s is None:
-        return world
-    lay = world.layouts.having(offload=np.full(len(world.layouts), OFFLOAD.index("activations")))
-    return replace(world, layouts=lay, estimates=estimates_on(run, world.cluster, lay))
+def mask(run: Run, cluster: Cluster, wanted: Mask | None = None) -> Mask:
+    """What of layouts that are made of valid ones the run allows and is `wanted`."""
+    dtype = run_dtype(run, cluster)
+    if wanted is None:
+        return lambda layouts: allowed(run, layouts, dtype)
+    return lambda layouts: allowed(run, layouts, dtype) & wanted(layouts)
 
 
 def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase | None = None) -> Estimates:
@@ -222,27 +237,24 @@ def estimates_on(run: Run, cluster: Cluster, layouts: LayoutBatch, phase: Phase 
     )
 
 
-def mean_steps_s(run: Run, world: Evaluated, index: np.ndarray) -> np.ndarray:
-    """Seconds of a step of the layouts at `index`, averaged over the phases of the run."""
+def mean_on(run: Run, cluster: Cluster, layouts: LayoutBatch) -> Estimates:
+    """The same of a step on average over the phases of the run."""
     course = run.train.course
-    total = course.last.steps * world.estimates.step_time_s[index]
-    for phase in course.phases[:-1]:
-        some = world.layouts.take(index)
-        total = total + phase.steps * estimates_on(run, world.cluster, some, phase).step_time_s
-    return np.asarray(total / course.last.stop_step)
+    each = [estimates_on(run, cluster, layouts, phase) for phase in course.phases]
+    return Mean.of_phases(each, [phase.steps / course.last.stop_step for phase in course.phases])
 
 
 def _row(run: Run, name: str, world: Evaluated, i: int) -> Row:
     layout = world.layouts.layout(i)
     one = world.layouts.take(np.array([i]))
-    problems = [*runnable_problems(run.model, one), *guard_problems(run.model, one, run.train.guard)]
+    problems = [*runnable_problems(run.model, one), *run_problems(run, one, run_dtype(run, world.cluster))]
     obstacles = tuple(problem.reason for problem in problems if problem.broken[0])
     short = float(shortage_bytes(world.estimates, world.cluster)[i])
     return Row(
         name=name,
         layout=layout,
         estimate=world.estimates.one(i),
-        outlook=outlook(run, world.cluster, float(mean_steps_s(run, world, np.array([i]))[0])),
+        outlook=outlook(run, world.cluster, float(world.mean.step_time_s[i])),
         memory_bytes=float(world.estimates.peak_bytes[i]),
         memory_limit_bytes=world.cluster.accelerator.memory_bytes,
         fits=bool(world.estimates.fits[i]),
@@ -269,8 +281,7 @@ def compared(run: Run, name: str, layout: Layout) -> tuple[Row, Evaluated]:
     except InputError as error:
         where = "layout" if name == "given" else f"compare.{name}"
         raise InputError(str(error).removeprefix("layout: "), where=where) from None
-    layouts = LayoutBatch.of([layout])
-    world = Evaluated(cluster, layouts, estimates_on(run, cluster, layouts), 1, ())
+    world = Evaluated(cluster, mean_on(run, cluster, LayoutBatch.of([layout])), 1, ())
     return _row(run, name, world, 0), world
 
 
@@ -312,15 +323,15 @@ def _memory_refusals(evaluated: list[Evaluated]) -> tuple[MemoryRefusal, ...]:
     return tuple(sorted(found, key=lambda refusal: -refusal.count))
 
 
-def _why_this_world_size(evaluated: list[Evaluated], order: list[tuple[int, int]]) -> tuple[str, ...]:
+def _why_this_world_size(run: Run, evaluated: list[Evaluated], order: list[tuple[int, int]]) -> tuple[str, ...]:
     """Where several cuts of a machine were planned: what the best of each other cut loses."""
     winner, index = order[0]
-    best_s = float(evaluated[winner].estimates.step_time_s[index])
+    best_s = float(wall_s(run, evaluated[winner], np.array([index]))[0])
     lines = []
     for w, world in enumerate(evaluated):
         first = next((i for ww, i in order if ww == w), None)
         if w != winner and first is not None:
-            loss = float(world.estimates.step_time_s[first]) / best_s - 1.0
+            loss = float(wall_s(run, world, np.array([first]))[0]) / best_s - 1.0
             lines.append(f"{world.cluster.size} ranks instead of {evaluated[winner].cluster.size}: {loss:+.1%}")
     return tuple(lines)
 
@@ -332,10 +343,11 @@ def _notes(run: Run, winner: Row) -> tuple[str, ...]:
     ramp = run.train.course.last.first_step
     if ramp:
         notes.append(
-            f"the first {ramp} steps are train.ramp's, of other sizes: days count them, a step's figures do not"
+            f"the first {ramp} steps are train.ramp's, of other sizes: days, the order and its reasons count them, a "
+            "step's figures do not"
         )
     if winner.layout.offload != "none":
-        notes.append("nothing fits with activations on the accelerators: layers' wait in the memory of their hosts")
+        notes.append("nothing as fast fits with activations on accelerators: layers' wait in the memory of their hosts")
     if winner.obstacles:
         notes.append(f"the engine does not run the best layout yet: {winner.obstacles[0]} (--runnable leaves such out)")
     return tuple(notes)

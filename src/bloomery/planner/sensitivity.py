@@ -12,7 +12,7 @@ import numpy as np
 
 from bloomery.perf.estimate import Estimates, Joined
 from bloomery.planner.by_stage import with_stages_apart
-from bloomery.planner.search import Found, estimates_on
+from bloomery.planner.search import Found, mask, mean_on
 from bloomery.spec.cluster import Accelerator, Cluster
 from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.run import Run
@@ -42,8 +42,8 @@ class Sensitivity:
 def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     """Every property that this cluster has, by what the winner gains, most first."""
     world, winner = found.winner
-    best_s = float(world.estimates.step_time_s[winner])
-    near = np.flatnonzero(world.estimates.step_time_s <= WITHIN * best_s)
+    best_s = float(world.mean.step_time_s[winner])
+    near = np.flatnonzero(world.mean.step_time_s <= WITHIN * best_s)
     by_stage = world.layouts.recompute[near] == BY_STAGE
     near = np.concatenate((near[~by_stage], near[by_stage]))
     place, alike = int(np.flatnonzero(near == winner)[0]), int(np.sum(~by_stage))
@@ -52,7 +52,7 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     for name, changed in changes(world.cluster):
         again = _estimates(run, changed, layouts, alike)
         if changed.accelerator.memory_bytes > world.cluster.accelerator.memory_bytes:
-            again = with_stages_apart(again)  # fewer stages have to recompute
+            again = with_stages_apart(again, mask(run, changed))  # fewer stages have to recompute
         own = again.step_time_s[place]
         times = np.where(again.fits, again.step_time_s, np.inf)
         times[place] = own  # the winner stays whatever its memory: it fitted, and no change takes memory away
@@ -73,7 +73,7 @@ def _estimates(run: Run, cluster: Cluster, layouts: LayoutBatch, alike: int) -> 
     """What becomes of `layouts` on `cluster`; after the first `alike` they recompute stage by stage, which takes every
     rank of each to be looked at, and would of all in one batch."""
     some = np.arange(len(layouts))
-    parts = [estimates_on(run, cluster, layouts.take(part)) for part in (some[:alike], some[alike:]) if len(part)]
+    parts = [mean_on(run, cluster, layouts.take(part)) for part in (some[:alike], some[alike:]) if len(part)]
     return parts[0] if len(parts) == 1 else Joined.of_both(*parts)
 
 

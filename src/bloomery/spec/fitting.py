@@ -10,10 +10,11 @@ from __future__ import annotations
 from itertools import product
 from math import gcd
 
+import numpy as np
 from pydantic import ValidationError
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import RECOMPUTE, Layout
+from bloomery.spec.layout import RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.model import Model
 
@@ -42,6 +43,11 @@ def fitted(model: Model, layout: Layout, ranks: int, *, global_batch: int, seq_l
 def with_batch(layout: Layout, global_batch: int) -> Layout:
     """`layout` for another global batch: one that its micro-batches do not divide is cut into smaller ones."""
     return layout.model_copy(update={"micro_batch": gcd(global_batch // layout.dp, layout.micro_batch)})
+
+
+def with_batches(layouts: LayoutBatch, global_batch: int) -> LayoutBatch:
+    """`with_batch` of many."""
+    return layouts.having(micro_batch=np.gcd(global_batch // layouts.dp, layouts.micro_batch))
 
 
 def _divisors(number: int) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field
 
 from bloomery.spec.base import Noun
-from bloomery.spec.layout import Layout
+from bloomery.spec.layout import Layout, LayoutBatch
+from bloomery.spec.layout_rules import LayoutProblem
 from bloomery.spec.model import Model
 from bloomery.spec.parameters import layer_parameters
 
@@ -58,9 +59,7 @@ def wide_products(model: Model, layout: Layout) -> list[str]:
     return sorted(found)
 
 
-def token_problem(layout: Layout, seq_len: int) -> str | None:
-    """Why weight gradients, whose inner side is the tokens of a micro-batch, cannot be made in float8; or None."""
-    tokens = layout.micro_batch * seq_len // layout.cp
-    if tokens % MULTIPLE == 0:
-        return None
-    return f"a micro-batch has {tokens} tokens on a rank; float8 products need a multiple of {MULTIPLE}"
+def token_problem(layouts: LayoutBatch, seq_len: int) -> LayoutProblem:
+    """Where weight gradients, whose inner side is the tokens of a micro-batch, cannot be made in float8."""
+    reason = f"the tokens of a micro-batch on a rank, micro_batch * {seq_len} / cp, must be a multiple of {MULTIPLE}"
+    return LayoutProblem("float8_tokens", reason, layouts.micro_batch * seq_len // layouts.cp % MULTIPLE != 0)

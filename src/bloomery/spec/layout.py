@@ -154,10 +154,15 @@ class Layout(Noun):
         parts += [f"mb{self.micro_batch}"]
         parts += [self.schedule] if self.v_shaped else []
         parts += ["dp-outermost"] if self.outermost == "dp" else []
-        parts += [f"stages{_run_lengths(self.stage_layers)}"] if self.stage_layers else []
+        parts += [self.describe_stages] if self.stage_layers else []
         parts += [f"recompute-{self.recomputation}"] if set(self.recomputes) != {"none"} else []
         parts += [f"offload-{self.offload}"] if self.offload != "none" else []
         return " ".join(parts)
+
+    @property
+    def describe_stages(self) -> str:
+        """The layers of each stage where they are given: `stages3+4x6+2`."""
+        return f"stages{_run_lengths(self.stage_layers)}" if self.stage_layers else ""
 
     @property
     def recomputation(self) -> str:

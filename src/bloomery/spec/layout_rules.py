@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.spec.errors import InputError
-from bloomery.spec.layout import OUTERMOST, SCHEDULES, Layout, LayoutBatch
+from bloomery.spec.layout import OUTERMOST, RECOMPUTE, SCHEDULES, Layout, LayoutBatch
 from bloomery.spec.model import Model
 from bloomery.spec.reliability import GuardSettings
 
@@ -154,6 +154,25 @@ def guard_problems(model: Model, layouts: LayoutBatch, guard: GuardSettings) -> 
     return [LayoutProblem(rule, f"{asked} {reason}", np.asarray(broken)) for rule, reason, broken in rules]
 
 
+def compiler_problems(model: Model, layouts: LayoutBatch) -> list[LayoutProblem]:
+    """What of a layout the engine does not combine with compiled layers, in a run that asks for them."""
+    own = "a compiled layer decides itself what it keeps"
+    routed = "routing depends on the data: mixtures of experts run uncompiled"
+    rules: list[tuple[str, str, Any]] = [
+        ("compiled_selective", f"{own}; recompute: none or full", recomputing(layouts, RECOMPUTE.index("selective"))),
+        ("compiled_offload", f"{own}; offload: none", layouts.offload > 0),
+        ("compiled_moe", routed, np.full(len(layouts), model.moe is not None)),
+    ]
+    return [LayoutProblem(rule, reason, np.asarray(broken)) for rule, reason, broken in rules]
+
+
+def recomputing(layouts: LayoutBatch, kind: int) -> np.ndarray:
+    """Where a stage recomputes like that, shape (n,)."""
+    if not layouts.stage_recompute:
+        return layouts.recompute == kind
+    return (layouts.recompute == kind) | layouts.stage_recompute.where(lambda stages: kind in stages)
+
+
 def check_layout(
     model: Model,
     layout: Layout,
@@ -174,13 +193,6 @@ def check_layout(
     for problem in problems:
         if problem.broken[0]:
             raise InputError(problem.reason, where=where, found=layout.describe())
-
-
-def check_guard(model: Model, layout: Layout, guard: GuardSettings) -> None:
-    """Raise InputError with the first of the `guard_problems`."""
-    for problem in guard_problems(model, LayoutBatch.of([layout]), guard):
-        if problem.broken[0]:
-            raise InputError(problem.reason, where="layout", found=layout.describe())
 
 
 def fits_compiler(model: Model, *, tp: Any, cp: Any, selective: Any, offloaded: Any) -> Any:

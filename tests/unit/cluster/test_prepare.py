@@ -163,7 +163,7 @@ def test_float8_is_refused_where_there_are_no_units_unless_it_may_be_emulated(ru
     emulated = changed(run, dtype="float8", float8=Float8(emulate=True))
     _, job = prepare.prepare_pretraining(emulated, world_size=None, fresh=False)
     assert (job.dtype, job.float8) == ("float8", Float8(emulate=True))
-    with pytest.raises(InputError, match="24 tokens on a rank; float8 products need a multiple of 16"):
+    with pytest.raises(InputError, match=r"train\.dtype: .*micro_batch \* 24 / cp, must be a multiple of 16; found"):
         prepare.prepare_pretraining(changed(emulated, seq_len=24), world_size=None, fresh=True)
 
 

@@ -34,6 +34,10 @@ def asked(layouts: list[Layout], gib: float) -> Estimates:
     )
 
 
+def every_kind(layouts: LayoutBatch) -> np.ndarray:
+    return np.ones(len(layouts), dtype=bool)
+
+
 @pytest.mark.parametrize(
     ("layout", "gib"),
     [
@@ -48,7 +52,7 @@ def test_the_least_recomputation_that_fits_is_the_best_of_all_assignments(layout
     every = [plain.model_copy(update={"recompute": kinds}) for kinds in product(RECOMPUTE, repeat=plain.n_stages)]
     all_of_them, alone = asked(every, gib), asked([plain], gib)
     best = np.where(all_of_them.fits, all_of_them.step_time_s, np.inf).min()
-    found = least_recomputation(alone.case, plain)
+    found = least_recomputation(alone.case, plain, every_kind)
     assert found is not None
     assert not alone.fits[0]
     chosen = asked([found], gib)
@@ -58,17 +62,25 @@ def test_the_least_recomputation_that_fits_is_the_best_of_all_assignments(layout
 
 def test_where_nothing_fits_or_all_stages_need_the_same_there_is_nothing_to_propose() -> None:
     plain = Layout.parse("tp=2,pp=4,dp=2")
-    assert least_recomputation(asked([plain], 1.0).case, plain) is None
-    assert least_recomputation(asked([plain], 1000.0).case, plain) is None
+    assert least_recomputation(asked([plain], 1.0).case, plain, every_kind) is None
+    assert least_recomputation(asked([plain], 1000.0).case, plain, every_kind) is None
 
 
-def example(name: str, gib: float) -> Run:
-    run = catalog.read_run(EXAMPLES / f"{name}.yaml")
+def test_a_kind_that_the_run_does_not_allow_is_not_proposed() -> None:
+    plain = Layout.parse("tp=2,pp=4,dp=2")
+    case = asked([plain], 29.0).case
+    assert "selective" in (least_recomputation(case, plain, every_kind) or plain).recomputes
+    found = least_recomputation(case, plain, lambda lay: lay.recompute != RECOMPUTE.index("selective"))
+    assert set((found or plain).recomputes) == {"none", "full"}
+
+
+def example(name: str, gib: float, *assignments: str) -> Run:
+    run = catalog.read_run(EXAMPLES / f"{name}.yaml", assignments)
     return run.model_copy(update={"cluster": with_memory(run.cluster, gib)})
 
 
 def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_that_wins() -> None:
-    run = example("gpt3-175b", 16.0)
+    run = example("gpt3-175b", 16.0, "cluster.accelerator.upload_bytes_per_s=null")
     found = search(run, runnable_only=True)
     world, index = found.winner
     best = world.layouts.layout(index)
@@ -83,14 +95,39 @@ def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_th
     assert lost == {"recompute none", "recompute selective", "recompute full"}
 
 
-def test_activations_are_offloaded_only_where_nothing_fits_without() -> None:
+def test_activations_are_offloaded_where_nothing_fits_without() -> None:
     run = example("llama3-8b", 1000.0)
     roomy = search(run, runnable_only=True).winner[0].estimates
     least = float(roomy.peak_bytes.min()) / 2**30
-    assert plan(example("llama3-8b", least + 0.1), runnable_only=True, top=1).best[0].layout.offload == "none"
+    assert plan(run, runnable_only=True, top=1).best[0].layout.offload == "none"
     tight = plan(example("llama3-8b", least - 0.1), runnable_only=True, top=1)
     assert tight.best[0].layout.offload == "activations"
     assert tight.best[0].fits
     assert any("wait in the memory of their hosts" in note for note in tight.notes)
     with pytest.raises(LimitError, match="nothing fits"):
         plan(example("llama3-8b", 1.0), runnable_only=True)
+    with pytest.raises(LimitError, match="nothing fits"):
+        plan(example("llama3-8b", least - 0.1, "train.compile=true"), runnable_only=True)
+
+
+LONG = "{name: long, layers: 24, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 49152, max_seq_len: 65536}"
+
+
+def long(gib: float, *assignments: str) -> Run:
+    sizes = ("train.seq_len=65536", "train.global_batch=4")
+    return example("llama3-8b", gib, f"model={LONG}", "cluster=selene-like", *sizes, *assignments)
+
+
+def test_they_are_where_that_beats_recomputation_too_so_that_no_memory_makes_a_plan_slower() -> None:
+    found = [search(long(gib), world_size=2, runnable_only=True) for gib in (34.0, 40.0, 60.0)]
+    best = [world.layouts.layout(index) for world, index in (one.winner for one in found)]
+    times = [float(world.mean.step_time_s[index]) for world, index in (one.winner for one in found)]
+    assert {layout.offload for layout in best} == {"activations"}
+    assert times == sorted(times, reverse=True)
+    roomy, compiled = found[-1], search(long(60.0, "train.compile=true"), world_size=2, runnable_only=True)
+    lost = {family.name: family for family in losing_families(long(60.0), roomy)}
+    assert lost["offload none"].change is not None
+    assert lost["offload none"].change > 0.1
+    told = answer(long(60.0).model_copy(update={"compare": {}}), roomy, top=1)
+    assert any("instead of recompute selective and offload: does not fit" in line for line in told.why)
+    assert not compiled.winner[0].layouts.offload.any()

@@ -15,7 +15,7 @@ from bloomery.planner import sensitivity
 from bloomery.planner.enumerate import enumerate_layouts
 from bloomery.planner.families import losing_families
 from bloomery.planner.pareto import front_of, pareto_front, parts_of, spread
-from bloomery.planner.search import estimates_on, search
+from bloomery.planner.search import answer, estimates_on, search
 from bloomery.planner.sensitivity import changes, sensitivities
 from bloomery.spec import catalog
 from bloomery.spec.layout import Layout
@@ -192,3 +192,31 @@ def test_no_family_beats_the_winner() -> None:
         families = losing_families(run, search(run, runnable_only=name == "demo"))
         assert all(family.change is None or family.change >= 0 for family in families)
         assert len({(family.axis, family.value) for family in families}) == len(families)
+
+
+def test_of_a_run_that_is_mostly_a_ramp_every_reason_is_of_the_mean_step_that_ranked_it() -> None:
+    model = "{name: small, layers: 24, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 49152, max_seq_len: 8192}"
+    ramp = "[{tokens: 6e8, global_batch: 512, seq_len: 512}]"
+    settings = {"model": model, "cluster": "selene-like", "train.tokens": 1e9, "train.global_batch": 16}
+    run = example("llama3-8b", *(f"{key}={value}" for key, value in settings.items()), f"train.ramp={ramp}")
+    found = search(run, world_size=32, runnable_only=True)
+    world, index = found.winner
+    fits = world.estimates.fits
+    assert world.estimates.step_time_s[index] > world.estimates.step_time_s[fits].min()
+    assert all(family.change is None or family.change >= 0 for family in losing_families(run, found))
+    assert not any(": -" in line for line in answer(run, found, top=1).why)
+    assert all(-0.1 <= one.search_change <= one.winner_change + 1e-12 for one in sensitivities(run, found))
+
+
+def test_a_value_that_only_the_ramp_refuses_is_told_so() -> None:
+    model = "model={name: odd, layers: 8, hidden: 64, heads: 1, vocab: 512, max_seq_len: 8191}"
+    sizes = ("train.seq_len=8191", "train.global_batch=8", "train.tokens=1e7")
+    run = example("llama3-8b", model, *sizes, "train.ramp=[{tokens: 1e6, global_batch: 2}]")
+    families = {family.name: family for family in losing_families(run, search(run, world_size=8, runnable_only=True))}
+    assert families["pp 1"].binding == "dp*micro_batch must divide global_batch 2 (in the ramp, with 2 x 8191 tokens)"
+
+
+def test_no_rule_is_named_for_a_value_that_no_rule_refuses() -> None:
+    run = example("demo")
+    found = search(run, world_size=2, runnable_only=True, wanted=lambda lay: lay.pp == 1)
+    assert "pp 2" not in {family.name for family in losing_families(run, found)}

@@ -17,8 +17,9 @@ from bloomery.spec import catalog
 from bloomery.spec.components import COMPONENTS
 from bloomery.spec.errors import InputError, LimitError
 from bloomery.spec.layout import Layout, LayoutBatch
-from bloomery.spec.layout_rules import check_guard, check_layout
+from bloomery.spec.layout_rules import check_layout
 from bloomery.spec.run import Run
+from bloomery.spec.run_rules import check_alignment, check_training
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -54,10 +55,41 @@ def test_a_run_that_compares_gradients_gets_a_layout_that_the_trainer_takes() ->
     assert any(row.layout.pp > 1 or row.layout.zero_stage > 1 for row in plain[1].best)
     run, answer = compared
     for row in answer.best:
-        check_guard(run.model, row.layout, run.train.guard)
+        check_training(run, row.layout, answer.dtype)
     reasons = [refusal.reason for refusal in answer.refusals]
     assert any("recompute_every) needs pp = 1" in reason for reason in reasons)
     assert answer.n_enumerated == plain[1].n_enumerated
+
+
+SMALL = "{name: small, layers: 10, hidden: 2048, heads: 16, ffn_hidden: 8192, vocab: 262144, max_seq_len: 2048}"
+BATCH_OF_8 = ("train.seq_len=1000", "train.global_batch=8")
+TIGHT = "{extends: generic-8xa100, accelerator: {extends: a100-80gb, memory_bytes: 7.8e9}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "where"),
+    [
+        ((f"model={SMALL}", f"cluster={TIGHT}", "train.seq_len=2048", "train.global_batch=16"), "train.compile=true"),
+        (("train.seq_len=2048", "train.global_batch=16"), "align=[{name: sft, global_batch: 4}]"),
+        (
+            ("cluster=generic-8xh100", f"model={SMALL}", "model.vocab=49152", "model.layers=8", *BATCH_OF_8),
+            "train.dtype=float8",
+        ),
+    ],
+)
+def test_the_rules_that_a_run_adds_leave_only_layouts_that_the_trainer_takes(
+    settings: tuple[str, ...], where: str
+) -> None:
+    _, plain = planned("llama3-8b", *settings, runnable_only=True)
+    run, answer = planned("llama3-8b", *settings, where, runnable_only=True)
+    with pytest.raises(InputError, match=where.partition("=")[0]):
+        check_training(run, plain.best[0].layout, answer.dtype)
+        check_alignment(run, plain.best[0].layout, answer.dtype)
+    for row in answer.best:
+        assert not row.obstacles
+        check_training(run, row.layout, answer.dtype)
+        check_alignment(run, row.layout, answer.dtype)
+    assert any(refusal.reason.startswith(where.partition("=")[0]) for refusal in answer.refusals)
 
 
 def test_a_given_layout_that_the_guard_cannot_cover_is_marked() -> None:

@@ -7,7 +7,7 @@ import pytest
 from bloomery.spec.catalog import model
 from bloomery.spec.errors import InputError
 from bloomery.spec.float8 import token_problem, wide_products
-from bloomery.spec.layout import Layout
+from bloomery.spec.layout import Layout, LayoutBatch
 from bloomery.spec.model import MixtureOfExperts, Model
 from bloomery.spec.run import Train
 
@@ -34,9 +34,9 @@ def test_routed_experts_are_named() -> None:
 
 
 def test_the_tokens_of_a_micro_batch_must_divide() -> None:
-    assert token_problem(Layout(micro_batch=2), 24) is None
-    problem = token_problem(Layout(micro_batch=2, cp=2), 24)
-    assert problem == "a micro-batch has 24 tokens on a rank; float8 products need a multiple of 16"
+    problem = token_problem(LayoutBatch.of([Layout(micro_batch=2), Layout(micro_batch=2, cp=2)]), 24)
+    assert problem.broken.tolist() == [False, True]
+    assert "micro_batch * 24 / cp, must be a multiple of 16" in problem.reason
 
 
 def test_a_recipe_has_a_name() -> None:
