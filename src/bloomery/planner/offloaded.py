@@ -1,8 +1,9 @@
 """Activations that wait in the hosts' memory: for layouts that do not fit as they are.
 
 To offload costs what compute does not hide of the copies, to recompute a part of the forward pass; which is less
-depends on the link. Hosts' memory is not planned, so offload is no axis of the search: it is tried where the fastest
-layout that fits recomputes, and for all where none fits.
+depends on the link. Hosts' memory and links that accelerators share are not planned, so offload is no axis of the
+search: it is tried for all layouts where none fits, and where the fastest that fits recomputes on a machine whose link
+to the host was measured (`bloomery probe`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def with_offloaded(estimates: Estimates, allowed: Mask) -> Estimates:
     """The estimates, and after them those of layouts that are too large, and beat the fastest that fits once their
     activations are offloaded, where that one recomputes."""
     fits, time_s = estimates.fits, estimates.step_time_s
-    if not fits.any():
+    if not fits.any() or not estimates.case.accelerator.probed:
         return estimates
     fastest = int(np.where(fits, time_s, np.inf).argmin())
     if estimates.case.lay.recompute[fastest] == 0:

@@ -14,7 +14,7 @@ from bloomery.planner.by_stage import least_recomputation
 from bloomery.planner.families import losing_families
 from bloomery.planner.search import answer, plan, search
 from bloomery.spec import catalog
-from bloomery.spec.cluster import Cluster
+from bloomery.spec.cluster import PROBED, Cluster
 from bloomery.spec.errors import LimitError
 from bloomery.spec.layout import BY_STAGE, RECOMPUTE, Layout, LayoutBatch
 from bloomery.spec.run import Run
@@ -80,7 +80,7 @@ def example(name: str, gib: float, *assignments: str) -> Run:
 
 
 def test_a_plan_proposes_it_where_it_beats_every_uniform_layout_and_says_what_that_wins() -> None:
-    run = example("gpt3-175b", 16.0, "cluster.accelerator.upload_bytes_per_s=null")
+    run = example("gpt3-175b", 16.0)
     found = search(run, runnable_only=True)
     world, index = found.winner
     best = world.layouts.layout(index)
@@ -115,7 +115,9 @@ LONG = "{name: long, layers: 24, hidden: 2048, heads: 16, ffn_hidden: 8192, voca
 
 def long(gib: float, *assignments: str) -> Run:
     sizes = ("train.seq_len=65536", "train.global_batch=4")
-    return example("llama3-8b", gib, f"model={LONG}", "cluster=selene-like", *sizes, *assignments)
+    run = example("llama3-8b", gib, f"model={LONG}", "cluster=selene-like", *sizes, *assignments)
+    probed = run.cluster.accelerator.model_copy(update={"source": PROBED})
+    return run.model_copy(update={"cluster": run.cluster.model_copy(update={"accelerator": probed})})
 
 
 def test_they_are_where_that_beats_recomputation_too_so_that_no_memory_makes_a_plan_slower() -> None:
@@ -131,3 +133,12 @@ def test_they_are_where_that_beats_recomputation_too_so_that_no_memory_makes_a_p
     told = answer(long(60.0).model_copy(update={"compare": {}}), roomy, top=1)
     assert any("instead of recompute selective and offload: does not fit" in line for line in told.why)
     assert not compiled.winner[0].layouts.offload.any()
+
+
+def test_a_link_to_the_host_that_only_a_data_sheet_tells_of_moves_nothing_that_fits() -> None:
+    probed = long(60.0)
+    sheet = catalog.cluster("selene-like").accelerator.source
+    named = probed.cluster.accelerator.model_copy(update={"source": sheet})
+    run = probed.model_copy(update={"cluster": probed.cluster.model_copy(update={"accelerator": named})})
+    world, _ = search(run, world_size=2, runnable_only=True).winner
+    assert world.estimates.fits.any() and not world.layouts.offload.any()
