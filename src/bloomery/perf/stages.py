@@ -42,17 +42,20 @@ def stage_rows(model: Model, pp: int, schedule: Schedule, split: tuple[int, ...]
         answer[5:ROWS, :pp] = [held(depths, 1 + rounds) for rounds in range(ROUNDS)]
         weight = answer[ROWS - 1, :pp]
     if pp > 2:
-        answer[3, :NAMED] = _named(answer[0, :pp], answer[1, :pp], weight)
+        answer[3, :NAMED] = _named(answer[0, :pp], answer[1, :pp], weight, last=v_shaped)
     return answer
 
 
-def _named(layers: np.ndarray, moe: np.ndarray, weight: np.ndarray) -> list[int]:
+def _named(layers: np.ndarray, moe: np.ndarray, weight: np.ndarray, *, last: bool) -> list[int]:
     """Middle ranks: the one with most layers, and of those with most mixtures among them, the earliest; the heaviest;
     and the heaviest without any of the dense layers that lead a mixture of experts. Whether it needs more memory than
-    one that has them depends on how experts are cut."""
+    one that has them depends on how experts are cut. Of equally heavy ones the earliest, or the `last`: on a V those
+    further down have more weights that wait for their gradients."""
     leading = (layers - moe) * moe.any()
-    orders = (layers * (1 + layers.sum()) + moe, weight, weight * (leading == 0))
-    return [1 + int(order[1:-1].argmax()) for order in orders]
+    fullest = 1 + int((layers * (1 + layers.sum()) + moe)[1:-1].argmax())
+    orders = [order[1:-1] for order in (weight, weight * (leading == 0))]
+    places = [len(order) - 1 - int(order[::-1].argmax()) if last else int(order.argmax()) for order in orders]
+    return [fullest, *(1 + place for place in places)]
 
 
 def behind(depths: np.ndarray) -> np.ndarray:

@@ -308,6 +308,9 @@ def _check_machine(question: Question, machine: Machine) -> None:
 
 
 def _check_accelerators(asked: int, cluster: Cluster) -> None:
+    if asked > cluster.size:
+        problem = f"more than {cluster.name} has"
+        raise InputError(problem, where="--accelerators", found=asked, accepted=f"at most {cluster.size}")
     try:
         cluster.cut(asked)
     except InputError:

@@ -179,7 +179,8 @@ def _fewest(means: Means, parameters: float, tokens: float, deadline: float) -> 
             near = (_rate_if_any(means, parameters, tokens, n) for n in skipped if n * deadline * HEADROOM >= best)
             return next((fewer for fewer in near if fewer and fewer.days(tokens) <= deadline), rate)
         enough = max(enough, size * days / deadline / HEADROOM)
-    return None
+    rate = _rate_if_any(means, parameters, tokens, sizes[-1])  # all of them may be the more efficient by more than that
+    return rate if rate is not None and rate.days(tokens) <= deadline else None
 
 
 def _rate(means: Means, parameters: float, tokens: float, accelerators: int) -> Throughput:

@@ -205,11 +205,16 @@ def evaluate(
     )
     found = without(found, run_problems(run, found.layouts, run_dtype(run, cluster)))
     lay = found.layouts if wanted is None else found.layouts.take(wanted(found.layouts))
-    mean, may = mean_on(run, cluster, lay), mask(run, cluster, wanted)
-    for further in (with_other_heads, with_stages_apart, with_offloaded):
-        mean = further(mean, may)
+    mean = with_others(mean_on(run, cluster, lay), mask(run, cluster, wanted))
     more = len(mean) - len(lay)
     return Evaluated(cluster, mean, found.n_enumerated + more, found.refusals)
+
+
+def with_others(mean: Estimates, may: Mask) -> Estimates:
+    """The estimates, and after them those of layouts beyond the axes of the search that beat the fastest that fits."""
+    for further in (with_other_heads, with_stages_apart, with_offloaded):
+        mean = further(mean, may)
+    return mean
 
 
 def mask(run: Run, cluster: Cluster, wanted: Mask | None = None) -> Mask:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from bloomery.perf.estimate import Estimates, Joined
-from bloomery.planner.by_stage import with_stages_apart
-from bloomery.planner.search import Found, mask, mean_on
+from bloomery.planner.search import Found, mask, mean_on, with_others
 from bloomery.spec.cluster import Accelerator, Cluster
 from bloomery.spec.layout import BY_STAGE, LayoutBatch
 from bloomery.spec.run import Run
@@ -52,7 +51,7 @@ def sensitivities(run: Run, found: Found) -> tuple[Sensitivity, ...]:
     for name, changed in changes(world.cluster):
         again = _estimates(run, changed, layouts, alike)
         if changed.accelerator.memory_bytes > world.cluster.accelerator.memory_bytes:
-            again = with_stages_apart(again, mask(run, changed))  # fewer stages have to recompute
+            again = with_others(again, mask(run, changed))
         own = again.step_time_s[place]
         times = np.where(again.fits, again.step_time_s, np.inf)
         times[place] = own  # the winner stays whatever its memory: it fitted, and no change takes memory away

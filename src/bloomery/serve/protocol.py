@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 import uuid
@@ -16,11 +17,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 
 from bloomery.data.order import nth_seed
-from bloomery.model.generate import Sampling
+from bloomery.model.generate import NoNumbers, Sampling
+from bloomery.serve.guards import problem
 from bloomery.serve.requests import ChatRequest, CompletionRequest, Request
 from bloomery.serve.talker import Answer, Talker
 from bloomery.spec.errors import InputError
 
+LOG = logging.getLogger("uvicorn.error")
 DEFAULT_MAX_TOKENS = 128
 CLIENT_GONE = 499
 """For the log alone: nobody is there to read it."""
@@ -32,6 +35,12 @@ class NoSuchModel(InputError):
 
 class PastContext(InputError):
     """Prompt and answer are longer than the model's context."""
+
+
+def failed(error: Exception) -> JSONResponse:
+    """No fault of the request; what else was raised goes to the log, not to whoever asked."""
+    known = isinstance(error, NoNumbers)
+    return problem(500, str(error) if known else "the answer could not be computed; the server's log says why")
 
 
 @dataclass(frozen=True)
@@ -130,7 +139,7 @@ class Endpoints:
     async def _answer(self, asked: _Asked, client: HttpRequest) -> Response:
         """A stream, or the whole; that is given up where its client goes away."""
         if asked.request.stream:
-            return StreamingResponse(self._events(asked), media_type="text/event-stream")
+            return StreamingResponse(self._told(asked), media_type="text/event-stream")
         choices, drawn = [], 0
         for number in range(asked.request.n):
             answer = Answer()
@@ -151,6 +160,14 @@ class Endpoints:
             if piece is None:
                 return
             yield piece
+
+    def _told(self, asked: _Asked) -> Iterator[str]:
+        """The events; after a fault, which no status can tell any more, an error in OpenAI's form is the last."""
+        try:
+            yield from self._events(asked)
+        except Exception as error:
+            LOG.exception("an answer broke off")
+            yield f"data: {bytes(failed(error).body).decode()}\n\n"
 
     def _events(self, asked: _Asked) -> Iterator[str]:
         """Server-sent events: a chat's role, a chunk per piece, why it ended, usage if asked for, then [DONE]."""

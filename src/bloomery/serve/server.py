@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from bloomery.model.generate import NoNumbers
 from bloomery.serve.guards import BearerToken, BodyLimit, LoopbackNames, RequestLimit, problem
-from bloomery.serve.protocol import Endpoints, NoSuchModel, PastContext
+from bloomery.serve.protocol import Endpoints, NoSuchModel, PastContext, failed
 from bloomery.serve.talker import Talker
 from bloomery.spec.errors import InputError, in_plain_words
 
@@ -77,9 +77,7 @@ async def _refused(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _failed(_: Request, error: Exception) -> JSONResponse:
-    """No fault of the request; what else was raised goes to the log, not to whoever asked."""
-    known = isinstance(error, NoNumbers)
-    return problem(500, str(error) if known else "the answer could not be computed; the server's log says why")
+    return failed(error)
 
 
 def read_token(path: Path | None, host: str) -> str | None:

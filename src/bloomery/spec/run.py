@@ -249,7 +249,7 @@ class Train(Noun):
     @model_validator(mode="after")
     def _keeps_what_it_saves(self, info: ValidationInfo) -> Train:
         kept, saved = self.keep_every, self.checkpoint_every
-        if kept % saved and written(info):
+        if kept % saved and saved % (kept or 1) and written(info):
             near = " and ".join(str(step) for step in (kept - kept % saved, kept - kept % saved + saved) if step)
             problem = f"keep_every {kept} is no multiple of checkpoint_every {saved}, which alone are saved"
             raise ValueError(f"{problem}; the nearest: {near}")

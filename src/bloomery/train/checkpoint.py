@@ -43,6 +43,8 @@ from bloomery.train.optimizers import Optimizers
 from bloomery.train.shard_file import write_shard
 
 STATE = "state.json"
+REMOVED = "removed_"
+"""How the name of a checkpoint begins that is being removed."""
 UNFINISHED = (BloomeryError, OSError, ValueError, KeyError, TypeError)
 """What reading the parts of a save raises when one is missing or damaged."""
 
@@ -177,13 +179,24 @@ def _publish(partial: Path, commit: Commit, fence: int, keep: Keep) -> None:
     sync(folder)
     sync(folder.parent)  # the folder of checkpoints may itself be new
     for old in (replaced, *keep.outdated(folder, commit.guard.get("episode", -1))):
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """Its name first: whoever reads it meanwhile finds that it is gone, not half of it."""
+    gone = path.with_name(f"{REMOVED}{path.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):
+        os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def settle_unfinished(folder: Path, fence: int, keep: Keep, gets_on: Callable[[], None] = lambda: None) -> int:
     """Finish or remove what a crash left half-written: the newest save of which every rank has left its part becomes a
     checkpoint; a replaced checkpoint whose successor never got its name gets it back. `fence`: this start's. Returns
     the step of what was finished, -1 for nothing."""
+    for path in folder.glob(f"{REMOVED}*"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("replaced_*"):
         target = folder / path.name.replace("replaced_", "step_")
         if target.exists():

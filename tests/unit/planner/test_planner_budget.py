@@ -440,7 +440,10 @@ def test_the_law_asked_for_decides_the_exit_code_where_it_has_no_answer() -> Non
 
 @pytest.mark.parametrize(
     ("asked", "words"),
-    [(12, r"--accelerators: neither .* found 12; accepted: 8, 16"), (5000, r"found 5000; accepted: 4608$")],
+    [
+        (12, r"--accelerators: neither .* found 12; accepted: 8, 16"),
+        (5000, r"more than eos-like has; found 5000; accepted: at most 4608$"),
+    ],
 )
 def test_a_number_of_accelerators_that_is_no_cut_names_the_nearest(asked: int, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -74,6 +74,12 @@ def test_the_fewest_are_found_among_those_that_a_slow_one_had_ruled_out(days_by_
     assert spent(days=59.5).accelerators == 48
 
 
+def test_all_that_there_are_is_tried_where_fewer_are_far_less_efficient(days_by_size: dict[int, float]) -> None:
+    largest = MACHINE.largest()
+    days_by_size |= {largest // 2: 30.0, largest: 9.9}  # by the slower one no number would be enough
+    assert spent(days=10.0).accelerators == largest
+
+
 @pytest.mark.parametrize("limit", [{"days": 10.0}, {"money": 5000.0}])
 def test_what_is_allowed_takes_no_longer_however_the_rate_jumps(
     limit: dict[str, float], monkeypatch: pytest.MonkeyPatch

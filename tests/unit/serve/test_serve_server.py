@@ -100,8 +100,10 @@ def test_a_fault_of_the_server_has_the_shape_of_openai_too(
 
     monkeypatch.setattr(Talker, "talk", talk)
     with TestClient(create_app(talker), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
-        response = chat(client)
+        response, streamed = chat(client), chat(client, stream=True)
     refused(response, 500, words)
+    last = streamed.text.rstrip().rpartition("data: ")[2]
+    assert json.loads(last)["error"] == response.json()["error"]
     assert response.json()["error"]["type"] == "server_error" and "weight" not in response.text
 
 

@@ -62,7 +62,8 @@ def test_the_newest_the_spaced_and_the_one_before_the_trouble_stay(tmp_path: Pat
 
 
 def test_a_crash_between_two_renames_loses_nothing(tmp_path: Path) -> None:
-    folders(tmp_path, "writing_000009_1_2", "replaced_000006", "step_000003", "replaced_000003")
+    names = ("writing_000009_1_2", "replaced_000006", "step_000003", "replaced_000003", "removed_step_000001")
+    folders(tmp_path, *names)
     settle_unfinished(tmp_path, 1, Keep())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000006"]
     assert (tmp_path / "step_000003" / "file").read_text() == "step_000003"
