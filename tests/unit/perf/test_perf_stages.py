@@ -186,7 +186,7 @@ LEADING = LLAMA.model_copy(
         "pp=8,vpp=2,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
         "pp=16,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
         "pp=16,stage_layers=1+4+2+2+2+2+2+2+2+2+2+2+2+2+1+1",
-        "pp=8,schedule=zbv,stage_layers=1+2x14+3",
+        "pp=8,schedule=zbv,stage_layers=1+2+2+2+2+2+2+2+2+2+2+2+2+2+2+3",
     ],
 )
 def test_no_rank_needs_more_than_the_peak_where_dense_layers_lead(pipeline: str, ep: int) -> None:
