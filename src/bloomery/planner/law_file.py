@@ -78,7 +78,8 @@ def read_law(path: Path) -> Additive:
         _within(end, (0.0, 1.0), f"{path}: exponent_interval")
     pivot = {"pivot_flops": float(np.sqrt(np.prod(ranges["fitted_flops"])))} if "fitted_flops" in ranges else {}
     texts["title"] = texts["title"] or path.stem
-    found = Additive(key="fitted", **texts, **constants, **ranges, **pivot)  # type: ignore[arg-type]
+    fields: dict[str, Any] = {**texts, **constants, **ranges, **pivot}
+    found = Additive(key="fitted", **fields)
     with np.errstate(all="ignore"):
         optima = np.array([found.optimal(flops) for flops in FLOPS_RANGE])
     if not (np.isfinite(optima) & (optima > 0.0)).all():
